@@ -1,0 +1,94 @@
+"""Lighthouse attention, as a function and as the inner attention of a model.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .config import LighthouseConfig
+from .gather import pool_gather
+from .scatter import scatter_back
+from .selection import Selection, checked_geometry, select
+
+
+def lighthouse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    *,
+    sdpa: Callable[..., torch.Tensor] = nn.functional.scaled_dot_product_attention,
+    selection: Selection | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention over selected entries of a pooling pyramid (arXiv 2605.06554, section 3).
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D]; Hkv divides Hq.
+        sdpa: dense attention for the gathered sequence; called with q, k, v and the keywords
+            ``is_causal``, ``enable_gqa`` and ``scale`` of torch's own.
+        selection: entries to attend over; by default ``select(q, k, v, config)``.
+        scale: factor of the scores before the softmax; by default 1 / sqrt(D).
+
+    Returns:
+        [B, Hq, N, D]. Zero at the first positions that no selected entry reaches.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
+    """
+    geometry = checked_geometry(q, k, v, config)
+    if selection is None:
+        selection = select(q, k, v, config)
+    gathered = (pool_gather(rows, selection, geometry) for rows in (q, k, v))
+    out = sdpa(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
+    return scatter_back(out, selection, geometry)
+
+
+class LighthouseAttention(nn.Module):
+    """Lighthouse around a dense inner attention: ``enabled`` says which of the two runs.
+
+    It has no parameters and no buffers, so a model's state dict does not notice it.
+
+    Args:
+        config: what selects the entries.
+        sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``.
+    """
+
+    def __init__(self, config: LighthouseConfig, sdpa: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.sdpa = sdpa
+        self.enabled = True
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        is_causal: bool = True,
+    ) -> torch.Tensor:
+        """Attention output [B, Hq, N, D] for q [B, Hq, N, D] and k, v [B, Hkv, N, D].
+
+        Raises:
+            ValueError: enabled and ``is_causal`` is false, or heads differ without ``enable_gqa``.
+        """
+        if not self.enabled:
+            return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)
+        if not is_causal:
+            raise ValueError("Lighthouse attention is causal; pass is_causal = True")
+        if q.shape[1] != k.shape[1] and not enable_gqa:
+            raise ValueError(
+                f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
+                "key-value heads"
+            )
+        return lighthouse_attention(q, k, v, self.config, sdpa=self.sdpa, scale=scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, enabled={self.enabled}"

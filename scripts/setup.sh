@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Make .venv at the repository root and install Lighthouse into it, once per pyproject.toml.
+# Usage: scripts/setup.sh [EXTRA]    an optional extra of pyproject.toml, for example dev
+#
+# PYTHON       interpreter to make the environment with (default: python3)
+# TORCH_INDEX  package index for torch on a machine without an accelerator
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+extra="${1:-}"
+torch_range='torch>=2.11,<2.14'
+torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
+stamp=".venv/.installed-${extra:-base}"
+[[ -f "$stamp" && ! pyproject.toml -nt "$stamp" ]] && exit 0
+
+python="${PYTHON:-python3}"
+if [[ ! -x .venv/bin/python ]]; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "Lighthouse needs Python 3.11 or later, $("$python" --version) found;" \
+            "set PYTHON to a newer interpreter." >&2
+        exit 1
+    }
+    echo "Making .venv with $("$python" --version)"
+    "$python" -m venv .venv
+fi
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+
+# On Linux the default build of torch brings gigabytes of CUDA, of no use without such a device.
+has_accelerator() { [[ -e /dev/nvidiactl || -e /dev/kfd ]] || nvidia-smi -L >/dev/null 2>&1; }
+has_torch() { .venv/bin/python -c 'import torch' 2>/dev/null; }
+if [[ "$(uname -s)" == Linux ]] && ! has_accelerator && ! has_torch; then
+    echo "No accelerator found: installing the CPU build of torch"
+    "${pip[@]}" 'torch==2.13.0+cpu' 2>/dev/null \
+        || "${pip[@]}" --index-url "$torch_index" "$torch_range" \
+        || {
+            echo "No CPU build of torch at the configured package index or at $torch_index;" \
+                "set TORCH_INDEX, or install '$torch_range' into .venv yourself." >&2
+            exit 1
+        }
+fi
+echo "Installing Lighthouse${extra:+ with extra '$extra'} into .venv"
+"${pip[@]}" --editable ".${extra:+[$extra]}"
+touch "$stamp"

@@ -1,0 +1,118 @@
+"""Start training processes for tests, and read what they recorded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Both stages at the smallest size at which all parts of the method do something: S is half of N.
+SMALL = {
+    "model.flavor": "debugmodel",
+    "lighthouse.dense_from_step": 6,
+    "lighthouse.levels": 3,
+    "lighthouse.pooling_factor": 2,
+    "lighthouse.top_k": 32,
+    "lighthouse.picks_per_stratum": 16,
+    "lighthouse.dense_layers": (0, 5),
+    "training.seq_len": 512,
+    "training.local_batch_size": 1,
+    "training.steps": 12,
+    "training.mixed_precision_param": "float32",
+    "lr_scheduler.warmup_steps": 4,
+    "lr_scheduler.decay_ratio": 0.0,
+    "metrics.log_freq": 1,
+    "checkpoint.enable": True,
+    "checkpoint.interval": 5,
+    "activation_checkpoint.mode": "none",
+}
+
+
+def arguments(settings: dict) -> list[str]:
+    """Settings as command-line arguments of the trainer."""
+    line = []
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        if isinstance(value, bool):
+            line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
+        elif isinstance(value, tuple):
+            line += [f"--{key}", *map(str, value)]
+        else:
+            line += [f"--{key}", str(value)]
+    return line
+
+
+class Run:
+    """One launch of ``torchrun``; ``settings`` override those of ``SMALL``."""
+
+    def __init__(self, folder: Path, settings: dict | None = None, processes=1, **environment):
+        self.record_file = folder / "record"
+        self.processes = processes
+        self.lines_before = len(self.lines(0))
+        script = Path(__file__).with_name("training_process.py")
+        settings = {"job.dump_folder": folder / "dump", **SMALL, **(settings or {})}
+        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
+        self.log_file = folder / f"log-{time.monotonic_ns()}"
+        self.process = subprocess.Popen(
+            [*command, str(script), *arguments(settings)],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "RECORD_FILE": str(self.record_file),
+                **environment,
+            },
+            stdout=self.log_file.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def wait(self, timeout: float = 300) -> int:
+        """Exit code, once it has ended."""
+        return self.process.wait(timeout)
+
+    def succeed(self) -> "Run":
+        assert self.wait() == 0, self.log[-6000:]
+        return self
+
+    def crash_after_step(self, step: int) -> None:
+        """Kill every worker without warning as soon as ``step`` has been recorded."""
+        self._wait_for_step(step)
+        for pid in {line["pid"] for line in self.all_lines()[-self.processes :]}:
+            os.kill(pid, signal.SIGKILL)
+        assert self.wait() != 0
+
+    def stop_after_step(self, step: int) -> None:
+        """Ask the launcher to stop, as a cluster's scheduler does, once ``step`` is recorded."""
+        self._wait_for_step(step)
+        self.process.terminate()
+        assert self.wait() != 0
+
+    def _wait_for_step(self, step: int, timeout: float = 300) -> None:
+        deadline = time.monotonic() + timeout
+        while not any(line["step"] >= step for line in self.lines(0)[self.lines_before :]):
+            assert self.process.poll() is None, self.log[-6000:]
+            assert time.monotonic() < deadline, self.log[-6000:]
+            time.sleep(0.02)
+
+    def all_lines(self) -> list[dict]:
+        """The lines of all ranks, each rank's last one at the end."""
+        ranks = [self.lines(rank) for rank in range(self.processes)]
+        return sum(ranks, []) + [lines[-1] for lines in ranks]
+
+    def lines(self, rank: int) -> list[dict]:
+        path = Path(f"{self.record_file}-{rank}")
+        if not path.exists():
+            return []
+        # A line that is still being written has no newline yet.
+        text = path.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def steps(self, rank: int = 0) -> dict[int, dict]:
+        """What each step recorded; of a step that ran twice, the last time."""
+        return {line["step"]: line for line in self.lines(rank)}

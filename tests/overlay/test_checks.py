@@ -1,0 +1,143 @@
+"""Bad configurations: one message that names the key, the value and the fix."""
+
+from pathlib import Path
+
+import pytest
+from launch import SMALL, Run, arguments
+
+from torchtitan.models.llama3_lighthouse import flavors
+from torchtitan.models.llama3_lighthouse.checks import check_config
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.train import stage_at
+
+
+def check(tmp_path: Path, toml: str = "", **settings) -> None:
+    """Parse ``toml`` and ``settings`` as the trainer would, and check the result."""
+    line = arguments({"job.dump_folder": tmp_path / "dump", **SMALL, **settings})
+    if toml:
+        (tmp_path / "config.toml").write_text(toml)
+        line = ["--job.config_file", str(tmp_path / "config.toml"),
+                "--job.dump_folder", str(tmp_path / "dump")]  # fmt: skip
+    check_config(LighthouseConfigManager().parse_args(line), flavors)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fix"),
+    [
+        ("lighthouse.levels", 1, "levels"),
+        ("lighthouse.pooling_factor", 3, "power of two"),
+        ("lighthouse.top_k", 24, "picks_per_stratum"),
+        ("lighthouse.top_k", 0, "top_k"),
+        ("lighthouse.top_k", 256, "top_k"),
+        ("lighthouse.picks_per_stratum", 15, "even"),
+        ("lighthouse.dense_from_step", -1, "0 trains dense throughout"),
+        ("lighthouse.dense_layers", (0, 6), "0 to 5"),
+        ("lighthouse.dense_layers", (1, 1), "twice"),
+        ("training.seq_len", 510, "training.seq_len"),
+        ("model.flavor", "7B", "debugmodel"),
+        ("lighthouse.tokenizer", "hf", "--model.hf_assets_path"),
+        ("parallelism.context_parallel_degree", 2, "set it to 1"),
+        ("parallelism.pipeline_parallel_degree", 2, "set it to 1"),
+        ("job.dump_folder", "/proc/nowhere", "--job.dump_folder"),
+    ],
+)
+def test_message_names_key_value_and_fix(tmp_path: Path, key, value, fix) -> None:
+    with pytest.raises((ValueError, TypeError, OSError)) as caught:
+        check(tmp_path, **{key: value})
+    message = str(caught.value)
+    assert key.split(".")[1] in message
+    shown = list(value) if isinstance(value, tuple) else value
+    assert str(shown) in message
+    assert fix in message
+
+
+def test_validation_lengths_are_checked_when_it_is_enabled(tmp_path: Path) -> None:
+    check(tmp_path, **{"validation.seq_len": 510})
+    with pytest.raises(ValueError, match=r"validation\.seq_len = 510"):
+        check(tmp_path, **{"validation.seq_len": 510, "validation.enable": True})
+    with pytest.raises(ValueError, match=r"validation\.seq_len = 1024 exceeds training"):
+        check(tmp_path, **{"validation.seq_len": 1024, "validation.enable": True})
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[lighthouse]\ntop_q = 4", r"lighthouse\.top_q.*did you mean 'top_k'"),
+        ("[lighthous]\ntop_k = 4", "lighthous.*did you mean 'lighthouse'"),
+        ("[training]\nfoo = 1", r"training\.foo"),
+        ('[lighthouse]\ntop_k = "many"', r"lighthouse\.top_k = 'many'"),
+        ('[lighthouse]\nstage = "sparse"', r"lighthouse\.stage = 'sparse'"),
+        ('[lighthouse]\nscorer = "random"', r"lighthouse\.scorer = 'random'"),
+        ('[lighthouse]\ndense_layers = ["0"]', r"lighthouse\.dense_layers"),
+        ("[training.dataloader]\nworkers = 1", r"training\.dataloader\.workers"),
+        ("lighthouse = 3", r"write \[lighthouse\]"),
+    ],
+)
+def test_bad_toml(tmp_path: Path, toml: str, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        check(tmp_path, toml)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lighthouse.top_k": 24}, "picks_per_stratum"),
+        ({"training.dataset": "c4_local", "training.dataset_path": "/nowhere"}, "/nowhere"),
+        ({"training.dataset": "c5"}, "c5"),
+    ],
+)
+def test_process_ends_with_one_message(tmp_path: Path, settings: dict, message: str) -> None:
+    run = Run(tmp_path, settings)
+    assert run.wait() != 0
+    errors = [line for line in run.log.splitlines() if " - ERROR - " in line and "root" in line]
+    assert len(errors) == 1 and message in errors[0], run.log[-4000:]
+    assert run.lines(0) == []
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    Run(tmp_path, {"checkpoint.create_seed_checkpoint": True}).succeed()
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "dump/checkpoint").rglob("*"))
+    other = Run(tmp_path, {"model.flavor": "270M", "training.steps": 1})
+    assert other.wait() != 0
+    assert "is of another model: its 'tok_embeddings.weight' has shape (320, 256)" in other.log
+    again = Run(tmp_path, {"checkpoint.create_seed_checkpoint": True})
+    assert again.wait() != 0
+    assert "is not overwritten" in again.log
+    assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "dump/checkpoint").rglob("*"))
+
+
+def test_earlier_load_step_does_not_overwrite_later_ones(tmp_path: Path) -> None:
+    Run(tmp_path, {"training.steps": 4, "checkpoint.interval": 2}).succeed()
+    run = Run(tmp_path, {"training.steps": 4, "checkpoint.load_step": 2})
+    assert run.wait() != 0
+    assert "goes up to step 4" in run.log and "--checkpoint.initial_load_path" in run.log
+    branch = {
+        "training.steps": 4,
+        "checkpoint.folder": "branch",
+        "checkpoint.initial_load_path": tmp_path / "dump/checkpoint/step-2",
+        "checkpoint.initial_load_model_only": False,
+    }
+    assert "Training starts at step 3" in Run(tmp_path, branch).succeed().log
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_other_data_parallel_degree_is_refused(tmp_path: Path, before: int, after: int) -> None:
+    settings = {"training.steps": 2, "checkpoint.interval": 2}
+    Run(tmp_path, settings, processes=before).succeed()
+    longer = {**settings, "training.steps": 3}
+    run = Run(tmp_path, longer, processes=after)
+    assert run.wait() != 0
+    assert "--checkpoint.exclude_from_loading dataloader" in run.log
+    told = Run(tmp_path, {**longer, "checkpoint.exclude_from_loading": "dataloader"}, after)
+    assert "Training starts at step 3" in told.succeed().log
+
+
+def test_stage_rule() -> None:
+    assert [stage_at(step, "auto", 2) for step in (1, 2, 3)] == [
+        "lighthouse",
+        "lighthouse",
+        "dense",
+    ]
+    assert stage_at(1, "auto", 0) == "dense"
+    assert stage_at(99, "lighthouse", 2) == "lighthouse"
+    assert stage_at(1, "dense", 2) == "dense"

@@ -1,0 +1,148 @@
+"""Whole training runs: stages, resume, non-finite values, agreement with upstream."""
+
+import os
+from pathlib import Path
+
+import pytest
+from launch import SMALL, Run
+
+# What has to come back the same after a resume, on every rank.
+EXACT = ("stage", "batch", "loss", "maximum_loss", "grad_norm", "tokens_seen")
+
+
+def exact(run: Run, rank: int = 0) -> dict[int, tuple]:
+    return {step: tuple(line[key] for key in EXACT) for step, line in run.steps(rank).items()}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
+    """12 steps straight equal 5 + kill -9 + resume + stop + resume, across the switch at step 6."""
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    straight.mkdir()
+    interrupted.mkdir()
+    expected = Run(straight, processes=processes).succeed()
+
+    Run(interrupted, processes=processes).crash_after_step(6)
+    assert (interrupted / "dump/checkpoint/step-5/.metadata").is_file()
+    Run(interrupted, processes=processes).stop_after_step(11)
+    assert (interrupted / "dump/checkpoint/step-10/.metadata").is_file()
+    resumed = Run(interrupted, processes=processes).succeed()
+    assert "Training starts at step 11" in resumed.log
+
+    for rank in range(processes):
+        assert sorted(exact(expected, rank)) == list(range(1, 13))
+        assert exact(resumed, rank) == exact(expected, rank)
+    stages = [line["stage"] for line in expected.steps().values()]
+    assert stages == ["lighthouse"] * 6 + ["dense"] * 6
+    losses = [float.fromhex(line["loss"]) for line in expected.steps().values()]
+    assert losses[-1] < losses[0]
+
+
+def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
+    """Flipping ``stage`` by hand on one checkpoint folder equals ``auto``; the change is logged."""
+    auto, manual = tmp_path / "auto", tmp_path / "manual"
+    auto.mkdir()
+    manual.mkdir()
+    expected = Run(auto, {"lighthouse.dense_from_step": 5, "training.steps": 8}).succeed()
+    assert "Stage 'lighthouse' begins at step 1: attention runs on 256 of 512" in expected.log
+    assert "Stage 'dense' begins at step 6 after lighthouse" in expected.log
+    Run(manual, {"lighthouse.stage": "lighthouse", "training.steps": 5}).succeed()
+    dense = Run(manual, {"lighthouse.stage": "dense", "training.steps": 8}).succeed()
+    assert exact(dense) == exact(expected)
+
+
+def test_dense_stage_is_upstream_to_the_last_bit(tmp_path: Path) -> None:
+    """Same seed, same text: losses and gradient norms equal torchtitan's own trainer and model."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    settings = {"training.steps": 4, "debug.seed": 7}
+    dense = Run(ours, {**settings, "lighthouse.stage": "dense"}).succeed()
+    upstream = Run(theirs, settings, TRAINER="upstream").succeed()
+    for step in range(1, 5):
+        for key in ("batch", "loss", "grad_norm"):
+            assert dense.steps()[step][key] == upstream.steps()[step][key], (step, key)
+
+
+def test_upstream_continues_our_checkpoint(tmp_path: Path) -> None:
+    """torchtitan's trainer resumes from our folder as our own dense stage does."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        Run(folder, {"training.steps": 5, "lighthouse.stage": "lighthouse"}).succeed()
+    dense = Run(ours, {"training.steps": 7, "lighthouse.stage": "dense"}).succeed()
+    upstream = Run(theirs, {"training.steps": 7}, TRAINER="upstream").succeed()
+    assert "Training starts at step 6" in upstream.log
+    for step in (6, 7):
+        for key in ("batch", "loss", "grad_norm"):
+            assert dense.steps()[step][key] == upstream.steps()[step][key], (step, key)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_non_finite_loss_stops_all_ranks_before_the_optimizer(
+    tmp_path: Path, processes: int
+) -> None:
+    spoiled = Run(tmp_path, processes=processes, NAN_AT=f"8,{processes - 1}")
+    assert spoiled.wait() != 0
+    assert "step 8 (dense stage): not finite" in spoiled.log
+    assert "The optimizer step was not taken" in spoiled.log
+    assert spoiled.steps()[7] and 8 not in spoiled.steps()
+    checkpoints = os.listdir(tmp_path / "dump/checkpoint")
+    assert checkpoints == ["step-5"]
+    resumed = Run(tmp_path, processes=processes).succeed()
+    assert "Training starts at step 6" in resumed.log
+
+
+def test_compiled_training_agrees_with_eager(tmp_path: Path) -> None:
+    """fullgraph compilation of every block, through the switch and validation, one run."""
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    eager.mkdir()
+    compiled.mkdir()
+    settings = {
+        "training.steps": 4,
+        "lighthouse.dense_from_step": 2,
+        "activation_checkpoint.mode": "selective",
+        "activation_checkpoint.selective_ac_option": "op",
+        "validation.enable": True,
+        "validation.seq_len": 512,
+        "validation.local_batch_size": 1,
+        "validation.freq": 2,
+        "validation.steps": 2,
+    }
+    reference = Run(eager, settings).succeed()
+    other = Run(compiled, {**settings, "compile.enable": True}).succeed()
+    for step in range(1, 5):
+        expected = float.fromhex(reference.steps()[step]["loss"])
+        assert float.fromhex(other.steps()[step]["loss"]) == pytest.approx(expected, abs=2e-3)
+    assert other.log.count("validate step") == 3
+    assert "recompile_limit" not in other.log
+
+
+def test_tensor_parallel_agrees_with_one_process(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    settings = {"training.steps": 3, "lighthouse.dense_from_step": 2}
+    seed = {**settings, "checkpoint.create_seed_checkpoint": True}
+    for folder in (one, two):
+        Run(folder, {**seed, "debug.seed": 3}).succeed()
+    reference = Run(one, settings).succeed()
+    parallel = Run(two, {**settings, "parallelism.tensor_parallel_degree": 2}, processes=2)
+    parallel.succeed()
+    for step in range(1, 4):
+        expected = float.fromhex(reference.steps()[step]["loss"])
+        assert float.fromhex(parallel.steps()[step]["loss"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_small_is_small() -> None:
+    """The tests' configuration lets Lighthouse do real work: S well below N."""
+    from lighthouse import LighthouseConfig
+    from lighthouse.geometry import PyramidGeometry
+
+    method = LighthouseConfig(
+        levels=SMALL["lighthouse.levels"],
+        pooling_factor=SMALL["lighthouse.pooling_factor"],
+        top_k=SMALL["lighthouse.top_k"],
+        picks_per_stratum=SMALL["lighthouse.picks_per_stratum"],
+    )
+    assert PyramidGeometry(method, SMALL["training.seq_len"]).gathered_length == 256

@@ -1,0 +1,94 @@
+"""A training process that tests can watch and disturb; launched by ``launch.py`` through torchrun.
+
+Every step appends one JSON line to ``RECORD_FILE``-rank: the step, the stage, the loss and the
+gradient norm as exact hexadecimal floats, and a hash of the batch. ``TRAINER=upstream`` runs
+torchtitan's own trainer and model on the same data. ``NAN_AT=step,rank`` spoils one loss.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+
+from torchtitan.models.llama3_lighthouse import flavors
+from torchtitan.models.llama3_lighthouse import train as lighthouse_train
+
+# isort: split
+import torchtitan.train as upstream_train
+from torchtitan.protocols.train_spec import register_train_spec
+
+from torchtitan.models import llama3
+from torchtitan.models.llama3_lighthouse.datasets import build_dataloader
+from torchtitan.models.llama3_lighthouse.tokenizer import build_tokenizer
+
+RANK = int(os.environ["RANK"])
+
+
+class Recording:
+    """Mixed into a trainer: writes down what each step saw and gave."""
+
+    def batch_generator(self, data_iterable):
+        for input_dict, labels in super().batch_generator(data_iterable):
+            digest = hashlib.sha256(input_dict["input"].numpy().tobytes())
+            digest.update(labels.numpy().tobytes())
+            self.batch_hash = digest.hexdigest()
+            yield input_dict, labels
+
+    def forward_backward_step(self, **arguments):
+        loss = super().forward_backward_step(**arguments)
+        if os.environ.get("NAN_AT") == f"{self.step},{RANK}":
+            loss = loss * float("nan")
+        return loss
+
+    def train_step(self, data_iterator):
+        log = self.metrics_processor.log
+
+        def recording_log(step, average_loss, maximum_loss, grad_norm, extra_metrics=None):
+            self.logged = {
+                "loss": float(average_loss).hex(),
+                "maximum_loss": float(maximum_loss).hex(),
+                "grad_norm": float(grad_norm).hex(),
+                "tokens_seen": extra_metrics["n_tokens_seen"],
+            }
+            log(step, average_loss, maximum_loss, grad_norm, extra_metrics)
+
+        self.metrics_processor.log = recording_log
+        super().train_step(data_iterator)
+        self.metrics_processor.log = log
+        stage = getattr(self, "stage", "upstream")
+        record = {"step": self.step, "stage": stage, "batch": self.batch_hash, **self.logged}
+        record["pid"] = os.getpid()
+        with open(f"{os.environ['RECORD_FILE']}-{RANK}", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class RecordingLighthouseTrainer(Recording, lighthouse_train.LighthouseTrainer):
+    pass
+
+
+class RecordingUpstreamTrainer(Recording, upstream_train.Trainer):
+    pass
+
+
+def upstream_spec():
+    """Upstream's Llama 3 in our debug size, reading our data."""
+    ours = flavors["debugmodel"]
+    keys = [f.name for f in dataclasses.fields(llama3.TransformerModelArgs)]
+    plain = llama3.TransformerModelArgs(**{key: getattr(ours, key) for key in keys})
+    return dataclasses.replace(
+        llama3.get_train_spec(),
+        model_args={"debugmodel": plain},
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_tokenizer,
+    )
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRAINER") == "upstream":
+        register_train_spec("llama3_upstream", upstream_spec())
+        sys.argv += ["--model.name", "llama3_upstream"]
+        lighthouse_train.LighthouseTrainer = RecordingUpstreamTrainer
+    else:
+        lighthouse_train.LighthouseTrainer = RecordingLighthouseTrainer
+    lighthouse_train.main()

@@ -1,0 +1,122 @@
+"""Checkpointing that loses nothing: upstream's manager with its gaps closed."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.components.checkpoint import DATALOADER, MODEL, CheckpointManager
+from torchtitan.tools.logging import logger
+
+from .datasets import check_dataloader_state
+
+
+def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
+    """Step -> (path, whether it is complete) of every checkpoint below ``folder``, by step.
+
+    The metadata is the last file of a save; a folder without it was cut off while being written.
+    """
+    found = {}
+    for path in Path(folder).glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            markers = (".metadata", "model.safetensors.index.json", "model.safetensors")
+            complete = any((path / marker).is_file() for marker in markers)
+            found[int(match.group(1))] = (path, complete)
+    return dict(sorted(found.items()))
+
+
+class LighthouseCheckpointManager(CheckpointManager):
+    """Refuses to overwrite a checkpoint, to load one that does not fit, or to forget the data.
+
+    ``on_saved`` is called with the seconds that each save held up training.
+    """
+
+    on_saved: Callable[[float], None] | None = None
+
+    def load(self, step: int = -1) -> bool:
+        if self.enable:
+            self._check_before_load(step)
+        return super().load(step)
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        if not self._should_save(curr_step, last_step):
+            return
+        start = time.monotonic()
+        path, complete = checkpoints_in(self.folder).get(curr_step, (None, False))
+        if complete:
+            raise FileExistsError(
+                f"{path} already holds a complete checkpoint and is not overwritten; "
+                "pass --checkpoint.folder NAME for a new one, or move the old one away"
+            )
+        super().save(curr_step, last_step)
+        if self.on_saved:
+            self.on_saved(time.monotonic() - start)
+
+    def _check_before_load(self, step: int) -> None:
+        existing = checkpoints_in(self.folder)
+        complete = [number for number, (_, whole) in existing.items() if whole]
+        for path in (path for path, whole in existing.values() if not whole):
+            logger.warning(f"{path} is incomplete (its save was cut off) and is left out.")
+
+        if not Path(self.folder).exists():
+            if self.initial_load_path and not self.initial_load_in_hf:
+                self._check_fits(Path(self.initial_load_path), self.initial_load_model_only)
+            return
+        if not complete:
+            if self.initial_load_path:
+                raise ValueError(
+                    f"checkpoint.folder {self.folder} exists but holds no complete checkpoint, and "
+                    "checkpoint.initial_load_path is only read when there is no such folder; "
+                    f"remove {self.folder} to start from {self.initial_load_path}"
+                )
+            return
+        if step == -1:
+            step = complete[-1]
+        if step not in complete:
+            raise ValueError(
+                f"checkpoint.load_step = {step} is not a complete checkpoint of {self.folder}; "
+                f"it has steps {', '.join(map(str, complete))}"
+            )
+        if step < complete[-1] and not self.load_only:
+            raise ValueError(
+                f"checkpoint.load_step = {step} but {self.folder} goes up to step {complete[-1]}, "
+                "which training on would overwrite; continue in another place with "
+                f"--checkpoint.folder NEW --checkpoint.initial_load_path {existing[step][0]} "
+                "--no-checkpoint.initial_load_model_only"
+            )
+        self._check_fits(existing[step][0], model_only=step == 0)
+
+    def _check_fits(self, path: Path, model_only: bool) -> None:
+        """Compare the checkpoint's tensors with the model's, and its data state with the loader."""
+        if not (path / ".metadata").is_file():
+            raise ValueError(
+                f"{path} is not a complete checkpoint (it has no .metadata file); "
+                "pass the path of a step-N folder"
+            )
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        for name, tensor in self.states[MODEL].state_dict().items():
+            entry = stored.get(name)
+            shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+            if shape != tuple(tensor.shape):
+                held = f"has shape {shape}" if shape else "is missing"
+                raise ValueError(
+                    f"checkpoint {path} is of another model: its '{name}' {held}, this run's has "
+                    f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
+                    "pass another --checkpoint.folder"
+                )
+        if not model_only and DATALOADER not in self.exclude_from_loading:
+            check_dataloader_state(path, self.states[DATALOADER].dp_world_size)
+
+    def _purge_stale_checkpoints(self) -> None:
+        """Keep the last ``keep_latest_k`` complete ones; upstream counts cut-off ones too."""
+        if self.keep_latest_k <= 0 or dist.get_rank() != 0:
+            return
+        existing = checkpoints_in(self.folder)
+        complete = [step for step, (_, whole) in existing.items() if whole]
+        kept = complete[-self.keep_latest_k :]
+        for step, (path, _) in existing.items():
+            if kept and step < kept[-1] and step not in kept:
+                self.purge_queue.put(str(path))

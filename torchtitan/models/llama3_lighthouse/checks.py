@@ -1,0 +1,110 @@
+"""What can be known to be wrong before anything is built."""
+
+import tempfile
+from pathlib import Path
+
+from lighthouse.geometry import PyramidGeometry
+
+from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig
+from .model import LighthouseModelArgs, lighthouse_config
+
+STAGES = ("auto", "lighthouse", "dense")
+
+
+def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
+    """Check everything that needs neither a device nor the data.
+
+    Raises:
+        ValueError, TypeError: a value breaks a rule; the message names key, value and fix.
+        OSError: job.dump_folder cannot be written to.
+    """
+    if config.model.flavor not in flavors:
+        raise ValueError(
+            f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
+        )
+    _check_stages(config)
+    _check_dense_layers(config, flavors[config.model.flavor].n_layers)
+    _check_lengths(config)
+    _check_tokenizer(config)
+    _check_parallelism(config)
+    _check_dump_folder(config)
+
+
+def _check_stages(config: JobConfig) -> None:
+    section = config.lighthouse
+    if section.stage not in STAGES:
+        raise ValueError(
+            f"lighthouse.stage = {section.stage!r} is not known; use one of {', '.join(STAGES)}"
+        )
+    if section.dense_from_step < 0:
+        raise ValueError(
+            f"lighthouse.dense_from_step = {section.dense_from_step} must not be negative; "
+            "0 trains dense throughout"
+        )
+
+
+def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
+    dense_layers = config.lighthouse.dense_layers
+    outside = [layer for layer in dense_layers if not 0 <= layer < n_layers]
+    if outside:
+        raise ValueError(
+            f"lighthouse.dense_layers = {dense_layers}: {outside} are not layers of model.flavor "
+            f"'{config.model.flavor}', which has layers 0 to {n_layers - 1}; name only those"
+        )
+    if len(set(dense_layers)) != len(dense_layers):
+        raise ValueError(
+            f"lighthouse.dense_layers = {dense_layers} names a layer twice; name each once"
+        )
+
+
+def _check_lengths(config: JobConfig) -> None:
+    """The method's own rules, with the section of the offending key put before its message."""
+    try:
+        method = lighthouse_config(config.lighthouse)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"[lighthouse] {error}") from None
+    sections = {"training": config.training}
+    if config.validation.enable:
+        sections["validation"] = config.validation
+    for name, section in sections.items():
+        try:
+            PyramidGeometry(method, section.seq_len)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}.seq_len = {section.seq_len} does not fit [lighthouse]: {error}"
+            ) from None
+    if config.validation.enable and config.validation.seq_len > config.training.seq_len:
+        raise ValueError(
+            f"validation.seq_len = {config.validation.seq_len} exceeds training.seq_len = "
+            f"{config.training.seq_len}, up to which positions are known; lower it"
+        )
+
+
+def _check_tokenizer(config: JobConfig) -> None:
+    if config.lighthouse.tokenizer == "hf" and config.model.hf_assets_path == BYTE_TOKENIZER_FOLDER:
+        raise ValueError(
+            "lighthouse.tokenizer = 'hf' reads the tokenizer from model.hf_assets_path, which is "
+            "not set; pass --model.hf_assets_path FOLDER, the folder of its tokenizer.json"
+        )
+
+
+def _check_parallelism(config: JobConfig) -> None:
+    for key in ("context_parallel_degree", "pipeline_parallel_degree"):
+        degree = getattr(config.parallelism, key)
+        if degree != 1:
+            raise ValueError(
+                f"parallelism.{key} = {degree} is not supported for llama3_lighthouse; set it to 1"
+            )
+
+
+def _check_dump_folder(config: JobConfig) -> None:
+    folder = Path(config.job.dump_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"job.dump_folder = '{folder}' cannot be written to ({error.strerror}); "
+            "pass --job.dump_folder FOLDER with one that can"
+        ) from None

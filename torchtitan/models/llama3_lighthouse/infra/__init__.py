@@ -1,0 +1,1 @@
+"""Devices and parallelisms: what maps the model onto hardware."""

@@ -1,0 +1,90 @@
+"""Lets torchtitan run on a machine without an accelerator.
+
+torchtitan looks for a device once, in ``torchtitan.tools.utils``, falls back to CUDA when there is
+none, and copies the answer into other modules as they are imported. ``use_cpu_without_accelerator``
+puts a CPU stand-in there and wherever it was copied to.
+"""
+
+import resource
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.tools import utils
+
+
+class CPUDevice:
+    """The part of ``torch.cuda``'s interface that torchtitan calls, answered for the CPU."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, device=None) -> str:
+        return "CPU"
+
+    def get_device_properties(self, device=None) -> SimpleNamespace:
+        return SimpleNamespace(name="CPU", total_memory=psutil.virtual_memory().total)
+
+    def memory_stats(self, device=None) -> dict[str, int]:
+        """Peak resident memory of this process since it started, in bytes.
+
+        The operating system offers no portable way to reset the peak, so unlike on a GPU it never
+        falls between two log lines.
+        """
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Linux counts in KiB, macOS in bytes.
+        peak *= 1 if sys.platform == "darwin" else 1024
+        return {
+            "active_bytes.all.peak": peak,
+            "reserved_bytes.all.peak": peak,
+            "num_alloc_retries": 0,
+            "num_ooms": 0,
+        }
+
+    def reset_peak_memory_stats(self, device=None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+
+def measure_peak_flops(device_name: str = "CPU", size: int = 1024, repeats: int = 5) -> float:
+    """Best observed rate of a float32 matrix product on this CPU, in FLOP/s.
+
+    CPUs have no table of peaks to look up, so MFU is stated against what this one just reached.
+    """
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def use_cpu_without_accelerator() -> None:
+    """Point torchtitan at the CPU when torch sees no accelerator; otherwise do nothing."""
+    if torch.accelerator.is_available():
+        return
+    stand_in = {"device_type": "cpu", "device_module": CPUDevice()}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torchtitan."):
+            vars(module).update({key: stand_in[key] for key in stand_in if key in vars(module)})
+    utils.get_peak_flops = measure_peak_flops
+
+
+def use_sum_reductions(model: torch.nn.Module) -> None:
+    """Make FSDP reduce gradients with plain sums, which gloo supports.
+
+    torchtitan sets a gradient divide factor of one, which FSDP otherwise expresses through NCCL's
+    pre-multiplied sum.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,43 @@
+"""Parallelisms of the Lighthouse model: upstream's, in upstream's order, plus what ours needs."""
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+from torchtitan.models.llama3.infra import parallelize as upstream
+from torchtitan.tools.utils import device_type
+
+from ..job_config import JobConfig
+from .cpu import use_sum_reductions
+
+# Dense layers, Lighthouse layers and Lighthouse layers switched to dense are three graphs of one
+# block, each in training and in validation; dynamo's limit of 8 leaves no room beside them.
+RECOMPILE_LIMIT = 32
+
+# Linear in the sequence length, every one; upstream also lists MATH, which holds N x N scores.
+GPU_SDPA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+
+
+def parallelize_lighthouse(
+    model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
+    """Apply TP, activation checkpointing, compile and FSDP or DDP to ``model``, in that order."""
+    if device_type == "cuda":
+        for module in model.modules():
+            if isinstance(module, ScaledDotProductAttentionWrapper):
+                module.sdpa_backends = GPU_SDPA_BACKENDS
+    # Selective checkpointing keeps attention outputs on the CPU as it does on GPUs.
+    upstream._op_sac_save_list.add(
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    )
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+    model = upstream.parallelize_llama(model, parallel_dims, job_config)
+    if device_type == "cpu":
+        use_sum_reductions(model)
+    return model

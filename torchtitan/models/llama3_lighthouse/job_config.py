@@ -1,0 +1,118 @@
+"""Configuration: torchtitan's, with a [lighthouse] section, and TOML errors that name the key."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import typeguard
+from torchtitan.config import ConfigManager
+from torchtitan.config import job_config as upstream
+
+BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
+
+
+@dataclass
+class Lighthouse:
+    """Lighthouse attention and the two stages of training with it."""
+
+    stage: Literal["auto", "lighthouse", "dense"] = "auto"
+    """"auto" trains with Lighthouse up to and including step dense_from_step and with dense
+    attention after it; "lighthouse" and "dense" force one of them at every step."""
+
+    dense_from_step: int = 10000
+    """Last step of the Lighthouse stage when stage is "auto". 0 trains dense throughout."""
+
+    levels: int = 3
+    """Levels of the pooling pyramid, the base sequence included."""
+
+    pooling_factor: int = 4
+    """Entries of one level that the next coarser level pools into one. A power of two."""
+
+    top_k: int = 1536
+    """Entries picked at each pooled level. A multiple of picks_per_stratum."""
+
+    picks_per_stratum: int = 128
+    """Entries picked from each stratum of the sequence."""
+
+    scorer: Literal["norm", "dilated", "gla"] = "norm"
+    """How entries are scored for selection."""
+
+    dilation: int = 4
+    """Dilation of the "dilated" and "gla" scorers."""
+
+    dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
+    """Layers that use dense attention in both stages, counted from 0."""
+
+    tokenizer: Literal["byte", "hf"] = "byte"
+    """"byte" is the built-in byte-level tokenizer; "hf" reads model.hf_assets_path."""
+
+
+@dataclass
+class Model(upstream.Model):
+    name: str = "llama3_lighthouse"
+    hf_assets_path: str = BYTE_TOKENIZER_FOLDER
+
+
+@dataclass
+class Training(upstream.Training):
+    dataset: str = "python_stdlib"
+
+
+@dataclass
+class Validation(upstream.Validation):
+    dataset: str = "python_stdlib"
+
+
+@dataclass
+class Checkpoint(upstream.Checkpoint):
+    last_save_model_only: bool = False
+    """Upstream's default drops the optimizer from the last checkpoint, which could then not be
+    continued by the dense stage."""
+
+
+@dataclass
+class JobConfig(upstream.JobConfig):
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    lighthouse: Lighthouse = field(default_factory=Lighthouse)
+
+
+class LighthouseConfigManager(ConfigManager):
+    """Parses TOML and command line into a ``JobConfig``; the command line wins."""
+
+    def __init__(self) -> None:
+        super().__init__(JobConfig)
+
+    def _maybe_add_custom_config(self, args, toml_values):
+        config_cls = super()._maybe_add_custom_config(args, toml_values)
+        check_toml(config_cls, toml_values or {})
+        return config_cls
+
+
+def check_toml(config_cls: type, values: dict[str, Any], section: str = "") -> None:
+    """Check that every key of a TOML table exists in ``config_cls`` and has its type.
+
+    Raises:
+        ValueError: a key is unknown; the closest known one is suggested.
+        TypeError: a value has another type than the key takes.
+    """
+    known = {f.name: f.type for f in fields(config_cls)}
+    for key, value in values.items():
+        path = f"{section}.{key}" if section else key
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            fix = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}."
+            raise ValueError(f"unknown key '{path}' in the TOML file; {fix}")
+        expected = known[key]
+        if is_dataclass(expected):
+            if not isinstance(value, dict):
+                raise TypeError(f"'{path}' is a section: write [{path}] in the TOML file")
+            check_toml(expected, value, path)
+            continue
+        try:
+            typeguard.check_type(value, expected)
+        except typeguard.TypeCheckError as error:
+            raise TypeError(f"{path} = {value!r} in the TOML file: the value {error}") from None

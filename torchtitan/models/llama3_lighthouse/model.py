@@ -1,0 +1,83 @@
+"""The Llama-3 model with Lighthouse as the inner attention of most of its layers."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.llama3.model.model import Transformer
+
+from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse.geometry import PyramidGeometry
+
+from .job_config import JobConfig, Lighthouse
+
+
+def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
+    """The method's own configuration, from the [lighthouse] section."""
+    return LighthouseConfig(
+        levels=section.levels,
+        pooling_factor=section.pooling_factor,
+        top_k=section.top_k,
+        scorer=section.scorer,
+        picks_per_stratum=section.picks_per_stratum,
+        dilation=section.dilation,
+    )
+
+
+@dataclass
+class LighthouseModelArgs(TransformerModelArgs):
+    lighthouse: LighthouseConfig | None = None
+    dense_layers: list[int] = field(default_factory=list)
+
+    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        super().update_from_config(job_config, **kwargs)
+        self.lighthouse = lighthouse_config(job_config.lighthouse)
+        self.dense_layers = list(job_config.lighthouse.dense_layers)
+
+    def gathered_length(self, seq_len: int) -> int:
+        """Length S of the sequence that attention runs on in a Lighthouse layer."""
+        return PyramidGeometry(self.lighthouse, seq_len).gathered_length
+
+    def flops_per_token(self, matmul_parameters: int, seq_len: int, stage: str) -> float:
+        """FLOPs of forward and backward per token, counting what runs.
+
+        A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
+        M has M (M + 1) / 2 pairs, each 2 products of 2 D in each head forward and twice that
+        backward; M is S in the Lighthouse layers of the Lighthouse stage and N elsewhere.
+        Recomputation, pooling and selection are not counted.
+        """
+        per_pair = 12 * self.dim
+        lighthouse_layers = 0
+        if stage == "lighthouse":
+            lighthouse_layers = self.n_layers - len(self.dense_layers)
+        gathered = self.gathered_length(seq_len) if lighthouse_layers else 0
+        pairs = (self.n_layers - lighthouse_layers) * seq_len * (seq_len + 1) / 2
+        pairs += lighthouse_layers * gathered * (gathered + 1) / 2
+        return 6 * matmul_parameters + per_pair * pairs / seq_len
+
+    def get_nparams_and_flops(
+        self, model: nn.Module, seq_len: int, stage: str = "dense"
+    ) -> tuple[int, float]:
+        """Number of parameters, and FLOPs per token of forward and backward in ``stage``."""
+        parameters = sum(p.numel() for p in model.parameters())
+        embedding = sum(p.numel() for p in model.tok_embeddings.parameters())
+        return parameters, self.flops_per_token(parameters - embedding, seq_len, stage)
+
+
+class LighthouseTransformer(Transformer):
+    """Upstream's Llama 3, its state dict unchanged; ``set_stage`` turns Lighthouse on and off."""
+
+    def __init__(self, model_args: LighthouseModelArgs) -> None:
+        super().__init__(model_args)
+        for index, block in self.layers.items():
+            if int(index) in model_args.dense_layers:
+                continue
+            block.attention.inner_attention = LighthouseAttention(
+                model_args.lighthouse, block.attention.inner_attention
+            )
+
+    def set_stage(self, stage: str) -> None:
+        """Use Lighthouse ("lighthouse") or dense attention ("dense") from the next forward on."""
+        for module in self.modules():
+            if isinstance(module, LighthouseAttention):
+                module.enabled = stage == "lighthouse"

@@ -1,0 +1,232 @@
+"""Two-stage training: ``torchrun -m torchtitan.models.llama3_lighthouse.train``."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torchtitan.train as upstream
+from torch.distributed.elastic.multiprocessing.errors import record
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import init_logger, logger
+
+from . import flavors
+from .checkpoint import LighthouseCheckpointManager
+from .checks import check_config
+from .job_config import JobConfig, LighthouseConfigManager
+
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def stage_at(step: int, stage: str, dense_from_step: int) -> str:
+    """The stage, "lighthouse" or "dense", that trains step number ``step`` (the first is 1)."""
+    if stage != "auto":
+        return stage
+    return "lighthouse" if step <= dense_from_step else "dense"
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm is NaN or infinite; the optimizer step was not taken."""
+
+
+class LighthouseTrainer(upstream.Trainer):
+    """Upstream's trainer with the stage rule, a non-finite check and metrics true on any mesh.
+
+    Raises:
+        ValueError, TypeError, OSError: from the constructor, for a configuration that cannot
+            work, before any device or process group is touched.
+    """
+
+    job_config: JobConfig
+
+    def __init__(self, job_config: JobConfig) -> None:
+        check_config(job_config, flavors)
+        with patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager):
+            super().__init__(job_config)
+        self.checkpointer.on_saved = self.metrics_processor.exclude_from_throughput
+
+        vocabulary = self.tokenizer.get_vocab_size()
+        if vocabulary > self.model_args.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {vocabulary} ids but model.flavor = "
+                f"'{job_config.model.flavor}' has {self.model_args.vocab_size} embeddings; "
+                "choose another model.flavor or lighthouse.tokenizer"
+            )
+        self.stage: str | None = None
+        seq_len = job_config.training.seq_len
+        self._flops_per_token = {
+            stage: self.model_args.get_nparams_and_flops(model, seq_len, stage)[1]
+            for model in self.model_parts
+            for stage in ("lighthouse", "dense")
+        }
+        self._gathered_length = {
+            "lighthouse": self.model_args.gathered_length(seq_len),
+            "dense": seq_len,
+        }
+
+    def train(self) -> None:
+        self.metrics_processor.start_clock()
+        super().train()
+
+    def set_stage(self, step: int) -> None:
+        """Give the model the attention of ``step``'s stage, and say so when it changes."""
+        section = self.job_config.lighthouse
+        stage = stage_at(step, section.stage, section.dense_from_step)
+        if stage == self.stage:
+            return
+        came_from = f" after {self.stage}" if self.stage else ""
+        self.stage = stage
+        for model in self.model_parts:
+            model.set_stage(stage)
+        seq_len = self.job_config.training.seq_len
+        length = self._gathered_length[stage]
+        logger.info(
+            f"Stage '{stage}' begins at step {step}{came_from}: attention runs on {length:,} of "
+            f"{seq_len:,} positions, {self._flops_per_token[stage]:.3e} FLOPs per token"
+        )
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """Take one optimizer step.
+
+        Raises:
+            NonFiniteError: on every rank, before the optimizer step, if any rank's loss or the
+                gradient norm is not finite.
+        """
+        self.set_stage(self.step)
+        self.optimizers.zero_grad()
+        learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+
+        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
+        local_tokens = local_tokens.to(self.device)
+        global_tokens = self._sum_over_batch(local_tokens)
+        losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
+        # Each is a share of the global mean, so their sum over data-parallel ranks is the mean.
+        loss_share = torch.stack(losses).sum()
+
+        grad_norm = dist_utils.clip_grad_norm_(
+            [p for model in self.model_parts for p in model.parameters()],
+            self.job_config.training.max_norm,
+            foreach=True,
+        )
+        self._check_finite(loss_share, grad_norm)
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        self.lr_schedulers.step()
+
+        self.metrics_processor.record_step(self._flops_per_token[self.stage])
+        if self.metrics_processor.should_log(self.step):
+            self._log(loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
+
+    def _forward_backward(
+        self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
+    ) -> torch.Tensor:
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        loss = self.forward_backward_step(
+            input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
+        )
+        return loss.detach()
+
+    def _sum_over_batch(self, value: torch.Tensor) -> float:
+        """Sum over data-parallel ranks, each of which read other text."""
+        return dist_utils.dist_sum(value, self.parallel_dims.get_optional_mesh("batch"))
+
+    def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        finite = torch.isfinite(loss).all() & torch.isfinite(grad_norm).all()
+        failed = (~finite).float()
+        # Over all ranks, so that they stop together instead of waiting for one another.
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+        if failed.item() == 0:
+            return
+        message = (
+            f"step {self.step} ({self.stage} stage): not finite on at least one rank (this rank: "
+            f"loss share {loss.item()}, gradient norm {grad_norm.item()}). The optimizer step was "
+            "not taken"
+        )
+        if self.job_config.checkpoint.enable:
+            message += f"; the last good checkpoint is in {self.checkpointer.folder}"
+        raise NonFiniteError(
+            f"{message}. Lower optimizer.lr, lengthen the warmup or check the data."
+        )
+
+    def _log(
+        self,
+        loss_share: torch.Tensor,
+        local_tokens: torch.Tensor,
+        global_tokens: float,
+        grad_norm: torch.Tensor,
+        learning_rate: float,
+    ) -> None:
+        batch_mesh = self.parallel_dims.get_optional_mesh("batch")
+        tokens_seen = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
+        metrics: dict[str, Any] = {
+            "n_tokens_seen": self._sum_over_batch(tokens_seen),
+            "lr": learning_rate,
+            "lighthouse/stage": float(self.stage == "lighthouse"),
+            "lighthouse/gathered_length": self._gathered_length[self.stage],
+        }
+        self.metrics_processor.log(
+            self.step,
+            self._sum_over_batch(loss_share),
+            dist_utils.dist_max(loss_share * global_tokens / local_tokens, batch_mesh),
+            grad_norm.item(),
+            extra_metrics=metrics,
+        )
+
+
+def run(config: JobConfig) -> None:
+    """Train as ``config`` says, or write the seed checkpoint it asks for."""
+    trainer = LighthouseTrainer(config)
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            if int(os.environ["WORLD_SIZE"]) != 1 or not config.checkpoint.enable:
+                raise ValueError(
+                    "checkpoint.create_seed_checkpoint needs checkpoint.enable = true and one "
+                    "process (NGPU=1)"
+                )
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+    finally:
+        trainer.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _is_users_to_mend(error: Exception) -> bool:
+    """Whether our own code raised ``error``, deliberately, so that its message says it all."""
+    if not isinstance(error, (ValueError, TypeError, OSError, NonFiniteError)):
+        return False
+    traceback = error.__traceback__
+    while traceback.tb_next:
+        traceback = traceback.tb_next
+    raised_in = traceback.tb_frame.f_globals["__name__"]
+    return raised_in == "__main__" or raised_in.startswith((__package__, "lighthouse"))
+
+
+@record
+def main() -> None:
+    """Parse the command line and train; a user's mistake ends in one message and exit code 1."""
+    init_logger()
+    try:
+        run(LighthouseConfigManager().parse_args(sys.argv[1:]))
+    except Exception as error:
+        if not _is_users_to_mend(error):
+            raise
+        message = f"{type(error).__name__}: {error}"
+        logger.error(message)
+        # torchrun closes with what it finds here; else with how to turn tracebacks on.
+        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            report = {"message": message, "timestamp": int(time.time())}
+            Path(error_file).write_text(json.dumps(report))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

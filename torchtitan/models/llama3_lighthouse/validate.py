@@ -1,0 +1,98 @@
+"""Held-out loss, on the same tokens every time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from torchtitan.components.loss import IGNORE_INDEX, LossFunction
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.validate import BaseValidator
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.utils import device_type
+
+from .datasets import build_validation_dataloader
+from .job_config import JobConfig
+from .metrics import LighthouseMetricsProcessor
+
+
+class LighthouseValidator(BaseValidator):
+    """Mean loss per token of the first ``validation.steps`` batches of the held-out split.
+
+    Upstream's validator goes on where it last stopped, so that two validations see different
+    text, and hangs when one rank runs out of text before another. This one starts from the
+    beginning each time and stops on all ranks together.
+    """
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        parallel_dims: ParallelDims,
+        loss_fn: LossFunction,
+        validation_context: Callable[[], AbstractContextManager[None]],
+        maybe_enable_amp: AbstractContextManager[None],
+        metrics_processor: LighthouseMetricsProcessor,
+    ) -> None:
+        super().__init__(job_config)
+        self._build_dataloader = lambda: build_validation_dataloader(
+            dp_world_size, dp_rank, tokenizer, job_config
+        )
+        # Builds one now for its checks: a bad validation set must not surface hours into the run.
+        self._build_dataloader()
+        self.batch_mesh = parallel_dims.get_optional_mesh("batch")
+        self.loss_fn = loss_fn
+        self.validation_context = validation_context
+        self.maybe_enable_amp = maybe_enable_amp
+        self.metrics_processor = metrics_processor
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield inputs and labels, [B, N] each, until the limit or until any rank has no more."""
+        batches = iter(self._build_dataloader())
+        steps = 0
+        while steps != self.job_config.validation.steps:
+            batch = next(batches, None)
+            missing = torch.tensor(float(batch is None), device=device_type)
+            if dist_utils.dist_max(missing, self.batch_mesh) > 0:
+                return
+            yield batch[0]["input"].to(device_type), batch[1].to(device_type)
+            steps += 1
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Log the held-out loss under the attention of the current stage.
+
+        Raises:
+            ValueError: the held-out split fills no batch.
+        """
+        (model,) = model_parts
+        model.eval()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device_type)
+        tokens = torch.zeros((), dtype=torch.float64, device=device_type)
+        for inputs, labels in self._batches():
+            self.metrics_processor.ntokens_since_last_log += labels.numel()
+            with self.validation_context(), self.maybe_enable_amp:
+                batch_loss = self.loss_fn(model(inputs), labels)
+            loss_sum += batch_loss.double()
+            tokens += (labels != IGNORE_INDEX).sum()
+        model.train()
+
+        total_tokens = dist_utils.dist_sum(tokens, self.batch_mesh)
+        if total_tokens == 0:
+            raise ValueError(
+                f"validation.dataset = '{self.job_config.validation.dataset}' holds less than one "
+                f"batch of validation.seq_len = {self.job_config.validation.seq_len} tokens on "
+                "some rank; give it more text or lower validation.seq_len"
+            )
+        loss = dist_utils.dist_sum(loss_sum, self.batch_mesh) / total_tokens
+        self.metrics_processor.log_validation(loss=loss, step=step)
+
+
+def build_validator(
+    *, pp_schedule=None, pp_has_first_stage=None, pp_has_last_stage=None, **arguments
+) -> LighthouseValidator:
+    """Upstream's builder signature; the pipeline arguments are always empty for this model."""
+    return LighthouseValidator(**arguments)
