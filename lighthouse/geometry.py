@@ -5,7 +5,6 @@ positions [i p^l, (i + 1) p^l) and ends at the last of them. Stored, level 0 com
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from .config import LighthouseConfig
 
@@ -42,17 +41,17 @@ class PyramidGeometry:
                 f"or use a sequence length of at least {smallest}"
             )
 
-    @cached_property
+    @property
     def spans(self) -> tuple[int, ...]:
         """Positions p^l that an entry covers, per level."""
         return tuple(self.config.pooling_factor**level for level in range(self.config.levels))
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Entries per level."""
         return tuple(self.sequence_length // span for span in self.spans)
 
-    @cached_property
+    @property
     def offsets(self) -> tuple[int, ...]:
         """Pyramid index of each level's first entry."""
         return tuple(sum(self.lengths[:level]) for level in range(self.config.levels))

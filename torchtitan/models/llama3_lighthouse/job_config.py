@@ -72,11 +72,18 @@ class Checkpoint(upstream.Checkpoint):
 
 
 @dataclass
+class Debug(upstream.Debug):
+    seed: int | None = 0
+    """Upstream's default draws another seed, and so another model, at every launch."""
+
+
+@dataclass
 class JobConfig(upstream.JobConfig):
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    debug: Debug = field(default_factory=Debug)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
 
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 import torchtitan.train as upstream
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
@@ -131,7 +132,9 @@ class LighthouseTrainer(upstream.Trainer):
         loss = self.forward_backward_step(
             input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
         )
-        return loss.detach()
+        loss = loss.detach()
+        # Under loss parallelism the sum over the vocabulary is still spread over ranks.
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     def _sum_over_batch(self, value: torch.Tensor) -> float:
         """Sum over data-parallel ranks, each of which read other text."""

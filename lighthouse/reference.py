@@ -1,0 +1,136 @@
+"""The oracle: Lighthouse attention entry by entry, as the definition reads, with plain autograd.
+
+Slow, meant for comparison in float64. Shares only the configuration and the geometry with the code
+that it judges.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, S gathered
+length, P pyramid length.
+"""
+
+import math
+
+import torch
+
+from .config import LighthouseConfig
+from .geometry import PyramidGeometry
+
+Entry = tuple[int, int]  # level, number within the level
+
+
+def lighthouse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    *,
+    selection: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Arguments and result as ``lighthouse.lighthouse_attention``, computed in q's precision."""
+    geometry = PyramidGeometry(config, q.shape[2])
+    index = (selection or select(q, k, v, config))[0]
+    group = q.shape[1] // k.shape[1]
+    batches = []
+    for batch in range(q.shape[0]):
+        heads = []
+        for head in range(q.shape[1]):
+            kv_head = head // group
+            entries = [_entry(geometry, i) for i in index[batch, kv_head].tolist()]
+            gathered = [
+                torch.stack([_mean(geometry, rows, entry) for entry in entries])
+                for rows in (q[batch, head], k[batch, kv_head], v[batch, kv_head])
+            ]
+            out = _causal_attention(*gathered, scale)
+            heads.append(_scatter_back(geometry, entries, out))
+        batches.append(torch.stack(heads))
+    return torch.stack(batches)
+
+
+@torch.no_grad()
+def select(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and result as ``lighthouse.select``: index [B, Hkv, S], slot [B, Hkv, P]."""
+    if config.scorer != "norm":
+        raise NotImplementedError(f"scorer = {config.scorer!r} has no oracle yet; use 'norm'")
+    geometry = PyramidGeometry(config, q.shape[2])
+    group = q.shape[1] // k.shape[1]
+    shape = (q.shape[0], k.shape[1])
+    index = torch.empty(*shape, geometry.gathered_length, dtype=torch.int32)
+    slot = torch.full((*shape, geometry.pyramid_length), -1, dtype=torch.int32)
+    for batch in range(shape[0]):
+        for head in range(shape[1]):
+            queries = q[batch, head * group : (head + 1) * group]
+            a = [max(row) for row in zip(*_norms(queries), strict=True)]
+            (b,) = _norms(k[batch, head : head + 1])
+            entries = sorted(_included(geometry, a, b), key=lambda e: (_end(geometry, e), e[0]))
+            for place, entry in enumerate(entries):
+                pyramid_index = geometry.offsets[entry[0]] + entry[1]
+                index[batch, head, place] = pyramid_index
+                slot[batch, head, pyramid_index] = place
+    return index.to(q.device), slot.to(q.device)
+
+
+def _norms(rows: torch.Tensor) -> list[list[float]]:
+    """L2 norm of every row, per head, in the precision that scores are defined in."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(rows.to(dtype), dim=-1).tolist()
+
+
+def _included(geometry: PyramidGeometry, a: list[float], b: list[float]) -> set[Entry]:
+    p, m = geometry.config.pooling_factor, geometry.config.picks_per_stratum
+    coarsest = geometry.config.levels - 1
+    bounds = geometry.stratum_bounds
+    included = {(coarsest, i) for i in range(geometry.lengths[coarsest])}
+    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        candidates = list(range(first, last))
+        for level in range(coarsest, 0, -1):
+            span = geometry.spans[level]
+            picks: list[int] = []
+            for scores in (a, b):
+                rest = [i for i in candidates if i not in picks]
+                # Python's sort is stable: of equal scores the lower entry stays first.
+                rest.sort(key=lambda i: max(scores[i * span : (i + 1) * span]), reverse=True)  # noqa: B023
+                picks += rest[: m // 2]
+            candidates = sorted(i * p + child for i in picks for child in range(p))
+            included |= {(level - 1, i) for i in candidates}
+    return included
+
+
+def _entry(geometry: PyramidGeometry, pyramid_index: int) -> Entry:
+    level = max(l for l, offset in enumerate(geometry.offsets) if offset <= pyramid_index)  # noqa: E741
+    return level, pyramid_index - geometry.offsets[level]
+
+
+def _end(geometry: PyramidGeometry, entry: Entry) -> int:
+    """Last position that the entry covers."""
+    level, number = entry
+    return (number + 1) * geometry.spans[level] - 1
+
+
+def _mean(geometry: PyramidGeometry, rows: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """Mean of the base rows [N, D] that the entry covers, [D]."""
+    end = _end(geometry, entry)
+    return rows[end - geometry.spans[entry[0]] + 1 : end + 1].mean(dim=0)
+
+
+def _causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Softmax attention of one head, [S, D]."""
+    scores = q @ k.T * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    future = torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1)
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+
+
+def _scatter_back(
+    geometry: PyramidGeometry, entries: list[Entry], out: torch.Tensor
+) -> torch.Tensor:
+    """Sum of every entry's output [S, D] over the span of positions from its end on, [N, D]."""
+    reaching: list[list[torch.Tensor]] = [[] for _ in range(geometry.sequence_length)]
+    for entry, row in zip(entries, out, strict=True):
+        end = _end(geometry, entry)
+        for position in range(end, min(end + geometry.spans[entry[0]], len(reaching))):
+            reaching[position].append(row)
+    zero = torch.zeros_like(out[0])
+    return torch.stack([sum(rows, zero) for rows in reaching])

@@ -1,0 +1,136 @@
+"""The vectorised code and the oracle, against each other and the published outputs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lighthouse import LighthouseConfig, Selection, lighthouse_attention, reference, select
+
+GOLDEN = sorted(Path(__file__).parents[1].glob("data/*.npz"))
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    value, expected = value.double(), expected.double()
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def output_and_gradients(attention, inputs, grad, config, **options) -> list[torch.Tensor]:
+    """Output and the gradients of q, k and v, each [B, heads, N, D]."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = attention(*inputs, config, **options)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("implementation", ["vectorised", "oracle"])
+def test_golden_vectors(path: Path, implementation: str) -> None:
+    golden = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
+    n, levels, p, top_k, *_ = golden["meta"].tolist()
+    config = LighthouseConfig(levels=levels, pooling_factor=p, top_k=top_k)
+    inputs = [golden[name].transpose(1, 2) for name in "qkv"]
+    chosen = select if implementation == "vectorised" else reference.select
+    attention = lighthouse_attention if implementation == "vectorised" else (
+        reference.lighthouse_attention
+    )  # fmt: skip
+    assert torch.equal(chosen(*inputs, config)[0], golden["idx"])
+    results = output_and_gradients(attention, inputs, golden["go"], config)
+    expected = [golden["out"], *(golden[name].transpose(1, 2) for name in ("dq", "dk", "dv"))]
+    assert n == inputs[0].shape[2]
+    for name, value, want in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+        assert relative_error(value, want) <= 2e-6, name
+
+
+@st.composite
+def cases(draw):
+    """A configuration with uneven strata, shared heads and tied scores, and a seed."""
+    levels = draw(st.integers(2, 4))
+    p = draw(st.sampled_from([2, 4] if levels < 4 else [2]))
+    m = draw(st.sampled_from([2, 4]))
+    top_k = m * draw(st.integers(1, 3))
+    coarsest = top_k + draw(st.integers(0, 5))
+    config = LighthouseConfig(levels, p, top_k, picks_per_stratum=m)
+    batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 1, 2), (1, 2, 3), (2, 2, 1)]))
+    return dict(
+        config=config,
+        n=coarsest * p ** (levels - 1),
+        batch=batch,
+        kv_heads=kv_heads,
+        heads=kv_heads * group,
+        tied=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def random_inputs(case, dtype=torch.float64, d=4) -> list[torch.Tensor]:
+    """q, k and v as a model hands them over: transposed views, not contiguous."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    inputs = []
+    for heads in (case["heads"], case["kv_heads"], case["kv_heads"]):
+        shape = (case["batch"], case["n"], heads, d)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if case["tied"]:
+            # Few distinct norms, so that most ranks are decided by the order of entries.
+            x = x.sign() * torch.randint(1, 3, (*shape[:3], 1), generator=generator)
+        inputs.append(x.to(dtype).transpose(1, 2))
+    return inputs
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_random_configurations_agree(case) -> None:
+    config, inputs = case["config"], random_inputs(case)
+    chosen, expected = select(*inputs, config), reference.select(*inputs, config)
+    assert torch.equal(chosen.index, expected[0])
+    assert torch.equal(chosen.slot, expected[1])
+    grad = torch.randn(inputs[0].shape, dtype=torch.float64)
+    ours = output_and_gradients(lighthouse_attention, inputs, grad, config)
+    oracle = output_and_gradients(reference.lighthouse_attention, inputs, grad, config)
+    for value, want in zip(ours, oracle, strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_that_of_the_precision(dtype: torch.dtype) -> None:
+    """No worse than twice the oracle's own error at this precision, both against float64."""
+    config = LighthouseConfig(levels=3, pooling_factor=4, top_k=16, picks_per_stratum=8)
+    case = dict(n=512, batch=1, heads=2, kv_heads=1, tied=False, seed=3)
+    inputs = random_inputs(case, dtype, d=32)
+    selection = select(*inputs, config)
+    grad = torch.randn(1, 2, 512, 32).to(dtype)
+    exact = output_and_gradients(
+        reference.lighthouse_attention,
+        [x.double() for x in inputs],
+        grad.double(),
+        config,
+        selection=selection,
+    )
+    plain = output_and_gradients(
+        reference.lighthouse_attention, inputs, grad, config, selection=selection
+    )
+    ours = output_and_gradients(lighthouse_attention, inputs, grad, config, selection=selection)
+    for value, rough, want in zip(ours, plain, exact, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, want) <= 2 * relative_error(rough, want)
+
+
+def test_gradcheck_with_fixed_selection() -> None:
+    config = LighthouseConfig(levels=3, pooling_factor=2, top_k=4, picks_per_stratum=2)
+    case = dict(n=20, batch=2, heads=2, kv_heads=1, tied=False, seed=5)
+    inputs = [x.requires_grad_() for x in random_inputs(case, d=3)]
+    selection = Selection(*(x.clone() for x in select(*inputs, config)))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: lighthouse_attention(q, k, v, config, selection=selection), inputs
+    )
+
+
+def test_scale_reaches_the_attention() -> None:
+    config = LighthouseConfig(levels=2, pooling_factor=2, top_k=4, picks_per_stratum=2)
+    inputs = random_inputs(dict(n=16, batch=1, heads=1, kv_heads=1, tied=False, seed=1))
+    ours = lighthouse_attention(*inputs, config, scale=0.3)
+    torch.testing.assert_close(ours, reference.lighthouse_attention(*inputs, config, scale=0.3))
+    assert not torch.allclose(ours, lighthouse_attention(*inputs, config))

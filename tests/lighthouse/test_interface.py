@@ -1,0 +1,138 @@
+"""The public interface: the module, compilation, and messages for bad input."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
+from lighthouse.geometry import PyramidGeometry
+
+CONFIG = LighthouseConfig(levels=3, pooling_factor=2, top_k=8, picks_per_stratum=4)
+N = 64
+
+
+class Dense(nn.Module):
+    """Stands for torchtitan's wrapper: remembers how it was called."""
+
+    def forward(self, q, k, v, **keywords):
+        self.keywords = keywords
+        return nn.functional.scaled_dot_product_attention(q, k, v, **keywords)
+
+
+def qkv(heads=4, kv_heads=2, n=N):
+    torch.manual_seed(0)
+    return [torch.randn(2, n, h, 8).transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
+
+
+def test_module_switches_between_lighthouse_and_dense() -> None:
+    module = LighthouseAttention(CONFIG, Dense())
+    q, k, v = qkv()
+    assert module.enabled and not list(module.state_dict())
+    sparse = module(q, k, v, enable_gqa=True)
+    assert torch.equal(sparse, lighthouse_attention(q, k, v, CONFIG))
+    assert module.sdpa.keywords == {"is_causal": True, "enable_gqa": True, "scale": None}
+    module.enabled = False
+    dense = module(q, k, v, enable_gqa=True, scale=0.5)
+    expected = nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True, scale=0.5
+    )
+    assert torch.equal(dense, expected)
+
+
+def test_module_refuses_what_it_cannot_do() -> None:
+    module = LighthouseAttention(CONFIG, Dense())
+    with pytest.raises(ValueError, match="is_causal"):
+        module(*qkv(), enable_gqa=True, is_causal=False)
+    with pytest.raises(ValueError, match="enable_gqa"):
+        module(*qkv())
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (dict(levels=1), ValueError, "levels = 1"),
+        (dict(levels="3"), TypeError, "levels.*'3'"),
+        (dict(levels=True), TypeError, "levels.*True"),
+        (dict(pooling_factor=6), ValueError, "pooling_factor = 6"),
+        (dict(pooling_factor=1), ValueError, "pooling_factor = 1"),
+        (dict(picks_per_stratum=3), ValueError, "picks_per_stratum = 3"),
+        (dict(top_k=100), ValueError, "top_k = 100; round it to 128"),
+        (dict(top_k=0), ValueError, "top_k = 0"),
+        (dict(top_k=1.5), TypeError, "top_k.*1.5"),
+        (dict(scorer="best"), ValueError, "scorer = 'best'"),
+        (dict(dilation=0), ValueError, "dilation = 0"),
+    ],
+)
+def test_configuration_rules(values, error, message) -> None:
+    with pytest.raises(error, match=message):
+        LighthouseConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("n", "message"),
+    [(63, "got 63; the nearest that fits is 64"), (28, "at least top_k = 8 entries, got 7"),
+     (0, "nearest that fits is 32")],
+)  # fmt: skip
+def test_geometry_rules(n: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PyramidGeometry(CONFIG, n)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v), ValueError, r"must be \[B, heads, N, D\]"),
+        (lambda q, k, v: (q, k[:, :, :-4], v), ValueError, "same B, N and D"),
+        (lambda q, k, v: (q[:, :3], k, v), ValueError, "must divide the query heads"),
+        (lambda q, k, v: (q.double(), k, v), TypeError, "one dtype"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), TypeError, "floating point"),
+        (lambda q, k, v: (q.to("meta"), k, v), ValueError, "one device"),
+        (lambda q, k, v: (q[:, :, 1:], k[:, :, 1:], v[:, :, 1:]), ValueError, "nearest that fits"),
+    ],
+)
+def test_tensor_rules(change, error, message) -> None:
+    for function in (lighthouse_attention, select):
+        with pytest.raises(error, match=message):
+            function(*change(*qkv()), CONFIG)
+
+
+def test_other_scorers_are_refused_until_they_exist() -> None:
+    config = LighthouseConfig(3, 2, 8, scorer="dilated", picks_per_stratum=4)
+    with pytest.raises(NotImplementedError, match="use scorer = 'norm'"):
+        lighthouse_attention(*qkv(), config)
+
+
+def test_import_needs_no_torchtitan_and_no_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = sys.modules['torchtitan'] = None; import lighthouse, "
+        "lighthouse.reference; assert not [m for m in sys.modules if m.startswith('torchtitan.')]"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_compiles_whole_and_once() -> None:
+    """fullgraph, forward and backward, no second compilation, the eager result."""
+    module = LighthouseAttention(CONFIG, Dense())
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(graph, example_inputs):
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
+
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        results = []
+        leaves = [torch.randn(1, N, h, 8) for h in (4, 2, 2)]
+        for function in (module, compiled):
+            inputs = [x.clone().requires_grad_() for x in leaves]
+            out = function(*(x.transpose(1, 2) for x in inputs), enable_gqa=True)
+            out.square().sum().backward()
+            results.append([out, *(x.grad for x in inputs)])
+        for eager, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+    assert len(compilations) == 1

@@ -1,0 +1,157 @@
+"""What must hold for every configuration."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lighthouse import LighthouseConfig, lighthouse_attention, select
+from lighthouse.geometry import PyramidGeometry
+
+CONFIGS = [
+    LighthouseConfig(levels, p, m * strata, picks_per_stratum=m)
+    for levels, p, m, strata in itertools.product((2, 3, 4), (2, 4), (2, 4), (1, 3))
+]
+
+
+def inputs(config: LighthouseConfig, extra: int = 1, heads=2, kv_heads=1, d=4, seed=0):
+    """Random q, k, v [1, heads, N, D] in float64, the coarsest level ``extra`` longer than k."""
+    n = (config.top_k + extra) * config.pooling_factor ** (config.levels - 1)
+    torch.manual_seed(seed)
+    return [torch.randn(1, h, n, d, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+
+
+def entries(config: LighthouseConfig, n: int, index: torch.Tensor) -> list[tuple[int, int]]:
+    """(level, number) of pyramid indices, worked out from the definition of the layout."""
+    layout = [
+        (level, i)
+        for level in range(config.levels)
+        for i in range(n // config.pooling_factor**level)
+    ]
+    return [layout[i] for i in index.tolist()]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("extra", [0, 1, 5])
+def test_gathered_length_and_order(config: LighthouseConfig, extra: int) -> None:
+    q, k, v = inputs(config, extra, seed=extra)
+    n, p = q.shape[2], config.pooling_factor
+    index, slot = select(q, k, v, config)
+    coarsest = n // p ** (config.levels - 1)
+    s = coarsest + (config.levels - 1) * p * config.top_k
+    assert index.shape == (1, 1, s) and index.dtype == slot.dtype == torch.int32
+    assert PyramidGeometry(config, n).gathered_length == s
+
+    gathered = entries(config, n, index[0, 0])
+    assert len(set(gathered)) == s
+    assert {(config.levels - 1, i) for i in range(coarsest)} <= set(gathered)
+    order = [((i + 1) * p**level - 1, level) for level, i in gathered]
+    assert order == sorted(order)
+    # Every included entry but the coarsest has its siblings and its parent with it.
+    for level, i in gathered:
+        if level < config.levels - 1:
+            siblings = {(level, i // p * p + child) for child in range(p)}
+            assert siblings | {(level + 1, i // p)} <= set(gathered)
+    # The two maps invert each other.
+    places = torch.arange(s, dtype=torch.int32)
+    assert torch.equal(slot[0, 0][index[0, 0].long()], places)
+    assert int((slot >= 0).sum()) == s
+
+
+@pytest.mark.parametrize("config", CONFIGS[::3], ids=str)
+def test_coverage(config: LighthouseConfig) -> None:
+    """Position t sums, over levels, the entry ((t - p^l + 1) // p^l) if it is included."""
+    q, k, v = inputs(config)
+    n, p = q.shape[2], config.pooling_factor
+    selection = select(q, k, v, config)
+    gathered = entries(config, n, selection.index[0, 0])
+    # Attention that returns which place it is: the output then shows what reached a position.
+    one_hot = torch.eye(len(gathered), dtype=torch.float64).expand(1, 2, -1, -1)
+    out = lighthouse_attention(q, k, v, config, selection=selection, sdpa=lambda *_, **__: one_hot)
+    for t in range(n):
+        reached = {gathered[place] for place in out[0, 0, t].nonzero().flatten().tolist()}
+        expected = {
+            (level, (t - p**level + 1) // p**level)
+            for level in range(config.levels)
+            if t >= p**level - 1
+        }
+        assert reached == expected & set(gathered)
+        assert out[0, 0, t].sum() == len(reached)
+    uncovered = [t for t in range(p ** (config.levels - 1) - 1) if not out[0, 0, t].any()]
+    assert all(not out[0, :, t].any() for t in uncovered)
+
+
+@pytest.mark.parametrize("config", CONFIGS[::4], ids=str)
+def test_values_never_flow_backwards(config: LighthouseConfig) -> None:
+    """With the selection fixed: at every position, no output and no gradient from a later token."""
+    q, k, v = inputs(config, d=2)
+    n = q.shape[2]
+    selection = select(q, k, v, config)
+
+    def attention(q, k, v):
+        return lighthouse_attention(q, k, v, config, selection=selection)
+
+    for argument, jacobian in enumerate(torch.autograd.functional.jacobian(attention, (q, k, v))):
+        # [1, 2, N, D, 1, heads, N, D] -> whether output position t feels input position u.
+        felt = jacobian.abs().sum(dim=(0, 1, 3, 4, 5, 7)) > 0
+        assert not felt.triu(diagonal=1).any(), "qkv"[argument]
+        # And something does arrive, or the check above would be empty.
+        assert felt.any(dim=1)[config.pooling_factor ** (config.levels - 1) :].all()
+
+    out = attention(q, k, v)
+    for t in range(n - 1):
+        spoiled = [x.clone() for x in (q, k, v)]
+        for x in spoiled:
+            x[:, :, t + 1 :] = 1e3 * torch.randn_like(x[:, :, t + 1 :])
+        assert torch.equal(attention(*spoiled)[:, :, : t + 1], out[:, :, : t + 1])
+
+
+def run_twice(device: str, dtype: torch.dtype, n: int, config: LighthouseConfig) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, n, h, 64).to(device, dtype) for h in (4, 2, 2)]
+    grad = torch.randn(1, 4, n, 64).to(device, dtype)
+    results = []
+    for _ in range(2):
+        copies = [x.clone().transpose(1, 2).requires_grad_() for x in leaves]
+        selection = select(*copies, config)
+        out = lighthouse_attention(*copies, config, selection=selection)
+        out.backward(grad)
+        results.append([*selection, out, *(x.grad for x in copies)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_repeated_runs_give_the_same_bits() -> None:
+    run_twice("cpu", torch.float32, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
+    run_twice("cpu", torch.bfloat16, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
+
+
+def test_deterministic_algorithms_are_enough() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_twice("cpu", torch.float32, 1024, LighthouseConfig(3, 4, 32, picks_per_stratum=16))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_memory_is_linear_in_the_sequence() -> None:
+    config = LighthouseConfig(3, 4, 64, picks_per_stratum=32)
+    for n in (2048, 16384):
+        q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for _ in range(3))
+        with LargestTensor() as largest:
+            lighthouse_attention(q, k, v, config, sdpa=lambda q, k, v, **_: v).sum().backward()
+        assert largest.elements <= 2 * q.numel()
