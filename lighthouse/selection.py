@@ -4,6 +4,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 length, P pyramid length, T strata, m picks per stratum, C candidates of a stratum.
 """
 
+from dataclasses import astuple
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,6 @@ class Selection(NamedTuple):
     slot: torch.Tensor
 
 
-@torch.no_grad()
 def select(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
 ) -> Selection:
@@ -38,8 +38,42 @@ def select(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
     """
-    geometry = checked_geometry(q, k, v, config)
-    return place(included_entries(score(q, k, v, geometry), geometry), geometry)
+    checked_geometry(q, k, v, config)
+    # Selection has no gradient; detached, it has no place in the autograd graph either.
+    return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(config)))
+
+
+@torch.library.custom_op("lighthouse::select", mutates_args=())
+def _select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    levels: int,
+    pooling_factor: int,
+    top_k: int,
+    scorer: str,
+    picks_per_stratum: int,
+    dilation: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``select`` as one operation that a compiler neither fuses nor repeats.
+
+    Fused into other code, scores may round differently in forward and in a recomputation for
+    backward; backward would then go through another selection than forward did.
+    """
+    config = LighthouseConfig(levels, pooling_factor, top_k, scorer, picks_per_stratum, dilation)
+    geometry = PyramidGeometry(config, q.shape[2])
+    index, slot = place(included_entries(score(q, k, v, geometry), geometry), geometry)
+    return index, slot
+
+
+@_select.register_fake
+def _(q, k, v, *configuration):
+    geometry = PyramidGeometry(LighthouseConfig(*configuration), q.shape[2])
+    shape = k.shape[:2]
+    return (
+        q.new_empty((*shape, geometry.gathered_length), dtype=torch.int32),
+        q.new_empty((*shape, geometry.pyramid_length), dtype=torch.int32),
+    )
 
 
 def checked_geometry(

@@ -77,8 +77,8 @@ class PackedTextDataset(IterableDataset, Stateful):
                 return
             self._epoch += 1
             self._documents = 0
-            # The stream's own state resumes within an epoch; another epoch starts at its top.
-            self._data.set_epoch(self._epoch)
+            # A stream that is read a second time may begin anywhere once its state was taken.
+            self._data = self._open()
             logger.info(f"{self._key}.dataset has been read whole; beginning epoch {self._epoch}")
 
     def _cut(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -141,7 +141,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         self._buffer = state_dict["buffer"]
         self._epoch = state_dict["epoch"]
         self._documents = state_dict["documents"]
-        self._data.set_epoch(self._epoch)
+        self._data = self._open()
         self._data.load_state_dict(state_dict["data"])
 
 

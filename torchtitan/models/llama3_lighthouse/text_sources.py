@@ -66,7 +66,13 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
             f"{', '.join(FILE_KINDS)}, the JSON and text ones compressed or not"
         )
     options = {"sample_by": "document"} if kinds == ["text"] else {}
-    splits = load_dataset(kinds[0], data_dir=str(folder), streaming=True, **options)
+    try:
+        splits = load_dataset(kinds[0], data_dir=str(folder), streaming=True, **options)
+    except Exception as error:
+        raise ValueError(
+            f"{key}.dataset_path = '{path}' cannot be read as {kinds[0]}: {error}; "
+            "mend or remove the file"
+        ) from error
     if split not in splits:
         raise ValueError(
             f"{key}.dataset_path = '{path}' has no {split} split, only {', '.join(splits)}; "

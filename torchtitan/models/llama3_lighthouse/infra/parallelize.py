@@ -31,10 +31,11 @@ def parallelize_lighthouse(
         for module in model.modules():
             if isinstance(module, ScaledDotProductAttentionWrapper):
                 module.sdpa_backends = GPU_SDPA_BACKENDS
-    # Selective checkpointing keeps attention outputs on the CPU as it does on GPUs.
-    upstream._op_sac_save_list.add(
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    )
+    # Selective checkpointing keeps attention outputs on the CPU as it does on GPUs, and selections.
+    upstream._op_sac_save_list |= {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.lighthouse.select.default,
+    }
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
     model = upstream.parallelize_llama(model, parallel_dims, job_config)
