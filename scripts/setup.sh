@@ -13,6 +13,11 @@ torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 stamp=".venv/.installed-${extra:-base}"
 [[ -f "$stamp" && ! pyproject.toml -nt "$stamp" ]] && exit 0
 
+if [[ "$(uname -s)" != Linux ]]; then
+    echo "Lighthouse trains on Linux: torchtitan 0.2.2 needs triton, which $(uname -s) has no package of;" \
+        "use WSL or a Linux container." >&2
+    exit 1
+fi
 python="${PYTHON:-python3}"
 if [[ ! -x .venv/bin/python ]]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -25,10 +30,10 @@ if [[ ! -x .venv/bin/python ]]; then
 fi
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 
-# On Linux the default build of torch brings gigabytes of CUDA, of no use without such a device.
+# The default build of torch brings gigabytes of CUDA, of no use without such a device.
 has_accelerator() { [[ -e /dev/nvidiactl || -e /dev/kfd ]] || nvidia-smi -L >/dev/null 2>&1; }
 has_torch() { .venv/bin/python -c 'import torch' 2>/dev/null; }
-if [[ "$(uname -s)" == Linux ]] && ! has_accelerator && ! has_torch; then
+if ! has_accelerator && ! has_torch; then
     echo "No accelerator found: installing the CPU build of torch"
     "${pip[@]}" 'torch==2.13.0+cpu' 2>/dev/null \
         || "${pip[@]}" --index-url "$torch_index" "$torch_range" \

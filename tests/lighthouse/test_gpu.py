@@ -30,7 +30,11 @@ def test_gather_and_scatter_repeat_without_asking_for_it() -> None:
     grad = torch.randn_like(leaves[0])
     results = [
         output_and_gradients(
-            lighthouse_attention, leaves, grad, PAPER, sdpa=lambda q, k, v, **_: q * v.mean()
+            lighthouse_attention,
+            leaves,
+            grad,
+            PAPER,
+            sdpa=lambda q, k, v, **_: q * k.mean() * v.mean(),
         )
         for _ in range(2)
     ]
