@@ -155,7 +155,7 @@ def _pick(
         valid: which candidates are not padding, [T, C]; None if all.
 
     Returns:
-        [B, Hkv, T, m], in no order that matters.
+        [B, Hkv, T, m], ascending.
     """
     half = picks_per_stratum // 2
     chosen = []
@@ -169,7 +169,7 @@ def _pick(
         order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :half]
         chosen.append(candidates.gather(-1, order))
         taken = taken.scatter(-1, order, True)
-    return torch.cat(chosen, dim=-1)
+    return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
 def place(included: list[torch.Tensor], geometry: PyramidGeometry) -> Selection:

@@ -28,7 +28,8 @@ if [[ ! -x .venv/bin/python ]]; then
     echo "Making .venv with $("$python" --version)"
     "$python" -m venv .venv
 fi
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+# Errors alone: pip's warnings speak of its own configuration.
+pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
 
 # The default build of torch brings gigabytes of CUDA, of no use without such a device.
 has_accelerator() { [[ -e /dev/nvidiactl || -e /dev/kfd ]] || nvidia-smi -L >/dev/null 2>&1; }

@@ -80,7 +80,7 @@ def random_inputs(case, dtype=torch.float64, d=4) -> list[torch.Tensor]:
     return inputs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(cases())
 def test_random_configurations_agree(case) -> None:
     config, inputs = case["config"], random_inputs(case)
