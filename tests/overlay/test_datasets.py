@@ -125,7 +125,7 @@ def test_state_of_other_ranks_or_text_is_refused(folder: Path) -> None:
     one = loader(job)
     next(iter(one))
     state = one.state_dict()
-    with pytest.raises(ValueError, match="for 1 data-parallel ranks, this run has 2.*exclude_from"):
+    with pytest.raises(ValueError, match="data-parallel degree 1, this run has 2.*exclude_from"):
         loader(job, 0, 2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"training\.seq_len = 64, this run has 32"):
         loader(config(path=folder, seq_len=32)).load_state_dict(state)
@@ -182,6 +182,17 @@ def test_c4_streams_from_the_hub(monkeypatch) -> None:
     for split in ("train", "validation"):
         assert text_sources.find_source("c4", split, None, "training").open() == "stream"
         assert calls.pop() == (("allenai/c4",), dict(name="en", split=split, streaming=True))
+
+
+def test_c4_out_of_reach_says_what_to_do(monkeypatch) -> None:
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(text_sources, "load_dataset", unreachable)
+    with pytest.raises(
+        ValueError, match="no route to the hub; check the network, or use .*c4_local"
+    ):
+        loader(config("c4"))
 
 
 def test_python_stdlib_is_large_held_out_and_stable() -> None:

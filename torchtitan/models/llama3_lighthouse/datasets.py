@@ -181,8 +181,8 @@ class PackedTextDataloader(ParallelAwareDataloader):
 
 def _other_degree(saved: int, wanted: int) -> ValueError:
     return ValueError(
-        f"the checkpoint's position in the data is for {saved} data-parallel ranks, this run has "
-        f"{wanted}; use {saved} ranks, or {START_OVER}"
+        f"the checkpoint's position in the data is for data-parallel degree {saved}, this run has "
+        f"{wanted}; use {saved}, or {START_OVER}"
     )
 
 

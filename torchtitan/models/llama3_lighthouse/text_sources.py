@@ -37,9 +37,17 @@ class TextSource:
 def c4(split: str, path: str | None, key: str) -> TextSource:
     """English C4, streamed from the Hugging Face hub or from a mirror of it at ``path``."""
     name = path or "allenai/c4"
-    return TextSource(
-        lambda: load_dataset(name, name="en", split=split, streaming=True), name, is_local=False
-    )
+
+    def open_stream() -> IterableDataset:
+        try:
+            return load_dataset(name, name="en", split=split, streaming=True)
+        except Exception as error:
+            raise ValueError(
+                f"{key}.dataset = 'c4' cannot be streamed from {name}: {error}; check the network, "
+                f"or use {key}.dataset = 'c4_local' with a folder"
+            ) from error
+
+    return TextSource(open_stream, name, is_local=False)
 
 
 def c4_local(split: str, path: str | None, key: str) -> TextSource:
