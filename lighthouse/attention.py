@@ -10,7 +10,10 @@ from torch import nn
 
 from .config import LighthouseConfig
 from .gather import pool_gather
+from .geometry import PyramidGeometry
+from .implementation import choose_implementation, kernels
 from .scatter import scatter_back
+from .scoring import check_scorer
 from .selection import Selection, checked_geometry, select
 
 
@@ -23,6 +26,7 @@ def lighthouse_attention(
     sdpa: Callable[..., torch.Tensor] = nn.functional.scaled_dot_product_attention,
     selection: Selection | None = None,
     scale: float | None = None,
+    impl: str | None = None,
 ) -> torch.Tensor:
     """Causal attention over selected entries of a pooling pyramid (arXiv 2605.06554, section 3).
 
@@ -33,6 +37,8 @@ def lighthouse_attention(
             ``is_causal``, ``enable_gqa`` and ``scale`` of torch's own.
         selection: entries to attend over; by default ``select(q, k, v, config)``.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
+        impl: "triton" or "torch" for all but ``sdpa``; by default Triton's kernels on CUDA
+            tensors and vectorised PyTorch on others.
 
     Returns:
         [B, Hq, N, D]. Zero at the first positions that no selected entry reaches.
@@ -41,11 +47,36 @@ def lighthouse_attention(
         TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
     """
     geometry = checked_geometry(q, k, v, config)
-    if selection is None:
-        selection = select(q, k, v, config)
-    gathered = (pool_gather(rows, selection, geometry) for rows in (q, k, v))
+    if selection is not None:
+        selection = Selection(*selection)
+    if choose_implementation(impl, q) == "triton":
+        selection, gathered = _gather_with_kernels(q, k, v, selection, geometry)
+        scatter = kernels.scatter_back
+    else:
+        selection = selection or select(q, k, v, config, impl="torch")
+        gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
+        scatter = scatter_back
     out = sdpa(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
-    return scatter_back(out, selection, geometry)
+    return scatter(out, selection, geometry)
+
+
+def _gather_with_kernels(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selection: Selection | None,
+    geometry: PyramidGeometry,
+) -> tuple[Selection, list[torch.Tensor]]:
+    """Select and gather; the read that takes the norms also pools the coarsest level."""
+    with_norms = selection is None
+    coarsest_q, a = kernels.pool_coarsest(q, geometry, with_norms)
+    coarsest_k, b = kernels.pool_coarsest(k, geometry, with_norms)
+    coarsest_v, _ = kernels.pool_coarsest(v, geometry, with_norms=False)
+    if selection is None:
+        check_scorer(geometry.config)
+        selection = Selection(*kernels.select_from_norms(a, b, geometry.config))
+    pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
+    return selection, [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
 
 
 class LighthouseAttention(nn.Module):
@@ -56,11 +87,13 @@ class LighthouseAttention(nn.Module):
     Args:
         config: what selects the entries.
         sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``.
+        impl: as in ``lighthouse_attention``.
     """
 
-    def __init__(self, config: LighthouseConfig, sdpa: nn.Module) -> None:
+    def __init__(self, config: LighthouseConfig, sdpa: nn.Module, impl: str | None = None) -> None:
         super().__init__()
         self.config = config
+        self.impl = impl
         self.sdpa = sdpa
         self.enabled = True
 
@@ -88,7 +121,9 @@ class LighthouseAttention(nn.Module):
                 f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
                 "key-value heads"
             )
-        return lighthouse_attention(q, k, v, self.config, sdpa=self.sdpa, scale=scale)
+        return lighthouse_attention(
+            q, k, v, self.config, sdpa=self.sdpa, scale=scale, impl=self.impl
+        )
 
     def extra_repr(self) -> str:
         return f"{self.config}, enabled={self.enabled}"

@@ -5,6 +5,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 
 import torch
 
+from .config import LighthouseConfig
 from .geometry import PyramidGeometry
 
 Scores = list[tuple[torch.Tensor, torch.Tensor]]
@@ -46,8 +47,13 @@ def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGe
     Raises:
         NotImplementedError: the scorer is "dilated" or "gla".
     """
-    if geometry.config.scorer == "norm":
-        return norm_scores(q, k, geometry)
-    raise NotImplementedError(
-        f"scorer = {geometry.config.scorer!r} is not implemented yet; use scorer = 'norm'"
-    )
+    check_scorer(geometry.config)
+    return norm_scores(q, k, geometry)
+
+
+def check_scorer(config: LighthouseConfig) -> None:
+    """Raise NotImplementedError unless the scorer is "norm"."""
+    if config.scorer != "norm":
+        raise NotImplementedError(
+            f"scorer = {config.scorer!r} is not implemented yet; use scorer = 'norm'"
+        )

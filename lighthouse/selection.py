@@ -11,7 +11,8 @@ import torch
 
 from .config import LighthouseConfig
 from .geometry import PyramidGeometry
-from .scoring import Scores, score
+from .implementation import choose_implementation, kernels
+from .scoring import Scores, check_scorer, score
 
 
 class Selection(NamedTuple):
@@ -27,18 +28,28 @@ class Selection(NamedTuple):
 
 
 def select(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    *,
+    impl: str | None = None,
 ) -> Selection:
     """Select entries for one attention call (arXiv 2605.06554, section 3.2).
 
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D]; v serves the "dilated" and "gla" scorers.
+        impl: "triton" or "torch"; by default Triton's kernels on CUDA tensors.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
     """
-    checked_geometry(q, k, v, config)
+    geometry = checked_geometry(q, k, v, config)
+    if choose_implementation(impl, q) == "triton":
+        check_scorer(config)
+        norms = (kernels.pool_coarsest(x, geometry, with_norms=True)[1] for x in (q, k))
+        return Selection(*kernels.select_from_norms(*norms, config))
     # Selection has no gradient; detached, it has no place in the autograd graph either.
     return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(config)))
 

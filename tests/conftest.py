@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Before anything imports Triton: without a GPU, its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -1,0 +1,174 @@
+"""Gather rows of selected entries, and its adjoint, which spreads gathered rows over positions.
+
+With w = p^l, the gathered row of entry (l, i) at its place is
+
+    mean of rows[i w + r], 0 <= r < w                     pooling (forward of pool-gather)
+    sum of rows[(i + 1) w - 1 + r], 0 <= r < w            collecting (backward of scatter-back)
+
+and position t receives the sum over the levels l whose entry is included of
+
+    gathered[slot(l, t // w)] / w                         backward of pool-gather
+    gathered[slot(l, (t - w + 1) // w)], t >= w - 1       forward of scatter-back
+
+The coarsest level, which touches every row, comes ready from ``pooling``. A gathering program owns
+``BLOCK`` places of one head, a spreading one ``BLOCK`` positions; each writes its rows once, after
+summing in float32. Neighbouring programs share positions across heads.
+
+Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length, P
+pyramid length, nc coarsest entries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..geometry import PyramidGeometry
+from .launch import row_strides, sequence_first
+
+
+@triton.jit
+def _gather(
+    rows, coarsest_rows, index, gathered,
+    stride_b, stride_h, stride_n,
+    heads, group, length, coarsest, gathered_length,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, COLLECT: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(gathered_length, BLOCK)
+    head = program % heads
+    block = program // heads % blocks
+    batch = program // heads // blocks
+    plane = batch * heads + head
+    index_plane = batch * (heads // group) + head // group
+
+    place = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = place < gathered_length
+    entry = tl.load(index + index_plane * gathered_length + place, mask=inside, other=0)
+    entry = entry.to(tl.int64)
+    # The level of an entry, its number there and its span, from where the levels are stored.
+    span = tl.full((BLOCK,), 1, tl.int64)
+    level_length = tl.zeros((), dtype=tl.int64) + length
+    coarser = tl.full((BLOCK,), 1, tl.int1)
+    for _ in tl.static_range(LEVELS - 1):
+        coarser = coarser & (entry >= level_length)
+        entry = tl.where(coarser, entry - level_length, entry)
+        span = tl.where(coarser, span * P, span)
+        level_length = level_length // P
+    is_coarsest = coarser
+
+    in_columns = (column < D)[None, :]
+    source = coarsest_rows + (plane * coarsest + entry[:, None]) * D + column[None, :]
+    total = tl.load(source, mask=(inside & is_coarsest)[:, None] & in_columns, other=0.0)
+    total = total.to(tl.float32)
+    base = rows + batch * stride_b + head * stride_h
+    first = (entry + 1) * span - 1 if COLLECT else entry * span
+    LARGEST: tl.constexpr = P ** (LEVELS - 2)
+    for r in tl.range(LARGEST):
+        row = first + r
+        wanted = inside & (is_coarsest == 0) & (r < span) & (row < length)
+        source = base + row[:, None] * stride_n + column[None, :]
+        x = tl.load(source, mask=wanted[:, None] & in_columns, other=0.0).to(tl.float32)
+        total += x if COLLECT else x / span.to(tl.float32)[:, None]
+    target = gathered + (plane * gathered_length + place[:, None]) * D + column[None, :]
+    tl.store(target, total.to(gathered.dtype.element_ty), mask=inside[:, None] & in_columns)
+
+
+@triton.jit
+def _spread(
+    gathered, slot, rows,
+    in_b, in_h, in_s, out_b, out_h, out_n,
+    heads, group, length, pyramid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(length, BLOCK)
+    head = program % heads
+    block = program // heads % blocks
+    batch = program // heads // blocks
+    slots = slot + (batch * (heads // group) + head // group) * pyramid
+    source = gathered + batch * in_b + head * in_h
+
+    position = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = position < length
+    in_columns = (column < D)[None, :]
+    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    offset = tl.zeros((), dtype=tl.int64)
+    for level in tl.static_range(LEVELS):
+        SPAN: tl.constexpr = P**level
+        shifted = position - (SPAN - 1) if SCATTER else position
+        reached = inside & (shifted >= 0)
+        place = tl.load(slots + offset + shifted // SPAN, mask=reached, other=-1).to(tl.int64)
+        x = tl.load(
+            source + place[:, None] * in_s + column[None, :],
+            mask=(place >= 0)[:, None] & in_columns,
+            other=0.0,
+        ).to(tl.float32)
+        total += x if SCATTER else x * (1.0 / SPAN)
+        offset += length // SPAN
+    target = rows + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
+    tl.store(target, total.to(rows.dtype.element_ty), mask=inside[:, None] & in_columns)
+
+
+def gather(
+    rows: torch.Tensor,
+    coarsest_rows: torch.Tensor,
+    index: torch.Tensor,
+    geometry: PyramidGeometry,
+    collect: bool,
+) -> torch.Tensor:
+    """Launch ``_gather``.
+
+    Args:
+        rows: [B, H, N, D].
+        coarsest_rows: what the coarsest entries gather, [B, H, nc, D] contiguous.
+        index: [B, Hkv, S].
+        collect: gather sums from each entry's end on instead of means over it.
+
+    Returns:
+        [B, H, S, D].
+    """
+    rows, strides = row_strides(rows)
+    batch, heads, length, d = rows.shape
+    s = geometry.gathered_length
+    gathered = rows.new_empty((batch, heads, s, d))
+    block_d = triton.next_power_of_2(d)
+    block = max(4, 4096 // block_d)
+    _gather[(batch * heads * triton.cdiv(s, block),)](
+        rows, coarsest_rows, index, gathered, *strides,
+        heads, heads // index.shape[1], length, geometry.lengths[-1], s,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=geometry.config.pooling_factor,
+        LEVELS=geometry.config.levels, COLLECT=collect, num_warps=4,
+    )  # fmt: skip
+    return gathered
+
+
+def spread(
+    gathered: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry, scatter: bool
+) -> torch.Tensor:
+    """Launch ``_spread``.
+
+    Args:
+        gathered: [B, H, S, D].
+        slot: [B, Hkv, P].
+        scatter: add outputs from each entry's end on, instead of shares over it.
+
+    Returns:
+        [B, H, N, D], lying in memory as [B, N, H, D].
+    """
+    gathered, strides = row_strides(gathered)
+    batch, heads, _, d = gathered.shape
+    length = geometry.sequence_length
+    rows = sequence_first(gathered, length)
+    block_d = triton.next_power_of_2(d)
+    block = max(4, 4096 // block_d)
+    _spread[(batch * heads * triton.cdiv(length, block),)](
+        gathered, slot, rows, *strides, *rows.stride()[:3],
+        heads, heads // slot.shape[1], length, geometry.pyramid_length,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=geometry.config.pooling_factor,
+        LEVELS=geometry.config.levels, SCATTER=scatter, num_warps=4,
+    )  # fmt: skip
+    return rows

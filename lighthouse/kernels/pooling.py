@@ -1,0 +1,85 @@
+"""Pool rows onto the coarsest level and take their norms, in one read.
+
+For coarsest entry c of span w = p^(L-1), with first row f = c w + shift:
+
+    pooled[c] = scale * sum of rows[f + r],  0 <= r < w         (rows past the end count as zero)
+    norms[e]  = max of |rows[e p + r]|_2,    0 <= r < p         (level 1; only without shift)
+
+``scale`` is 1 / w for means. With shift w - 1 and scale 1 these are the sums that scatter-back's
+gradient needs of the coarsest level. One program owns ``BLOCK`` coarsest entries of one head and
+writes their pooled rows and norms; neighbouring programs share positions across heads, whose rows
+lie side by side in memory.
+
+Shapes: B batch, H heads, N positions, D head dimension, n1 entries of level 1, nc coarsest entries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import row_strides
+
+
+@triton.jit
+def _pool(
+    rows, pooled, norms,
+    stride_b, stride_h, stride_n,
+    heads, length, coarsest,
+    scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr, WITH_NORMS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(coarsest, BLOCK)
+    head = program % heads
+    block = program // heads % blocks
+    batch = program // heads // blocks
+
+    entry = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = (entry < coarsest)[:, None] & (column < D)[None, :]
+    base = rows + batch * stride_b + head * stride_h
+    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    plane = batch * heads + head
+    for group in tl.range(SPAN // P):
+        largest = tl.zeros((BLOCK,), dtype=tl.float32)
+        for child in tl.static_range(P):
+            row = entry * SPAN + group * P + child + SHIFT
+            address = base + row[:, None] * stride_n + column[None, :]
+            mask = inside & (row < length)[:, None] if SHIFT else inside
+            x = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+            total += x
+            if WITH_NORMS:
+                largest = tl.maximum(
+                    largest, tl.sum(x * x, axis=1), propagate_nan=tl.PropagateNan.ALL
+                )
+        if WITH_NORMS:
+            target = norms + plane * coarsest * (SPAN // P) + entry * (SPAN // P) + group
+            tl.store(target, tl.sqrt_rn(largest), mask=entry < coarsest)
+    target = pooled + (plane * coarsest + entry[:, None]) * D + column[None, :]
+    tl.store(target, (total * scale).to(pooled.dtype.element_ty), mask=inside)
+
+
+def pool(
+    rows: torch.Tensor, p: int, span: int, shift: int, scale: float, with_norms: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch ``_pool`` over ``rows`` [B, H, N, D], whatever its strides over B, H and N.
+
+    Returns:
+        Pooled rows [B, H, nc, D] in the dtype of ``rows``, and norms float32 [B, H, n1], empty
+        unless ``with_norms``.
+    """
+    rows, strides = row_strides(rows)
+    batch, heads, length, d = rows.shape
+    coarsest = length // span
+    pooled = rows.new_empty((batch, heads, coarsest, d))
+    norm_shape = (batch, heads, length // p) if with_norms else (0,)
+    norms = rows.new_empty(norm_shape, dtype=torch.float32)
+    block_d = triton.next_power_of_2(d)
+    block = max(4, min(32, 2048 // block_d))
+    _pool[(batch * heads * triton.cdiv(coarsest, block),)](
+        rows, pooled, norms, *strides, heads, length, coarsest, scale,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, SHIFT=shift, WITH_NORMS=with_norms,
+        num_warps=4,
+    )  # fmt: skip
+    return pooled, norms

@@ -1,0 +1,251 @@
+"""Select entries stratum by stratum, then place them.
+
+Picking. A candidate's key is (bits of its score, reversed position) in one integer: keys are
+distinct, and a larger key is a larger score or, among equal scores, a lower position. The m/2-th
+largest key is found bit by bit, as the largest threshold that at least m/2 keys reach. One program
+owns one stratum of one head at one level; a stratum of more than ``LARGEST_BLOCK`` candidates is
+read again for every bit.
+
+Placing. With the picks of every level at hand, in ascending order, the place of an included entry
+is a sum of ranks in them (see ``lighthouse.selection.place``), found by bisection. One program owns
+the included entries of one stratum of one head, which fill consecutive places.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, T strata, m picks per stratum, n1 entries of
+level 1, nc coarsest entries, S gathered length, P pyramid length.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..geometry import PyramidGeometry
+
+# Candidates that one program keeps on chip; a stratum of the paper's size has 512.
+LARGEST_BLOCK = 8192
+SCORE_BITS = tl.constexpr(31)
+
+
+@triton.jit
+def _score(
+    scores, plane, entry, valid, level_one,
+    ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Maximum of level-1 scores over a group of heads and the ``ROWS`` entries below ``entry``."""
+    best = tl.zeros(entry.shape, dtype=tl.float32)
+    for head in tl.static_range(GROUP):
+        base = scores + (plane * GROUP + head) * level_one
+        for row in tl.range(ROWS):
+            x = tl.load(base + entry * ROWS + row, mask=valid, other=0.0)
+            best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
+    return best
+
+
+@triton.jit
+def _candidates(
+    chunk, parents, program, first, count,
+    M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COARSEST: tl.constexpr,
+):  # fmt: skip
+    """Positions of a chunk in the stratum's ascending list, their entries, and which exist."""
+    position = chunk * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    valid = position < count
+    if COARSEST:
+        entry = first + position
+    else:
+        parent = tl.load(parents + program * M + position // P, mask=valid, other=0)
+        entry = parent.to(tl.int64) * P + position % P
+    return position, entry, valid
+
+
+@triton.jit
+def _keys(
+    position, entry, valid, threshold_a,
+    a, b, plane, level_one,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, POSITION_BITS: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
+    """Keys of candidates by a, or by b where the key by a misses its threshold; -1 for none."""
+    reverse = (1 << POSITION_BITS) - 1 - position
+    score = _score(a, plane, entry, valid, level_one, ROWS, GROUP)
+    bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
+    key = tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
+    if BY_KEY:
+        valid = valid & (key < threshold_a)
+        score = _score(b, plane, entry, valid, level_one, ROWS, 1)
+        bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
+        key = tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
+    return key
+
+
+@triton.jit
+def _threshold(
+    threshold_a, parents, program, first, count, a, b, plane, level_one,
+    M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr,
+    COARSEST: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
+    """The m/2-th largest key of the stratum."""
+    threshold = tl.zeros((), dtype=tl.int64)
+    position, entry, valid = _candidates(0, parents, program, first, count, M, P, BLOCK, COARSEST)
+    key = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
+                ROWS, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
+    for step in tl.range(SCORE_BITS + POSITION_BITS):
+        bit = SCORE_BITS + POSITION_BITS - 1 - step
+        trial = threshold | (tl.full((), 1, tl.int64) << bit.to(tl.int64))
+        reached = tl.sum((key >= trial).to(tl.int32))
+        for chunk in tl.range(1, CHUNKS):
+            position, entry, valid = _candidates(
+                chunk, parents, program, first, count, M, P, BLOCK, COARSEST
+            )
+            more = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
+                         ROWS, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
+            reached += tl.sum((more >= trial).to(tl.int32))
+        threshold = tl.where(reached >= M // 2, trial, threshold)
+    return threshold
+
+
+@triton.jit
+def _pick(
+    a, b, parents, picks,
+    strata, coarsest, level_one,
+    M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr, COARSEST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    plane = program // strata
+    stratum = program % strata
+    first = stratum * coarsest // strata
+    if COARSEST:
+        count = (stratum + 1) * coarsest // strata - first
+    else:
+        count = tl.full((), M * P, tl.int64)
+    none = tl.zeros((), dtype=tl.int64)
+    threshold_a = _threshold(
+        none, parents, program, first, count, a, b, plane, level_one,
+        M, P, ROWS, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=False,
+    )  # fmt: skip
+    threshold_b = _threshold(
+        threshold_a, parents, program, first, count, a, b, plane, level_one,
+        M, P, ROWS, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=True,
+    )  # fmt: skip
+    before = tl.zeros((), dtype=tl.int32)
+    for chunk in tl.range(CHUNKS):
+        position, entry, valid = _candidates(
+            chunk, parents, program, first, count, M, P, BLOCK, COARSEST
+        )
+        by_a = _keys(position, entry, valid, none, a, b, plane, level_one,
+                     ROWS, GROUP, POSITION_BITS, False)  # fmt: skip
+        by_b = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
+                     ROWS, GROUP, POSITION_BITS, True)  # fmt: skip
+        chosen = ((by_a >= threshold_a) | (by_b >= threshold_b)).to(tl.int32)
+        rank = before + tl.cumsum(chosen, 0) - 1
+        tl.store(picks + program * M + rank, entry.to(tl.int32), mask=chosen != 0)
+        before += tl.sum(chosen)
+
+
+@triton.jit
+def _rank(picks, bound, M: tl.constexpr, BISECTIONS: tl.constexpr):
+    """How many of M ascending picks are below ``bound``."""
+    rank = tl.zeros(bound.shape, dtype=tl.int64)
+    for step in tl.static_range(BISECTIONS):
+        trial = rank + (1 << (BISECTIONS - 1 - step))
+        pick = tl.load(picks + trial - 1, mask=trial <= M, other=0x7FFFFFFF)
+        rank = tl.where(pick < bound, trial, rank)
+    return rank
+
+
+@triton.jit
+def _place(
+    picks, index, slot,
+    programs, strata, coarsest, gathered, pyramid,
+    M: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+    BISECTIONS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    plane = program // strata
+    stratum = program % strata
+    first = stratum * coarsest // strata
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    span = tl.full((), 1, tl.int64)
+    offset = tl.zeros((), dtype=tl.int64)
+    length = coarsest
+    for _ in tl.static_range(LEVELS - 1):
+        length = length * P
+    for level in tl.static_range(LEVELS):
+        if level == LEVELS - 1:
+            count = (stratum + 1) * coarsest // strata - first
+        else:
+            count = tl.full((), M * P, tl.int64)
+        parents = picks + (level * programs + program) * M
+        for chunk in tl.range(tl.cdiv(count, BLOCK)):
+            position = chunk * BLOCK + lane
+            valid = position < count
+            if level == LEVELS - 1:
+                entry = first + position
+            else:
+                parent = tl.load(parents + position // P, mask=valid, other=0)
+                entry = parent.to(tl.int64) * P + position % P
+            end = (entry + 1) * span
+            place = tl.zeros((BLOCK,), dtype=tl.int64)
+            other_span = tl.full((), 1, tl.int64)
+            for other in tl.static_range(LEVELS):
+                if other == LEVELS - 1:
+                    place += (end - 1) // other_span
+                else:
+                    row = picks + (other * programs + program) * M
+                    if other < level:
+                        # Finer entries that end with this one come before it.
+                        before = end // other_span
+                    else:
+                        # Coarser entries that end with this one come after it.
+                        before = (end - 1) // other_span
+                    ranked = stratum * M + _rank(row, before // P, M, BISECTIONS)
+                    place += P * ranked + before % P
+                other_span = other_span * P
+            place = tl.where(valid, place, 0)
+            tl.store(index + plane * gathered + place, (offset + entry).to(tl.int32), mask=valid)
+            tl.store(slot + plane * pyramid + offset + entry, place.to(tl.int32), mask=valid)
+        span = span * P
+        offset += length
+        length = length // P
+
+
+def select_from_norms(
+    a: torch.Tensor, b: torch.Tensor, geometry: PyramidGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick and place by level-1 scores.
+
+    Args:
+        a: float32 [B, Hq, n1], not negative.
+        b: float32 [B, Hkv, n1], not negative.
+
+    Returns:
+        index int32 [B, Hkv, S] and slot int32 [B, Hkv, P].
+    """
+    config = geometry.config
+    m, p, levels = config.picks_per_stratum, config.pooling_factor, config.levels
+    strata, coarsest = geometry.strata, geometry.lengths[-1]
+    planes = b.shape[0] * b.shape[1]
+    group = a.shape[1] // b.shape[1]
+    programs = planes * strata
+    # picks[l] are those of level l + 1.
+    picks = b.new_empty((levels - 1, programs, m), dtype=torch.int32)
+    for level in range(levels - 1, 0, -1):
+        at_top = level == levels - 1
+        candidates = -(-coarsest // strata) if at_top else m * p
+        block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(candidates)))
+        chunks = triton.cdiv(candidates, block)
+        parents = picks if at_top else picks[level]
+        _pick[(programs,)](
+            a, b, parents, picks[level - 1], strata, coarsest, geometry.lengths[1],
+            M=m, P=p, ROWS=p ** (level - 1), GROUP=group, BLOCK=block, CHUNKS=chunks,
+            POSITION_BITS=(block * chunks - 1).bit_length(), COARSEST=at_top,
+            num_warps=4 if block <= 1024 else 16,
+        )  # fmt: skip
+    shape = b.shape[:2]
+    index = b.new_empty((*shape, geometry.gathered_length), dtype=torch.int32)
+    slot = b.new_full((*shape, geometry.pyramid_length), -1, dtype=torch.int32)
+    _place[(programs,)](
+        picks, index, slot, programs, strata, coarsest,
+        geometry.gathered_length, geometry.pyramid_length,
+        M=m, P=p, LEVELS=levels, BLOCK=256, BISECTIONS=m.bit_length(), num_warps=4,
+    )  # fmt: skip
+    return index, slot

@@ -1,0 +1,173 @@
+"""Triton kernels against the oracle, on a GPU or in Triton's interpreter."""
+
+from dataclasses import astuple
+
+import pytest
+import torch
+from test_against_oracle import output_and_gradients, random_inputs, relative_error
+
+from lighthouse import LighthouseConfig, lighthouse_attention, reference, select
+from lighthouse.geometry import PyramidGeometry
+from lighthouse.scoring import norm_scores
+from lighthouse.selection import included_entries, place
+
+kernels = pytest.importorskip("lighthouse.kernels")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def case(levels=3, p=2, m=4, strata=2, extra=1, batch=1, kv_heads=1, group=1, tied=False, seed=0):
+    config = LighthouseConfig(levels, p, m * strata, picks_per_stratum=m)
+    n = (m * strata + extra) * p ** (levels - 1)
+    return dict(config=config, n=n, batch=batch, kv_heads=kv_heads, heads=kv_heads * group,
+                tied=tied, seed=seed)  # fmt: skip
+
+
+CASES = [
+    case(),
+    case(levels=2, p=4, m=2, strata=3, extra=4),
+    case(levels=4, p=2, m=6, strata=1, extra=3, batch=2),
+    case(levels=3, p=4, m=8, strata=2, extra=5, kv_heads=2, group=3),
+    case(levels=3, p=2, m=4, strata=3, extra=2, batch=2, kv_heads=2, group=2, tied=True),
+    case(levels=2, p=2, m=16, strata=1, extra=40, tied=True),
+]
+
+
+def inputs(case, dtype, d):
+    return [x.to(DEVICE) for x in random_inputs(case, dtype, d)]
+
+
+@pytest.mark.parametrize("d", [32, 96])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_that_of_the_precision(case, d) -> None:
+    """Against float64, hardly more error than vectorised PyTorch at this precision."""
+    config = case["config"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        leaves = inputs(case, dtype, d)
+        selection = reference.select(*leaves, config)
+        grad = torch.randn(leaves[0].shape).to(DEVICE, dtype)
+        exact = output_and_gradients(
+            reference.lighthouse_attention, [x.double() for x in leaves], grad.double(), config,
+            selection=selection,
+        )  # fmt: skip
+        rough = output_and_gradients(
+            lighthouse_attention, leaves, grad, config, selection=selection, impl="torch"
+        )
+        ours = output_and_gradients(
+            lighthouse_attention, leaves, grad, config, selection=selection, impl="triton"
+        )
+        for value, plain, want in zip(ours, rough, exact, strict=True):
+            assert value.dtype == dtype
+            # To bfloat16 the interpreter truncates where a GPU rounds: up to twice the error, twice.
+            factor = 3 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1.5
+            assert relative_error(value, want) <= factor * relative_error(plain, want) + 1e-7
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norms_and_coarsest_means(case) -> None:
+    config = case["config"]
+    geometry = PyramidGeometry(config, case["n"])
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, _ = inputs(case, dtype, 32)
+        group = case["heads"] // case["kv_heads"]
+        expected_a, expected_b = norm_scores(q, k, geometry)[1]
+        coarsest, a = kernels.pool_coarsest(q, geometry, True)
+        _, b = kernels.pool_coarsest(k, geometry, True)
+        torch.testing.assert_close(a.unflatten(1, (-1, group)).amax(2), expected_a)
+        torch.testing.assert_close(b, expected_b)
+        means = q.double().unflatten(2, (geometry.lengths[-1], -1)).mean(3)
+        torch.testing.assert_close(coarsest, means.to(dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("block", [8192, 16])
+def test_selection_is_exact(case, block, monkeypatch) -> None:
+    """Given the same scores, the same entries in the same places; also from strata in chunks."""
+    monkeypatch.setattr(kernels._selection, "LARGEST_BLOCK", block)
+    config = case["config"]
+    geometry = PyramidGeometry(config, case["n"])
+    q, k, _ = inputs(case, torch.float32, 32)
+    _, a = kernels.pool_coarsest(q, geometry, True)
+    _, b = kernels.pool_coarsest(k, geometry, True)
+    index, slot = kernels.select_from_norms(a, b, config)
+
+    group = case["heads"] // case["kv_heads"]
+    level = (a.unflatten(1, (-1, group)).amax(2), b)
+    scores = [level, level]
+    for length in geometry.lengths[2:]:
+        level = tuple(x.unflatten(-1, (length, -1)).amax(-1) for x in level)
+        scores.append(level)
+    # The base scores rank nothing; any of the right shape do.
+    scores[0] = (q.new_zeros(*b.shape[:2], case["n"]),) * 2
+    expected = place(included_entries(scores, geometry), geometry)
+    assert torch.equal(index, expected.index)
+    assert torch.equal(slot, expected.slot)
+
+
+def test_whole_agrees_with_the_vectorised_code() -> None:
+    """Selection included, on scores without near-ties."""
+    for each in CASES[:4]:
+        leaves = inputs(each, torch.float32, 32)
+        grad = torch.randn_like(leaves[0])
+        config = each["config"]
+        mine, theirs = (select(*leaves, config, impl=impl) for impl in ("triton", "torch"))
+        assert torch.equal(mine.index, theirs.index) and torch.equal(mine.slot, theirs.slot)
+        ours = output_and_gradients(lighthouse_attention, leaves, grad, config, impl="triton")
+        other = output_and_gradients(lighthouse_attention, leaves, grad, config, impl="torch")
+        for value, want in zip(ours, other, strict=True):
+            assert relative_error(value, want) < 1e-6
+
+
+def test_every_element_is_written(monkeypatch) -> None:
+    """Outputs start as NaN and as an index that does not exist; none is left."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return out.fill_(float("nan") if out.dtype.is_floating_point else 2**30)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for each in CASES:
+        leaves = inputs(each, torch.float32, 32)
+        results = output_and_gradients(
+            lighthouse_attention, leaves, torch.randn_like(leaves[0]), each["config"], impl="triton"
+        )
+        index, slot = select(*leaves, each["config"], impl="triton")
+        assert all(x.isfinite().all() for x in results)
+        assert index.max() < 2**30 and slot.max() < 2**30
+
+
+def test_output_lies_sequence_first() -> None:
+    leaves = inputs(CASES[3], torch.float32, 32)
+    out = lighthouse_attention(*leaves, CASES[3]["config"], impl="triton")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_operations_are_well_formed() -> None:
+    each = CASES[3]
+    config = each["config"]
+    geometry = PyramidGeometry(config, each["n"])
+    q, k, _ = inputs(each, torch.float32, 32)
+    span = geometry.spans[-1]
+    ops = torch.ops.lighthouse
+    arguments = (q, config.pooling_factor, span, 0, 1 / span, True)
+    torch.library.opcheck(ops.pool.default, arguments)
+    coarsest, a = ops.pool(*arguments)
+    b = ops.pool(k, config.pooling_factor, span, 0, 1 / span, True)[1]
+    torch.library.opcheck(ops.select_from_norms.default, (a, b, *astuple(config)))
+    selection = ops.select_from_norms(a, b, *astuple(config))
+    rows = q.clone().requires_grad_()
+    gather = (rows, coarsest, *selection, *astuple(config), False)
+    torch.library.opcheck(ops.gather.default, gather)
+    gathered = ops.gather(*gather).detach().requires_grad_()
+    spread = (gathered, *selection, each["n"], *astuple(config), True)
+    torch.library.opcheck(ops.spread.default, spread)
+
+
+def test_unsupported_tensors_are_refused() -> None:
+    config = CASES[0]["config"]
+    with pytest.raises(ValueError, match="impl must be one of triton, torch, got impl = \"?'cuda"):
+        lighthouse_attention(*inputs(CASES[0], torch.float32, 32), config, impl="cuda")
+    with pytest.raises(ValueError, match='got torch.float64; pass impl="torch"'):
+        lighthouse_attention(*inputs(CASES[0], torch.float64, 32), config, impl="triton")
+    with pytest.raises(ValueError, match="at most 256, got 512"):
+        lighthouse_attention(*inputs(CASES[0], torch.float32, 512), config, impl="triton")
