@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""Time Lighthouse attention against dense SDPA and against SDPA on the gathered sub-sequence.
+
+    python scripts/benchmark_attention.py --cases 98304,3,4,1536 131072,3,4,2048 --plot
+
+Every case is checked before it is timed: its error against float32 is bounded by that of vectorised
+PyTorch in the same precision. Variants take turns within one process; a figure is the median of
+their turns and its spread half the distance between the quartiles. Prints a table; writes it, a
+JSON record with the GPU, versions, git revision and date, and with --plot latency and memory over
+the length, to the output folder.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from lighthouse import LighthouseConfig, Selection, kernels, lighthouse_attention, select
+from lighthouse.geometry import PyramidGeometry
+
+SWEEP = ["8192,3,4,128", "16384,3,4,256", "32768,3,4,512", "65536,3,4,1024", "98304,3,4,1536",
+         "131072,3,4,2048", "262144,3,4,4096", "524288,3,4,8192", "1048576,4,4,4096"]  # fmt: skip
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+# Beyond this length the check, which holds float32 copies, would not fit beside the rest.
+LARGEST_CHECKED = 131072
+
+
+def dense(q, k, v, is_causal=True, enable_gqa=False, scale=None) -> torch.Tensor:
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        return scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, enable_gqa=enable_gqa, scale=scale
+        )
+
+
+def measure(variants: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
+    """Median and spread in ms of each variant, in turns, for about ``seconds`` in all.
+
+    Also the memory in GiB that each needs beyond what was there before.
+    """
+    results, durations = {}, {name: [] for name in variants}
+    for name, run in variants.items():
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        results[name] = {"GiB": (torch.cuda.max_memory_allocated() - before) / 2**30}
+    start = time.perf_counter()
+    while True:
+        for name, run in variants.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            durations[name].append(begin.elapsed_time(end))
+        turns = len(durations[name])
+        if turns >= 50 or (turns >= 3 and time.perf_counter() - start > seconds):
+            break
+    for name, times in durations.items():
+        low, _, high = statistics.quantiles(times, n=4)
+        results[name].update(ms=statistics.median(times), spread=(high - low) / 2, turns=turns)
+    return results
+
+
+def forward_and_backward(
+    function: Callable, leaves: list[torch.Tensor]
+) -> tuple[Callable, Callable]:
+    """Two thunks: ``function`` of the leaves without a graph, and with its backward."""
+    with torch.no_grad():
+        grad = torch.randn_like(function(*leaves))
+
+    def forward():
+        with torch.no_grad():
+            return function(*leaves)
+
+    def both():
+        inputs = [x.detach().requires_grad_() for x in leaves]
+        return torch.autograd.grad(function(*inputs), inputs, grad)
+
+    return forward, both
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((value.float() - exact).norm() / exact.norm()).item()
+
+
+def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, float]:
+    """Errors of output and gradients against float32, at most 1.5 times those of plain PyTorch."""
+    selection = select(*leaves, config)
+    grad = torch.randn_like(leaves[0])
+
+    def run(impl, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        sdpa = dense if dtype == torch.bfloat16 else scaled_dot_product_attention
+        out = lighthouse_attention(*inputs, config, selection=selection, impl=impl, sdpa=sdpa)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
+
+    errors = {}
+    exact = run("torch", torch.float32)
+    ours, plain = run("triton", torch.bfloat16), run("torch", torch.bfloat16)
+    for name, value, rough, want in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        errors[name] = relative_error(value, want)
+        bound = 1.5 * relative_error(rough, want)
+        if not errors[name] <= bound:
+            raise SystemExit(f"wrong result: error of {name} is {errors[name]}, bound {bound}")
+    return errors
+
+
+def parts(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tuple[Callable, int]]:
+    """Each step around the dense attention, and the bytes that it has to move at least once."""
+    q, k, v = leaves
+    geometry = PyramidGeometry(config, q.shape[2])
+    (coarsest, a), (_, b) = (kernels.pool_coarsest(x, geometry, True) for x in (q, k))
+    selection = Selection(*kernels.select_from_norms(a, b, config))
+    gathered = kernels.pool_gather(q, coarsest, selection, geometry)
+    out = kernels.scatter_back(gathered, selection, geometry)
+    row = q.element_size() * q.shape[1] * q.shape[3] * q.shape[0]
+    n, s, coarse = geometry.sequence_length, geometry.gathered_length, geometry.lengths[-1]
+    picked = sum(config.top_k * config.pooling_factor * span for span in geometry.spans[:-1])
+
+    def adjoint(function, rows, grad):
+        leaf = rows.detach().requires_grad_()
+        result = function(leaf)
+        return lambda: torch.autograd.grad(result, leaf, grad, retain_graph=True)
+
+    gather = lambda x: kernels.pool_gather(x, coarsest, selection, geometry)  # noqa: E731
+    scatter = lambda x: kernels.scatter_back(x, selection, geometry)  # noqa: E731
+    return {
+        "pool q, k, v": (
+            lambda: [kernels.pool_coarsest(x, geometry, x is not v) for x in leaves],
+            3 * row * (n + coarse),
+        ),
+        "select": (lambda: kernels.select_from_norms(a, b, config), 4 * (a.numel() + b.numel())),
+        "gather q, k, v": (
+            lambda: [gather(x) for x in leaves],
+            3 * row * (picked + coarse + s),
+        ),
+        "scatter": (lambda: scatter(gathered), row * (s + n)),
+        "scatter, backward": (adjoint(scatter, gathered, out), row * (n + picked + 2 * coarse + s)),
+        "gather, backward": (
+            lambda run=adjoint(gather, q, gathered): [run() for _ in range(3)],
+            3 * row * (s + n),
+        ),
+    }
+
+
+def benchmark(
+    case: str, heads: int, kv_heads: int, d: int, seconds: float, skip_dense: bool
+) -> dict:
+    n, levels, p, top_k = map(int, case.split(","))
+    config = LighthouseConfig(levels, p, top_k)
+    geometry = PyramidGeometry(config, n)
+    torch.manual_seed(0)
+    # As a model hands them over: views of [B, N, H, D].
+    leaves = [
+        torch.randn(1, n, h, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+    record = {"case": case, "heads": heads, "kv_heads": kv_heads, "D": d,
+              "S": geometry.gathered_length, "N": n}  # fmt: skip
+    if n <= LARGEST_CHECKED:
+        record["error"] = check(leaves, config)
+
+    gqa = heads != kv_heads
+
+    def lighthouse(q, k, v):
+        return lighthouse_attention(q, k, v, config, sdpa=dense)
+
+    functions = {"dense": lambda q, k, v: dense(q, k, v, enable_gqa=gqa), "lighthouse": lighthouse,
+                 "compiled": torch.compile(lighthouse, fullgraph=True)}  # fmt: skip
+    if skip_dense:
+        del functions["dense"]
+    variants = {}
+    for name, function in functions.items():
+        variants[f"{name}, forward"], variants[f"{name}, both"] = forward_and_backward(
+            function, leaves
+        )
+    short = [torch.randn(1, h, geometry.gathered_length, d, device="cuda", dtype=torch.bfloat16)
+             for h in (heads, kv_heads, kv_heads)]  # fmt: skip
+    variants["SDPA on S, forward"], variants["SDPA on S, both"] = forward_and_backward(
+        lambda q, k, v: dense(q, k, v, enable_gqa=gqa), short
+    )
+    steps = parts(leaves, config)
+    results = measure({**variants, **{name: run for name, (run, _) in steps.items()}}, seconds)
+    for name, (_, moved) in steps.items():
+        results[name]["GB/s"] = moved / results[name]["ms"] / 1e6
+    record["results"] = results
+    return record
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a large copy on the device, read and written bytes counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    ms = measure({"copy": lambda: target.copy_(source)}, 1.0)["copy"]["ms"]
+    return 2 * source.numel() / ms / 1e6
+
+
+def tables(run: dict) -> str:
+    """The run as Markdown: whole attention, then its parts."""
+    lines = [
+        f"{run['GPU']}, torch {run['torch']}, triton {run['triton']}, revision {run['revision']}, "
+        f"{run['date']}. bf16, B = 1; copy {run['copy GB/s']:.0f} GB/s. ms, median ± spread.",
+        "",
+        "| N, L, p, k | heads | S | | dense | Lighthouse | compiled | SDPA on S | speedup | "
+        "over SDPA on S | GiB: dense, Lighthouse |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in run["records"]:
+        for mode in ("forward", "both"):
+            cells = {n: record["results"].get(f"{n}, {mode}") for n in
+                     ("dense", "lighthouse", "compiled", "SDPA on S")}  # fmt: skip
+            text = [f"{c['ms']:.3g} ± {c['spread']:.1g}" if c else "" for c in cells.values()]
+            best = min(cells["lighthouse"]["ms"], cells["compiled"]["ms"])
+            ratio = f"{cells['dense']['ms'] / best:.1f}x" if cells["dense"] else ""
+            memory = ", ".join(
+                f"{cells[n]['GiB']:.2f}" for n in ("dense", "lighthouse") if cells[n]
+            )
+            lines.append(
+                f"| {record['case']} | {record['heads']}/{record['kv_heads']} | {record['S']:,} | "
+                f"{'forward' if mode == 'forward' else 'and backward'} | {' | '.join(text)} | "
+                f"{ratio} | {best - cells['SDPA on S']['ms']:.2f} | {memory} |"
+            )
+    lines += ["", "| N, L, p, k | " + " | ".join(PART_NAMES) + " |", "|---" * 7 + "|"]
+    for record in run["records"]:
+        cells = [record["results"][name] for name in PART_NAMES]
+        text = " | ".join(f"{c['ms']:.3f} ({c['GB/s']:.0f})" for c in cells)
+        lines.append(f"| {record['case']} | {text} |")
+    return "\n".join(lines) + "\n\nParts: ms (GB/s of the bytes that have to move).\n"
+
+
+PART_NAMES = ("pool q, k, v", "select", "gather q, k, v", "scatter", "scatter, backward",
+              "gather, backward")  # fmt: skip
+
+
+def plot(run: dict, path: Path) -> None:
+    """Latency and memory of forward and backward over the length, dense and Lighthouse."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, key, label in zip(axes, ("ms", "GiB"), ("forward + backward, ms", "memory, GiB"),
+                                strict=True):  # fmt: skip
+        for name in ("dense", "lighthouse", "compiled", "SDPA on S"):
+            points = [(r["N"], r["results"][f"{name}, both"][key]) for r in run["records"]
+                      if f"{name}, both" in r["results"]]  # fmt: skip
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"Attention layer, {run['GPU']}, bf16")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", default=SWEEP, metavar="N,L,p,k")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=None, help="default: as --heads")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=5.0, help="time to measure each case for")
+    parser.add_argument("--skip-dense", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--name", default="attention", help="stem of the files written")
+    parser.add_argument("--plot", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("scripts/benchmark_attention.py needs a CUDA device and found none")
+
+    import triton
+
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], text=True, capture_output=True
+    )
+    run = {
+        "GPU": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "revision": revision.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+        "copy GB/s": copy_bandwidth(),
+        "records": [],
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for number, case in enumerate(arguments.cases, 1):
+        print(f"case {number} of {len(arguments.cases)}: {case}", flush=True)
+        run["records"].append(
+            benchmark(case, arguments.heads, arguments.kv_heads or arguments.heads,
+                      arguments.head_dim, arguments.seconds, arguments.skip_dense)
+        )  # fmt: skip
+        torch.cuda.empty_cache()
+        (arguments.output / f"{arguments.name}.json").write_text(json.dumps(run, indent=1) + "\n")
+    (arguments.output / f"{arguments.name}.md").write_text(tables(run))
+    print(tables(run))
+    if arguments.plot:
+        plot(run, arguments.output / f"{arguments.name}.png")
+
+
+if __name__ == "__main__":
+    main()
