@@ -74,7 +74,7 @@ def _gather_with_kernels(
     coarsest_v, _ = kernels.pool_coarsest(v, geometry, with_norms=False)
     if selection is None:
         check_scorer(geometry.config)
-        selection = Selection(*kernels.select_from_norms(a, b, geometry.config))
+        selection = Selection(*kernels.select_from_norms(a, b, geometry))
     pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
     return selection, [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
 

@@ -49,7 +49,7 @@ def select(
     if choose_implementation(impl, q) == "triton":
         check_scorer(config)
         norms = (kernels.pool_coarsest(x, geometry, with_norms=True)[1] for x in (q, k))
-        return Selection(*kernels.select_from_norms(*norms, config))
+        return Selection(*kernels.select_from_norms(*norms, geometry))
     # Selection has no gradient; detached, it has no place in the autograd graph either.
     return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(config)))
 

@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..geometry import PyramidGeometry
 from .launch import row_strides, sequence_first
 
 
@@ -98,17 +97,17 @@ def _spread(
     total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     offset = tl.zeros((), dtype=tl.int64)
     for level in tl.static_range(LEVELS):
-        SPAN: tl.constexpr = P**level
-        shifted = position - (SPAN - 1) if SCATTER else position
+        span = P**level
+        shifted = position - (span - 1) if SCATTER else position
         reached = inside & (shifted >= 0)
-        place = tl.load(slots + offset + shifted // SPAN, mask=reached, other=-1).to(tl.int64)
+        place = tl.load(slots + offset + shifted // span, mask=reached, other=-1).to(tl.int64)
         x = tl.load(
             source + place[:, None] * in_s + column[None, :],
             mask=(place >= 0)[:, None] & in_columns,
             other=0.0,
         ).to(tl.float32)
-        total += x if SCATTER else x * (1.0 / SPAN)
-        offset += length // SPAN
+        total += x if SCATTER else x * (1.0 / span)
+        offset += length // span
     target = rows + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
     tl.store(target, total.to(rows.dtype.element_ty), mask=inside[:, None] & in_columns)
 
@@ -117,7 +116,8 @@ def gather(
     rows: torch.Tensor,
     coarsest_rows: torch.Tensor,
     index: torch.Tensor,
-    geometry: PyramidGeometry,
+    p: int,
+    levels: int,
     collect: bool,
 ) -> torch.Tensor:
     """Launch ``_gather``.
@@ -126,6 +126,7 @@ def gather(
         rows: [B, H, N, D].
         coarsest_rows: what the coarsest entries gather, [B, H, nc, D] contiguous.
         index: [B, Hkv, S].
+        p, levels: pooling factor and levels of the pyramid.
         collect: gather sums from each entry's end on instead of means over it.
 
     Returns:
@@ -133,27 +134,28 @@ def gather(
     """
     rows, strides = row_strides(rows)
     batch, heads, length, d = rows.shape
-    s = geometry.gathered_length
+    s = index.shape[2]
     gathered = rows.new_empty((batch, heads, s, d))
     block_d = triton.next_power_of_2(d)
     block = max(4, 4096 // block_d)
     _gather[(batch * heads * triton.cdiv(s, block),)](
         rows, coarsest_rows, index, gathered, *strides,
-        heads, heads // index.shape[1], length, geometry.lengths[-1], s,
-        D=d, BLOCK_D=block_d, BLOCK=block, P=geometry.config.pooling_factor,
-        LEVELS=geometry.config.levels, COLLECT=collect, num_warps=4,
+        heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect, num_warps=4,
     )  # fmt: skip
     return gathered
 
 
 def spread(
-    gathered: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry, scatter: bool
+    gathered: torch.Tensor, slot: torch.Tensor, length: int, p: int, levels: int, scatter: bool
 ) -> torch.Tensor:
     """Launch ``_spread``.
 
     Args:
         gathered: [B, H, S, D].
         slot: [B, Hkv, P].
+        length: positions N to spread over.
+        p, levels: pooling factor and levels of the pyramid.
         scatter: add outputs from each entry's end on, instead of shares over it.
 
     Returns:
@@ -161,14 +163,12 @@ def spread(
     """
     gathered, strides = row_strides(gathered)
     batch, heads, _, d = gathered.shape
-    length = geometry.sequence_length
     rows = sequence_first(gathered, length)
     block_d = triton.next_power_of_2(d)
     block = max(4, 4096 // block_d)
     _spread[(batch * heads * triton.cdiv(length, block),)](
         gathered, slot, rows, *strides, *rows.stride()[:3],
-        heads, heads // slot.shape[1], length, geometry.pyramid_length,
-        D=d, BLOCK_D=block_d, BLOCK=block, P=geometry.config.pooling_factor,
-        LEVELS=geometry.config.levels, SCATTER=scatter, num_warps=4,
+        heads, heads // slot.shape[1], length, slot.shape[2],
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter, num_warps=4,
     )  # fmt: skip
     return rows

@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..geometry import PyramidGeometry
-
 # Candidates that one program keeps on chip; a stratum of the paper's size has 512.
 LARGEST_BLOCK = 8192
 SCORE_BITS = tl.constexpr(31)
@@ -209,23 +207,23 @@ def _place(
 
 
 def select_from_norms(
-    a: torch.Tensor, b: torch.Tensor, geometry: PyramidGeometry
+    a: torch.Tensor, b: torch.Tensor, levels: int, p: int, m: int, strata: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick and place by level-1 scores.
 
     Args:
         a: float32 [B, Hq, n1], not negative.
         b: float32 [B, Hkv, n1], not negative.
+        levels, p, m, strata: levels, pooling factor, picks per stratum and number of strata.
 
     Returns:
         index int32 [B, Hkv, S] and slot int32 [B, Hkv, P].
     """
-    config = geometry.config
-    m, p, levels = config.picks_per_stratum, config.pooling_factor, config.levels
-    strata, coarsest = geometry.strata, geometry.lengths[-1]
-    planes = b.shape[0] * b.shape[1]
-    group = a.shape[1] // b.shape[1]
-    programs = planes * strata
+    batch, heads, level_one = b.shape
+    lengths = [level_one * p // p**level for level in range(levels)]
+    coarsest, pyramid = lengths[-1], sum(lengths)
+    gathered = coarsest + (levels - 1) * p * m * strata
+    programs = batch * heads * strata
     # picks[l] are those of level l + 1.
     picks = b.new_empty((levels - 1, programs, m), dtype=torch.int32)
     for level in range(levels - 1, 0, -1):
@@ -235,17 +233,15 @@ def select_from_norms(
         chunks = triton.cdiv(candidates, block)
         parents = picks if at_top else picks[level]
         _pick[(programs,)](
-            a, b, parents, picks[level - 1], strata, coarsest, geometry.lengths[1],
-            M=m, P=p, ROWS=p ** (level - 1), GROUP=group, BLOCK=block, CHUNKS=chunks,
+            a, b, parents, picks[level - 1], strata, coarsest, level_one,
+            M=m, P=p, ROWS=p ** (level - 1), GROUP=a.shape[1] // heads, BLOCK=block, CHUNKS=chunks,
             POSITION_BITS=(block * chunks - 1).bit_length(), COARSEST=at_top,
             num_warps=4 if block <= 1024 else 16,
         )  # fmt: skip
-    shape = b.shape[:2]
-    index = b.new_empty((*shape, geometry.gathered_length), dtype=torch.int32)
-    slot = b.new_full((*shape, geometry.pyramid_length), -1, dtype=torch.int32)
+    index = b.new_empty((batch, heads, gathered), dtype=torch.int32)
+    slot = b.new_full((batch, heads, pyramid), -1, dtype=torch.int32)
     _place[(programs,)](
-        picks, index, slot, programs, strata, coarsest,
-        geometry.gathered_length, geometry.pyramid_length,
+        picks, index, slot, programs, strata, coarsest, gathered, pyramid,
         M=m, P=p, LEVELS=levels, BLOCK=256, BISECTIONS=m.bit_length(), num_warps=4,
     )  # fmt: skip
     return index, slot

@@ -8,6 +8,8 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra import parallelize as upstream
 from torchtitan.tools.utils import device_type
 
+from lighthouse.implementation import kernels
+
 from ..job_config import JobConfig
 from .cpu import use_sum_reductions
 
@@ -36,6 +38,8 @@ def parallelize_lighthouse(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.lighthouse.select.default,
     }
+    if kernels is not None:
+        upstream._op_sac_save_list.add(torch.ops.lighthouse.select_from_norms.default)
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
     model = upstream.parallelize_llama(model, parallel_dims, job_config)
