@@ -19,16 +19,25 @@ from . import pooling as _pooling
 from . import selection as _selection
 from .launch import DTYPES, LARGEST_D, sequence_first
 
+# Whether Triton's interpreter runs the kernels, on any device: settled when they are defined.
+INTERPRETED = knobs.runtime.interpret
+
 # Bare definitions: the decorators of torch.library cost ten times as much on every call, which
 # at these kernels' speed is most of the time.
 _library = torch.library.Library("lighthouse", "FRAGMENT")
 
 
 def _define(schema: str, function, fake) -> None:
-    """Register an operation that runs ``function`` on any device that ``schema`` names."""
+    """Register the operation of ``schema``, which ``function`` computes."""
     name = schema[: schema.index("(")]
+
+    def run(tensor, *arguments):
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *arguments)
+
     _library.define(schema)
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lighthouse::{name}", fake, lib=_library)
 
 
@@ -92,7 +101,7 @@ def check_supported(q: torch.Tensor) -> None:
     Raises:
         ValueError: the device is not CUDA, the dtype not bf16, fp16 or fp32, or D over 256.
     """
-    if not q.is_cuda and not knobs.runtime.interpret:
+    if not q.is_cuda and not INTERPRETED:
         raise ValueError(f'the Triton kernels need CUDA tensors, got {q.device}; pass impl="torch"')
     if q.dtype not in DTYPES:
         raise ValueError(

@@ -24,6 +24,10 @@ import triton.language as tl
 
 from .launch import row_strides, sequence_first
 
+# Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
+GATHER_TILE, GATHER_WARPS = 1024, 4
+SPREAD_TILE, SPREAD_WARPS = 2048, 2
+
 
 @triton.jit
 def _gather(
@@ -137,11 +141,12 @@ def gather(
     s = index.shape[2]
     gathered = rows.new_empty((batch, heads, s, d))
     block_d = triton.next_power_of_2(d)
-    block = max(4, 4096 // block_d)
+    block = GATHER_TILE // block_d
     _gather[(batch * heads * triton.cdiv(s, block),)](
         rows, coarsest_rows, index, gathered, *strides,
         heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect, num_warps=4,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect,
+        num_warps=GATHER_WARPS,
     )  # fmt: skip
     return gathered
 
@@ -165,10 +170,11 @@ def spread(
     batch, heads, _, d = gathered.shape
     rows = sequence_first(gathered, length)
     block_d = triton.next_power_of_2(d)
-    block = max(4, 4096 // block_d)
+    block = SPREAD_TILE // block_d
     _spread[(batch * heads * triton.cdiv(length, block),)](
         gathered, slot, rows, *strides, *rows.stride()[:3],
         heads, heads // slot.shape[1], length, slot.shape[2],
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter, num_warps=4,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
+        num_warps=SPREAD_WARPS,
     )  # fmt: skip
     return rows

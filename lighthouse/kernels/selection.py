@@ -236,12 +236,12 @@ def select_from_norms(
             a, b, parents, picks[level - 1], strata, coarsest, level_one,
             M=m, P=p, ROWS=p ** (level - 1), GROUP=a.shape[1] // heads, BLOCK=block, CHUNKS=chunks,
             POSITION_BITS=(block * chunks - 1).bit_length(), COARSEST=at_top,
-            num_warps=4 if block <= 1024 else 16,
+            num_warps=8 if block <= 1024 else 16,
         )  # fmt: skip
     index = b.new_empty((batch, heads, gathered), dtype=torch.int32)
     slot = b.new_full((batch, heads, pyramid), -1, dtype=torch.int32)
     _place[(programs,)](
         picks, index, slot, programs, strata, coarsest, gathered, pyramid,
-        M=m, P=p, LEVELS=levels, BLOCK=256, BISECTIONS=m.bit_length(), num_warps=4,
+        M=m, P=p, LEVELS=levels, BLOCK=256, BISECTIONS=m.bit_length(), num_warps=8,
     )  # fmt: skip
     return index, slot

@@ -4,9 +4,17 @@ import pytest
 import torch
 from test_against_oracle import output_and_gradients, relative_error
 from test_interface import Dense
+from test_kernels import SCORES, vectorised_selection
 from test_properties import run_twice
 
-from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
+from lighthouse import (
+    LighthouseAttention,
+    LighthouseConfig,
+    kernels,
+    lighthouse_attention,
+    select,
+)
+from lighthouse.geometry import PyramidGeometry
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +104,92 @@ def test_no_host_synchronisation() -> None:
         lighthouse_attention(q, k, v, config).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("n, top_k", [(PAPER_LENGTH, 1536), (524288, 8192)])
+def test_long_sequences_repeat_bit_for_bit(n: int, top_k: int) -> None:
+    """Stock attention included; at the second length the gathered sequence exceeds 65,535."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_twice("cuda", torch.bfloat16, n, LighthouseConfig(3, 4, top_k))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_strata_of_thousands(kind: str) -> None:
+    """5,461 and 5,462 coarsest entries in each, beside strata of 85 and of 341."""
+    torch.manual_seed(6)
+    for n, config in (
+        (2**22, LighthouseConfig(3, 4, 48 * 128)),
+        (2**16, LighthouseConfig(3, 4, 48 * 64, picks_per_stratum=64)),
+        (2**18, LighthouseConfig(4, 2, 96 * 128)),
+    ):
+        geometry = PyramidGeometry(config, n)
+        a, b = (SCORES[kind](2, h, geometry.lengths[1]).cuda() for h in (4, 2))
+        index, slot = kernels.select_from_norms(a, b, geometry)
+        expected = vectorised_selection(a, b, geometry)
+        assert torch.equal(index, expected.index)
+        assert torch.equal(slot, expected.slot)
+
+
+def test_beyond_two_billion_elements() -> None:
+    """Random positions of a tensor past every 32-bit offset, against sums written out by hand."""
+    n, heads, d, levels, p = 2**22, 5, 128, 4, 4
+    config = LighthouseConfig(levels, p, 3 * 5504)
+    geometry = PyramidGeometry(config, n)
+    assert n * heads * d > 2**31
+
+    torch.manual_seed(3)
+    q = torch.randn(1, n, heads, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    grad = torch.randn_like(q)
+    selection = select(q, q, q, config)
+    same = select(q, q, q, config)
+    assert torch.equal(selection.index, same.index)
+    leaf = q.detach().requires_grad_()
+    out = lighthouse_attention(leaf, q, q, config, selection=selection, sdpa=lambda q, k, v, **_: q)
+    (dq,) = torch.autograd.grad(out, leaf, grad)
+    out = out.detach()
+
+    def reached(t: int, head: int, shifted: bool) -> list[tuple[int, int]]:
+        """(span, entry) of the included entries above t, or of those that write to it."""
+        found = []
+        for level, span in enumerate(geometry.spans):
+            entry = (t - span + 1) // span if shifted else t // span
+            offset = geometry.offsets[level]
+            if entry >= 0 and selection.slot[0, head, offset + entry] >= 0:
+                found.append((span, entry))
+        return found
+
+    generator = torch.Generator().manual_seed(4)
+    positions = torch.randint(0, n, (100,), generator=generator).tolist()
+    for t in [*positions, *range(n - 10, n)]:
+        for head in (0, heads - 1):
+            mean = sum(q[0, head, i * w : (i + 1) * w].double().mean(0)
+                       for w, i in reached(t, head, shifted=True))  # fmt: skip
+            torch.testing.assert_close(out[0, head, t].double(), mean, rtol=0.02, atol=0.02)
+            share = sum(grad[0, head, (i + 1) * w - 1 : (i + 2) * w - 1].double().sum(0) / w
+                        for w, i in reached(t, head, shifted=False))  # fmt: skip
+            torch.testing.assert_close(dq[0, head, t].double(), share, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_error_of_the_whole_is_that_of_vectorised_pytorch(d: int) -> None:
+    """Both against float64 at the paper's pooling, with the stock attention of this device."""
+    torch.manual_seed(5)
+    config = LighthouseConfig(3, 4, 256, picks_per_stratum=64)
+    leaves = [torch.randn(2, 8192, h, d).transpose(1, 2) for h in (4, 2, 2)]
+    grad = torch.randn_like(leaves[0])
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = [x.to("cuda", dtype) for x in leaves]
+        selection = select(*rounded, config)
+
+        def run(impl, dtype, rounded=rounded, selection=selection):
+            return output_and_gradients(
+                lighthouse_attention, [x.to(dtype) for x in rounded], grad.to("cuda", dtype),
+                config, selection=selection, impl=impl,
+            )  # fmt: skip
+
+        exact = run("torch", torch.float64)
+        for ours, plain, want in zip(run("triton", dtype), run("torch", dtype), exact, strict=True):
+            assert relative_error(ours, want) <= 1.05 * relative_error(plain, want)

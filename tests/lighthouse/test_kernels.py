@@ -1,15 +1,24 @@
 """Triton kernels against the oracle, on a GPU or in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from test_against_oracle import output_and_gradients, random_inputs, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lighthouse import LighthouseConfig, lighthouse_attention, reference, select
+from lighthouse import LighthouseConfig, Selection, lighthouse_attention, reference, select
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import norm_scores
 from lighthouse.selection import included_entries, place
 
 kernels = pytest.importorskip("lighthouse.kernels")
+NAN, INFINITY = float("nan"), float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -76,29 +85,70 @@ def test_norms_and_coarsest_means(case) -> None:
         torch.testing.assert_close(coarsest, means.to(dtype))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("block", [8192, 16])
-def test_selection_is_exact(case, block, monkeypatch) -> None:
-    """Given the same scores, the same entries in the same places; also from strata in chunks."""
-    monkeypatch.setattr(kernels._selection, "LARGEST_BLOCK", block)
-    config = case["config"]
-    geometry = PyramidGeometry(config, case["n"])
-    q, k, _ = inputs(case, torch.float32, 32)
-    _, a = kernels.pool_coarsest(q, geometry, True)
-    _, b = kernels.pool_coarsest(k, geometry, True)
-    index, slot = kernels.select_from_norms(a, b, geometry)
+SCORES = {
+    "random": torch.rand,
+    "tied": lambda *shape: torch.randint(0, 3, shape).float(),
+    "constant": torch.ones,
+    "zero": torch.zeros,
+    "heavy-tailed": lambda *shape: torch.randn(*shape).abs() ** 20,
+    "tiny": lambda *shape: torch.rand(*shape) * 1e-40,
+    "not a number": lambda *shape: torch.rand(*shape).masked_fill(torch.rand(*shape) < 0.2, NAN),
+    "infinite": lambda *shape: torch.rand(*shape).masked_fill(torch.rand(*shape) < 0.2, INFINITY),
+}
 
-    group = case["heads"] // case["kv_heads"]
-    level = (a.unflatten(1, (-1, group)).amax(2), b)
+
+def vectorised_selection(a, b, geometry: PyramidGeometry) -> Selection:
+    """What vectorised PyTorch selects by level-1 scores a [B, Hq, n1] and b [B, Hkv, n1]."""
+    level = (a.unflatten(1, (b.shape[1], -1)).amax(2), b)
     scores = [level, level]
     for length in geometry.lengths[2:]:
         level = tuple(x.unflatten(-1, (length, -1)).amax(-1) for x in level)
         scores.append(level)
     # The base scores rank nothing; any of the right shape do.
-    scores[0] = (q.new_zeros(*b.shape[:2], case["n"]),) * 2
-    expected = place(included_entries(scores, geometry), geometry)
-    assert torch.equal(index, expected.index)
-    assert torch.equal(slot, expected.slot)
+    scores[0] = (b.new_zeros(*b.shape[:2], geometry.sequence_length),) * 2
+    return place(included_entries(scores, geometry), geometry)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("block", [8192, 16])
+def test_selection_is_exact(case, block, monkeypatch) -> None:
+    """Given the same scores, the same entries in the same places; also from strata in chunks."""
+    monkeypatch.setattr(kernels._selection, "LARGEST_BLOCK", block)
+    geometry = PyramidGeometry(case["config"], case["n"])
+    torch.manual_seed(case["seed"])
+    for make in SCORES.values():
+        a, b = (
+            make(case["batch"], heads, geometry.lengths[1]).to(DEVICE)
+            for heads in (case["heads"], case["kv_heads"])
+        )
+        index, slot = kernels.select_from_norms(a, b, geometry)
+        expected = vectorised_selection(a, b, geometry)
+        assert torch.equal(index, expected.index)
+        assert torch.equal(slot, expected.slot)
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY])
+@pytest.mark.parametrize("spoiled", ["q", "k", "v"])
+def test_what_is_not_finite_shows(spoiled, value) -> None:
+    """At its coarsest entry or later, and nothing hangs or strays."""
+    each = CASES[0]
+    leaves = inputs(each, torch.float32, 32)
+    span = each["config"].pooling_factor ** (each["config"].levels - 1)
+    position = each["n"] // 2
+    leaves["qkv".index(spoiled)][:, :, position] = value
+    out, *grads = output_and_gradients(
+        lighthouse_attention, leaves, torch.ones_like(leaves[0]), each["config"], impl="triton"
+    )
+    start = position // span * span
+    if spoiled != "v":
+        # Values are another matter: the dense attention itself multiplies masked ones by zero.
+        assert out[:, :, :start].isfinite().all()
+    assert not out[:, :, start:].isfinite().all()
+    if value is NAN and spoiled != "q":
+        # Every later query attends over every coarsest key and value.
+        assert out[:, :, start + span :].isnan().all()
+    # An infinite value leaves its own gradient finite: that depends on the weights alone.
+    assert not all(x.isfinite().all() for x in grads)
 
 
 def test_whole_agrees_with_the_vectorised_code() -> None:
@@ -159,6 +209,78 @@ def test_operations_are_well_formed() -> None:
         torch.library.opcheck(ops.gather.default, gather)
         spread = (ops.gather(*gather), slot, each["n"], p, levels, collect)
         torch.library.opcheck(ops.spread.default, spread)
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+}
+
+
+class Executions(TorchDispatchMode):
+    """How often each operation ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("saved", ["nothing", "attention and selection"])
+def test_checkpointing_repeats_the_same_bits(saved, monkeypatch) -> None:
+    each = CASES[3]
+    leaves = inputs(each, torch.float32, 32)
+    config, grad = each["config"], torch.randn_like(leaves[0])
+    select_op = torch.ops.lighthouse.select_from_norms.default
+    keep = [] if saved == "nothing" else [select_op, *ATTENTION]
+
+    def checkpointed(*arguments, **options):
+        return checkpoint(
+            lighthouse_attention, *arguments, **options, use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(keep),
+        )  # fmt: skip
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        plain = output_and_gradients(lighthouse_attention, leaves, grad, config, impl="triton")
+        with Executions() as executions:
+            repeated = output_and_gradients(checkpointed, leaves, grad, config, impl="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for value, want in zip(repeated, plain, strict=True):
+        assert torch.equal(value, want)
+    times = 2 if saved == "nothing" else 1
+    assert executions.counts[select_op] == times
+    assert sum(executions.counts[operation] for operation in ATTENTION) == times
+
+
+def test_steps_do_not_recompile() -> None:
+    each = CASES[3]
+    compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
+    leaves = inputs(each, torch.float32, 32)
+    grad = torch.randn_like(leaves[0])
+    expected = output_and_gradients(lighthouse_attention, leaves, grad, each["config"],
+                                    impl="triton")  # fmt: skip
+    for step in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            results = output_and_gradients(compiled, leaves, grad, each["config"], impl="triton")
+        for value, want in zip(results, expected, strict=True):
+            torch.testing.assert_close(value, want)
+
+
+def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
+    """By Triton's compiler, which needs no GPU: the interpreter takes what that would not."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    subprocess.run(
+        [sys.executable, script, "80", "90"],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        check=True,
+    )
 
 
 def test_unsupported_tensors_are_refused() -> None:

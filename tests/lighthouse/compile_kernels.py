@@ -1,0 +1,82 @@
+"""Compile every kernel, as its launcher would launch it, for GPUs that need not be there.
+
+Run by test_kernels.py in a process of its own, without Triton's interpreter. Tensors are on the
+meta device: they have shapes and no memory.
+"""
+
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from lighthouse.kernels import gather, pooling, selection
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+# L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
+CASES = [
+    (3, 4, 98304, 1, 8, 8, 128, 128, 12, torch.bfloat16),
+    (3, 2, 131072, 2, 6, 2, 96, 128, 2, torch.float32),
+    (4, 4, 2**22, 1, 32, 8, 256, 128, 3, torch.bfloat16),
+]
+
+
+class Compiler:
+    """Takes the place of a kernel: launching it compiles it."""
+
+    count = 0
+
+    def __init__(self, kernel, capability: int) -> None:
+        self.kernel = kernel
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, num_warps: int, **constants) -> None:
+        names = self.kernel.arg_names
+        signature = dict.fromkeys(constants, "constexpr")
+        for name, value in zip(names, arguments, strict=False):
+            if isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        signature = {name: signature[name] for name in names}
+        constants = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(self.kernel, signature=signature, constexprs=constants)
+        compiled = compile(source, target=self.target, options={"num_warps": num_warps})
+        assert compiled.asm["cubin"]
+        Compiler.count += 1
+
+
+def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> None:
+    def rows(h: int, length: int) -> torch.Tensor:
+        return torch.empty(batch, length, h, d, dtype=dtype, device="meta").transpose(1, 2)
+
+    span = p ** (levels - 1)
+    q, k = rows(heads, n), rows(kv_heads, n)
+    coarsest, a = pooling.pool(q, p, span, 0, 1 / span, True)
+    _, b = pooling.pool(k, p, span, 0, 1 / span, True)
+    pooling.pool(q, p, span, span - 1, 1.0, False)
+    index, slot = selection.select_from_norms(a, b, levels, p, m, strata)
+    for flag in (False, True):
+        gathered = gather.gather(q, coarsest, index, p, levels, flag)
+        gather.spread(gathered, slot, n, p, levels, flag)
+
+
+def main() -> None:
+    kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
+               (gather, "_gather"), (gather, "_spread")]  # fmt: skip
+    originals = [(module, name, getattr(module, name)) for module, name in kernels]
+    for capability in map(int, sys.argv[1:]):
+        for module, name, kernel in originals:
+            setattr(module, name, Compiler(kernel, capability))
+        for case in CASES:
+            launch_all(*case)
+    print(f"compiled {Compiler.count} kernels")
+
+
+if __name__ == "__main__":
+    main()
