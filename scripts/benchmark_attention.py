@@ -4,16 +4,17 @@
     python scripts/benchmark_attention.py --cases 98304,3,4,1536 131072,3,4,2048 --plot
 
 Every case is checked before it is timed: its error against float32 is bounded by that of vectorised
-PyTorch in the same precision. Variants take turns within one process; a figure is the median of
-their turns and its spread half the distance between the quartiles; the host runs ahead of the
-device, as it does in training. Prints a table; writes it, a
-JSON record with the GPU, versions, git revision and date, and with --plot latency and memory over
-the length, to the output folder.
+PyTorch in the same precision. Variants take turns within one process, in an order drawn anew each
+time, as a hot GPU is a slower one; a figure is the median of the turns and its spread half the
+distance between the quartiles. The host runs ahead of the device, as it does in training.
+Prints a table; writes it, a JSON record with the GPU, versions, git revision and date, and with
+--plot latency and memory over the length, to the output folder.
 """
 
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def dense(q, k, v, is_causal=True, enable_gqa=False, scale=None) -> torch.Tensor
 
 
 def measure(variants: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
-    """Median and spread in ms of each variant, in turns, for about ``seconds`` in all.
+    """Median and spread in ms of each variant, in random order, for about ``seconds`` in all.
 
     Also the memory in GiB that each needs beyond what was there before.
     """
@@ -60,8 +61,11 @@ def measure(variants: dict[str, Callable[[], object]], seconds: float) -> dict[s
         torch.cuda.synchronize()
         results[name] = {"GiB": (torch.cuda.max_memory_allocated() - before) / 2**30}
     start = time.perf_counter()
+    order = list(variants.items())
+    shuffle = random.Random(0).shuffle
     while True:
-        for name, run in variants.items():
+        shuffle(order)
+        for name, run in order:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # As in training, the host is ahead: the device starts with all launches queued.
             torch.cuda._sleep(RUNWAY_CYCLES)
@@ -71,7 +75,7 @@ def measure(variants: dict[str, Callable[[], object]], seconds: float) -> dict[s
             end.synchronize()
             durations[name].append(begin.elapsed_time(end))
         turns = len(durations[name])
-        if turns >= 50 or (turns >= 3 and time.perf_counter() - start > seconds):
+        if turns >= 50 or (turns >= 2 and time.perf_counter() - start > seconds):
             break
     for name, times in durations.items():
         low, _, high = statistics.quantiles(times, n=4)
@@ -101,8 +105,12 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value.float() - exact).norm() / exact.norm()).item()
 
 
-def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, float]:
-    """Errors of output and gradients against float32, at most 1.5 times those of plain PyTorch."""
+def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, list[float]]:
+    """Errors of output and gradients against float32: the kernels', and vectorised PyTorch's.
+
+    Raises:
+        SystemExit: the former are not about as small.
+    """
     selection = select(*leaves, config)
     grad = torch.randn_like(leaves[0])
 
@@ -116,10 +124,9 @@ def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, flo
     exact = run("torch", torch.float32)
     ours, plain = run("triton", torch.bfloat16), run("torch", torch.bfloat16)
     for name, value, rough, want in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
-        errors[name] = relative_error(value, want)
-        bound = 1.5 * relative_error(rough, want)
-        if not errors[name] <= bound:
-            raise SystemExit(f"wrong result: error of {name} is {errors[name]}, bound {bound}")
+        errors[name] = error, bound = relative_error(value, want), relative_error(rough, want)
+        if not error <= 1.1 * bound:
+            raise SystemExit(f"wrong result: error of {name} is {error}, of PyTorch's {bound}")
     return errors
 
 

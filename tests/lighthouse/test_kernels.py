@@ -109,8 +109,11 @@ def vectorised_selection(a, b, geometry: PyramidGeometry) -> Selection:
     return place(included_entries(scores, geometry), geometry)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("block", [8192, 16])
+@pytest.mark.parametrize(
+    "case, block",
+    [*((case, 8192) for case in CASES), (CASES[3], 16), (CASES[5], 16)],
+    ids=str,
+)
 def test_selection_is_exact(case, block, monkeypatch) -> None:
     """Given the same scores, the same entries in the same places; also from strata in chunks."""
     monkeypatch.setattr(kernels._selection, "LARGEST_BLOCK", block)
@@ -213,7 +216,7 @@ def test_operations_are_well_formed() -> None:
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 }
 
@@ -231,9 +234,10 @@ class Executions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("saved", ["nothing", "attention and selection"])
-def test_checkpointing_repeats_the_same_bits(saved, monkeypatch) -> None:
+def test_checkpointing_repeats_the_same_bits(saved) -> None:
     each = CASES[3]
-    leaves = inputs(each, torch.float32, 32)
+    # Of one precision in which the stock attention of the device is one operation.
+    leaves = inputs(each, torch.float32 if DEVICE == "cpu" else torch.bfloat16, 32)
     config, grad = each["config"], torch.randn_like(leaves[0])
     select_op = torch.ops.lighthouse.select_from_norms.default
     keep = [] if saved == "nothing" else [select_op, *ATTENTION]
@@ -272,12 +276,12 @@ def test_steps_do_not_recompile() -> None:
             torch.testing.assert_close(value, want)
 
 
-def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
-    """By Triton's compiler, which needs no GPU: the interpreter takes what that would not."""
+def test_every_kernel_compiles_for_ampere(tmp_path: Path) -> None:
+    """By Triton's compiler, which refuses more than its interpreter and needs no GPU either."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
     subprocess.run(
-        [sys.executable, script, "80", "90"],
+        [sys.executable, script, "80"],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         check=True,
     )
