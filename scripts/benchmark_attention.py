@@ -291,22 +291,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--name", default="attention", help="stem of the files written")
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--revision", help="git revision to record; default: as git says")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("scripts/benchmark_attention.py needs a CUDA device and found none")
 
     import triton
 
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], text=True, capture_output=True
-    )
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    revision = arguments.revision or subprocess.check_output(git, text=True).strip()
     run = {
         "GPU": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
-        "revision": revision.stdout.strip() or "unknown",
+        "revision": revision,
         "date": date.today().isoformat(),
         "copy GB/s": copy_bandwidth(),
         "records": [],
