@@ -140,11 +140,19 @@ def parts(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tup
     """Each step around the dense attention, and the bytes that it has to move at least once."""
     q, k, v = leaves
     geometry = PyramidGeometry(config, q.shape[2])
-    (coarsest, a), (_, b) = (kernels.pool_coarsest(x, geometry, True) for x in (q, k))
+    pooled = [kernels.pool_coarsest(x, geometry, x is not v) for x in leaves]
+    a, b = pooled[0][1], pooled[1][1]
     selection = Selection(*kernels.select_from_norms(a, b, geometry))
-    gathered = kernels.pool_gather(q, coarsest, selection, geometry)
-    out = kernels.scatter_back(gathered, selection, geometry)
+    scatter = lambda x: kernels.scatter_back(x, selection, geometry)  # noqa: E731
+    gathers = [
+        lambda x, means=means: kernels.pool_gather(x, means, selection, geometry)
+        for means, _ in pooled
+    ]
+    gathered = [gather(x) for gather, x in zip(gathers, leaves, strict=True)]
+    out = scatter(gathered[0])
+    # Bytes of one position: of q, and of q, k and v.
     row = q.element_size() * q.shape[1] * q.shape[3] * q.shape[0]
+    rows = row + 2 * row * k.shape[1] // q.shape[1]
     n, s, coarse = geometry.sequence_length, geometry.gathered_length, geometry.lengths[-1]
     picked = sum(config.top_k * config.pooling_factor * span for span in geometry.spans[:-1])
 
@@ -153,24 +161,25 @@ def parts(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tup
         result = function(leaf)
         return lambda: torch.autograd.grad(result, leaf, grad, retain_graph=True)
 
-    gather = lambda x: kernels.pool_gather(x, coarsest, selection, geometry)  # noqa: E731
-    scatter = lambda x: kernels.scatter_back(x, selection, geometry)  # noqa: E731
-    gather_backward = adjoint(gather, q, gathered)
+    gather_backwards = [adjoint(*each) for each in zip(gathers, leaves, gathered, strict=True)]
     return {
         "pool q, k, v": (
             lambda: [kernels.pool_coarsest(x, geometry, x is not v) for x in leaves],
-            3 * row * (n + coarse),
+            rows * (n + coarse),
         ),
         "select": (lambda: kernels.select_from_norms(a, b, geometry), 4 * (a.numel() + b.numel())),
         "gather q, k, v": (
-            lambda: [gather(x) for x in leaves],
-            3 * row * (picked + coarse + s),
+            lambda: [gather(x) for gather, x in zip(gathers, leaves, strict=True)],
+            rows * (picked + coarse + s),
         ),
-        "scatter": (lambda: scatter(gathered), row * (s + n)),
-        "scatter, backward": (adjoint(scatter, gathered, out), row * (n + picked + 2 * coarse + s)),
+        "scatter": (lambda: scatter(gathered[0]), row * (s + n)),
+        "scatter, backward": (
+            adjoint(scatter, gathered[0], out),
+            row * (n + picked + 2 * coarse + s),
+        ),
         "gather, backward": (
-            lambda: [gather_backward() for _ in range(3)],
-            3 * row * (s + n),
+            lambda: [backward() for backward in gather_backwards],
+            rows * (s + n),
         ),
     }
 
