@@ -3,6 +3,8 @@
 
     python scripts/benchmark_attention.py --cases 98304,3,4,1536 131072,3,4,2048 --plot
 
+--plot needs the extra "benchmark" (pip install -e '.[benchmark]').
+
 Every case is checked before it is timed: its error against float32 is bounded by that of vectorised
 PyTorch in the same precision. Variants take turns within one process, in an order drawn anew each
 time, as a hot GPU is a slower one; a figure is the median of the turns and its spread half the
@@ -30,8 +32,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from lighthouse import LighthouseConfig, Selection, kernels, lighthouse_attention, select
 from lighthouse.geometry import PyramidGeometry
 
-SWEEP = ["8192,3,4,128", "16384,3,4,256", "32768,3,4,512", "65536,3,4,1024", "98304,3,4,1536",
-         "131072,3,4,2048", "262144,3,4,4096", "524288,3,4,8192", "1048576,4,4,4096"]  # fmt: skip
+SWEEP = ["2048,3,4,128", "4096,3,4,128", "8192,3,4,128", "16384,3,4,256",
+         "32768,3,4,512", "65536,3,4,1024", "98304,3,4,1536", "131072,3,4,2048",
+         "262144,3,4,4096", "524288,3,4,8192", "1048576,4,4,4096"]  # fmt: skip
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 # About 5 ms, longer than the host takes to launch any variant.
 RUNWAY_CYCLES = 10_000_000
@@ -251,7 +254,7 @@ def tables(run: dict) -> str:
         for mode in ("forward", "both"):
             cells = {n: record["results"].get(f"{n}, {mode}") for n in
                      ("dense", "lighthouse", "compiled", "SDPA on S")}  # fmt: skip
-            text = [f"{c['ms']:.3g} ± {c['spread']:.1g}" if c else "" for c in cells.values()]
+            text = [f"{c['ms']:.4g} ± {c['spread']:.1g}" if c else "" for c in cells.values()]
             best = min(cells["lighthouse"]["ms"], cells["compiled"]["ms"])
             ratio = f"{cells['dense']['ms'] / best:.1f}x" if cells["dense"] else ""
             memory = ", ".join(
@@ -274,22 +277,37 @@ PART_NAMES = ("pool q, k, v", "select", "gather q, k, v", "scatter", "scatter, b
               "gather, backward")  # fmt: skip
 
 
+def crossover(run: dict) -> str:
+    """From which measured length on Lighthouse is the faster one."""
+    wins = {
+        record["N"]: record["results"]["lighthouse, both"]["ms"] < dense["ms"]
+        for record in run["records"]
+        if (dense := record["results"].get("dense, both"))
+    }
+    slower = [n for n, faster in wins.items() if not faster]
+    first = min((n for n in wins if n > max(slower, default=0)), default=None)
+    return f"Lighthouse is faster from N = {first:,} on" if first else "dense is faster throughout"
+
+
 def plot(run: dict, path: Path) -> None:
     """Latency and memory of forward and backward over the length, dense and Lighthouse."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5))
+    styles = {"dense": "o-", "lighthouse": "s-", "compiled": "x--", "SDPA on S": "^:"}
     for axis, key, label in zip(axes, ("ms", "GiB"), ("forward + backward, ms", "memory, GiB"),
                                 strict=True):  # fmt: skip
-        for name in ("dense", "lighthouse", "compiled", "SDPA on S"):
+        for name, style in styles.items():
             points = [(r["N"], r["results"][f"{name}, both"][key]) for r in run["records"]
                       if f"{name}, both" in r["results"]]  # fmt: skip
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+            axis.plot(*zip(*sorted(points), strict=True), style, label=name)
         axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(f"Attention layer, {run['GPU']}, bf16")
-    figure.tight_layout()
+    cases = "   ".join(record["case"] for record in run["records"])
+    figure.suptitle(f"Attention layer, {run['GPU']}, bf16, B = 1: {crossover(run)}")
+    figure.text(0.5, 0.01, f"N,L,p,k: {cases}", ha="center", fontsize=7)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=120)
 
 
