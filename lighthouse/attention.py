@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from .config import LighthouseConfig
+from .context_parallel import ONE_DEVICE, ContextParallel, seam_rows
 from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
 from .scatter import scatter_back
 from .scoring import check_scorer
-from .selection import Selection, checked_geometry, select
+from .selection import Selection, chunked, select
 
 
 def lighthouse_attention(
@@ -27,6 +28,7 @@ def lighthouse_attention(
     selection: Selection | None = None,
     scale: float | None = None,
     impl: str | None = None,
+    context_parallel: ContextParallel = ONE_DEVICE,
 ) -> torch.Tensor:
     """Causal attention over selected entries of a pooling pyramid (arXiv 2605.06554, section 3).
 
@@ -39,6 +41,8 @@ def lighthouse_attention(
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         impl: "triton" or "torch" for all but ``sdpa``; by default Triton's kernels on CUDA
             tensors and vectorised PyTorch on others.
+        context_parallel: makes N this rank's part of the sequence; ``sdpa`` then has to attend
+            over the parts of all ranks.
 
     Returns:
         [B, Hq, N, D]. Zero at the first positions that no selected entry reaches.
@@ -46,18 +50,23 @@ def lighthouse_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
     """
-    geometry = checked_geometry(q, k, v, config)
+    (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if selection is not None:
         selection = Selection(*selection)
     if choose_implementation(impl, q) == "triton":
         selection, gathered = _gather_with_kernels(q, k, v, selection, geometry)
         scatter = kernels.scatter_back
     else:
-        selection = selection or select(q, k, v, config, impl="torch")
+        selection = selection or select(q, k, v, geometry.config, impl="torch")
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
         scatter = scatter_back
+    gathered = [context_parallel.join(rows) for rows in gathered]
     out = sdpa(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
-    return scatter(out, selection, geometry)
+    out = context_parallel.split(out)
+    seam = None
+    if context_parallel.chunks > 1:
+        seam = context_parallel.exchange(seam_rows(out, selection.slot, geometry))
+    return context_parallel.join(scatter(out, selection, geometry, seam))
 
 
 def _gather_with_kernels(
@@ -88,12 +97,17 @@ class LighthouseAttention(nn.Module):
         config: what selects the entries.
         sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``.
         impl: as in ``lighthouse_attention``.
+
+    Attributes:
+        context_parallel: as in ``lighthouse_attention``; set it, and an ``sdpa`` that attends over
+            all ranks, to spread sequences over ranks.
     """
 
     def __init__(self, config: LighthouseConfig, sdpa: nn.Module, impl: str | None = None) -> None:
         super().__init__()
         self.config = config
         self.impl = impl
+        self.context_parallel = ONE_DEVICE
         self.sdpa = sdpa
         self.enabled = True
 
@@ -122,7 +136,14 @@ class LighthouseAttention(nn.Module):
                 "key-value heads"
             )
         return lighthouse_attention(
-            q, k, v, self.config, sdpa=self.sdpa, scale=scale, impl=self.impl
+            q,
+            k,
+            v,
+            self.config,
+            sdpa=self.sdpa,
+            scale=scale,
+            impl=self.impl,
+            context_parallel=self.context_parallel,
         )
 
     def extra_repr(self) -> str:

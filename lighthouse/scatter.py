@@ -5,6 +5,7 @@ Shapes: B batch, H query heads, N positions, D head dimension, S gathered length
 
 import torch
 
+from .context_parallel import seam_gradient
 from .gather import take_included, take_rows
 from .geometry import PyramidGeometry
 from .scoring import accumulation_dtype
@@ -15,19 +16,24 @@ class _ScatterBack(torch.autograd.Function):
     """Each position gathers what reaches it, each place's gradient what it reached."""
 
     @staticmethod
-    def forward(ctx, rows, index, slot, geometry):
+    def forward(ctx, rows, seam, index, slot, geometry):
         ctx.save_for_backward(index)
         ctx.geometry = geometry
         dtype = accumulation_dtype(rows.dtype)
         n = geometry.sequence_length
         total = None
-        for offset, length, span in zip(
-            geometry.offsets, geometry.lengths, geometry.spans, strict=True
+        for level, (offset, length, span) in enumerate(
+            zip(geometry.offsets, geometry.lengths, geometry.spans, strict=True)
         ):
             reach = take_included(rows, slot[..., offset : offset + length]).to(dtype)
             # Entry i reaches span positions from its end on: a shift by span - 1, cut off at N.
             reach = reach.repeat_interleave(span, dim=2)
-            reach = torch.nn.functional.pad(reach, (0, 0, span - 1, 0))[:, :, :n]
+            if seam is None or level == 0:
+                reach = torch.nn.functional.pad(reach, (0, 0, span - 1, 0))
+            else:
+                before = seam[:, :, level - 1 : level].to(dtype).expand(-1, -1, span - 1, -1)
+                reach = torch.cat([before, reach], dim=2)
+            reach = reach[:, :, :n]
             total = reach if total is None else total + reach
         return total.to(rows.dtype)
 
@@ -41,11 +47,17 @@ class _ScatterBack(torch.autograd.Function):
             reached = torch.nn.functional.pad(grad[:, :, span - 1 :], (0, 0, 0, span - 1))
             reached = reached.unflatten(2, (length, span)).sum(dim=3, dtype=dtype)
             pyramid.append(reached.to(grad.dtype))
-        return take_rows(torch.cat(pyramid, dim=2), index), None, None, None
+        seam = None
+        if ctx.needs_input_grad[1]:
+            seam = seam_gradient(grad, geometry.config.pooling_factor, geometry.config.levels)
+        return take_rows(torch.cat(pyramid, dim=2), index), seam, None, None, None
 
 
 def scatter_back(
-    rows: torch.Tensor, selection: Selection, geometry: PyramidGeometry
+    rows: torch.Tensor,
+    selection: Selection,
+    geometry: PyramidGeometry,
+    seam: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum at every position over the levels whose entry reaches it (arXiv 2605.06554, section 3.3).
 
@@ -56,8 +68,10 @@ def scatter_back(
 
     Args:
         rows: attention outputs, [B, H, S, D].
+        seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
+            [B, H, L - 1, D]; none by default.
 
     Returns:
         [B, H, N, D].
     """
-    return _ScatterBack.apply(rows, selection.index, selection.slot, geometry)
+    return _ScatterBack.apply(rows, seam, selection.index, selection.slot, geometry)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .config import LighthouseConfig
+from .context_parallel import ONE_DEVICE, ContextParallel
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
 from .scoring import Scores, check_scorer, score
@@ -34,6 +35,7 @@ def select(
     config: LighthouseConfig,
     *,
     impl: str | None = None,
+    context_parallel: ContextParallel = ONE_DEVICE,
 ) -> Selection:
     """Select entries for one attention call (arXiv 2605.06554, section 3.2).
 
@@ -41,17 +43,22 @@ def select(
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D]; v serves the "dilated" and "gla" scorers.
         impl: "triton" or "torch"; by default Triton's kernels on CUDA tensors.
+        context_parallel: makes N this rank's part of the sequence.
+
+    Returns:
+        The selection; under context parallelism one for each chunk on this rank, with indices
+        into its own pyramid, [B M, Hkv, S].
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
     """
-    geometry = checked_geometry(q, k, v, config)
+    (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if choose_implementation(impl, q) == "triton":
-        check_scorer(config)
+        check_scorer(geometry.config)
         norms = (kernels.pool_coarsest(x, geometry, with_norms=True)[1] for x in (q, k))
         return Selection(*kernels.select_from_norms(*norms, geometry))
     # Selection has no gradient; detached, it has no place in the autograd graph either.
-    return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(config)))
+    return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(geometry.config)))
 
 
 @torch.library.custom_op("lighthouse::select", mutates_args=())
@@ -87,10 +94,14 @@ def _(q, k, v, *configuration):
     )
 
 
-def checked_geometry(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
-) -> PyramidGeometry:
-    """The geometry of these tensors, once they are known to fit together."""
+def chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    context_parallel: ContextParallel,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], PyramidGeometry]:
+    """q, k and v as the chunks on this rank, and the geometry of one, once they fit together."""
     if not isinstance(config, LighthouseConfig):
         raise TypeError(f"config must be a LighthouseConfig, got {type(config).__name__}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -111,7 +122,9 @@ def checked_geometry(
         raise ValueError(
             f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
         )
-    return PyramidGeometry(config, q.shape[2])
+    config = context_parallel.per_chunk(config, q.shape[2])
+    q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
+    return (q, k, v), PyramidGeometry(config, q.shape[2])
 
 
 def included_entries(scores: Scores, geometry: PyramidGeometry) -> list[torch.Tensor]:

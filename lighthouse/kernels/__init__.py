@@ -13,6 +13,7 @@ gathered length, P pyramid length, n1 entries of level 1, nc coarsest entries.
 import torch
 from triton import knobs
 
+from ..context_parallel import seam_gradient
 from ..geometry import PyramidGeometry
 from . import gather as _gather
 from . import pooling as _pooling
@@ -64,7 +65,7 @@ def _fake_gather(rows, coarsest_rows, index, p, levels, collect):
     return rows.new_empty((batch, heads, index.shape[2], d))
 
 
-def _fake_spread(gathered, slot, length, p, levels, scatter):
+def _fake_spread(gathered, slot, seam, length, p, levels, scatter):
     return sequence_first(gathered, length)
 
 
@@ -87,8 +88,8 @@ _define(
     _fake_gather,
 )
 _define(
-    "spread(Tensor gathered, Tensor slot, SymInt length, int p, int levels, bool scatter)"
-    " -> Tensor",
+    "spread(Tensor gathered, Tensor slot, Tensor? seam, SymInt length, int p, int levels,"
+    " bool scatter) -> Tensor",
     _gather.spread,
     _fake_spread,
 )
@@ -126,15 +127,15 @@ class _PoolGather(torch.autograd.Function):
     def backward(ctx, grad):
         # The coarsest rows are made of the others: all of their gradient arrives with those.
         (slot,) = ctx.saved_tensors
-        return _ops.spread(grad, slot, *ctx.constants, False), None, None, None, None, None
+        return _ops.spread(grad, slot, None, *ctx.constants, False), None, None, None, None, None
 
 
 class _ScatterBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, index, slot, length, p, levels):
+    def forward(ctx, rows, seam, index, slot, length, p, levels):
         ctx.save_for_backward(index)
         ctx.constants = p, levels
-        return _ops.spread(rows, slot, length, p, levels, True)
+        return _ops.spread(rows, slot, seam, length, p, levels, True)
 
     @staticmethod
     def backward(ctx, grad):
@@ -142,7 +143,9 @@ class _ScatterBack(torch.autograd.Function):
         p, levels = ctx.constants
         span = p ** (levels - 1)
         coarsest, _ = _ops.pool(grad, p, span, span - 1, 1.0, False)
-        return _ops.gather(grad, coarsest, index, p, levels, True), None, None, None, None, None
+        seam = seam_gradient(grad, p, levels) if ctx.needs_input_grad[1] else None
+        rows = _ops.gather(grad, coarsest, index, p, levels, True)
+        return rows, seam, None, None, None, None, None
 
 
 def pool_coarsest(
@@ -182,10 +185,15 @@ def pool_gather(
 
 
 def scatter_back(
-    rows: torch.Tensor, selection: tuple[torch.Tensor, torch.Tensor], geometry: PyramidGeometry
+    rows: torch.Tensor,
+    selection: tuple[torch.Tensor, torch.Tensor],
+    geometry: PyramidGeometry,
+    seam: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``lighthouse.scatter.scatter_back``; the result lies in memory as [B, N, H, D]."""
     config = geometry.config
+    if seam is not None:
+        seam = seam.contiguous()
     return _ScatterBack.apply(
-        rows, *selection, geometry.sequence_length, config.pooling_factor, config.levels
+        rows, seam, *selection, geometry.sequence_length, config.pooling_factor, config.levels
     )

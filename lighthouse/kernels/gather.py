@@ -9,6 +9,7 @@ and position t receives the sum over the levels l whose entry is included of
 
     gathered[slot(l, t // w)] / w                         backward of pool-gather
     gathered[slot(l, (t - w + 1) // w)], t >= w - 1       forward of scatter-back
+    seam[l - 1], t < w - 1                                the same, if there is a chunk before
 
 The coarsest level, which touches every row, comes ready from ``pooling``. A gathering program owns
 ``BLOCK`` places of one head, a spreading one ``BLOCK`` positions; each writes its rows once, after
@@ -80,11 +81,11 @@ def _gather(
 
 @triton.jit
 def _spread(
-    gathered, slot, rows,
+    gathered, slot, seam, rows,
     in_b, in_h, in_s, out_b, out_h, out_n,
     heads, group, length, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr, SEAM: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(length, BLOCK)
@@ -111,6 +112,11 @@ def _spread(
             other=0.0,
         ).to(tl.float32)
         total += x if SCATTER else x * (1.0 / span)
+        if SEAM and level > 0:
+            row = (batch * heads + head) * (LEVELS - 1) + level - 1
+            mask = (inside & (position < span - 1))[:, None] & in_columns
+            address = seam + row * D + column[None, :] + tl.zeros((BLOCK, 1), tl.int64)
+            total += tl.load(address, mask=mask, other=0.0).to(tl.float32)
         offset += length // span
     target = rows + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
     tl.store(target, total.to(rows.dtype.element_ty), mask=inside[:, None] & in_columns)
@@ -152,13 +158,21 @@ def gather(
 
 
 def spread(
-    gathered: torch.Tensor, slot: torch.Tensor, length: int, p: int, levels: int, scatter: bool
+    gathered: torch.Tensor,
+    slot: torch.Tensor,
+    seam: torch.Tensor | None,
+    length: int,
+    p: int,
+    levels: int,
+    scatter: bool,
 ) -> torch.Tensor:
     """Launch ``_spread``.
 
     Args:
         gathered: [B, H, S, D].
         slot: [B, Hkv, P].
+        seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
+            [B, H, L - 1, D] contiguous; only to scatter.
         length: positions N to spread over.
         p, levels: pooling factor and levels of the pyramid.
         scatter: add outputs from each entry's end on, instead of shares over it.
@@ -172,9 +186,9 @@ def spread(
     block_d = triton.next_power_of_2(d)
     block = SPREAD_TILE // block_d
     _spread[(batch * heads * triton.cdiv(length, block),)](
-        gathered, slot, rows, *strides, *rows.stride()[:3],
+        gathered, slot, slot if seam is None else seam, rows, *strides, *rows.stride()[:3],
         heads, heads // slot.shape[1], length, slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
-        num_warps=SPREAD_WARPS,
+        SEAM=seam is not None, num_warps=SPREAD_WARPS,
     )  # fmt: skip
     return rows

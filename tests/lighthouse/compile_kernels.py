@@ -63,7 +63,8 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     index, slot = selection.select_from_norms(a, b, levels, p, m, strata)
     for flag in (False, True):
         gathered = gather.gather(q, coarsest, index, p, levels, flag)
-        gather.spread(gathered, slot, n, p, levels, flag)
+        for seam in (None, gathered[:, :, : levels - 1].contiguous()) if flag else (None,):
+            gather.spread(gathered, slot, seam, n, p, levels, flag)
 
 
 def main() -> None:

@@ -210,8 +210,10 @@ def test_operations_are_well_formed() -> None:
     for collect in (False, True):
         gather = (q, coarsest, index, p, levels, collect)
         torch.library.opcheck(ops.gather.default, gather)
-        spread = (ops.gather(*gather), slot, each["n"], p, levels, collect)
-        torch.library.opcheck(ops.spread.default, spread)
+        rows = ops.gather(*gather)
+        for seam in (None, rows[:, :, : levels - 1].contiguous()) if collect else (None,):
+            spread = (rows, slot, seam, each["n"], p, levels, collect)
+            torch.library.opcheck(ops.spread.default, spread)
 
 
 ATTENTION = {

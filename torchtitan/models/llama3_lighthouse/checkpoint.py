@@ -85,7 +85,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"checkpoint.load_step = {step} but {self.folder} goes up to step {complete[-1]}, "
                 "which training on would overwrite; continue in another place with "
                 f"--checkpoint.folder NEW --checkpoint.initial_load_path {existing[step][0]} "
-                "--no-checkpoint.initial_load_model_only"
+                "--checkpoint.no-initial_load_model_only"
             )
         self._check_fits(existing[step][0], model_only=step == 0)
 

@@ -1,0 +1,175 @@
+"""The sequence spread over ranks in chunks (context parallelism), exactly as on one device.
+
+Strata are contiguous and equal, so that a chunk with its share of them selects by itself what the
+whole would select there. Its gathered sequence is dense, and the gathered sequences of all chunks,
+in order, are that of one device: any causal attention over sharded sequences, such as torch's ring
+attention, runs on them. One thing crosses from chunk to chunk: entries that end with a chunk reach
+up to p^l - 1 positions of the next one when outputs are scattered back. These are the seam rows.
+
+Shapes: B batch, H heads, W ranks, M chunks on this rank, C positions of a chunk, D head dimension,
+S gathered length of a chunk, L levels.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .config import LighthouseConfig
+from .geometry import PyramidGeometry
+
+
+def check_chunks(config: LighthouseConfig, sequence_length: int, chunks: int) -> None:
+    """Check that ``chunks`` equal chunks of the sequence select what one device does.
+
+    Raises:
+        ValueError: they do not; the message says which number has to change.
+    """
+    if chunks == 1:
+        return
+    if config.scorer != "norm":
+        raise ValueError(
+            f"scorer = {config.scorer!r} attends over the whole sequence to score it, which no "
+            "rank holds under context parallelism; use scorer = 'norm' or one rank"
+        )
+    span = config.pooling_factor ** (config.levels - 1)
+    if sequence_length % (chunks * span):
+        raise ValueError(
+            f"the sequence length must be a multiple of {chunks} chunks times "
+            f"pooling_factor^(levels - 1) = {span}, that is of {chunks * span}, under context "
+            f"parallelism, got {sequence_length}"
+        )
+    strata = config.top_k // config.picks_per_stratum
+    if strata % chunks:
+        raise ValueError(
+            f"the {chunks} chunks of context parallelism must divide the strata, got top_k / "
+            f"picks_per_stratum = {config.top_k} / {config.picks_per_stratum} = {strata}; use a "
+            f"top_k that is a multiple of {chunks * config.picks_per_stratum}, or fewer ranks"
+        )
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """Which chunks of the sequence this rank holds, and how it reaches the others.
+
+    Attributes:
+        group: process group of the W ranks that share a sequence; None if W is 1.
+        rank: this rank's number in it.
+        world_size: W.
+        balanced: rank r holds chunks r and 2 W - 1 - r of 2 W, joined, so that causal attention
+            costs all ranks the same; otherwise chunk r of W.
+    """
+
+    group: torch.distributed.ProcessGroup | None
+    rank: int
+    world_size: int
+    balanced: bool = True
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that the whole sequence is cut into."""
+        return self.world_size * (2 if self.balanced and self.world_size > 1 else 1)
+
+    def held_by(self, rank: int) -> tuple[int, ...]:
+        """Numbers of the chunks on ``rank``, in the order in which they lie there."""
+        if self.chunks == self.world_size:
+            return (rank,)
+        return (rank, self.chunks - 1 - rank)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Numbers of the chunks on this rank."""
+        return self.held_by(self.rank)
+
+    def per_chunk(self, config: LighthouseConfig, local_length: int) -> LighthouseConfig:
+        """The configuration of one chunk, for ``local_length`` positions on each rank.
+
+        Raises:
+            ValueError: chunks would not select what one device does.
+        """
+        if self.chunks == 1:
+            return config
+        check_chunks(config, local_length * self.world_size, self.chunks)
+        return replace(config, top_k=config.top_k // self.chunks)
+
+    def split(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, H, M C, D] as [B M, H, C, D]; without a copy if B is 1 or rows lie [B, N, H, D]."""
+        held = len(self.held)
+        if held == 1:
+            return rows
+        return rows.unflatten(2, (held, -1)).movedim(2, 1).flatten(0, 1)
+
+    def join(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B M, H, C, D] as [B, H, M C, D]; without a copy if rows lie [B, N, H, D]."""
+        held = len(self.held)
+        if held == 1:
+            return rows
+        return rows.transpose(1, 2).unflatten(0, (-1, held)).flatten(1, 2).transpose(1, 2)
+
+    def exchange(self, rows: torch.Tensor) -> torch.Tensor:
+        """Give each chunk the seam rows of the chunk before it, the first one zeros.
+
+        Differentiable; every rank of the group has to call it, and its backward.
+
+        Args:
+            rows: seam rows of this rank's chunks, [B M, H, L - 1, D].
+
+        Returns:
+            Those of the chunks before them, of the same shape.
+        """
+        rows = rows.unflatten(0, (-1, len(self.held))).transpose(0, 1)
+        sent, sent_to = [], [0] * self.world_size
+        source, received_from = {}, [0] * self.world_size
+        for other in range(self.world_size):
+            for chunk in self.held_by(other):
+                if chunk - 1 in self.held:
+                    sent.append(self.held.index(chunk - 1))
+                    sent_to[other] += 1
+            for chunk in self.held:
+                if chunk - 1 in self.held_by(other):
+                    source[chunk] = len(source)
+                    received_from[other] += 1
+        outgoing = torch.cat([rows[:0], *(rows[place : place + 1] for place in sent)])
+        incoming = torch.distributed._functional_collectives.all_to_all_single_autograd(
+            outgoing.contiguous(), received_from, sent_to, self.group
+        )
+        # Nothing comes before the first chunk; it takes the last of these.
+        incoming = torch.cat([incoming, torch.zeros_like(rows[:1])])
+        seams = [incoming[source.get(chunk, len(source))] for chunk in self.held]
+        return torch.stack(seams, dim=1).flatten(0, 1)
+
+
+ONE_DEVICE = ContextParallel(None, 0, 1)
+
+
+def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry) -> torch.Tensor:
+    """Outputs of the entries that end with a chunk, at levels 1 to L - 1; zero if not included.
+
+    With such an entry its parent is included, which ends there too. They are therefore the last
+    places of the gathered sequence, in the order of their levels.
+
+    Args:
+        rows: attention outputs, [B, H, S, D].
+        slot: of the selection, int32 [B, Hkv, pyramid length].
+
+    Returns:
+        [B, H, L - 1, D].
+    """
+    ends = [geometry.offsets[level] + geometry.lengths[level] - 1
+            for level in range(1, geometry.config.levels)]  # fmt: skip
+    absent = torch.stack([slot[..., end] < 0 for end in ends], dim=-1)
+    absent = absent.repeat_interleave(rows.shape[1] // slot.shape[1], dim=1)
+    return rows[:, :, -len(ends) :].masked_fill(absent.unsqueeze(-1), 0)
+
+
+def seam_gradient(grad: torch.Tensor, p: int, levels: int) -> torch.Tensor:
+    """Gradient of the seam rows that reached a chunk: row l reached its first p^l - 1 positions.
+
+    Args:
+        grad: of the scattered outputs, [B, H, C, D].
+
+    Returns:
+        [B, H, L - 1, D].
+    """
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    sums = [grad[:, :, : p**level - 1].sum(dim=2, dtype=dtype) for level in range(1, levels)]
+    return torch.stack(sums, dim=2).to(grad.dtype)

@@ -1,0 +1,138 @@
+"""Chunks of a sequence on several ranks against the whole on one."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_against_oracle import output_and_gradients, relative_error
+
+from lighthouse import ContextParallel, LighthouseConfig, lighthouse_attention, select
+from lighthouse.context_parallel import ONE_DEVICE
+from lighthouse.geometry import PyramidGeometry
+
+
+def positions(layout: ContextParallel, n: int, rank: int) -> torch.Tensor:
+    """The positions that lie on ``rank``, in order."""
+    chunks = torch.arange(n).view(layout.chunks, -1)
+    return chunks[list(layout.held_by(rank))].flatten()
+
+
+class _AllGather(torch.autograd.Function):
+    """[W, ...] from every rank; gloo has no differentiable one of its own."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
+
+
+def dense_over_ranks(layout: ContextParallel, q, k, v, is_causal, enable_gqa, scale):
+    """Causal attention of this rank's queries over the keys and values of all ranks."""
+    s = q.shape[2] * layout.world_size
+    order = torch.cat([positions(layout, s, rank) for rank in range(layout.world_size)])
+    k, v = (_AllGather.apply(x).movedim(0, 2).flatten(2, 3) for x in (k, v))
+    mask = positions(layout, s, layout.rank)[:, None] >= order
+    assert is_causal
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=enable_gqa, scale=scale
+    )
+
+
+def check(rank, world_size, balanced, levels, heads, impl) -> None:
+    layout = ContextParallel(dist.group.WORLD, rank, world_size, balanced)
+    config = LighthouseConfig(levels, 2, 32, picks_per_stratum=4)
+    n = 40 * 2 ** (levels - 1)
+    torch.manual_seed(levels)
+    leaves = [torch.randn(2, n, h, 32).transpose(1, 2) for h in heads]
+    grad = torch.randn(2, n, heads[0], 32).transpose(1, 2)
+    here = positions(layout, n, rank)
+    local = [x[:, :, here] for x in leaves]
+
+    whole = select(*leaves, config, impl=impl)
+    mine = select(*local, config, impl=impl, context_parallel=layout)
+    geometry = PyramidGeometry(config, n)
+    chunk_slots = mine.slot.unflatten(0, (2, -1))
+    places = geometry.gathered_length // layout.chunks
+    for number, chunk in enumerate(layout.held):
+        parts = [
+            whole.slot[..., offset : offset + length].unflatten(-1, (layout.chunks, -1))
+            for offset, length in zip(geometry.offsets, geometry.lengths, strict=True)
+        ]
+        expected = torch.cat([part[..., chunk, :] for part in parts], dim=-1)
+        expected = torch.where(expected >= 0, expected - chunk * places, -1)
+        assert torch.equal(chunk_slots[:, number], expected)
+
+    expected = output_and_gradients(lighthouse_attention, leaves, grad, config, impl=impl)
+    results = output_and_gradients(
+        lighthouse_attention, local, grad[:, :, here], config, impl=impl,
+        context_parallel=layout, sdpa=partial(dense_over_ranks, layout),
+    )  # fmt: skip
+    for value, want in zip(results, expected, strict=True):
+        want = want[:, :, here]
+        assert relative_error(value, want) < 1e-6
+        # Right after the seams an error would drown in the norm of the whole.
+        reach = geometry.spans[-1] - 1
+        for start in range(0, len(here), n // layout.chunks):
+            after = slice(start, start + reach)
+            assert relative_error(value[:, :, after], want[:, :, after]) < 1e-6
+
+
+def worker(rank: int, world_size: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    for balanced in (True, False):
+        for levels in (2, 3, 4):
+            for heads in ((2, 2, 2), (4, 2, 2)):
+                check(rank, world_size, balanced, levels, heads, "torch")
+    if world_size == 2:
+        check(rank, world_size, True, 3, (2, 1, 1), "triton")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_together_give_what_one_device_gives(world_size: int, free_port: int) -> None:
+    torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
+
+
+def test_one_rank_costs_nothing() -> None:
+    """The same operations in the same order, hence the same bits."""
+    config = LighthouseConfig(3, 2, 16, picks_per_stratum=4)
+    leaves = [torch.randn(2, 128, h, 8).transpose(1, 2) for h in (4, 2, 2)]
+    grad = torch.randn_like(leaves[0])
+    operations = []
+    for layout in (ONE_DEVICE, ContextParallel(None, 0, 1)):
+        with torch.profiler.profile() as profile:
+            results = output_and_gradients(
+                lighthouse_attention, leaves, grad, config, context_parallel=layout
+            )
+        operations.append([event.name for event in profile.events()])
+        if layout is ONE_DEVICE:
+            expected = results
+    assert operations[0] == operations[1]
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(top_k=24), r"must divide the strata, got top_k / picks_per_stratum = 24 / 4 = 6"),
+        (dict(n=204), r"multiple of 4 chunks times pooling_factor\^\(levels - 1\) = 4, .* of 16"),
+        (dict(scorer="dilated"), "scorer = 'dilated' attends over the whole sequence"),
+    ],
+)
+def test_chunks_that_would_select_something_else_are_refused(changed, message) -> None:
+    n = changed.pop("n", 192)
+    config = LighthouseConfig(3, 2, **{"top_k": 32, "picks_per_stratum": 4, **changed})
+    leaves = [torch.randn(1, 2, n // 2, 8) for _ in range(3)]
+    with pytest.raises(ValueError, match=message):
+        lighthouse_attention(*leaves, config, context_parallel=ContextParallel(None, 0, 2))
