@@ -114,9 +114,8 @@ def _spread(
         total += x if SCATTER else x * (1.0 / span)
         if SEAM and level > 0:
             row = (batch * heads + head) * (LEVELS - 1) + level - 1
-            mask = (inside & (position < span - 1))[:, None] & in_columns
-            address = seam + row * D + column[None, :] + tl.zeros((BLOCK, 1), tl.int64)
-            total += tl.load(address, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(seam + row * D + column, mask=column < D, other=0.0).to(tl.float32)
+            total += tl.where((position < span - 1)[:, None], x[None, :], 0.0)
         offset += length // span
     target = rows + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
     tl.store(target, total.to(rows.dtype.element_ty), mask=inside[:, None] & in_columns)

@@ -3,6 +3,8 @@
 import tempfile
 from pathlib import Path
 
+from lighthouse import ContextParallel
+from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
 from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig
@@ -69,6 +71,7 @@ def _check_lengths(config: JobConfig) -> None:
     for name, section in sections.items():
         try:
             PyramidGeometry(method, section.seq_len)
+            check_chunks(method, section.seq_len, _chunks(config))
         except ValueError as error:
             raise ValueError(
                 f"{name}.seq_len = {section.seq_len} does not fit [lighthouse]: {error}"
@@ -80,6 +83,13 @@ def _check_lengths(config: JobConfig) -> None:
         )
 
 
+def _chunks(config: JobConfig) -> int:
+    """Chunks that context parallelism cuts a sequence into."""
+    section = config.parallelism
+    balanced = section.context_parallel_load_balancer is not None
+    return ContextParallel(None, 0, section.context_parallel_degree, balanced).chunks
+
+
 def _check_tokenizer(config: JobConfig) -> None:
     if config.lighthouse.tokenizer == "hf" and config.model.hf_assets_path == BYTE_TOKENIZER_FOLDER:
         raise ValueError(
@@ -89,12 +99,17 @@ def _check_tokenizer(config: JobConfig) -> None:
 
 
 def _check_parallelism(config: JobConfig) -> None:
-    for key in ("context_parallel_degree", "pipeline_parallel_degree"):
-        degree = getattr(config.parallelism, key)
-        if degree != 1:
-            raise ValueError(
-                f"parallelism.{key} = {degree} is not supported for llama3_lighthouse; set it to 1"
-            )
+    section = config.parallelism
+    if section.context_parallel_degree < 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {section.context_parallel_degree} must be at "
+            "least 1, which is no context parallelism"
+        )
+    if section.pipeline_parallel_degree != 1:
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree = {section.pipeline_parallel_degree} is not "
+            "supported for llama3_lighthouse; set it to 1"
+        )
 
 
 def _check_dump_folder(config: JobConfig) -> None:

@@ -72,6 +72,16 @@ class Checkpoint(upstream.Checkpoint):
 
 
 @dataclass
+class Parallelism(upstream.Parallelism):
+    context_parallel_load_balancer: Literal["headtail"] | None = "headtail"
+    """"headtail" gives every rank the same work; None leaves shards contiguous."""
+
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "alltoall"
+    """"alltoall" passes keys and values round the ring, one shard at a time; upstream's default,
+    "allgather", holds all of them."""
+
+
+@dataclass
 class Debug(upstream.Debug):
     seed: int | None = 0
     """Upstream's default draws another seed, and so another model, at every launch."""
@@ -82,6 +92,7 @@ class JobConfig(upstream.JobConfig):
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     debug: Debug = field(default_factory=Debug)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)

@@ -106,9 +106,9 @@ class LighthouseTrainer(upstream.Trainer):
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
         local_tokens = local_tokens.to(self.device)
-        global_tokens = self._sum_over_batch(local_tokens)
+        global_tokens = self._sum_over("batch", local_tokens)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
-        # Each is a share of the global mean, so their sum over data-parallel ranks is the mean.
+        # Each is a share of the global mean, which is their sum over the ranks of "loss".
         loss_share = torch.stack(losses).sum()
 
         grad_norm = dist_utils.clip_grad_norm_(
@@ -136,9 +136,10 @@ class LighthouseTrainer(upstream.Trainer):
         # Under loss parallelism the sum over the vocabulary is still spread over ranks.
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
-    def _sum_over_batch(self, value: torch.Tensor) -> float:
-        """Sum over data-parallel ranks, each of which read other text."""
-        return dist_utils.dist_sum(value, self.parallel_dims.get_optional_mesh("batch"))
+    def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
+        """Sum over the ranks of a mesh: "batch", each of which read other text, "cp", which share
+        a sequence, or "loss", both."""
+        return dist_utils.dist_sum(value, self.parallel_dims.get_optional_mesh(mesh))
 
     def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         finite = torch.isfinite(loss).all() & torch.isfinite(grad_norm).all()
@@ -168,16 +169,19 @@ class LighthouseTrainer(upstream.Trainer):
     ) -> None:
         batch_mesh = self.parallel_dims.get_optional_mesh("batch")
         tokens_seen = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
+        # Of the text that this rank and those that share its sequences read.
+        share_of_text = self._sum_over("cp", loss_share)
+        mean_of_text = share_of_text * global_tokens / local_tokens
         metrics: dict[str, Any] = {
-            "n_tokens_seen": self._sum_over_batch(tokens_seen),
+            "n_tokens_seen": self._sum_over("batch", tokens_seen),
             "lr": learning_rate,
             "lighthouse/stage": float(self.stage == "lighthouse"),
             "lighthouse/gathered_length": self._gathered_length[self.stage],
         }
         self.metrics_processor.log(
             self.step,
-            self._sum_over_batch(loss_share),
-            dist_utils.dist_max(loss_share * global_tokens / local_tokens, batch_mesh),
+            self._sum_over("loss", loss_share),
+            dist_utils.dist_max(mean_of_text, batch_mesh),
             grad_norm.item(),
             extra_metrics=metrics,
         )

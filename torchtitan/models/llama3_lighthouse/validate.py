@@ -10,6 +10,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.tools.utils import device_type
 
 from .datasets import build_validation_dataloader
@@ -44,6 +45,8 @@ class LighthouseValidator(BaseValidator):
         # Builds one now for its checks: a bad validation set must not surface hours into the run.
         self._build_dataloader()
         self.batch_mesh = parallel_dims.get_optional_mesh("batch")
+        self.context_parallel_mesh = parallel_dims.get_optional_mesh("cp")
+        self.loss_mesh = parallel_dims.get_optional_mesh("loss")
         self.loss_fn = loss_fn
         self.validation_context = validation_context
         self.maybe_enable_amp = maybe_enable_amp
@@ -74,20 +77,30 @@ class LighthouseValidator(BaseValidator):
         tokens = torch.zeros((), dtype=torch.float64, device=device_type)
         for inputs, labels in self._batches():
             self.metrics_processor.ntokens_since_last_log += labels.numel()
+            options = {}
+            if self.context_parallel_mesh is not None:
+                inputs, labels, options = prepare_context_parallel_input(
+                    inputs,
+                    labels,
+                    options,
+                    self.context_parallel_mesh,
+                    torch.device(device_type),
+                    self.job_config.parallelism.context_parallel_load_balancer,
+                )
             with self.validation_context(), self.maybe_enable_amp:
-                batch_loss = self.loss_fn(model(inputs), labels)
+                batch_loss = self.loss_fn(model(inputs, **options), labels)
             loss_sum += batch_loss.double()
             tokens += (labels != IGNORE_INDEX).sum()
         model.train()
 
-        total_tokens = dist_utils.dist_sum(tokens, self.batch_mesh)
+        total_tokens = dist_utils.dist_sum(tokens, self.loss_mesh)
         if total_tokens == 0:
             raise ValueError(
                 f"validation.dataset = '{self.job_config.validation.dataset}' holds less than one "
                 f"batch of validation.seq_len = {self.job_config.validation.seq_len} tokens on "
                 "some rank; give it more text or lower validation.seq_len"
             )
-        loss = dist_utils.dist_sum(loss_sum, self.batch_mesh) / total_tokens
+        loss = dist_utils.dist_sum(loss_sum, self.loss_mesh) / total_tokens
         self.metrics_processor.log_validation(loss=loss, step=step)
 
 

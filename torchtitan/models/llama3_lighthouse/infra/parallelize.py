@@ -1,5 +1,7 @@
 """Parallelisms of the Lighthouse model: upstream's, in upstream's order, plus what ours needs."""
 
+from unittest.mock import patch
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
@@ -11,14 +13,16 @@ from torchtitan.tools.utils import device_type
 from lighthouse.implementation import kernels
 
 from ..job_config import JobConfig
+from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
 
 # Dense layers, Lighthouse layers and Lighthouse layers switched to dense are three graphs of one
 # block, each in training and in validation; dynamo's limit of 8 leaves no room beside them.
 RECOMPILE_LIMIT = 32
 
-# Linear in the sequence length, every one; upstream also lists MATH, which holds N x N scores.
-GPU_SDPA_BACKENDS = [
+# Linear in the sequence length, every one. Upstream also lists MATH, which holds N x N scores, is
+# what float32 on a GPU falls back to without a word, and fails under context parallelism.
+SDPA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -28,11 +32,10 @@ GPU_SDPA_BACKENDS = [
 def parallelize_lighthouse(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> nn.Module:
-    """Apply TP, activation checkpointing, compile and FSDP or DDP to ``model``, in that order."""
-    if device_type == "cuda":
-        for module in model.modules():
-            if isinstance(module, ScaledDotProductAttentionWrapper):
-                module.sdpa_backends = GPU_SDPA_BACKENDS
+    """Apply TP, CP, activation checkpointing, compile and FSDP or DDP to ``model``, in order."""
+    for module in model.modules():
+        if isinstance(module, ScaledDotProductAttentionWrapper):
+            module.sdpa_backends = SDPA_BACKENDS
     # Selective checkpointing keeps attention outputs on the CPU as it does on GPUs, and selections.
     upstream._op_sac_save_list |= {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -42,7 +45,12 @@ def parallelize_lighthouse(
         upstream._op_sac_save_list.add(torch.ops.lighthouse.select_from_norms.default)
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
-    model = upstream.parallelize_llama(model, parallel_dims, job_config)
+    def apply_to_attention(modules, mesh, attention_type):
+        apply_context_parallel(modules, mesh, job_config.parallelism)
+
+    # Upstream would take Lighthouse's attention itself for the dense one.
+    with patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention):
+        model = upstream.parallelize_llama(model, parallel_dims, job_config)
     if device_type == "cpu":
         use_sum_reductions(model)
     return model
