@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Train, on this machine or as one of several.
-# Usage: ./run_train.sh [--section.key value ...]
+# Usage: ./run_train.sh [--dry-run] [--section.key value ...]
+#
+# --dry-run    check the configuration for NGPU x NNODES processes and say what each would hold
+#              and do; needs no GPU
 #
 # CONFIG_FILE  configuration (default: train_configs/debug_cpu.toml)
 # NGPU         processes on this machine (default: its GPUs, or 1)
@@ -16,6 +19,10 @@ scripts/setup.sh
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 processes="${NGPU:-$((gpus > 0 ? gpus : 1))}"
+if [[ "${1:-}" == --dry-run ]]; then
+    NGPU="$processes" exec .venv/bin/python -m torchtitan.models.llama3_lighthouse.dry_run \
+        --job.config_file "$config_file" "${@:2}"
+fi
 if [[ "${NNODES:-1}" -gt 1 ]]; then
     : "${MASTER_ADDR:?NNODES=$NNODES needs MASTER_ADDR, the address of the machine with NODE_RANK 0}"
     : "${NODE_RANK:?NNODES=$NNODES needs NODE_RANK, from 0 to $((NNODES - 1))}"

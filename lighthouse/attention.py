@@ -15,7 +15,7 @@ from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
 from .scatter import scatter_back
 from .scoring import check_scorer
-from .selection import Selection, chunked, select
+from .selection import Selection, checked_selection, chunked, select
 
 
 def lighthouse_attention(
@@ -37,7 +37,8 @@ def lighthouse_attention(
         k, v: [B, Hkv, N, D]; Hkv divides Hq.
         sdpa: dense attention for the gathered sequence; called with q, k, v and the keywords
             ``is_causal``, ``enable_gqa`` and ``scale`` of torch's own.
-        selection: entries to attend over; by default ``select(q, k, v, config)``.
+        selection: entries to attend over, of tensors of these shapes and this config; by default
+            ``select(q, k, v, config)``.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         impl: "triton" or "torch" for all but ``sdpa``; by default Triton's kernels on CUDA
             tensors and vectorised PyTorch on others.
@@ -52,7 +53,7 @@ def lighthouse_attention(
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if selection is not None:
-        selection = Selection(*selection)
+        selection = checked_selection(selection, k, geometry)
     if choose_implementation(impl, q) == "triton":
         selection, gathered = _gather_with_kernels(q, k, v, selection, geometry)
         scatter = kernels.scatter_back
@@ -62,6 +63,11 @@ def lighthouse_attention(
         scatter = scatter_back
     gathered = [context_parallel.join(rows) for rows in gathered]
     out = sdpa(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
+    if out.shape[:3] != gathered[0].shape[:3] or out.dtype != q.dtype:
+        raise ValueError(
+            f"sdpa must return [B, Hq, S, D] for q {tuple(gathered[0].shape)} in {q.dtype}, got "
+            f"{tuple(out.shape)} in {out.dtype}"
+        )
     out = context_parallel.split(out)
     seam = None
     if context_parallel.chunks > 1:

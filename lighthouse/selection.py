@@ -112,6 +112,8 @@ def chunked(
             f"q must be [B, Hq, N, D] and k and v [B, Hkv, N, D] with the same B, N and D, "
             f"got {shapes}"
         )
+    if not k.numel():
+        raise ValueError(f"k and v must not be empty, got {shapes}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"the key-value heads must divide the query heads, got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
@@ -125,6 +127,34 @@ def chunked(
     config = context_parallel.per_chunk(config, q.shape[2])
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     return (q, k, v), PyramidGeometry(config, q.shape[2])
+
+
+def checked_selection(
+    selection: Selection, k: torch.Tensor, geometry: PyramidGeometry
+) -> Selection:
+    """A selection made elsewhere, once it is known to be of these tensors.
+
+    Raises:
+        TypeError, ValueError: its maps are of another shape, dtype or device.
+    """
+    maps = []
+    for name, given, length in zip(
+        ("index", "slot"),
+        selection,
+        (geometry.gathered_length, geometry.pyramid_length),
+        strict=True,
+    ):
+        shape = (*k.shape[:2], length)
+        if given.dtype != torch.int32:
+            raise TypeError(f"selection.{name} must be int32, got {given.dtype}")
+        if tuple(given.shape) != shape or given.device != k.device:
+            raise ValueError(
+                f"selection.{name} must be of shape {shape} on {k.device}, got "
+                f"{tuple(given.shape)} on {given.device}; it belongs to other tensors or to "
+                "another config"
+            )
+        maps.append(given.contiguous())
+    return Selection(*maps)
 
 
 def included_entries(scores: Scores, geometry: PyramidGeometry) -> list[torch.Tensor]:

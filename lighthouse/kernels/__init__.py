@@ -1,16 +1,18 @@
 """Triton twins of scoring, selection, gather and scatter, as operations that torch can compile.
 
 Every operation is opaque to the compiler, has a fake implementation, and is deterministic: each
-output element is written by one program. The two that carry gradients are each other's pattern:
+output element is written by one program. The functions around them carry gradients, once; the two
+that do are each other's pattern:
 
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: gather sums ("collect")
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, H either, N positions, D head dimension, S
-gathered length, P pyramid length, n1 entries of level 1, nc coarsest entries.
+gathered length, n1 entries of level 1, nc coarsest entries.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from triton import knobs
 
 from ..context_parallel import seam_gradient
@@ -124,6 +126,7 @@ class _PoolGather(torch.autograd.Function):
         return _ops.gather(rows, coarsest_rows, index, p, levels, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         # The coarsest rows are made of the others: all of their gradient arrives with those.
         (slot,) = ctx.saved_tensors
@@ -138,6 +141,7 @@ class _ScatterBack(torch.autograd.Function):
         return _ops.spread(rows, slot, seam, length, p, levels, True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
         p, levels = ctx.constants

@@ -15,8 +15,8 @@ The coarsest level, which touches every row, comes ready from ``pooling``. A gat
 ``BLOCK`` places of one head, a spreading one ``BLOCK`` positions; each writes its rows once, after
 summing in float32. Neighbouring programs share positions across heads.
 
-Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length, P
-pyramid length, nc coarsest entries.
+Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length,
+nc coarsest entries.
 """
 
 import torch
@@ -169,7 +169,7 @@ def spread(
 
     Args:
         gathered: [B, H, S, D].
-        slot: [B, Hkv, P].
+        slot: [B, Hkv, pyramid length].
         seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
             [B, H, L - 1, D] contiguous; only to scatter.
         length: positions N to spread over.

@@ -44,10 +44,10 @@ def _pool(
     base = rows + batch * stride_b + head * stride_h
     total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     plane = batch * heads + head
-    for group in tl.range(SPAN // P):
+    for finer in tl.range(SPAN // P):
         largest = tl.zeros((BLOCK,), dtype=tl.float32)
         for child in tl.static_range(P):
-            row = entry * SPAN + group * P + child + SHIFT
+            row = entry * SPAN + finer * P + child + SHIFT
             address = base + row[:, None] * stride_n + column[None, :]
             mask = inside & (row < length)[:, None] if SHIFT else inside
             x = tl.load(address, mask=mask, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ def _pool(
                     largest, tl.sum(x * x, axis=1), propagate_nan=tl.PropagateNan.ALL
                 )
         if WITH_NORMS:
-            target = norms + plane * coarsest * (SPAN // P) + entry * (SPAN // P) + group
+            target = norms + plane * coarsest * (SPAN // P) + entry * (SPAN // P) + finer
             tl.store(target, tl.sqrt_rn(largest), mask=entry < coarsest)
     target = pooled + (plane * coarsest + entry[:, None]) * D + column[None, :]
     tl.store(target, (total * scale).to(pooled.dtype.element_ty), mask=inside)

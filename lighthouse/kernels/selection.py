@@ -11,7 +11,7 @@ is a sum of ranks in them (see ``lighthouse.selection.place``), found by bisecti
 the included entries of one stratum of one head, which fill consecutive places.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, T strata, m picks per stratum, n1 entries of
-level 1, nc coarsest entries, S gathered length, P pyramid length.
+level 1, nc coarsest entries, S gathered length.
 """
 
 import torch
@@ -217,7 +217,7 @@ def select_from_norms(
         levels, p, m, strata: levels, pooling factor, picks per stratum and number of strata.
 
     Returns:
-        index int32 [B, Hkv, S] and slot int32 [B, Hkv, P].
+        index int32 [B, Hkv, S] and slot int32 [B, Hkv, pyramid length].
     """
     batch, heads, level_one = b.shape
     lengths = [level_one * p // p**level for level in range(levels)]

@@ -136,3 +136,56 @@ def test_compiles_whole_and_once() -> None:
         for eager, fast in zip(*results, strict=True):
             torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
     assert len(compilations) == 1
+
+
+def test_given_selection_is_used_whatever_its_strides() -> None:
+    config = LighthouseConfig(3, 2, 8, picks_per_stratum=4)
+    leaves = [torch.randn(2, heads, 36, 8) for heads in (4, 2, 2)]
+    chosen = select(*leaves, config)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in chosen]
+    assert not strided[0].is_contiguous()
+    for impl in ("torch", "triton"):
+        expected = lighthouse_attention(*leaves, config, selection=chosen, impl=impl)
+        out = lighthouse_attention(*leaves, config, selection=strided, impl=impl)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda index, slot: (slot, index),
+        lambda index, slot: (index[:1], slot[:1]),
+        lambda index, slot: (index.repeat(1, 2, 1), slot.repeat(1, 2, 1)),
+        lambda index, slot: (index[..., :-1], slot),
+        lambda index, slot: (index.float(), slot.float()),
+        lambda index, slot: (index.long(), slot),
+        lambda index, slot: (index, slot.to("meta")),
+    ],
+)
+def test_selection_of_other_tensors_is_refused(spoil) -> None:
+    config = LighthouseConfig(3, 2, 8, picks_per_stratum=4)
+    leaves = [torch.randn(2, heads, 36, 8) for heads in (4, 2, 2)]
+    selection = spoil(*select(*leaves, config))
+    with pytest.raises((TypeError, ValueError), match=r"selection\.(index|slot) must be"):
+        lighthouse_attention(*leaves, config, selection=selection)
+
+
+def test_dense_attention_of_another_layout_is_refused() -> None:
+    config = LighthouseConfig(3, 2, 8, picks_per_stratum=4)
+    leaves = [torch.randn(1, 2, 36, 8) for _ in range(3)]
+    for sdpa in (
+        lambda q, k, v, **_: q.transpose(1, 2),
+        lambda q, k, v, **_: q[:, :, :-1],
+        lambda q, k, v, **_: q.double(),
+    ):
+        with pytest.raises(ValueError, match=r"sdpa must return \[B, Hq, S, D\]"):
+            lighthouse_attention(*leaves, config, sdpa=sdpa)
+
+
+def test_second_gradients_are_refused_by_the_kernels() -> None:
+    config = LighthouseConfig(3, 2, 8, picks_per_stratum=4)
+    q = torch.randn(1, 2, 36, 8, requires_grad=True)
+    out = lighthouse_attention(q, q, q, config, impl="triton", sdpa=lambda q, k, v, **_: q)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

@@ -77,7 +77,9 @@ def test_packing_predicts_every_token_once(folder: Path) -> None:
 def test_each_document_goes_to_one_rank(folder: Path) -> None:
     seen = []
     for rank in range(4):
-        batches = itertools.islice(loader(config(path=folder, seq_len=8), rank, 4), 200)
+        batches = itertools.islice(
+            loader(config(path=folder, seq_len=8, batch_size=1), rank, 4), 400
+        )
         tokens = torch.cat([inputs["input"].flatten() for inputs, _ in batches]).tolist()
         # Each document repeats its own number of two digits.
         starts = [i for i, token in enumerate(tokens[:-2]) if token == BOS_ID]
@@ -120,12 +122,28 @@ def test_resume_continues_at_every_batch(folder: Path) -> None:
         assert [digest(b) for b in itertools.islice(second, 40 - stop)] == straight[stop:]
 
 
+def test_resuming_twice_within_one_document(folder: Path) -> None:
+    """Nothing is read between the resumes, as the first of them left enough to hand out."""
+    job = config(path=folder, seq_len=16, batch_size=1)
+    job.training.global_batch_size = 4
+    for stop in range(1, 20, 3):
+        straight = [digest(b) for b in itertools.islice(loader(job, 1, 4), stop + 10)]
+        resumed, state = [], None
+        for count in (stop, 1, 9):
+            part = loader(job, 1, 4)
+            if state:
+                part.load_state_dict(state)
+            resumed += [digest(b) for b in itertools.islice(part, count)]
+            state = part.state_dict()
+        assert resumed == straight
+
+
 def test_state_of_other_ranks_or_text_is_refused(folder: Path) -> None:
     job = config(path=folder)
     one = loader(job)
     next(iter(one))
     state = one.state_dict()
-    with pytest.raises(ValueError, match="data-parallel degree 1, this run has 2.*exclude_from"):
+    with pytest.raises(ValueError, match=r"data_streams = 2, this run has 4; .*exclude_from"):
         loader(job, 0, 2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"training\.seq_len = 64, this run has 32"):
         loader(config(path=folder, seq_len=32)).load_state_dict(state)
@@ -210,7 +228,7 @@ def test_python_stdlib_is_large_held_out_and_stable() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"train.jsonl": ["good", ""]}, r"document 1 of this rank .* is empty"),
+        ({"train.jsonl": ["good", ""]}, r"document 1 of stream 0 .* is empty"),
         ({"train.jsonl": ["good", None]}, "type NoneType, not a string"),
         ({"train.jsonl": [1, 2]}, "type int, not a string"),
         ({"train.jsonl": [["a"], ["b"]]}, "type list, not a string"),
@@ -221,7 +239,7 @@ def test_python_stdlib_is_large_held_out_and_stable() -> None:
 )
 def test_bad_text_is_refused_when_the_loader_is_built(tmp_path, files, message) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        loader(config(path=write_jsonl(tmp_path / "text", files)))
+        loader(config(path=write_jsonl(tmp_path / "text", files), batch_size=1))
     assert "training.dataset" in str(caught.value)
 
 
@@ -244,8 +262,8 @@ def test_broken_file_and_missing_column(tmp_path: Path) -> None:
 def test_document_beyond_the_check_stops_when_it_is_reached(folder, monkeypatch) -> None:
     monkeypatch.setattr("torchtitan.models.llama3_lighthouse.datasets.CHECKED_CHARACTERS", 1)
     write_jsonl(folder, {"train-0.jsonl.xz": ["x" * 200, "y" * 200, ""]})
-    with pytest.raises(ValueError, match="document 2 of this rank .* is empty"):
-        list(itertools.islice(loader(config(path=folder)), 100))
+    with pytest.raises(ValueError, match="document 2 of stream 0 .* is empty"):
+        list(itertools.islice(loader(config(path=folder, batch_size=1)), 100))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +281,39 @@ def test_bad_settings(job: JobConfig, message: str) -> None:
 
 
 def test_more_ranks_than_documents(tmp_path: Path) -> None:
-    job = config(path=write_jsonl(tmp_path / "text", {"train.jsonl": ["one", "two"]}))
-    with pytest.raises(ValueError, match="no document for data-parallel rank 2 of 3"):
+    job = config(path=write_jsonl(tmp_path / "text", {"train.jsonl": ["one", "two"]}), batch_size=1)
+    with pytest.raises(ValueError, match="no document for stream 2 .* lighthouse.data_streams"):
         loader(job, 2, 3)
+
+
+@pytest.mark.parametrize(("streams", "batch"), [(3, 4), (8, 4), (2, 4)])
+def test_streams_that_cannot_be_shared_are_refused(folder: Path, streams, batch) -> None:
+    job = config(path=folder, batch_size=1)
+    job.training.global_batch_size = batch
+    job.lighthouse.data_streams = streams
+    with pytest.raises(ValueError, match=f"data_streams = {streams} must be a multiple of .* 4"):
+        loader(job, 0, 4)
+
+
+def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
+    """Through two changes of their number, each batch in one piece or in parts."""
+    job = config(path=folder, seq_len=16, batch_size=1)
+    job.training.global_batch_size = 4
+
+    def global_batches(ranks: int, count: int, state: dict | None):
+        loaders = [loader(job, rank, ranks) for rank in range(ranks)]
+        for each in loaders if state else []:
+            each.load_state_dict(state)
+        readers = [iter(each) for each in loaders]
+        batches = [
+            [digest(next(reader)) for reader in readers for _ in range(4 // ranks)]
+            for _ in range(count)
+        ]
+        return batches, {k: v for each in loaders for k, v in each.state_dict().items()}
+
+    straight, _ = global_batches(1, 30, None)
+    changed, state = global_batches(2, 11, None)
+    for ranks, count in ((4, 8), (1, 11)):
+        batches, state = global_batches(ranks, count, state)
+        changed += batches
+    assert changed == straight

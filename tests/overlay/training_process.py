@@ -1,7 +1,7 @@
 """A training process that tests can watch and disturb; launched by ``launch.py`` through torchrun.
 
 Every step appends one JSON line to ``RECORD_FILE``-rank: the step, the stage, the loss and the
-gradient norm as exact hexadecimal floats, and a hash of the batch. ``TRAINER=upstream`` runs
+gradient norm as exact hexadecimal floats, and a hash of each microbatch. ``TRAINER=upstream`` runs
 torchtitan's own trainer and model on the same data. ``NAN_AT=step,rank`` spoils one loss.
 """
 
@@ -29,10 +29,11 @@ class Recording:
     """Mixed into a trainer: writes down what each step saw and gave."""
 
     def batch_generator(self, data_iterable):
+        self.batches = []
         for input_dict, labels in super().batch_generator(data_iterable):
             digest = hashlib.sha256(input_dict["input"].numpy().tobytes())
             digest.update(labels.numpy().tobytes())
-            self.batch_hash = digest.hexdigest()
+            self.batches.append(digest.hexdigest())
             yield input_dict, labels
 
     def forward_backward_step(self, **arguments):
@@ -57,7 +58,8 @@ class Recording:
         super().train_step(data_iterator)
         self.metrics_processor.log = log
         stage = getattr(self, "stage", "upstream")
-        record = {"step": self.step, "stage": stage, "batch": self.batch_hash, **self.logged}
+        record = {"step": self.step, "stage": stage, "batches": self.batches, **self.logged}
+        self.batches = []
         record["pid"] = os.getpid()
         with open(f"{os.environ['RECORD_FILE']}-{RANK}", "a") as file:
             file.write(json.dumps(record) + "\n")

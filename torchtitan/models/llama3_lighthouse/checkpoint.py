@@ -108,7 +108,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                     "pass another --checkpoint.folder"
                 )
         if not model_only and DATALOADER not in self.exclude_from_loading:
-            check_dataloader_state(path, self.states[DATALOADER].dp_world_size)
+            check_dataloader_state(path, self.states[DATALOADER].stream_count)
 
     def _purge_stale_checkpoints(self) -> None:
         """Keep the last ``keep_latest_k`` complete ones; upstream counts cut-off ones too."""

@@ -3,6 +3,9 @@
 import tempfile
 from pathlib import Path
 
+import torch
+from packaging.version import Version
+
 from lighthouse import ContextParallel
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
@@ -26,9 +29,10 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
         )
     _check_stages(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
+    _check_parallelism(config)
+    _check_compile(config)
     _check_lengths(config)
     _check_tokenizer(config)
-    _check_parallelism(config)
     _check_dump_folder(config)
 
 
@@ -71,10 +75,17 @@ def _check_lengths(config: JobConfig) -> None:
     for name, section in sections.items():
         try:
             PyramidGeometry(method, section.seq_len)
-            check_chunks(method, section.seq_len, _chunks(config))
         except ValueError as error:
             raise ValueError(
                 f"{name}.seq_len = {section.seq_len} does not fit [lighthouse]: {error}"
+            ) from None
+        try:
+            check_chunks(method, section.seq_len, _chunks(config))
+        except ValueError as error:
+            degree = config.parallelism.context_parallel_degree
+            raise ValueError(
+                f"parallelism.context_parallel_degree = {degree} does not fit {name}.seq_len = "
+                f"{section.seq_len} and [lighthouse]: {error}"
             ) from None
     if config.validation.enable and config.validation.seq_len > config.training.seq_len:
         raise ValueError(
@@ -110,6 +121,19 @@ def _check_parallelism(config: JobConfig) -> None:
             f"parallelism.pipeline_parallel_degree = {section.pipeline_parallel_degree} is not "
             "supported for llama3_lighthouse; set it to 1"
         )
+
+
+def _check_compile(config: JobConfig) -> None:
+    tensor_parallel = config.parallelism.tensor_parallel_degree > 1
+    if tensor_parallel and config.compile.enable and "model" in config.compile.components:
+        # torchtitan's own Llama fails in backward there too.
+        if Version(torch.__version__) >= Version("2.13"):
+            raise ValueError(
+                f"compile.enable = true with parallelism.tensor_parallel_degree = "
+                f"{config.parallelism.tensor_parallel_degree} fails in backward with torchtitan "
+                f"0.2.2 on torch {torch.__version__}; pass --compile.no-enable, install torch "
+                "2.11, or use context parallelism instead"
+            )
 
 
 def _check_dump_folder(config: JobConfig) -> None:

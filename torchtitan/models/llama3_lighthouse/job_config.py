@@ -44,6 +44,10 @@ class Lighthouse:
     dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
     """Layers that use dense attention in both stages, counted from 0."""
 
+    data_streams: int = 0
+    """Streams that the training text is dealt to, document by document; 0: one for each sequence
+    of a global batch. The data-parallel degree must divide it; it must divide the batch."""
+
     tokenizer: Literal["byte", "hf"] = "byte"
     """"byte" is the built-in byte-level tokenizer; "hf" reads model.hf_assets_path."""
 

@@ -1,0 +1,123 @@
+"""The same training on every mesh: what works with what, each against one process.
+
+``docs/parallelism.md`` lists these compositions by their names here.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import Run
+
+# Eight strata, so that the eight chunks of four balanced ranks have one each.
+SETTINGS = {
+    "lighthouse.top_k": 64,
+    "lighthouse.picks_per_stratum": 8,
+    "lighthouse.dense_from_step": 5,
+    "training.global_batch_size": 2,
+    "training.steps": 10,
+    # AdamW's first steps divide gradients that are nothing but rounding by themselves; without
+    # these two the losses would tell how such noise grows.
+    "optimizer.lr": 2e-4,
+    "optimizer.eps": 1e-6,
+    "checkpoint.interval": 1000,
+    "validation.enable": True,
+    "validation.freq": 5,
+    "validation.steps": 2,
+    "validation.seq_len": 512,
+    "validation.local_batch_size": 1,
+}
+CP2 = {"parallelism.context_parallel_degree": 2}
+TP2 = {"parallelism.tensor_parallel_degree": 2}
+COMPOSITIONS = {
+    "cp2-contiguous-selective": (2, {
+        **CP2, "parallelism.context_parallel_load_balancer": "None",
+        "activation_checkpoint.mode": "selective",
+    }),
+    "tp2-cp2-full": (4, {**TP2, **CP2, "activation_checkpoint.mode": "full"}),
+    "fsdp2-cp2-compile": (4, {**CP2, "compile.enable": True}),
+}  # fmt: skip
+SLOW_COMPOSITIONS = {
+    "cp2": (2, CP2),
+    "cp2-allgather": (2, {**CP2, "parallelism.context_parallel_rotate_method": "allgather"}),
+    "cp4": (4, {"parallelism.context_parallel_degree": 4}),
+    "cp2-compile": (2, {**CP2, "compile.enable": True}),
+    "cp2-selective-compile": (2, {
+        **CP2, "activation_checkpoint.mode": "selective", "compile.enable": True,
+    }),
+    "tp2": (2, TP2),
+    "tp2-cp2-selective": (4, {**TP2, **CP2, "activation_checkpoint.mode": "selective"}),
+    "fsdp2": (2, {}),
+    "fsdp2-tp2": (4, TP2),
+    "fsdp2-compile": (2, {"compile.enable": True, "activation_checkpoint.mode": "selective"}),
+    "fsdp2-cp2": (4, CP2),
+    "hsdp2-cp2": (4, {
+        **CP2, "parallelism.data_parallel_replicate_degree": 2,
+        "parallelism.data_parallel_shard_degree": 1,
+    }),
+    "ddp2": (2, {
+        "parallelism.data_parallel_replicate_degree": 2,
+        "parallelism.data_parallel_shard_degree": 1,
+    }),
+}  # fmt: skip
+
+
+def validation_losses(run: Run) -> dict[str, float]:
+    """Validation loss by step, as the log has it."""
+    found = re.findall(r"validate step: +(\d+).*?loss: +([\d.]+)", run.log)
+    return {step: float(loss) for step, loss in found}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> tuple[dict, Run]:
+    """Settings that start from one seed checkpoint, and their run on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    seed = folder / "seed"
+    Run(folder, {**SETTINGS, "checkpoint.create_seed_checkpoint": True}).succeed()
+    shutil.move(folder / "dump/checkpoint/step-0", seed)
+    shutil.rmtree(folder / "dump/checkpoint")
+    settings = {**SETTINGS, "checkpoint.initial_load_path": seed}
+    return settings, Run(folder, settings).succeed()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*COMPOSITIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_COMPOSITIONS)],
+)
+def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: Path) -> None:
+    settings, expected = one_process
+    processes, changed = {**COMPOSITIONS, **SLOW_COMPOSITIONS}[name]
+    run = Run(tmp_path, {**settings, **changed}, processes).succeed()
+    data_parallel = name.startswith(("fsdp", "hsdp", "ddp"))
+    for step, want in expected.steps().items():
+        line = run.steps()[step]
+        tokens = line["tokens_seen"]
+        assert tokens == want["tokens_seen"] == 1024 * step
+        for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("maximum_loss", 1e-5)):
+            # The maximum is over ranks that read different text.
+            if key != "maximum_loss" or not data_parallel:
+                value, wanted = float.fromhex(line[key]), float.fromhex(want[key])
+                assert value == pytest.approx(wanted, rel=tolerance), (step, key)
+    assert len(validation_losses(expected)) == 3
+    if not data_parallel:
+        assert validation_losses(run) == pytest.approx(validation_losses(expected), rel=2e-5)
+
+
+def test_training_continues_on_another_mesh(one_process, tmp_path: Path) -> None:
+    """One process, then two data-parallel ones, then two that share each sequence."""
+    settings, expected = one_process
+    settings = {**settings, "lr_scheduler.total_steps": 10}
+    Run(tmp_path, {**settings, "training.steps": 3}).succeed()
+    Run(tmp_path, {**settings, "training.steps": 6}, processes=2).succeed()
+    other_batch = Run(tmp_path, {**settings, "training.global_batch_size": 4}, processes=2)
+    assert other_batch.wait() != 0
+    assert "pass --lighthouse.data_streams 2, or" in other_batch.log
+    run = Run(tmp_path, {**settings, **CP2}, processes=2).succeed()
+    for step, want in expected.steps().items():
+        seen = run.steps()[step]["batches"]
+        if 3 < step <= 6:
+            seen = seen + run.steps(rank=1)[step]["batches"]
+        assert seen == want["batches"]
+        loss = float.fromhex(run.steps()[step]["loss"])
+        assert loss == pytest.approx(float.fromhex(want["loss"]), rel=1e-5)

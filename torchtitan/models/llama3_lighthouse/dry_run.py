@@ -1,0 +1,154 @@
+"""What a run would be, without the machines for it: ``./run_train.sh --dry-run``.
+
+Every check of the configuration, the real mesh on torch's fake process group, the model on the
+meta device with its parallelisms applied, and from these a rank's share of tokens, memory and work.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+
+from . import flavors
+from .checks import check_config
+from .datasets import stream_count
+from .infra.parallelize import parallelize_lighthouse
+from .job_config import JobConfig, LighthouseConfigManager
+from .model import LighthouseModelArgs, LighthouseTransformer
+
+GIB = 2**30
+# Parameters, gradients and the two moments of AdamW, all float32 as in torchtitan's FSDP.
+OPTIMIZER_BYTES = {"parameters": 4, "gradients": 4, "optimizer": 8}
+# Of mixed precision's bfloat16, in which activations are kept.
+ACTIVATION_BYTES = 2
+
+
+def local_parameters(model: nn.Module) -> int:
+    """Parameters of ``model`` that rank 0 holds."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+
+
+def activation_bytes(args: LighthouseModelArgs, tokens: int, vocabulary: int, mode: str) -> float:
+    """Estimate of what a rank with ``tokens`` tokens keeps for backward.
+
+    Of each layer: its input; with "selective" checkpointing also half of the matrix products, as
+    torchtitan's "op" policy does, and the attention output; with "none" about all it computes.
+    Of the head: logits once in bfloat16 and twice in float32, ``vocabulary`` of them a token.
+    """
+    hidden = int(8 * args.dim / 3 * (args.ffn_dim_multiplier or 1))
+    hidden = -(-hidden // args.multiple_of) * args.multiple_of
+    kv = args.dim * (args.n_kv_heads or args.n_heads) // args.n_heads
+    products = 3 * args.dim + 2 * kv + 2 * hidden
+    kept = {
+        "full": args.dim,
+        "selective": 2 * args.dim + products / 2,
+        "none": 7 * args.dim + products + 2 * hidden,
+    }[mode]
+    layers = args.n_layers * kept * ACTIVATION_BYTES
+    return tokens * (layers + vocabulary * (ACTIVATION_BYTES + 8))
+
+
+def dry_run(config: JobConfig, world_size: int) -> str:
+    """Check ``config`` for ``world_size`` processes and describe the run.
+
+    Raises:
+        ValueError, TypeError, OSError: it cannot work; the message names key, value and fix.
+    """
+    check_config(config, flavors)
+    section = config.parallelism
+    fixed = (
+        section.data_parallel_replicate_degree
+        * section.context_parallel_degree
+        * section.tensor_parallel_degree
+    )
+    if world_size % fixed or (
+        section.data_parallel_shard_degree > 0
+        and world_size != fixed * section.data_parallel_shard_degree
+    ):
+        raise ValueError(
+            f"NGPU x NNODES = {world_size} processes do not make up [parallelism]: "
+            f"data_parallel_replicate_degree x context_parallel_degree x tensor_parallel_degree = "
+            f"{fixed}, data_parallel_shard_degree = {section.data_parallel_shard_degree}"
+        )
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    dist_utils.init_fake_mode(world_size)
+    try:
+        return _describe(config, world_size)
+    finally:
+        dist.destroy_process_group()
+
+
+def _describe(config: JobConfig, world_size: int) -> str:
+    section, training = config.parallelism, config.training
+    dims = ParallelDims(
+        dp_shard=section.data_parallel_shard_degree,
+        dp_replicate=section.data_parallel_replicate_degree,
+        cp=section.context_parallel_degree,
+        tp=section.tensor_parallel_degree,
+        pp=1,
+        ep=1,
+        etp=1,
+        world_size=world_size,
+    )
+    dims.build_mesh()
+    args = flavors[config.model.flavor]
+    args.update_from_config(config)
+    with torch.device("meta"):
+        model = LighthouseTransformer(args)
+    total, _ = args.get_nparams_and_flops(model, training.seq_len)
+    flops = {
+        stage: args.get_nparams_and_flops(model, training.seq_len, stage)[1]
+        for stage in ("lighthouse", "dense")
+    }
+    parallelize_lighthouse(model, dims, config)
+    mine = local_parameters(model)
+
+    data_parallel = dims.dp_replicate * dims.dp_shard
+    streams = stream_count(config, data_parallel)
+    batch = training.global_batch_size
+    batch = batch if batch > 0 else training.local_batch_size * data_parallel
+    passes = batch // (training.local_batch_size * data_parallel)
+    tokens = training.local_batch_size * training.seq_len // dims.cp // dims.tp
+    chunks = dims.cp * (2 if dims.cp > 1 and section.context_parallel_load_balancer else 1)
+    gathered = args.gathered_length(training.seq_len)
+    strata = args.lighthouse.top_k // args.lighthouse.picks_per_stratum
+    memory = {name: mine * size / GIB for name, size in OPTIMIZER_BYTES.items()}
+    mode = config.activation_checkpoint.mode
+    memory["activations, estimated"] = (
+        activation_bytes(args, tokens, args.vocab_size, mode) / GIB
+        if mode in ("none", "selective", "full")
+        else float("nan")
+    )
+    lines = [
+        f"{config.job.config_file}: {config.model.flavor}, {total:,} parameters, "
+        f"{training.steps:,} steps",
+        f"mesh          {world_size} processes = {dims.dp_replicate} replicas x {dims.dp_shard} "
+        f"FSDP x {dims.cp} context x {dims.tp} tensor parallel",
+        f"batch         {batch} sequences of {training.seq_len:,} tokens, "
+        f"{batch * training.seq_len:,} tokens a step in {passes} passes; text dealt to {streams} "
+        "streams",
+        f"each rank     {tokens:,} tokens a pass in {max(1, chunks // dims.cp)} chunks, "
+        f"{mine:,} parameters",
+        f"Lighthouse    S = {gathered:,} of {training.seq_len:,} positions, "
+        f"{gathered // dims.cp:,} on each rank; {strata} strata, {strata // chunks} in each chunk",
+        "memory, GiB   " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items()),
+        "FLOPs/token   " + ", ".join(f"{stage} {count:.3e}" for stage, count in flops.items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    processes = int(os.environ.get("NGPU", "1")) * int(os.environ.get("NNODES", "1"))
+    try:
+        print(dry_run(LighthouseConfigManager().parse_args(sys.argv[1:]), processes))
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
