@@ -39,7 +39,6 @@ COMPOSITIONS = {
         "activation_checkpoint.mode": "selective",
     }),
     "tp2-cp2-full": (4, {**TP2, **CP2, "activation_checkpoint.mode": "full"}),
-    "fsdp2-cp2-compile": (4, {**CP2, "compile.enable": True}),
 }  # fmt: skip
 SLOW_COMPOSITIONS = {
     "cp2": (2, CP2),
@@ -55,6 +54,7 @@ SLOW_COMPOSITIONS = {
     "fsdp2-tp2": (4, TP2),
     "fsdp2-compile": (2, {"compile.enable": True, "activation_checkpoint.mode": "selective"}),
     "fsdp2-cp2": (4, CP2),
+    "fsdp2-cp2-compile": (4, {**CP2, "compile.enable": True}),
     "hsdp2-cp2": (4, {
         **CP2, "parallelism.data_parallel_replicate_degree": 2,
         "parallelism.data_parallel_shard_degree": 1,

@@ -3,9 +3,17 @@
 import time
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+
+
+def whole_loss(loss: torch.Tensor) -> torch.Tensor:
+    """``loss`` without its graph, summed over the ranks that loss parallelism spreads it over."""
+    loss = loss.detach()
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):

@@ -12,7 +12,6 @@ from unittest.mock import patch
 import torch
 import torchtitan.train as upstream
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
@@ -21,6 +20,7 @@ from . import flavors
 from .checkpoint import LighthouseCheckpointManager
 from .checks import check_config
 from .job_config import JobConfig, LighthouseConfigManager
+from .metrics import whole_loss
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -132,9 +132,7 @@ class LighthouseTrainer(upstream.Trainer):
         loss = self.forward_backward_step(
             input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
         )
-        loss = loss.detach()
-        # Under loss parallelism the sum over the vocabulary is still spread over ranks.
-        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+        return whole_loss(loss)
 
     def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
         """Sum over the ranks of a mesh: "batch", each of which read other text, "cp", which share

@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_type
 
 from .datasets import build_validation_dataloader
 from .job_config import JobConfig
-from .metrics import LighthouseMetricsProcessor
+from .metrics import LighthouseMetricsProcessor, whole_loss
 
 
 class LighthouseValidator(BaseValidator):
@@ -89,7 +89,7 @@ class LighthouseValidator(BaseValidator):
                 )
             with self.validation_context(), self.maybe_enable_amp:
                 batch_loss = self.loss_fn(model(inputs, **options), labels)
-            loss_sum += batch_loss.double()
+            loss_sum += whole_loss(batch_loss).double()
             tokens += (labels != IGNORE_INDEX).sum()
         model.train()
 

@@ -16,6 +16,7 @@ from torchtitan.tools.utils import device_type
 from lighthouse import ContextParallel, LighthouseAttention
 
 from ..job_config import Parallelism
+from ..model import LighthouseModelArgs
 
 SEQUENCE_DIM = 2
 
@@ -94,3 +95,30 @@ def add_ring_attention_on_cpu() -> None:
         register_op_strategy(operation)(strategy)
         # torch installs these handlers together with its own.
         ring.custom_ops[operation] = handler
+
+
+def bytes_sent_per_layer(
+    args: LighthouseModelArgs, seq_len: int, layout: ContextParallel, element_size: int
+) -> dict[str, int]:
+    """Bytes that a rank sends in one Lighthouse layer for one sequence, by the ring ("alltoall").
+
+    Keys and values of S / W places go round forward and again backward, W - 1 hops each; their
+    gradients, in float32, go W hops. Of the seam, L - 1 rows of every query head follow each chunk,
+    forward and backward, even to a chunk on the same rank.
+
+    Args:
+        element_size: bytes of an element of q, k and v.
+
+    Returns:
+        "ring" and "seam"; the seam of a rank whose every chunk has a next one.
+    """
+    ranks = layout.world_size
+    head_dim = args.dim // args.n_heads
+    key_value = 2 * (args.n_kv_heads or args.n_heads) * head_dim
+    key_value *= args.gathered_length(seq_len) // ranks
+    chunks = len(layout.held)
+    seam = 2 * chunks * args.n_heads * (args.lighthouse.levels - 1) * head_dim * element_size
+    return {
+        "ring": 2 * (ranks - 1) * key_value * element_size + ranks * key_value * 4,
+        "seam": seam,
+    }
