@@ -130,3 +130,10 @@ def test_stage_rule() -> None:
     assert stage_at(1, "auto", 0) == "dense"
     assert stage_at(99, "lighthouse", 2) == "lighthouse"
     assert stage_at(1, "dense", 2) == "dense"
+
+
+def test_replicas_without_sharding_are_refused(tmp_path: Path) -> None:
+    replicated = {"parallelism.data_parallel_replicate_degree": 2}
+    check(tmp_path, **replicated)
+    with pytest.raises(ValueError, match="data_parallel_replicate_degree = 2 without sharding"):
+        check(tmp_path, **replicated, **{"parallelism.data_parallel_shard_degree": 1})

@@ -116,6 +116,14 @@ def _check_parallelism(config: JobConfig) -> None:
             f"parallelism.context_parallel_degree = {section.context_parallel_degree} must be at "
             "least 1, which is no context parallelism"
         )
+    replicas = section.data_parallel_replicate_degree
+    if replicas > 1 and section.data_parallel_shard_degree == section.context_parallel_degree == 1:
+        # Losses are shares of the global mean; DDP would average their gradients once more.
+        raise ValueError(
+            f"parallelism.data_parallel_replicate_degree = {replicas} without sharding means DDP, "
+            "which scales gradients wrongly in torchtitan 0.2.2; set "
+            f"data_parallel_shard_degree = {replicas} and data_parallel_replicate_degree = 1"
+        )
     if section.pipeline_parallel_degree != 1:
         raise ValueError(
             f"parallelism.pipeline_parallel_degree = {section.pipeline_parallel_degree} is not "
