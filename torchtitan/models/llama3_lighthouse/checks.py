@@ -80,7 +80,7 @@ def _check_lengths(config: JobConfig) -> None:
                 f"{name}.seq_len = {section.seq_len} does not fit [lighthouse]: {error}"
             ) from None
         try:
-            check_chunks(method, section.seq_len, _chunks(config))
+            check_chunks(method, section.seq_len, chunks_of_a_sequence(config))
         except ValueError as error:
             degree = config.parallelism.context_parallel_degree
             raise ValueError(
@@ -94,7 +94,7 @@ def _check_lengths(config: JobConfig) -> None:
         )
 
 
-def _chunks(config: JobConfig) -> int:
+def chunks_of_a_sequence(config: JobConfig) -> int:
     """Chunks that context parallelism cuts a sequence into."""
     section = config.parallelism
     balanced = section.context_parallel_load_balancer is not None

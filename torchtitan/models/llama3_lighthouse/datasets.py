@@ -293,16 +293,21 @@ def _no_position(holder: str) -> ValueError:
     return ValueError(f"{holder} holds no position in the data; {START_OVER}")
 
 
+def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
+    """Sequences of one optimizer step."""
+    training = job_config.training
+    if training.global_batch_size < 0:
+        return training.local_batch_size * dp_world_size
+    return training.global_batch_size
+
+
 def stream_count(job_config: JobConfig, dp_world_size: int) -> int:
     """Streams that the training text is dealt to: one for each sequence of a global batch.
 
     Raises:
         ValueError: ranks cannot share them evenly, or they a global batch.
     """
-    training = job_config.training
-    batch = training.global_batch_size
-    if batch < 0:
-        batch = training.local_batch_size * dp_world_size
+    batch = global_batch_size(job_config, dp_world_size)
     streams = job_config.lighthouse.data_streams or batch
     if streams < 1 or streams % dp_world_size or batch % streams:
         raise ValueError(

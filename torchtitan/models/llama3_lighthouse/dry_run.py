@@ -15,8 +15,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
 from . import flavors
-from .checks import check_config
-from .datasets import stream_count
+from .checks import check_config, chunks_of_a_sequence
+from .datasets import global_batch_size, stream_count
 from .infra.parallelize import parallelize_lighthouse
 from .job_config import JobConfig, LighthouseConfigManager
 from .model import LighthouseModelArgs, LighthouseTransformer
@@ -110,11 +110,10 @@ def _describe(config: JobConfig, world_size: int) -> str:
 
     data_parallel = dims.dp_replicate * dims.dp_shard
     streams = stream_count(config, data_parallel)
-    batch = training.global_batch_size
-    batch = batch if batch > 0 else training.local_batch_size * data_parallel
+    batch = global_batch_size(config, data_parallel)
     passes = batch // (training.local_batch_size * data_parallel)
     tokens = training.local_batch_size * training.seq_len // dims.cp // dims.tp
-    chunks = dims.cp * (2 if dims.cp > 1 and section.context_parallel_load_balancer else 1)
+    chunks = chunks_of_a_sequence(config)
     gathered = args.gathered_length(training.seq_len)
     strata = args.lighthouse.top_k // args.lighthouse.picks_per_stratum
     memory = {name: mine * size / GIB for name, size in OPTIMIZER_BYTES.items()}
@@ -132,7 +131,7 @@ def _describe(config: JobConfig, world_size: int) -> str:
         f"batch         {batch} sequences of {training.seq_len:,} tokens, "
         f"{batch * training.seq_len:,} tokens a step in {passes} passes; text dealt to {streams} "
         "streams",
-        f"each rank     {tokens:,} tokens a pass in {max(1, chunks // dims.cp)} chunks, "
+        f"each rank     {tokens:,} tokens a pass in {chunks // dims.cp} chunks, "
         f"{mine:,} parameters",
         f"Lighthouse    S = {gathered:,} of {training.seq_len:,} positions, "
         f"{gathered // dims.cp:,} on each rank; {strata} strata, {strata // chunks} in each chunk",
