@@ -13,7 +13,7 @@ and position t receives the sum over the levels l whose entry is included of
 
 The coarsest level, which touches every row, comes ready from ``pooling``. A gathering program owns
 ``BLOCK`` places of one head, a spreading one ``BLOCK`` positions; each writes its rows once, after
-summing in float32. Neighbouring programs share positions across heads.
+summing in float32.
 
 Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length,
 nc coarsest entries.
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import row_strides, sequence_first
+from .launch import own_block, own_block_grid, row_strides, sequence_first
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 GATHER_TILE, GATHER_WARPS = 1024, 4
@@ -38,11 +38,7 @@ def _gather(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, COLLECT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(gathered_length, BLOCK)
-    head = program % heads
-    block = program // heads % blocks
-    batch = program // heads // blocks
+    batch, head, block = own_block(heads, gathered_length, BLOCK)
     plane = batch * heads + head
     index_plane = batch * (heads // group) + head // group
 
@@ -87,11 +83,7 @@ def _spread(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr, SEAM: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(length, BLOCK)
-    head = program % heads
-    block = program // heads % blocks
-    batch = program // heads // blocks
+    batch, head, block = own_block(heads, length, BLOCK)
     slots = slot + (batch * (heads // group) + head // group) * pyramid
     source = gathered + batch * in_b + head * in_h
 
@@ -147,7 +139,7 @@ def gather(
     gathered = rows.new_empty((batch, heads, s, d))
     block_d = triton.next_power_of_2(d)
     block = GATHER_TILE // block_d
-    _gather[(batch * heads * triton.cdiv(s, block),)](
+    _gather[own_block_grid(batch, heads, s, block)](
         rows, coarsest_rows, index, gathered, *strides,
         heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect,
@@ -184,7 +176,7 @@ def spread(
     rows = sequence_first(gathered, length)
     block_d = triton.next_power_of_2(d)
     block = SPREAD_TILE // block_d
-    _spread[(batch * heads * triton.cdiv(length, block),)](
+    _spread[own_block_grid(batch, heads, length, block)](
         gathered, slot, slot if seam is None else seam, rows, *strides, *rows.stride()[:3],
         heads, heads // slot.shape[1], length, slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,

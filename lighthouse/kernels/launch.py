@@ -1,6 +1,8 @@
 """What all launchers share."""
 
 import torch
+import triton
+import triton.language as tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_D = 256
@@ -20,3 +22,19 @@ def sequence_first(rows: torch.Tensor, length: int) -> torch.Tensor:
     """
     batch, heads, _, d = rows.shape
     return rows.new_empty((batch, length, heads, d)).transpose(1, 2)
+
+
+@triton.jit
+def own_block(heads, length, BLOCK: tl.constexpr):
+    """Batch, head and block of ``BLOCK`` rows, of ``length``, that this program owns, as int64.
+
+    Neighbouring programs share positions across heads, whose rows lie side by side in memory.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(length, BLOCK)
+    return program // heads // blocks, program % heads, program // heads % blocks
+
+
+def own_block_grid(batch: int, heads: int, length: int, block: int) -> tuple[int]:
+    """The grid whose programs ``own_block`` tells apart."""
+    return (batch * heads * triton.cdiv(length, block),)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import row_strides
+from .launch import own_block, own_block_grid, row_strides
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 2048, 8
@@ -32,11 +32,7 @@ def _pool(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr, WITH_NORMS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(coarsest, BLOCK)
-    head = program % heads
-    block = program // heads % blocks
-    batch = program // heads // blocks
+    batch, head, block = own_block(heads, coarsest, BLOCK)
 
     entry = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -80,7 +76,7 @@ def pool(
     norms = rows.new_empty(norm_shape, dtype=torch.float32)
     block_d = triton.next_power_of_2(d)
     block = TILE // block_d
-    _pool[(batch * heads * triton.cdiv(coarsest, block),)](
+    _pool[own_block_grid(batch, heads, coarsest, block)](
         rows, pooled, norms, *strides, heads, length, coarsest, scale,
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, SHIFT=shift, WITH_NORMS=with_norms,
         num_warps=WARPS,
