@@ -13,6 +13,7 @@ S gathered length of a chunk, L levels.
 from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed import _functional_collectives as collectives
 
 from .config import LighthouseConfig
 from .geometry import PyramidGeometry
@@ -129,7 +130,7 @@ class ContextParallel:
                     source[chunk] = len(source)
                     received_from[other] += 1
         outgoing = torch.cat([rows[:0], *(rows[place : place + 1] for place in sent)])
-        incoming = torch.distributed._functional_collectives.all_to_all_single_autograd(
+        incoming = collectives.all_to_all_single_autograd(
             outgoing.contiguous(), received_from, sent_to, self.group
         )
         # Nothing comes before the first chunk; it takes the last of these.

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_against_oracle import output_and_gradients, relative_error
 from test_interface import Dense
 from test_kernels import SCORES, vectorised_selection
 from test_properties import run_twice
 
 from lighthouse import (
+    ContextParallel,
     LighthouseAttention,
     LighthouseConfig,
     kernels,
@@ -118,9 +120,11 @@ def test_long_sequences_repeat_bit_for_bit(n: int, top_k: int) -> None:
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_strata_of_thousands(kind: str) -> None:
-    """5,461 and 5,462 coarsest entries in each, beside strata of 85 and of 341."""
+    """10,922 and 5,461 coarsest entries or one more, beside strata of 85 and of 341."""
     torch.manual_seed(6)
     for n, config in (
+        # More candidates than one program keeps on chip.
+        (2**22, LighthouseConfig(3, 4, 24 * 128)),
         (2**22, LighthouseConfig(3, 4, 48 * 128)),
         (2**16, LighthouseConfig(3, 4, 48 * 64, picks_per_stratum=64)),
         (2**18, LighthouseConfig(4, 2, 96 * 128)),
@@ -193,3 +197,49 @@ def test_error_of_the_whole_is_that_of_vectorised_pytorch(d: int) -> None:
         exact = run("torch", torch.float64)
         for ours, plain, want in zip(run("triton", dtype), run("torch", dtype), exact, strict=True):
             assert relative_error(ours, want) <= 1.05 * relative_error(plain, want)
+
+
+class TwoChunksOnOneRank(ContextParallel):
+    """Everything that context parallelism does, but for other ranks."""
+
+    chunks = 2
+
+    def held_by(self, rank: int) -> tuple[int, ...]:
+        return (0, 1)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2)])
+def test_chunks_and_their_seam_give_what_the_whole_gives(one_rank, heads, kv_heads) -> None:
+    """Forward the same bits; backward adds the seam's share after rounding instead of before."""
+    torch.manual_seed(7)
+    leaves = [
+        torch.randn(1, PAPER_LENGTH, h, 128, device="cuda").bfloat16().transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+    grad = torch.randn_like(leaves[0])
+    layouts = (None, ContextParallel(one_rank, 0, 1), TwoChunksOnOneRank(one_rank, 0, 1))
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole, one, two = (
+            output_and_gradients(
+                lighthouse_attention, leaves, grad, PAPER,
+                **({"context_parallel": layout} if layout else {}),
+            )
+            for layout in layouts
+        )  # fmt: skip
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for value, want in zip(one, whole, strict=True):
+        assert torch.equal(value, want)
+    assert torch.equal(two[0], whole[0])
+    for value, want in zip(two[1:], whole[1:], strict=True):
+        assert relative_error(value, want) < 2e-3
+        after = slice(PAPER_LENGTH // 2 - 16, PAPER_LENGTH // 2 + 16)
+        assert relative_error(value[:, :, after], want[:, :, after]) < 1e-2
