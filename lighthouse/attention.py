@@ -14,7 +14,6 @@ from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
 from .scatter import scatter_back
-from .scoring import check_scorer
 from .selection import Selection, checked_selection, chunked, select
 
 
@@ -82,13 +81,14 @@ def _gather_with_kernels(
     selection: Selection | None,
     geometry: PyramidGeometry,
 ) -> tuple[Selection, list[torch.Tensor]]:
-    """Select and gather; the read that takes the norms also pools the coarsest level."""
-    with_norms = selection is None
+    """Select and gather; the read that pools the coarsest level also takes the "norm" scores."""
+    with_norms = selection is None and geometry.config.scorer == "norm"
     coarsest_q, a = kernels.pool_coarsest(q, geometry, with_norms)
     coarsest_k, b = kernels.pool_coarsest(k, geometry, with_norms)
     coarsest_v, _ = kernels.pool_coarsest(v, geometry, with_norms=False)
     if selection is None:
-        check_scorer(geometry.config)
+        if not with_norms:
+            a, b = kernels.score(q, k, v, geometry)
         selection = Selection(*kernels.select_from_norms(a, b, geometry))
     pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
     return selection, [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]

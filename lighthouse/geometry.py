@@ -4,6 +4,7 @@ Level 0 is the base sequence of N positions; level l has N / p^l entries, of whi
 positions [i p^l, (i + 1) p^l) and ends at the last of them. Stored, level 0 comes first.
 """
 
+import math
 from dataclasses import dataclass
 
 from .config import LighthouseConfig
@@ -14,8 +15,8 @@ class PyramidGeometry:
     """Lengths and places of the pyramid over ``sequence_length`` positions.
 
     Raises:
-        ValueError: p^(L-1) does not divide ``sequence_length``, or the coarsest level has fewer
-            than k entries.
+        ValueError: p^(L-1), or the dilation of a scorer that uses it, does not divide
+            ``sequence_length``, or the coarsest level has fewer than k entries.
     """
 
     config: LighthouseConfig
@@ -33,6 +34,12 @@ class PyramidGeometry:
             raise ValueError(
                 f"the sequence length must be a multiple of {power}, got {n}; "
                 f"the nearest that fits is {nearest}"
+            )
+        if config.scorer != "norm" and n % config.dilation:
+            raise ValueError(
+                f"dilation = {config.dilation} of scorer = {config.scorer!r} must divide the "
+                f"sequence length, got {n}; use a dilation that does, such as "
+                f"{math.gcd(config.dilation, n)}"
             )
         if self.lengths[-1] < config.top_k:
             raise ValueError(

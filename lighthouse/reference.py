@@ -51,8 +51,6 @@ def select(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and result as ``lighthouse.select``: index [B, Hkv, S], slot [B, Hkv, P]."""
-    if config.scorer != "norm":
-        raise NotImplementedError(f"scorer = {config.scorer!r} has no oracle yet; use 'norm'")
     geometry = PyramidGeometry(config, q.shape[2])
     group = q.shape[1] // k.shape[1]
     shape = (q.shape[0], k.shape[1])
@@ -61,8 +59,10 @@ def select(
     for batch in range(shape[0]):
         for head in range(shape[1]):
             queries = q[batch, head * group : (head + 1) * group]
-            a = [max(row) for row in zip(*_norms(queries), strict=True)]
-            (b,) = _norms(k[batch, head : head + 1])
+            scored = [_scored_rows(rows, k[batch, head], v[batch, head], config)
+                      for rows in queries]  # fmt: skip
+            a, b = ([max(row) for row in zip(*map(_norms, rows), strict=True)]
+                    for rows in zip(*scored, strict=True))  # fmt: skip
             entries = sorted(_included(geometry, a, b), key=lambda e: (_end(geometry, e), e[0]))
             for place, entry in enumerate(entries):
                 pyramid_index = geometry.offsets[entry[0]] + entry[1]
@@ -71,10 +71,28 @@ def select(
     return index.to(q.device), slot.to(q.device)
 
 
-def _norms(rows: torch.Tensor) -> list[list[float]]:
-    """L2 norm of every row, per head, in the precision that scores are defined in."""
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(rows.to(dtype), dim=-1).tolist()
+def _scored_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose norms score the queries and the keys of one head, each [N, D].
+
+    In the precision that scores are defined in.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = (rows.to(dtype) for rows in (q, k, v))
+    if config.scorer == "norm":
+        return q, k
+    attend = {"dilated": _causal_attention, "gla": _gated_linear_attention}[config.scorer]
+    by_query, by_key = torch.empty_like(q), torch.empty_like(q)
+    for residue in range(config.dilation):
+        here = slice(residue, None, config.dilation)
+        by_query[here] = attend(q[here], k[here], v[here])
+        by_key[here] = attend(k[here], q[here], v[here])
+    return by_query, by_key
+
+
+def _norms(rows: torch.Tensor) -> list[float]:
+    return torch.linalg.vector_norm(rows, dim=-1).tolist()
 
 
 def _included(geometry: PyramidGeometry, a: list[float], b: list[float]) -> set[Entry]:
@@ -114,8 +132,20 @@ def _mean(geometry: PyramidGeometry, rows: torch.Tensor, entry: Entry) -> torch.
     return rows[end - geometry.spans[entry[0]] + 1 : end + 1].mean(dim=0)
 
 
+def _gated_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Simple gated linear attention of one head, [N, D], one step after the other."""
+    # Of the published gate, whose projection never gets a gradient, what is left is sigmoid(0).
+    decay = math.exp(math.log(1 / (1 + math.exp(0))) / 16)
+    state = q.new_zeros(q.shape[-1], q.shape[-1])
+    rows = []
+    for query, key, value in zip(q, k, v, strict=True):
+        state = decay * state + torch.outer(key, value)
+        rows.append(query @ state / math.sqrt(q.shape[-1]))
+    return torch.stack(rows)
+
+
 def _causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
     """Softmax attention of one head, [S, D]."""
     scores = q @ k.T * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)

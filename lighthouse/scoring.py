@@ -1,14 +1,36 @@
 """Scores that rank the entries of every level.
 
-Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
+Every scorer gives each position two rows, one for it as a query and one as a key, and their L2
+norms are its scores. The "norm" scorer takes q and k themselves, at no cost. The others take the
+outputs of an attention of q over k, and of k over q, within each residue class of positions modulo
+the dilation: softmax attention for "dilated", linear attention with a fixed decay for "gla".
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, H heads, N positions, D head dimension, d
+dilation.
 """
 
+import math
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from .config import LighthouseConfig
 from .geometry import PyramidGeometry
 
 Scores = list[tuple[torch.Tensor, torch.Tensor]]
+
+# Logarithm to base 2 of what a step of the dilated sequence leaves of "gla"'s state. The published
+# gate, log(sigmoid(x)) / 16 of a projection x that gets no gradient, at x = 0.
+LOG2_DECAY = -1 / 16
+# Rows that "gla" multiplies at once; any number gives the same up to rounding.
+GLA_CHUNK = 64
+# All linear in the sequence; torch would also fall back to one that holds N x N scores.
+SDPA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,43 +39,93 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def norm_scores(q: torch.Tensor, k: torch.Tensor, geometry: PyramidGeometry) -> Scores:
-    """Scores of the "norm" scorer (arXiv 2605.06554, section 3.2).
+def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry) -> Scores:
+    """Scores of the configured scorer (arXiv 2605.06554, section 3.2).
 
-    A position scores the L2 norm of its query, the largest in the group of query heads that share
-    a key-value head, and of its key; an entry scores the maximum over the entries it pools.
+    A position scores the norms of its two rows, of each the largest in the group of query heads
+    that share a key-value head; an entry scores the maximum over the entries it pools.
 
     Args:
         q: [B, Hq, N, D].
-        k: [B, Hkv, N, D].
+        k, v: [B, Hkv, N, D].
 
     Returns:
         For each level from the base up, query and key scores, each [B, Hkv, N / p^l], float32.
     """
-    dtype = accumulation_dtype(q.dtype)
-    a = torch.linalg.vector_norm(q, dim=-1, dtype=dtype)
-    a = a.unflatten(1, (k.shape[1], -1)).amax(dim=2)
-    b = torch.linalg.vector_norm(k, dim=-1, dtype=dtype)
-    scores = [(a, b)]
-    for length in geometry.lengths[1:]:
-        a, b = (x.unflatten(-1, (length, -1)).amax(dim=-1) for x in (a, b))
-        scores.append((a, b))
-    return scores
+    scores = []
+    for rows in scored_rows(q, k, v, geometry.config):
+        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=accumulation_dtype(q.dtype))
+        levels = [norms.unflatten(1, (k.shape[1], -1)).amax(dim=2)]
+        for length in geometry.lengths[1:]:
+            levels.append(levels[-1].unflatten(-1, (length, -1)).amax(dim=-1))
+        scores.append(levels)
+    return list(zip(*scores, strict=True))
 
 
-def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry) -> Scores:
-    """Scores of the configured scorer; arguments and result as ``norm_scores``, v as k.
+def scored_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows whose norms are scores: for queries [B, Hq, N, D], for keys [B, Hkv or Hq, N, D]."""
+    if config.scorer == "norm":
+        return q, k
+    attend = {"dilated": _causal_attention, "gla": gated_linear_attention}[config.scorer]
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (
+        dilate(rows, config.dilation)
+        for rows in (q, *(x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v)))
+    )
+    rows = (attend(q, k, v), attend(k, q, v))
+    return tuple(undilate(x, config.dilation) for x in rows)
 
-    Raises:
-        NotImplementedError: the scorer is "dilated" or "gla".
+
+def dilate(rows: torch.Tensor, dilation: int) -> torch.Tensor:
+    """[B, H, N, D] as [B, d H, N / d, D]; head r H + h holds the positions of residue r of head h.
+
+    Without a copy if rows lie [B, N, H, D].
     """
-    check_scorer(geometry.config)
-    return norm_scores(q, k, geometry)
+    batch, heads, length, d = rows.shape
+    rows = rows.transpose(1, 2).reshape(batch, length // dilation, dilation * heads, d)
+    return rows.transpose(1, 2)
 
 
-def check_scorer(config: LighthouseConfig) -> None:
-    """Raise NotImplementedError unless the scorer is "norm"."""
-    if config.scorer != "norm":
-        raise NotImplementedError(
-            f"scorer = {config.scorer!r} is not implemented yet; use scorer = 'norm'"
-        )
+def undilate(rows: torch.Tensor, dilation: int) -> torch.Tensor:
+    """The inverse of ``dilate``."""
+    batch, heads, length, d = rows.shape
+    rows = rows.transpose(1, 2).reshape(batch, length * dilation, heads // dilation, d)
+    return rows.transpose(1, 2)
+
+
+def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPA_BACKENDS):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def gated_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Simple gated linear attention with one decay for all heads and steps, without a softmax.
+
+    out_t = sum over s <= t of 2^(LOG2_DECAY (t - s)) (q_t . k_s) v_s / sqrt(D)
+
+    Args:
+        q, k, v: [B, H, N, D].
+
+    Returns:
+        [B, H, N, D], in the precision of sums.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    q = q.to(dtype) / math.sqrt(q.shape[-1])
+    k, v = k.to(dtype), v.to(dtype)
+    steps = torch.arange(GLA_CHUNK, device=q.device)
+    decay = torch.exp2(LOG2_DECAY * torch.arange(GLA_CHUNK + 1, device=q.device, dtype=dtype))
+    weights = decay[(steps[:, None] - steps).clamp(min=0)].tril()
+    # What all earlier chunks leave: sum of their decayed outer products of keys and values.
+    state = q.new_zeros(*q.shape[:2], q.shape[3], q.shape[3])
+    outputs = []
+    for q_rows, k_rows, v_rows in zip(
+        *(rows.split(GLA_CHUNK, dim=2) for rows in (q, k, v)), strict=True
+    ):
+        n = q_rows.shape[2]
+        inside = (q_rows @ k_rows.mT * weights[:n, :n]) @ v_rows
+        outputs.append(inside + decay[1 : n + 1, None] * (q_rows @ state))
+        remaining = decay[n - 1 - steps[:n], None]
+        state = decay[n] * state + (k_rows * remaining).mT @ v_rows
+    return torch.cat(outputs, dim=2)

@@ -13,7 +13,7 @@ from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
-from .scoring import Scores, check_scorer, score
+from .scoring import Scores, score
 
 
 class Selection(NamedTuple):
@@ -54,9 +54,7 @@ def select(
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if choose_implementation(impl, q) == "triton":
-        check_scorer(geometry.config)
-        norms = (kernels.pool_coarsest(x, geometry, with_norms=True)[1] for x in (q, k))
-        return Selection(*kernels.select_from_norms(*norms, geometry))
+        return Selection(*kernels.select_from_norms(*kernels.score(q, k, v, geometry), geometry))
     # Selection has no gradient; detached, it has no place in the autograd graph either.
     return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(geometry.config)))
 

@@ -19,6 +19,7 @@ from ..context_parallel import seam_gradient
 from ..geometry import PyramidGeometry
 from . import gather as _gather
 from . import pooling as _pooling
+from . import scoring as _scoring
 from . import selection as _selection
 from .launch import DTYPES, LARGEST_D, sequence_first
 
@@ -53,6 +54,11 @@ def _fake_pool(rows, p, span, shift, scale, with_norms):
     )
 
 
+def _fake_score(q, k, v, scorer, dilation, p):
+    a, b = ((*rows.shape[:2], rows.shape[2] // p) for rows in (q, k))
+    return q.new_empty(a, dtype=torch.float32), q.new_empty(b, dtype=torch.float32)
+
+
 def _fake_select(a, b, levels, p, m, strata):
     lengths = [b.shape[2] * p // p**level for level in range(levels)]
     gathered = lengths[-1] + (levels - 1) * p * m * strata
@@ -76,6 +82,11 @@ _define(
     " -> (Tensor, Tensor)",
     _pooling.pool,
     _fake_pool,
+)
+_define(
+    "score(Tensor q, Tensor k, Tensor v, str scorer, int dilation, int p) -> (Tensor, Tensor)",
+    _scoring.score,
+    _fake_score,
 )
 _define(
     "select_from_norms(Tensor a, Tensor b, int levels, int p, int m, int strata)"
@@ -167,10 +178,29 @@ def pool_coarsest(
     return _ops.pool(rows.detach(), geometry.config.pooling_factor, span, 0, 1.0 / span, with_norms)
 
 
+def score(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Level-1 scores of the configured scorer.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D].
+
+    Returns:
+        float32 [B, Hq, n1] by query and [B, Hkv, n1] by key.
+    """
+    config = geometry.config
+    if config.scorer == "norm":
+        return tuple(pool_coarsest(rows, geometry, with_norms=True)[1] for rows in (q, k))
+    rows = (x.detach() for x in (q, k, v))
+    return _ops.score(*rows, config.scorer, config.dilation, config.pooling_factor)
+
+
 def select_from_norms(
     a: torch.Tensor, b: torch.Tensor, geometry: PyramidGeometry
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and slot by level-1 norms of queries, float32 [B, Hq, n1], and keys, [B, Hkv, n1]."""
+    """Index and slot by level-1 scores, float32 [B, Hq, n1] by query and [B, Hkv, n1] by key."""
     config = geometry.config
     return _ops.select_from_norms(
         a, b, config.levels, config.pooling_factor, config.picks_per_stratum, geometry.strata

@@ -10,7 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from lighthouse.kernels import gather, pooling, selection
+from lighthouse.kernels import gather, pooling, scoring, selection
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 # L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
@@ -60,6 +60,8 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     coarsest, a = pooling.pool(q, p, span, 0, 1 / span, True)
     _, b = pooling.pool(k, p, span, 0, 1 / span, True)
     pooling.pool(q, p, span, span - 1, 1.0, False)
+    for x, y in ((q, k), (k, q)):
+        scoring.gla_norms(x, y, k, heads, 4)
     index, slot = selection.select_from_norms(a, b, levels, p, m, strata)
     for flag in (False, True):
         gathered = gather.gather(q, coarsest, index, p, levels, flag)
@@ -69,7 +71,7 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
 
 def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
-               (gather, "_gather"), (gather, "_spread")]  # fmt: skip
+               (gather, "_gather"), (gather, "_spread"), (scoring, "_gla_norms")]  # fmt: skip
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for capability in map(int, sys.argv[1:]):
         for module, name, kernel in originals:

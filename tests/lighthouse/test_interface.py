@@ -99,12 +99,6 @@ def test_tensor_rules(change, error, message) -> None:
             function(*change(*qkv()), CONFIG)
 
 
-def test_other_scorers_are_refused_until_they_exist() -> None:
-    config = LighthouseConfig(3, 2, 8, scorer="dilated", picks_per_stratum=4)
-    with pytest.raises(NotImplementedError, match="use scorer = 'norm'"):
-        lighthouse_attention(*qkv(), config)
-
-
 def test_import_needs_no_torchtitan_and_no_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = sys.modules['torchtitan'] = None; import lighthouse, "

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from lighthouse import LighthouseConfig, Selection, lighthouse_attention, reference, select
 from lighthouse.geometry import PyramidGeometry
-from lighthouse.scoring import norm_scores
+from lighthouse.scoring import score
 from lighthouse.selection import included_entries, place
 
 kernels = pytest.importorskip("lighthouse.kernels")
@@ -74,9 +74,9 @@ def test_norms_and_coarsest_means(case) -> None:
     config = case["config"]
     geometry = PyramidGeometry(config, case["n"])
     for dtype in (torch.float32, torch.bfloat16):
-        q, k, _ = inputs(case, dtype, 32)
+        q, k, v = inputs(case, dtype, 32)
         group = case["heads"] // case["kv_heads"]
-        expected_a, expected_b = norm_scores(q, k, geometry)[1]
+        expected_a, expected_b = score(q, k, v, geometry)[1]
         coarsest, a = kernels.pool_coarsest(q, geometry, True)
         _, b = kernels.pool_coarsest(k, geometry, True)
         torch.testing.assert_close(a.unflatten(1, (-1, group)).amax(2), expected_a)

@@ -125,6 +125,8 @@ def run_twice(device: str, dtype: torch.dtype, n: int, config: LighthouseConfig)
 def test_repeated_runs_give_the_same_bits() -> None:
     run_twice("cpu", torch.float32, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
     run_twice("cpu", torch.bfloat16, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
+    for scorer in ("dilated", "gla"):
+        run_twice("cpu", torch.float32, 1024, LighthouseConfig(3, 4, 32, scorer, 16))
 
 
 def test_deterministic_algorithms_are_enough() -> None:

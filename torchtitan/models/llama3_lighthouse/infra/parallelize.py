@@ -42,7 +42,10 @@ def parallelize_lighthouse(
         torch.ops.lighthouse.select.default,
     }
     if kernels is not None:
-        upstream._op_sac_save_list.add(torch.ops.lighthouse.select_from_norms.default)
+        upstream._op_sac_save_list |= {
+            torch.ops.lighthouse.score.default,
+            torch.ops.lighthouse.select_from_norms.default,
+        }
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
     def apply_to_attention(modules, mesh, attention_type):

@@ -1,0 +1,126 @@
+"""The scorers "dilated" and "gla" against their formulas and the oracle, and the kernels' twins."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_against_oracle import cases, output_and_gradients, random_inputs, relative_error
+
+from lighthouse import LighthouseConfig, kernels, lighthouse_attention, reference, select
+from lighthouse.geometry import PyramidGeometry
+from lighthouse.scoring import score
+
+ATTENDING = ("dilated", "gla")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def formula(scorer: str, x, y, v, dilation: int) -> torch.Tensor:
+    """Output norms of x over y by a whole matrix of weights, in float64; [B, H, N]."""
+    x, y, v = (rows.double() for rows in (x, y, v))
+    n, d = x.shape[-2:]
+    t = torch.arange(n, dtype=torch.float64)
+    steps = (t[:, None] - t) / dilation
+    reached = (steps >= 0) & (steps == steps.floor())
+    products = x @ y.mT / d**0.5
+    if scorer == "dilated":
+        weights = products.masked_fill(~reached, float("-inf")).softmax(dim=-1)
+    else:
+        per_step = torch.sigmoid(torch.zeros((), dtype=torch.float64)).log() / 16
+        weights = products * (per_step * steps).exp() * reached
+    return (weights @ v).norm(dim=-1)
+
+
+@pytest.mark.parametrize("scorer", ATTENDING)
+@pytest.mark.parametrize("dilation", [1, 4, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_scores_follow_the_formula(scorer: str, dilation: int, dtype: torch.dtype) -> None:
+    """Long enough for several chunks of linear attention, the last one partly filled."""
+    config = LighthouseConfig(3, 2, 16, scorer, picks_per_stratum=4, dilation=dilation)
+    inputs = random_inputs(dict(n=600, batch=2, heads=6, kv_heads=2, tied=False, seed=1), dtype, 16)
+    q, k, v = inputs
+    k, v = (rows.repeat_interleave(3, dim=1) for rows in (k, v))
+    expected = [
+        formula(scorer, *rows, dilation).unflatten(1, (2, 3)).amax(2)
+        for rows in ((q, k, v), (k, q, v))
+    ]
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
+    for level, scores in enumerate(score(*inputs, PyramidGeometry(config, 600))):
+        for ours, base in zip(scores, expected, strict=True):
+            want = base.unflatten(-1, (-1, 2**level)).amax(-1).to(dtype)
+            torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(ATTENDING), st.data())
+def test_selections_are_the_oracles(case, scorer, data) -> None:
+    """For any dilation that divides the length; without ties, which rounding would decide."""
+    divisors = [d for d in range(1, case["n"] + 1) if case["n"] % d == 0]
+    dilation = data.draw(st.sampled_from(divisors))
+    config = replace(case["config"], scorer=scorer, dilation=dilation)
+    inputs = random_inputs({**case, "tied": False})
+    chosen, expected = select(*inputs, config), reference.select(*inputs, config)
+    assert torch.equal(chosen.index, expected[0])
+    assert torch.equal(chosen.slot, expected[1])
+
+
+@pytest.mark.parametrize("scorer", ATTENDING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (3, 1)])
+def test_kernels_score_as_float64_does(scorer, dtype, heads, kv_heads) -> None:
+    """Over more rows than linear attention's window holds; D is no power of two."""
+    config = LighthouseConfig(3, 2, 16, scorer, picks_per_stratum=4, dilation=2)
+    case = dict(n=1400, batch=2, heads=heads, kv_heads=kv_heads, tied=False, seed=2)
+    inputs = [rows.to(DEVICE) for rows in random_inputs(case, dtype, 48)]
+    geometry = PyramidGeometry(config, 1400)
+    exact = score(*(rows.double() for rows in inputs), geometry)[1]
+    a, b = kernels.score(*inputs, geometry)
+    a = a.unflatten(1, (kv_heads, -1)).amax(2)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for ours, want in zip((a, b), exact, strict=True):
+        torch.testing.assert_close(ours.double(), want, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("scorer", ATTENDING)
+def test_whole_is_the_same_by_either_implementation(scorer: str) -> None:
+    config = LighthouseConfig(3, 2, 16, scorer, picks_per_stratum=4, dilation=4)
+    case = dict(n=256, batch=2, heads=4, kv_heads=2, tied=False, seed=3)
+    leaves = [rows.to(DEVICE) for rows in random_inputs(case, torch.float32, 32)]
+    grad = torch.randn_like(leaves[0])
+    mine, theirs = (select(*leaves, config, impl=impl) for impl in ("triton", "torch"))
+    assert torch.equal(mine.index, theirs.index) and torch.equal(mine.slot, theirs.slot)
+    ours, other = (
+        output_and_gradients(lighthouse_attention, leaves, grad, config, impl=impl)
+        for impl in ("triton", "torch")
+    )
+    for value, want in zip(ours, other, strict=True):
+        assert relative_error(value, want) < 1e-6
+    # Another scorer selects otherwise, or nothing above would show that it ran.
+    assert not torch.equal(select(*leaves, replace(config, scorer="norm")).index, mine.index)
+
+
+@pytest.mark.parametrize("scorer", ATTENDING)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiles_whole_and_opaquely(scorer: str, impl: str) -> None:
+    config = LighthouseConfig(3, 2, 16, scorer, picks_per_stratum=4, dilation=4)
+    case = dict(n=128, batch=1, heads=4, kv_heads=2, tied=False, seed=4)
+    leaves = [rows.to(DEVICE) for rows in random_inputs(case, torch.float32, 32)]
+    grad = torch.randn_like(leaves[0])
+    compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
+    for value, want in zip(
+        output_and_gradients(compiled, leaves, grad, config, impl=impl),
+        output_and_gradients(lighthouse_attention, leaves, grad, config, impl=impl),
+        strict=True,
+    ):
+        assert relative_error(value, want) < 1e-6
+    operation = torch.ops.lighthouse.score.default
+    torch.library.opcheck(operation, (*leaves, scorer, 4, 2))
+
+
+def test_dilation_that_does_not_divide_is_refused() -> None:
+    leaves = [torch.randn(1, 2, 128, 8) for _ in range(3)]
+    config = LighthouseConfig(3, 2, 16, "dilated", picks_per_stratum=4, dilation=12)
+    with pytest.raises(ValueError, match=r"dilation = 12 .* must divide .* 128; .* such as 4"):
+        lighthouse_attention(*leaves, config)
+    lighthouse_attention(*leaves, replace(config, scorer="norm"))
