@@ -38,7 +38,7 @@ def check(tmp_path: Path, toml: str = "", **settings) -> None:
         ("lighthouse.tokenizer", "hf", "--model.hf_assets_path"),
         ("parallelism.context_parallel_degree", 0, "must be at least 1"),
         ("parallelism.context_parallel_degree", 3, "must be a multiple of 6 chunks"),
-        ("parallelism.pipeline_parallel_degree", 2, "set it to 1"),
+        ("parallelism.pipeline_parallel_degree", 2, "training.local_batch_size = 1 must be"),
         ("job.dump_folder", "/proc/nowhere", "--job.dump_folder"),
     ],
 )
@@ -50,6 +50,20 @@ def test_message_names_key_value_and_fix(tmp_path: Path, key, value, fix) -> Non
     shown = list(value) if isinstance(value, tuple) else value
     assert str(shown) in message
     assert fix in message
+
+
+def test_pipelines_that_cannot_run_are_refused(tmp_path: Path) -> None:
+    settings = {"parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 2}
+    check(tmp_path, **settings)
+    for changed, message in (
+        ({"parallelism.pipeline_parallel_schedule": "ZBVZeroBubble"}, "'ZBVZeroBubble' is not"),
+        ({"parallelism.pipeline_parallel_degree": 16, "training.local_batch_size": 16},
+         "pipeline_parallel_degree = 16 makes 16 stages"),
+        ({"validation.enable": True, "validation.seq_len": 512},
+         "validation.local_batch_size = 8 must equal training.local_batch_size = 2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check(tmp_path, **{**settings, **changed})
 
 
 def test_validation_lengths_are_checked_when_it_is_enabled(tmp_path: Path) -> None:

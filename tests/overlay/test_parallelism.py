@@ -33,6 +33,13 @@ SETTINGS = {
 }
 CP2 = {"parallelism.context_parallel_degree": 2}
 TP2 = {"parallelism.tensor_parallel_degree": 2}
+# Two sequences at once, so that each stage has one while the other has the other.
+PP2 = {
+    "parallelism.pipeline_parallel_degree": 2,
+    "training.local_batch_size": 2,
+    "validation.local_batch_size": 2,
+    "validation.steps": 1,
+}
 COMPOSITIONS = {
     "cp2-contiguous-selective": (2, {
         **CP2, "parallelism.context_parallel_load_balancer": "None",
@@ -41,6 +48,15 @@ COMPOSITIONS = {
     "tp2-cp2-full": (4, {**TP2, **CP2, "activation_checkpoint.mode": "full"}),
 }  # fmt: skip
 SLOW_COMPOSITIONS = {
+    "pp2": (2, PP2),
+    "pp2-interleaved-selective": (2, {
+        **PP2, "parallelism.pipeline_parallel_schedule": "Interleaved1F1B",
+        "activation_checkpoint.mode": "selective",
+    }),
+    "pp2-compile": (2, {**PP2, "compile.enable": True}),
+    "pp2-cp2": (4, {**PP2, **CP2}),
+    "pp2-tp2-full": (4, {**PP2, **TP2, "activation_checkpoint.mode": "full"}),
+    "fsdp2-pp2": (4, {**PP2, "training.global_batch_size": 4}),
     "cp2": (2, CP2),
     "cp2-allgather": (2, {**CP2, "parallelism.context_parallel_rotate_method": "allgather"}),
     "cp4": (4, {"parallelism.context_parallel_degree": 4}),
@@ -87,12 +103,17 @@ def one_process(tmp_path_factory) -> tuple[dict, Run]:
 def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: Path) -> None:
     settings, expected = one_process
     processes, changed = {**COMPOSITIONS, **SLOW_COMPOSITIONS}[name]
+    batch = changed.get("training.global_batch_size", settings["training.global_batch_size"])
+    if batch != settings["training.global_batch_size"]:
+        (tmp_path / "one").mkdir()
+        larger = {**settings, "training.global_batch_size": batch}
+        expected = Run(tmp_path / "one", larger).succeed()
     run = Run(tmp_path, {**settings, **changed}, processes).succeed()
     data_parallel = name.startswith(("fsdp", "hsdp"))
     for step, want in expected.steps().items():
         line = run.steps()[step]
         tokens = line["tokens_seen"]
-        assert tokens == want["tokens_seen"] == 1024 * step
+        assert tokens == want["tokens_seen"] == 512 * batch * step
         for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("maximum_loss", 1e-5)):
             # The maximum is over ranks that read different text.
             if key != "maximum_loss" or not data_parallel:

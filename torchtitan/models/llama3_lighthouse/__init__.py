@@ -8,6 +8,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from .datasets import build_dataloader
 from .infra.cpu import use_cpu_without_accelerator
 from .infra.parallelize import parallelize_lighthouse
+from .infra.pipeline import pipeline_lighthouse
 from .metrics import build_metrics_processor
 from .model import LighthouseModelArgs, LighthouseTransformer
 from .state_dict_adapter import LighthouseStateDictAdapter
@@ -59,7 +60,7 @@ def get_train_spec() -> TrainSpec:
         model_cls=LighthouseTransformer,
         model_args=flavors,
         parallelize_fn=parallelize_lighthouse,
-        pipelining_fn=None,
+        pipelining_fn=pipeline_lighthouse,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,

@@ -10,6 +10,7 @@ from lighthouse import ContextParallel
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
+from .infra.pipeline import check_pipeline
 from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig
 from .model import LighthouseModelArgs, lighthouse_config
 
@@ -29,7 +30,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
         )
     _check_stages(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
-    _check_parallelism(config)
+    _check_parallelism(config, flavors[config.model.flavor].n_layers)
     _check_compile(config)
     _check_lengths(config)
     _check_tokenizer(config)
@@ -109,7 +110,7 @@ def _check_tokenizer(config: JobConfig) -> None:
         )
 
 
-def _check_parallelism(config: JobConfig) -> None:
+def _check_parallelism(config: JobConfig, n_layers: int) -> None:
     section = config.parallelism
     if section.context_parallel_degree < 1:
         raise ValueError(
@@ -124,11 +125,20 @@ def _check_parallelism(config: JobConfig) -> None:
             "which scales gradients wrongly in torchtitan 0.2.2; set "
             f"data_parallel_shard_degree = {replicas} and data_parallel_replicate_degree = 1"
         )
-    if section.pipeline_parallel_degree != 1:
-        raise ValueError(
-            f"parallelism.pipeline_parallel_degree = {section.pipeline_parallel_degree} is not "
-            "supported for llama3_lighthouse; set it to 1"
-        )
+    if section.pipeline_parallel_degree > 1:
+        check_pipeline(section, config.training.local_batch_size, n_layers)
+        _check_validation_in_pipeline(config)
+
+
+def _check_validation_in_pipeline(config: JobConfig) -> None:
+    # Stages exchange tensors of one shape, settled in the first step.
+    for key in ("seq_len", "local_batch_size"):
+        expected, given = getattr(config.training, key), getattr(config.validation, key)
+        if config.validation.enable and given != expected:
+            raise ValueError(
+                f"validation.{key} = {given} must equal training.{key} = {expected} under pipeline "
+                f"parallelism; set it so, or pass --validation.no-enable"
+            )
 
 
 def _check_compile(config: JobConfig) -> None:

@@ -21,6 +21,7 @@ from .checkpoint import LighthouseCheckpointManager
 from .checks import check_config
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
+from .model import LighthouseTransformer
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -48,7 +49,11 @@ class LighthouseTrainer(upstream.Trainer):
 
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
-        with patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager):
+        with (
+            patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager),
+            # It warns that other ranks do not know the loss; here they do.
+            patch.object(upstream, "ensure_pp_loss_visible", lambda *arguments: None),
+        ):
             super().__init__(job_config)
         self.checkpointer.on_saved = self.metrics_processor.exclude_from_throughput
 
@@ -61,9 +66,11 @@ class LighthouseTrainer(upstream.Trainer):
             )
         self.stage: str | None = None
         seq_len = job_config.training.seq_len
+        with torch.device("meta"):
+            # A rank holds all layers of it only without pipeline parallelism.
+            whole = LighthouseTransformer(self.model_args)
         self._flops_per_token = {
-            stage: self.model_args.get_nparams_and_flops(model, seq_len, stage)[1]
-            for model in self.model_parts
+            stage: self.model_args.get_nparams_and_flops(whole, seq_len, stage)[1]
             for stage in ("lighthouse", "dense")
         }
         self._gathered_length = {
@@ -108,13 +115,14 @@ class LighthouseTrainer(upstream.Trainer):
         local_tokens = local_tokens.to(self.device)
         global_tokens = self._sum_over("batch", local_tokens)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
-        # Each is a share of the global mean, which is their sum over the ranks of "loss".
+        # Each is a share of the global mean, which is their sum over the ranks of "loss" and "pp".
         loss_share = torch.stack(losses).sum()
 
         grad_norm = dist_utils.clip_grad_norm_(
             [p for model in self.model_parts for p in model.parameters()],
             self.job_config.training.max_norm,
             foreach=True,
+            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
         )
         self._check_finite(loss_share, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
@@ -129,14 +137,19 @@ class LighthouseTrainer(upstream.Trainer):
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
     ) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        if self.parallel_dims.pp_enabled:
+            self.pp_schedule.share_of_mean.tokens = global_tokens
+            global_tokens = 1.0
         loss = self.forward_backward_step(
             input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
         )
+        if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
+            return torch.zeros((), device=self.device)
         return whole_loss(loss)
 
     def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
         """Sum over the ranks of a mesh: "batch", each of which read other text, "cp", which share
-        a sequence, or "loss", both."""
+        a sequence, "loss", both, or "pp", of which one has the loss."""
         return dist_utils.dist_sum(value, self.parallel_dims.get_optional_mesh(mesh))
 
     def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
@@ -166,6 +179,7 @@ class LighthouseTrainer(upstream.Trainer):
         learning_rate: float,
     ) -> None:
         batch_mesh = self.parallel_dims.get_optional_mesh("batch")
+        loss_share = loss_share.new_tensor(self._sum_over("pp", loss_share))
         tokens_seen = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
         # Of the text that this rank and those that share its sequences read.
         share_of_text = self._sum_over("cp", loss_share)

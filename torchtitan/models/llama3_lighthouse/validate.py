@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator
@@ -14,6 +15,7 @@ from torchtitan.distributed.context_parallel import prepare_context_parallel_inp
 from torchtitan.tools.utils import device_type
 
 from .datasets import build_validation_dataloader
+from .infra.pipeline import loss_over_microbatches
 from .job_config import JobConfig
 from .metrics import LighthouseMetricsProcessor, whole_loss
 
@@ -37,6 +39,9 @@ class LighthouseValidator(BaseValidator):
         validation_context: Callable[[], AbstractContextManager[None]],
         maybe_enable_amp: AbstractContextManager[None],
         metrics_processor: LighthouseMetricsProcessor,
+        pp_schedule: _PipelineSchedule | None = None,
+        pp_has_first_stage: bool | None = None,
+        pp_has_last_stage: bool | None = None,
     ) -> None:
         super().__init__(job_config)
         self._build_dataloader = lambda: build_validation_dataloader(
@@ -51,6 +56,8 @@ class LighthouseValidator(BaseValidator):
         self.validation_context = validation_context
         self.maybe_enable_amp = maybe_enable_amp
         self.metrics_processor = metrics_processor
+        self.pipeline_mesh = parallel_dims.get_optional_mesh("pp")
+        self.pipeline = pp_schedule, pp_has_first_stage, pp_has_last_stage
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield inputs and labels, [B, N] each, until the limit or until any rank has no more."""
@@ -71,8 +78,8 @@ class LighthouseValidator(BaseValidator):
         Raises:
             ValueError: the held-out split fills no batch.
         """
-        (model,) = model_parts
-        model.eval()
+        for model in model_parts:
+            model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64, device=device_type)
         tokens = torch.zeros((), dtype=torch.float64, device=device_type)
         for inputs, labels in self._batches():
@@ -87,11 +94,10 @@ class LighthouseValidator(BaseValidator):
                     torch.device(device_type),
                     self.job_config.parallelism.context_parallel_load_balancer,
                 )
-            with self.validation_context(), self.maybe_enable_amp:
-                batch_loss = self.loss_fn(model(inputs, **options), labels)
-            loss_sum += whole_loss(batch_loss).double()
+            loss_sum += self._loss_sum(model_parts, inputs, labels, options)
             tokens += (labels != IGNORE_INDEX).sum()
-        model.train()
+        for model in model_parts:
+            model.train()
 
         total_tokens = dist_utils.dist_sum(tokens, self.loss_mesh)
         if total_tokens == 0:
@@ -100,12 +106,28 @@ class LighthouseValidator(BaseValidator):
                 f"batch of validation.seq_len = {self.job_config.validation.seq_len} tokens on "
                 "some rank; give it more text or lower validation.seq_len"
             )
+        loss_sum.fill_(dist_utils.dist_sum(loss_sum, self.pipeline_mesh))
         loss = dist_utils.dist_sum(loss_sum, self.loss_mesh) / total_tokens
         self.metrics_processor.log_validation(loss=loss, step=step)
 
+    def _loss_sum(
+        self,
+        model_parts: list[nn.Module],
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        options: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Sum over this rank's tokens; zero on ranks without the last stage of a pipeline."""
+        schedule, is_first, is_last = self.pipeline
+        with self.validation_context():
+            if schedule is not None:
+                loss = loss_over_microbatches(schedule, inputs, labels, is_first, is_last, options)
+            else:
+                (model,) = model_parts
+                with self.maybe_enable_amp:
+                    loss = self.loss_fn(model(inputs, **options), labels)
+        return whole_loss(loss).double()
 
-def build_validator(
-    *, pp_schedule=None, pp_has_first_stage=None, pp_has_last_stage=None, **arguments
-) -> LighthouseValidator:
-    """Upstream's builder signature; the pipeline arguments are always empty for this model."""
+
+def build_validator(**arguments) -> LighthouseValidator:
     return LighthouseValidator(**arguments)

@@ -1,0 +1,98 @@
+"""Pipeline parallelism: upstream's, with gradients of the mean loss."""
+
+import torch
+from torch import nn
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torchtitan.components.loss import LossFunction
+from torchtitan.distributed import pipeline_parallel as upstream
+
+from ..job_config import Parallelism
+
+# Each splits layers over ranks, and a batch over time, in its own way; these were tested.
+SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B")
+
+
+class ShareOfMean:
+    """A summed loss divided by ``tokens``, before gradients are taken.
+
+    Upstream's schedules take gradients of the sum itself, and divide only the loss that is logged.
+
+    Attributes:
+        tokens: of a whole global batch; set anew for each, and 1 for a sum.
+    """
+
+    def __init__(self, loss_sum: LossFunction) -> None:
+        self.loss_sum = loss_sum
+        self.tokens = 1.0
+
+    def __call__(self, prediction: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.loss_sum(prediction, labels) / self.tokens
+
+
+def pipeline_lighthouse(
+    model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_fn
+) -> tuple[_PipelineSchedule, list[nn.Module], bool, bool]:
+    """Upstream's stages and schedule; the schedule's ``share_of_mean`` takes the tokens."""
+    share_of_mean = ShareOfMean(loss_fn)
+    schedule, *rest = upstream.pipeline_llm(
+        model, parallel_dims, job_config, device, model_args, parallelize_fn, share_of_mean
+    )
+    schedule.share_of_mean = share_of_mean
+    return schedule, *rest
+
+
+def loss_over_microbatches(
+    schedule: _PipelineSchedule,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    is_first: bool,
+    is_last: bool,
+    options: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Sum of the losses of a forward pass; zero on ranks without the last stage."""
+    losses: list[torch.Tensor] = []
+    schedule.share_of_mean.tokens = 1.0
+    schedule.eval(
+        *((inputs,) if is_first else ()),
+        target=labels if is_last else None,
+        losses=losses if is_last else None,
+        **options,
+    )
+    return torch.stack(losses).sum() if is_last else inputs.new_zeros((), dtype=torch.float32)
+
+
+def check_pipeline(config: Parallelism, local_batch_size: int, n_layers: int) -> None:
+    """Check that upstream can split layers and batches as ``config`` says.
+
+    Raises:
+        ValueError: it cannot, or not by a schedule that is known to work.
+    """
+    degree, schedule = config.pipeline_parallel_degree, config.pipeline_parallel_schedule
+    if schedule not in SCHEDULES or config.pipeline_parallel_schedule_csv:
+        given = config.pipeline_parallel_schedule_csv or schedule
+        raise ValueError(
+            f"parallelism.pipeline_parallel_schedule = '{given}' is not supported for "
+            f"llama3_lighthouse; use one of {', '.join(SCHEDULES)}"
+        )
+    size = config.pipeline_parallel_microbatch_size
+    if local_batch_size % (degree * size):
+        raise ValueError(
+            f"training.local_batch_size = {local_batch_size} must be a multiple of "
+            f"parallelism.pipeline_parallel_degree x pipeline_parallel_microbatch_size = {degree} "
+            f"x {size}, so that every stage has a microbatch to work on"
+        )
+    if config.module_fqns_per_model_part or config.pipeline_parallel_layers_per_stage:
+        return
+    stages = degree * (2 if schedule == "Interleaved1F1B" else 1)
+    try:
+        upstream.generate_llm_fqn_per_model_part(
+            stages,
+            n_layers,
+            config.pipeline_parallel_first_stage_less_layers,
+            config.pipeline_parallel_last_stage_less_layers,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree = {degree} makes {stages} stages by "
+            f"'{schedule}', which {n_layers} layers do not fill: {error} Lower it."
+        ) from None
