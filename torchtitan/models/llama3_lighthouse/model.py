@@ -1,15 +1,18 @@
 """The Llama-3 model with Lighthouse as the inner attention of most of its layers."""
 
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
+import torch
 from torch import nn
+from torchtitan.models.llama3.model import model as upstream
 from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
 
 from .job_config import JobConfig, Lighthouse
+from .rotary import RotaryAttention, table_of
 
 
 def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
@@ -64,17 +67,21 @@ class LighthouseModelArgs(TransformerModelArgs):
         return parameters, self.flops_per_token(parameters - embedding, seq_len, stage)
 
 
-class LighthouseTransformer(Transformer):
+class LighthouseTransformer(upstream.Transformer):
     """Upstream's Llama 3, its state dict unchanged; ``set_stage`` turns Lighthouse on and off."""
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
-        super().__init__(model_args)
+        with patch.object(upstream, "Attention", RotaryAttention):
+            super().__init__(model_args)
         for index, block in self.layers.items():
             if int(index) in model_args.dense_layers:
                 continue
             block.attention.inner_attention = LighthouseAttention(
                 model_args.lighthouse, block.attention.inner_attention
             )
+
+    def _precompute_freqs_cis(self) -> torch.Tensor:
+        return table_of(super()._precompute_freqs_cis())
 
     def set_stage(self, stage: str) -> None:
         """Use Lighthouse ("lighthouse") or dense attention ("dense") from the next forward on."""
