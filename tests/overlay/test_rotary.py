@@ -67,22 +67,27 @@ def test_table_is_upstreams_memory() -> None:
     assert torch.equal(TABLE.view(torch.float32), torch.view_as_real(FREQUENCIES))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "each"])
-def test_compiled_is_one_kernel_each_way_within_rounding(kind: str) -> None:
+def test_compiled_is_one_kernel_each_way_within_rounding(device: str, kind: str) -> None:
     """Against float64; a compiler may contract a product and a sum, which rounds less often."""
+    torch._dynamo.reset()
     positions = positions_like(kind)
+    if positions is not None:
+        positions = positions.to(device)
+    frequencies = FREQUENCIES.to(device)
 
     def rotary(x, table):
         return rotate(x, turns_at(table, N, positions))
 
-    (x, _) = queries_and_keys(torch.float32)
+    x = queries_and_keys(torch.float32)[0].detach().to(device).requires_grad_()
     metrics.reset()
-    out = torch.compile(rotary, fullgraph=True)(x, TABLE)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    out = torch.compile(rotary, fullgraph=True)(x, table_of(frequencies))
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(device)
     out.backward(grad)
     assert metrics.generated_kernel_count == 2
 
-    angles = FREQUENCIES.to(torch.complex128)
+    angles = frequencies.to(torch.complex128)
     angles = angles[None, :N] if positions is None else angles[positions]
     pairs = torch.view_as_complex(x.detach().double().unflatten(-1, (-1, 2)))
     grads = torch.view_as_complex(grad.double().unflatten(-1, (-1, 2)))

@@ -12,6 +12,7 @@ from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
 
 from .job_config import JobConfig, Lighthouse
+from .loss import factored, is_chunked
 from .rotary import RotaryAttention, table_of
 
 
@@ -31,11 +32,14 @@ def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
 class LighthouseModelArgs(TransformerModelArgs):
     lighthouse: LighthouseConfig | None = None
     dense_layers: list[int] = field(default_factory=list)
+    chunked_loss: bool = False
+    """Whether the model returns factors of its logits, for a loss in chunks of tokens."""
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = lighthouse_config(job_config.lighthouse)
         self.dense_layers = list(job_config.lighthouse.dense_layers)
+        self.chunked_loss = is_chunked(job_config, self.vocab_size)
 
     def gathered_length(self, seq_len: int) -> int:
         """Length S of the sequence that attention runs on in a Lighthouse layer."""
@@ -73,6 +77,8 @@ class LighthouseTransformer(upstream.Transformer):
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         with patch.object(upstream, "Attention", RotaryAttention):
             super().__init__(model_args)
+        if model_args.chunked_loss:
+            self.output = factored(self.output)
         for index, block in self.layers.items():
             if int(index) in model_args.dense_layers:
                 continue
