@@ -56,8 +56,8 @@ SLOW_COMPOSITIONS = {
     "fsdp2-compile": (2, {"compile.enable": True, "activation_checkpoint.mode": "selective"}),
     "fsdp2-cp2": (4, CP2),
     "fsdp2-cp2-compile": (4, {**CP2, "compile.enable": True}),
-    "fsdp2-cp2-chunked-compile": (4, {
-        **CP2, "lighthouse.loss": "chunked", "compile.enable": True,
+    "fsdp2-cp2-chunked": (4, {
+        **CP2, "lighthouse.loss": "chunked",
         "parallelism.fsdp_reshard_after_forward": "always",
     }),
     "hsdp2-cp2": (4, {

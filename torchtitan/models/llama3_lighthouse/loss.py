@@ -1,7 +1,5 @@
 """The loss, and what the model hands over to it: logits, or the two factors of them."""
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torchtitan.components.loss import LossFunction, build_cross_entropy_loss
@@ -13,14 +11,9 @@ from .linear_cross_entropy import linear_cross_entropy
 CHUNKED_FROM_VOCABULARY = 16384
 
 
-class FactoredLogits(NamedTuple):
-    """Logits that were not multiplied out: ``hidden`` [B, N, dim] times ``weight`` [V, dim].
-
-    A tuple, so that FSDP finds the tensors in it.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
+# Hidden states [B, N, dim] and weight [V, dim], whose product the logits are. A plain tuple: FSDP
+# looks for tensors in it, and pipeline stages know no other kind.
+FactoredLogits = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Alias(torch.autograd.Function):
@@ -40,7 +33,7 @@ class FactoredOutput(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> FactoredLogits:
         # FSDP puts a hook on every output: on the parameter itself they would pile up.
-        return FactoredLogits(hidden, _Alias.apply(self.weight))
+        return hidden, _Alias.apply(self.weight)
 
 
 def factored(output: nn.Linear) -> FactoredOutput:
@@ -67,7 +60,7 @@ def build_loss(job_config: JobConfig, **options) -> LossFunction:
     of_logits = build_cross_entropy_loss(job_config, **options)
 
     def loss(prediction: torch.Tensor | FactoredLogits, labels: torch.Tensor) -> torch.Tensor:
-        if isinstance(prediction, FactoredLogits):
+        if isinstance(prediction, tuple):
             return linear_cross_entropy(*prediction, labels)
         return of_logits(prediction, labels)
 
