@@ -67,6 +67,6 @@ def cross_entropy_(
     """
     tokens, columns = logits.shape
     _cross_entropy[(tokens,)](
-        logits, labels, losses, columns, IGNORE_INDEX, differentiate,
+        logits, labels, losses, columns, IGNORED=IGNORE_INDEX, DIFFERENTIATE=differentiate,
         BLOCK=min(BLOCK, triton.next_power_of_2(columns)), num_warps=WARPS,
     )  # fmt: skip
