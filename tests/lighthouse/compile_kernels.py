@@ -11,8 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from lighthouse.kernels import gather, pooling, scoring, selection
+from torchtitan.models.llama3_lighthouse import cross_entropy_kernel
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+            torch.int64: "*i64"}  # fmt: skip
 # L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
 CASES = [
     (3, 4, 98304, 1, 8, 8, 128, 128, 12, torch.bfloat16),
@@ -69,15 +71,26 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
             gather.spread(gathered, slot, seam, n, p, levels, flag)
 
 
+def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(tokens, vocabulary, dtype=dtype, device="meta")
+    labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+    losses = torch.empty(tokens, device="meta")
+    for flag in (False, True):
+        cross_entropy_kernel.cross_entropy_(logits, labels, losses, flag)
+
+
 def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
-               (gather, "_gather"), (gather, "_spread"), (scoring, "_gla_norms")]  # fmt: skip
+               (gather, "_gather"), (gather, "_spread"), (scoring, "_gla_norms"),
+               (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for capability in map(int, sys.argv[1:]):
         for module, name, kernel in originals:
             setattr(module, name, Compiler(kernel, capability))
         for case in CASES:
             launch_all(*case)
+        launch_loss(4096, 128256, torch.bfloat16)
+        launch_loss(77, 300, torch.float32)
     print(f"compiled {Compiler.count} kernels")
 
 

@@ -66,11 +66,16 @@ SLOW_COMPOSITIONS = {
     }),
     "tp2": (2, TP2),
     "tp2-cp2-selective": (4, {**TP2, **CP2, "activation_checkpoint.mode": "selective"}),
+    "cp2-chunked": (2, {**CP2, "lighthouse.loss": "chunked"}),
     "fsdp2": (2, {}),
     "fsdp2-tp2": (4, TP2),
     "fsdp2-compile": (2, {"compile.enable": True, "activation_checkpoint.mode": "selective"}),
     "fsdp2-cp2": (4, CP2),
     "fsdp2-cp2-compile": (4, {**CP2, "compile.enable": True}),
+    "fsdp2-cp2-chunked": (4, {
+        **CP2, "lighthouse.loss": "chunked",
+        "parallelism.fsdp_reshard_after_forward": "always",
+    }),
     "hsdp2-cp2": (4, {
         **CP2, "parallelism.data_parallel_replicate_degree": 2,
         "parallelism.data_parallel_shard_degree": 1,

@@ -1,6 +1,5 @@
 """Llama 3 with Lighthouse attention, as a torchtitan model named ``llama3_lighthouse``."""
 
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -9,6 +8,7 @@ from .datasets import build_dataloader
 from .infra.cpu import use_cpu_without_accelerator
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
+from .loss import build_loss
 from .metrics import build_metrics_processor
 from .model import LighthouseModelArgs, LighthouseTransformer
 from .state_dict_adapter import LighthouseStateDictAdapter
@@ -65,7 +65,7 @@ def get_train_spec() -> TrainSpec:
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
-        build_loss_fn=build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
         state_dict_adapter=LighthouseStateDictAdapter,

@@ -33,6 +33,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     _check_parallelism(config, flavors[config.model.flavor].n_layers)
     _check_compile(config)
     _check_lengths(config)
+    _check_loss(config)
     _check_tokenizer(config)
     _check_dump_folder(config)
 
@@ -152,6 +153,16 @@ def _check_compile(config: JobConfig) -> None:
                 f"0.2.2 on torch {torch.__version__}; pass --compile.no-enable, install torch "
                 "2.11, or use context parallelism instead"
             )
+
+
+def _check_loss(config: JobConfig) -> None:
+    degree = config.parallelism.tensor_parallel_degree
+    if config.lighthouse.loss == "chunked" and degree > 1:
+        raise ValueError(
+            f"lighthouse.loss = 'chunked' with parallelism.tensor_parallel_degree = {degree}: "
+            "tensor parallelism shards the vocabulary and computes the loss where the shards are; "
+            "set lighthouse.loss to 'auto' or 'whole'"
+        )
 
 
 def _check_dump_folder(config: JobConfig) -> None:

@@ -19,6 +19,7 @@ from .checks import check_config, chunks_of_a_sequence
 from .datasets import global_batch_size, stream_count
 from .infra.parallelize import parallelize_lighthouse
 from .job_config import JobConfig, LighthouseConfigManager
+from .linear_cross_entropy import tokens_per_chunk
 from .model import LighthouseModelArgs, LighthouseTransformer
 
 GIB = 2**30
@@ -33,12 +34,26 @@ def local_parameters(model: nn.Module) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
 
 
+def head_bytes(args: LighthouseModelArgs, tokens: int, vocabulary: int) -> int:
+    """Estimate of what the loss of ``tokens`` tokens holds.
+
+    Whole, logits once in bfloat16 and twice in float32, ``vocabulary`` of them a token. In chunks,
+    the logits of one of them, the gradient of the hidden states, and the weight in bfloat16 with
+    its gradient in float32.
+    """
+    if not args.chunked_loss:
+        return tokens * vocabulary * (ACTIVATION_BYTES + 8)
+    chunk = min(tokens, tokens_per_chunk(vocabulary, ACTIVATION_BYTES))
+    weight = vocabulary * args.dim * (ACTIVATION_BYTES + 4)
+    return (chunk * vocabulary + tokens * args.dim) * ACTIVATION_BYTES + weight
+
+
 def activation_bytes(args: LighthouseModelArgs, tokens: int, vocabulary: int, mode: str) -> float:
     """Estimate of what a rank with ``tokens`` tokens keeps for backward.
 
     Of each layer: its input; with "selective" checkpointing also half of the matrix products, as
     torchtitan's "op" policy does, and the attention output; with "none" about all it computes.
-    Of the head: logits once in bfloat16 and twice in float32, ``vocabulary`` of them a token.
+    Of the head: ``head_bytes``.
     """
     hidden = int(8 * args.dim / 3 * (args.ffn_dim_multiplier or 1))
     hidden = -(-hidden // args.multiple_of) * args.multiple_of
@@ -50,7 +65,7 @@ def activation_bytes(args: LighthouseModelArgs, tokens: int, vocabulary: int, mo
         "none": 7 * args.dim + products + 2 * hidden,
     }[mode]
     layers = args.n_layers * kept * ACTIVATION_BYTES
-    return tokens * (layers + vocabulary * (ACTIVATION_BYTES + 8))
+    return tokens * layers + head_bytes(args, tokens, vocabulary)
 
 
 def dry_run(config: JobConfig, world_size: int) -> str:

@@ -44,6 +44,11 @@ class Lighthouse:
     dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
     """Layers that use dense attention in both stages, counted from 0."""
 
+    loss: Literal["auto", "chunked", "whole"] = "auto"
+    """"whole" holds the logits of all tokens; "chunked" computes the loss and its gradients for
+    one chunk of tokens after another; "auto" is "chunked" from a vocabulary of 16,384 on, "whole"
+    below and where tensor parallelism shards the vocabulary."""
+
     data_streams: int = 0
     """Streams that the training text is dealt to, document by document; 0: one for each sequence
     of a global batch. The data-parallel degree must divide it; it must divide the batch."""

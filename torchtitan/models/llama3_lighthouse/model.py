@@ -1,15 +1,19 @@
 """The Llama-3 model with Lighthouse as the inner attention of most of its layers."""
 
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
+import torch
 from torch import nn
+from torchtitan.models.llama3.model import model as upstream
 from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
 
 from .job_config import JobConfig, Lighthouse
+from .loss import factored, is_chunked
+from .rotary import RotaryAttention, table_of
 
 
 def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
@@ -28,11 +32,14 @@ def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
 class LighthouseModelArgs(TransformerModelArgs):
     lighthouse: LighthouseConfig | None = None
     dense_layers: list[int] = field(default_factory=list)
+    chunked_loss: bool = False
+    """Whether the model returns factors of its logits, for a loss in chunks of tokens."""
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = lighthouse_config(job_config.lighthouse)
         self.dense_layers = list(job_config.lighthouse.dense_layers)
+        self.chunked_loss = is_chunked(job_config, self.vocab_size)
 
     def gathered_length(self, seq_len: int) -> int:
         """Length S of the sequence that attention runs on in a Lighthouse layer."""
@@ -64,17 +71,23 @@ class LighthouseModelArgs(TransformerModelArgs):
         return parameters, self.flops_per_token(parameters - embedding, seq_len, stage)
 
 
-class LighthouseTransformer(Transformer):
+class LighthouseTransformer(upstream.Transformer):
     """Upstream's Llama 3, its state dict unchanged; ``set_stage`` turns Lighthouse on and off."""
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
-        super().__init__(model_args)
+        with patch.object(upstream, "Attention", RotaryAttention):
+            super().__init__(model_args)
+        if model_args.chunked_loss:
+            self.output = factored(self.output)
         for index, block in self.layers.items():
             if int(index) in model_args.dense_layers:
                 continue
             block.attention.inner_attention = LighthouseAttention(
                 model_args.lighthouse, block.attention.inner_attention
             )
+
+    def _precompute_freqs_cis(self) -> torch.Tensor:
+        return table_of(super()._precompute_freqs_cis())
 
     def set_stage(self, stage: str) -> None:
         """Use Lighthouse ("lighthouse") or dense attention ("dense") from the next forward on."""

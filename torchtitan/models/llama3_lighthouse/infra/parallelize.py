@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -13,6 +14,7 @@ from torchtitan.tools.utils import device_type
 from lighthouse.implementation import kernels
 
 from ..job_config import JobConfig
+from ..loss import FactoredOutput
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
 
@@ -54,6 +56,9 @@ def parallelize_lighthouse(
     # Upstream would take Lighthouse's attention itself for the dense one.
     with patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention):
         model = upstream.parallelize_llama(model, parallel_dims, job_config)
+    if isinstance(model.output, FactoredOutput) and isinstance(model.output, FSDPModule):
+        # The loss reads the weight after forward has ended, whatever fsdp_reshard_after_forward.
+        model.output.set_reshard_after_forward(False, recurse=False)
     if device_type == "cpu":
         use_sum_reductions(model)
     return model
