@@ -31,6 +31,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
     _check_parallelism(config)
     _check_compile(config)
+    _check_activation_checkpoint(config)
     _check_lengths(config)
     _check_tokenizer(config)
     _check_dump_folder(config)
@@ -142,6 +143,15 @@ def _check_compile(config: JobConfig) -> None:
                 f"0.2.2 on torch {torch.__version__}; pass --compile.no-enable, install torch "
                 "2.11, or use context parallelism instead"
             )
+
+
+def _check_activation_checkpoint(config: JobConfig) -> None:
+    section = config.activation_checkpoint
+    if section.keep_products and section.mode != "lighthouse":
+        raise ValueError(
+            f"activation_checkpoint.keep_products = {section.keep_products} has no effect with "
+            f"activation_checkpoint.mode = '{section.mode}'; set mode = 'lighthouse' or drop it"
+        )
 
 
 def _check_dump_folder(config: JobConfig) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra import parallelize as upstream
 from torchtitan.tools.utils import device_type
@@ -13,6 +14,7 @@ from torchtitan.tools.utils import device_type
 from lighthouse.implementation import kernels
 
 from ..job_config import JobConfig
+from .activation_checkpoint import apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
 
@@ -51,8 +53,17 @@ def parallelize_lighthouse(
     def apply_to_attention(modules, mesh, attention_type):
         apply_context_parallel(modules, mesh, job_config.parallelism)
 
-    # Upstream would take Lighthouse's attention itself for the dense one.
-    with patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention):
+    def checkpoint_activations(model, section, **options):
+        if section.mode == "lighthouse":
+            apply_lighthouse_checkpoint(model, section)
+        else:
+            apply_ac(model, section, **options)
+
+    with (
+        # Upstream would take Lighthouse's attention itself for the dense one.
+        patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention),
+        patch.object(upstream, "apply_ac", checkpoint_activations),
+    ):
         model = upstream.parallelize_llama(model, parallel_dims, job_config)
     if device_type == "cpu":
         use_sum_reductions(model)
