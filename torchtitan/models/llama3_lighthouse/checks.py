@@ -153,6 +153,27 @@ def _check_activation_checkpoint(config: JobConfig) -> None:
             f"activation_checkpoint.mode = '{section.mode}'; set mode = 'lighthouse' or drop it"
         )
 
+    tensor_parallel = config.parallelism.tensor_parallel_degree
+    if section.offload_inputs and tensor_parallel > 1:
+        raise ValueError(
+            "activation_checkpoint.offload_inputs = true is not supported with "
+            f"parallelism.tensor_parallel_degree = {tensor_parallel}, which already splits layer "
+            "inputs; set one of them to false or 1"
+        )
+
+
+def check_device(config: JobConfig, device_type: str) -> None:
+    """Check what depends on the device that will train.
+
+    Raises:
+        ValueError: layer inputs are to be offloaded from a device that is the host itself.
+    """
+    if config.activation_checkpoint.offload_inputs and device_type != "cuda":
+        raise ValueError(
+            "activation_checkpoint.offload_inputs = true needs a CUDA device to offload from, and "
+            f"this run is on '{device_type}'; pass --activation_checkpoint.no-offload_inputs"
+        )
+
 
 def _check_dump_folder(config: JobConfig) -> None:
     folder = Path(config.job.dump_folder)

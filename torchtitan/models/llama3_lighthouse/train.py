@@ -15,10 +15,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.utils import device_type
 
 from . import flavors
 from .checkpoint import LighthouseCheckpointManager
-from .checks import check_config
+from .checks import check_config, check_device
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
 
@@ -48,6 +49,7 @@ class LighthouseTrainer(upstream.Trainer):
 
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
+        check_device(job_config, device_type)
         with patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager):
             super().__init__(job_config)
         self.checkpointer.on_saved = self.metrics_processor.exclude_from_throughput
