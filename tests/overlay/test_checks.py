@@ -39,7 +39,6 @@ def check(tmp_path: Path, toml: str = "", **settings) -> None:
         ("parallelism.context_parallel_degree", 0, "must be at least 1"),
         ("parallelism.context_parallel_degree", 3, "must be a multiple of 6 chunks"),
         ("parallelism.pipeline_parallel_degree", 2, "set it to 1"),
-        ("activation_checkpoint.keep_products", ("wo",), "set mode = 'lighthouse'"),
         ("job.dump_folder", "/proc/nowhere", "--job.dump_folder"),
     ],
 )

@@ -147,12 +147,6 @@ def _check_compile(config: JobConfig) -> None:
 
 def _check_activation_checkpoint(config: JobConfig) -> None:
     section = config.activation_checkpoint
-    if section.keep_products and section.mode != "lighthouse":
-        raise ValueError(
-            f"activation_checkpoint.keep_products = {section.keep_products} has no effect with "
-            f"activation_checkpoint.mode = '{section.mode}'; set mode = 'lighthouse' or drop it"
-        )
-
     tensor_parallel = config.parallelism.tensor_parallel_degree
     if section.offload_inputs and tensor_parallel > 1:
         raise ValueError(

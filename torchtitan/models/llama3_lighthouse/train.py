@@ -107,7 +107,6 @@ class LighthouseTrainer(upstream.Trainer):
 
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
-        local_tokens = local_tokens.to(self.device)
         global_tokens = self._sum_over("batch", local_tokens)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
         # Each is a share of the global mean, which is their sum over the ranks of "loss".
@@ -130,16 +129,20 @@ class LighthouseTrainer(upstream.Trainer):
     def _forward_backward(
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
     ) -> torch.Tensor:
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        # Batches that training.dataloader.pin_memory pinned do not hold up the host.
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        labels = labels.to(self.device, non_blocking=True)
         loss = self.forward_backward_step(
-            input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
+            input_dict=inputs, labels=labels, global_valid_tokens=global_tokens
         )
         return whole_loss(loss)
 
     def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
         """Sum over the ranks of a mesh: "batch", each of which read other text, "cp", which share
         a sequence, or "loss", both."""
-        return dist_utils.dist_sum(value, self.parallel_dims.get_optional_mesh(mesh))
+        ranks = self.parallel_dims.get_optional_mesh(mesh)
+        # Alone, a count on the host is not worth waiting for the device.
+        return dist_utils.dist_sum(value if ranks is None else value.to(self.device), ranks)
 
     def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         finite = torch.isfinite(loss).all() & torch.isfinite(grad_norm).all()
@@ -181,7 +184,7 @@ class LighthouseTrainer(upstream.Trainer):
         self.metrics_processor.log(
             self.step,
             self._sum_over("loss", loss_share),
-            dist_utils.dist_max(mean_of_text, batch_mesh),
+            dist_utils.dist_max(mean_of_text.to(self.device), batch_mesh),
             grad_norm.item(),
             extra_metrics=metrics,
         )
