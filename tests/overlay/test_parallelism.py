@@ -64,9 +64,16 @@ SLOW_COMPOSITIONS = {
     "cp2-selective-compile": (2, {
         **CP2, "activation_checkpoint.mode": "selective", "compile.enable": True,
     }),
+    "cp2-lighthouse-compile": (2, {
+        **CP2, "activation_checkpoint.mode": "lighthouse", "compile.enable": True,
+    }),
     "tp2": (2, TP2),
     "tp2-cp2-selective": (4, {**TP2, **CP2, "activation_checkpoint.mode": "selective"}),
     "cp2-chunked": (2, {**CP2, "lighthouse.loss": "chunked"}),
+    "tp2-cp2-lighthouse": (4, {
+        **TP2, **CP2, "activation_checkpoint.mode": "lighthouse",
+        "activation_checkpoint.keep_products": ("wo", "w1", "w3"),
+    }),
     "fsdp2": (2, {}),
     "fsdp2-tp2": (4, TP2),
     "fsdp2-compile": (2, {"compile.enable": True, "activation_checkpoint.mode": "selective"}),

@@ -5,22 +5,16 @@ gradient norm as exact hexadecimal floats, and a hash of each microbatch. ``TRAI
 torchtitan's own trainer and model on the same data. ``NAN_AT=step,rank`` spoils one loss.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import sys
 
-from torchtitan.models.llama3_lighthouse import flavors
+from torchtitan.models.llama3_lighthouse import baseline
 from torchtitan.models.llama3_lighthouse import train as lighthouse_train
 
 # isort: split
 import torchtitan.train as upstream_train
-from torchtitan.protocols.train_spec import register_train_spec
-
-from torchtitan.models import llama3
-from torchtitan.models.llama3_lighthouse.datasets import build_dataloader
-from torchtitan.models.llama3_lighthouse.tokenizer import build_tokenizer
 
 RANK = int(os.environ["RANK"])
 
@@ -73,23 +67,10 @@ class RecordingUpstreamTrainer(Recording, upstream_train.Trainer):
     pass
 
 
-def upstream_spec():
-    """Upstream's Llama 3 in our debug size, reading our data."""
-    ours = flavors["debugmodel"]
-    keys = [f.name for f in dataclasses.fields(llama3.TransformerModelArgs)]
-    plain = llama3.TransformerModelArgs(**{key: getattr(ours, key) for key in keys})
-    return dataclasses.replace(
-        llama3.get_train_spec(),
-        model_args={"debugmodel": plain},
-        build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=build_tokenizer,
-    )
-
-
 if __name__ == "__main__":
     if os.environ.get("TRAINER") == "upstream":
-        register_train_spec("llama3_upstream", upstream_spec())
-        sys.argv += ["--model.name", "llama3_upstream"]
+        baseline.register_baseline()
+        sys.argv += ["--model.name", baseline.NAME]
         lighthouse_train.LighthouseTrainer = RecordingUpstreamTrainer
     else:
         lighthouse_train.LighthouseTrainer = RecordingLighthouseTrainer

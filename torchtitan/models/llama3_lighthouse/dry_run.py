@@ -17,14 +17,17 @@ from torchtitan.distributed import utils as dist_utils
 from . import flavors
 from .checks import check_config, chunks_of_a_sequence
 from .datasets import global_batch_size, stream_count
+from .infra.activation_checkpoint import BEFORE_GATHERING, PRODUCTS
+from .infra.offload import COPIES_UNDER_WAY
 from .infra.parallelize import parallelize_lighthouse
-from .job_config import JobConfig, LighthouseConfigManager
+from .job_config import ActivationCheckpoint, JobConfig, LighthouseConfigManager
 from .linear_cross_entropy import tokens_per_chunk
 from .model import LighthouseModelArgs, LighthouseTransformer
 
 GIB = 2**30
 # Parameters, gradients and the two moments of AdamW, all float32 as in torchtitan's FSDP.
 OPTIMIZER_BYTES = {"parameters": 4, "gradients": 4, "optimizer": 8}
+AFTER_ATTENTION = set(PRODUCTS) - set(BEFORE_GATHERING)
 # Of mixed precision's bfloat16, in which activations are kept.
 ACTIVATION_BYTES = 2
 
@@ -34,38 +37,69 @@ def local_parameters(model: nn.Module) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
 
 
-def head_bytes(args: LighthouseModelArgs, tokens: int, vocabulary: int) -> int:
+def head_bytes(args: LighthouseModelArgs, tokens: int) -> int:
     """Estimate of what the loss of ``tokens`` tokens holds.
 
-    Whole, logits once in bfloat16 and twice in float32, ``vocabulary`` of them a token. In chunks,
+    Whole, logits once in bfloat16 and twice in float32, ``vocab_size`` of them a token. In chunks,
     the logits of one of them, the gradient of the hidden states, and the weight in bfloat16 with
     its gradient in float32.
     """
     if not args.chunked_loss:
-        return tokens * vocabulary * (ACTIVATION_BYTES + 8)
-    chunk = min(tokens, tokens_per_chunk(vocabulary, ACTIVATION_BYTES))
-    weight = vocabulary * args.dim * (ACTIVATION_BYTES + 4)
-    return (chunk * vocabulary + tokens * args.dim) * ACTIVATION_BYTES + weight
+        return tokens * args.vocab_size * (ACTIVATION_BYTES + 8)
+    chunk = min(tokens, tokens_per_chunk(args.vocab_size, ACTIVATION_BYTES))
+    weight = args.vocab_size * args.dim * (ACTIVATION_BYTES + 4)
+    return (chunk * args.vocab_size + tokens * args.dim) * ACTIVATION_BYTES + weight
 
 
-def activation_bytes(args: LighthouseModelArgs, tokens: int, vocabulary: int, mode: str) -> float:
-    """Estimate of what a rank with ``tokens`` tokens keeps for backward.
+def layer_elements(
+    args: LighthouseModelArgs, section: ActivationCheckpoint, share: float
+) -> tuple[float, float]:
+    """What a dense and a Lighthouse layer keep for backward, in elements a token.
 
-    Of each layer: its input; with "selective" checkpointing also half of the matrix products, as
-    torchtitan's "op" policy does, and the attention output; with "none" about all it computes.
-    Of the head: ``head_bytes``.
+    With "lighthouse" checkpointing what ``infra/activation_checkpoint.py`` says, with "full" their
+    input, with "selective" also half of the matrix products, as torchtitan's "op" policy does, and
+    the attention output, with "none" about all that they compute.
+
+    Args:
+        share: S / N.
     """
     hidden = int(8 * args.dim / 3 * (args.ffn_dim_multiplier or 1))
     hidden = -(-hidden // args.multiple_of) * args.multiple_of
-    kv = args.dim * (args.n_kv_heads or args.n_heads) // args.n_heads
-    products = 3 * args.dim + 2 * kv + 2 * hidden
-    kept = {
-        "full": args.dim,
-        "selective": 2 * args.dim + products / 2,
-        "none": 7 * args.dim + products + 2 * hidden,
-    }[mode]
-    layers = args.n_layers * kept * ACTIVATION_BYTES
-    return tokens * layers + head_bytes(args, tokens, vocabulary)
+    kv_heads = args.n_kv_heads or args.n_heads
+    kv = args.dim * kv_heads // args.n_heads
+    widths = {"wq": args.dim, "wk": kv, "wv": kv, "wo": args.dim, "w1": hidden, "w3": hidden}
+    products = sum(widths.values())
+    if section.mode != "lighthouse":
+        kept = {
+            "full": args.dim,
+            "selective": 2 * args.dim + products / 2,
+            "none": 7 * args.dim + products + 2 * hidden,
+        }.get(section.mode, float("nan"))
+        return kept, kept
+    after = sum(widths[name] for name in section.keep_products if name in AFTER_ATTENTION)
+    before = sum(widths[name] for name in section.keep_products) - after
+    words = 4 / ACTIVATION_BYTES
+    attention = args.dim + words * args.n_heads
+    levels, p = args.lighthouse.levels, args.lighthouse.pooling_factor
+    selection = words * kv_heads * (share + sum(p**-level for level in range(levels)))
+    gathered = share * (args.dim + 2 * kv + attention) + selection
+    return args.dim + after + before + attention, args.dim + after + gathered
+
+
+def activation_bytes(
+    args: LighthouseModelArgs, seq_len: int, tokens: int, section: ActivationCheckpoint, stage: str
+) -> float:
+    """Estimate of what a rank with ``tokens`` tokens of a ``seq_len`` keeps in ``stage``.
+
+    Of the head: ``head_bytes``.
+    """
+    share = args.gathered_length(seq_len) / seq_len
+    dense, lighthouse = layer_elements(args, section, share)
+    lighthouse_layers = args.n_layers - len(args.dense_layers) if stage == "lighthouse" else 0
+    layers = (args.n_layers - lighthouse_layers) * dense + lighthouse_layers * lighthouse
+    if section.offload_inputs:
+        layers -= max(0, args.n_layers - COPIES_UNDER_WAY) * args.dim
+    return tokens * layers * ACTIVATION_BYTES + head_bytes(args, tokens)
 
 
 def dry_run(config: JobConfig, world_size: int) -> str:
@@ -132,12 +166,11 @@ def _describe(config: JobConfig, world_size: int) -> str:
     gathered = args.gathered_length(training.seq_len)
     strata = args.lighthouse.top_k // args.lighthouse.picks_per_stratum
     memory = {name: mine * size / GIB for name, size in OPTIMIZER_BYTES.items()}
-    mode = config.activation_checkpoint.mode
-    memory["activations, estimated"] = (
-        activation_bytes(args, tokens, args.vocab_size, mode) / GIB
-        if mode in ("none", "selective", "full")
-        else float("nan")
-    )
+    for stage in flops:
+        kept = activation_bytes(args, training.seq_len, tokens, config.activation_checkpoint, stage)
+        memory[f"activations ({stage}, estimated)"] = kept / GIB
+    if config.activation_checkpoint.offload_inputs:
+        memory["on the host"] = args.n_layers * args.dim * tokens * ACTIVATION_BYTES / GIB
     lines = [
         f"{config.job.config_file}: {config.model.flavor}, {total:,} parameters, "
         f"{training.steps:,} steps",

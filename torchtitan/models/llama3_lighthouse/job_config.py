@@ -91,6 +91,21 @@ class Parallelism(upstream.Parallelism):
 
 
 @dataclass
+class ActivationCheckpoint(upstream.ActivationCheckpoint):
+    mode: Literal["lighthouse", "selective", "full", "memory_budget", "none"] = "selective"
+    """"lighthouse" keeps layer inputs, attention outputs, selections and what was gathered, and the
+    products named by keep_products; it repeats the rest. The others are torchtitan's."""
+
+    keep_products: list[Literal["wq", "wk", "wv", "wo", "w1", "w3"]] = field(default_factory=list)
+    """Linear layers of a block whose outputs mode "lighthouse" also keeps, for more memory and less
+    to repeat. Lighthouse layers do without those of wq, wk and wv and never keep them."""
+
+    offload_inputs: bool = False
+    """Keep the inputs of layers in pinned host memory between forward and backward, copied while
+    other layers compute. With any mode; on GPUs alone."""
+
+
+@dataclass
 class Debug(upstream.Debug):
     seed: int | None = 0
     """Upstream's default draws another seed, and so another model, at every launch."""
@@ -103,6 +118,7 @@ class JobConfig(upstream.JobConfig):
     validation: Validation = field(default_factory=Validation)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     debug: Debug = field(default_factory=Debug)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
 

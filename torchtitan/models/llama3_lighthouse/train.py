@@ -15,10 +15,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.utils import device_type
 
 from . import flavors
 from .checkpoint import LighthouseCheckpointManager
-from .checks import check_config
+from .checks import check_config, check_device
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
 from .model import LighthouseTransformer
@@ -49,6 +50,7 @@ class LighthouseTrainer(upstream.Trainer):
 
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
+        check_device(job_config, device_type)
         with (
             patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager),
             # It warns that other ranks do not know the loss; here they do.
@@ -112,7 +114,6 @@ class LighthouseTrainer(upstream.Trainer):
 
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
-        local_tokens = local_tokens.to(self.device)
         global_tokens = self._sum_over("batch", local_tokens)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
         # Each is a share of the global mean, which is their sum over the ranks of "loss" and "pp".
@@ -136,12 +137,14 @@ class LighthouseTrainer(upstream.Trainer):
     def _forward_backward(
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
     ) -> torch.Tensor:
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        # Batches that training.dataloader.pin_memory pinned do not hold up the host.
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        labels = labels.to(self.device, non_blocking=True)
         if self.parallel_dims.pp_enabled:
             self.pp_schedule.share_of_mean.tokens = global_tokens
             global_tokens = 1.0
         loss = self.forward_backward_step(
-            input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_tokens
+            input_dict=inputs, labels=labels, global_valid_tokens=global_tokens
         )
         if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
             return torch.zeros((), device=self.device)
@@ -150,7 +153,9 @@ class LighthouseTrainer(upstream.Trainer):
     def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
         """Sum over the ranks of a mesh: "batch", each of which read other text, "cp", which share
         a sequence, "loss", both, or "pp", of which one has the loss."""
-        return dist_utils.dist_sum(value, self.parallel_dims.get_optional_mesh(mesh))
+        ranks = self.parallel_dims.get_optional_mesh(mesh)
+        # Alone, a count on the host is not worth waiting for the device.
+        return dist_utils.dist_sum(value if ranks is None else value.to(self.device), ranks)
 
     def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         finite = torch.isfinite(loss).all() & torch.isfinite(grad_norm).all()
@@ -193,7 +198,7 @@ class LighthouseTrainer(upstream.Trainer):
         self.metrics_processor.log(
             self.step,
             self._sum_over("loss", loss_share),
-            dist_utils.dist_max(mean_of_text, batch_mesh),
+            dist_utils.dist_max(mean_of_text.to(self.device), batch_mesh),
             grad_norm.item(),
             extra_metrics=metrics,
         )

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra import parallelize as upstream
 from torchtitan.tools.utils import device_type
@@ -15,8 +16,10 @@ from lighthouse.implementation import kernels
 
 from ..job_config import JobConfig
 from ..loss import FactoredOutput
+from .activation_checkpoint import apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
+from .offload import LayerInputOffload
 
 # Dense layers, Lighthouse layers and Lighthouse layers switched to dense are three graphs of one
 # block, each in training and in validation; dynamo's limit of 8 leaves no room beside them.
@@ -53,12 +56,23 @@ def parallelize_lighthouse(
     def apply_to_attention(modules, mesh, attention_type):
         apply_context_parallel(modules, mesh, job_config.parallelism)
 
-    # Upstream would take Lighthouse's attention itself for the dense one.
-    with patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention):
+    def checkpoint_activations(model, section, **options):
+        if section.mode == "lighthouse":
+            apply_lighthouse_checkpoint(model, section)
+        else:
+            apply_ac(model, section, **options)
+
+    with (
+        # Upstream would take Lighthouse's attention itself for the dense one.
+        patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention),
+        patch.object(upstream, "apply_ac", checkpoint_activations),
+    ):
         model = upstream.parallelize_llama(model, parallel_dims, job_config)
     if isinstance(model.output, FactoredOutput) and isinstance(model.output, FSDPModule):
         # The loss reads the weight after forward has ended, whatever fsdp_reshard_after_forward.
         model.output.set_reshard_after_forward(False, recurse=False)
     if device_type == "cpu":
         use_sum_reductions(model)
+    if job_config.activation_checkpoint.offload_inputs:
+        LayerInputOffload().attach(model.layers.values())
     return model
