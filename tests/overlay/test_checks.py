@@ -31,6 +31,7 @@ def check(tmp_path: Path, toml: str = "", **settings) -> None:
         ("lighthouse.top_k", 256, "top_k"),
         ("lighthouse.picks_per_stratum", 15, "even"),
         ("lighthouse.dense_from_step", -1, "0 trains dense throughout"),
+        ("lighthouse.log_selection_every", -1, "0 logs no selections"),
         ("lighthouse.dense_layers", (0, 6), "0 to 5"),
         ("lighthouse.dense_layers", (1, 1), "twice"),
         ("training.seq_len", 510, "training.seq_len"),
@@ -50,6 +51,12 @@ def test_message_names_key_value_and_fix(tmp_path: Path, key, value, fix) -> Non
     shown = list(value) if isinstance(value, tuple) else value
     assert str(shown) in message
     assert fix in message
+
+
+def test_selections_are_not_recorded_across_pipeline_stages(tmp_path: Path) -> None:
+    settings = {"lighthouse.log_selection_every": 5, "parallelism.pipeline_parallel_degree": 2}
+    with pytest.raises(ValueError, match="log_selection_every = 5 .* set it to 0"):
+        check(tmp_path, **settings)
 
 
 def test_validation_lengths_are_checked_when_it_is_enabled(tmp_path: Path) -> None:
