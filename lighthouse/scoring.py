@@ -103,7 +103,11 @@ def undilate(norms: torch.Tensor, dilation: int) -> torch.Tensor:
 
 def dilated_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Stock causal attention of dilated rows, [B, H, N, D]."""
-    with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
+    backends = SDPA_BACKENDS
+    if q.is_cuda and q.dtype == torch.float64:
+        # Nothing else computes it there.
+        backends = [SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
