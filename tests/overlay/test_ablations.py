@@ -166,15 +166,12 @@ def test_debug_grid_from_end_to_end(tmp_path: Path, stop: int) -> None:
     text = (ROOT / "train_configs/ablations/debug.toml").read_text()
     text = text.replace("../debug_cpu.toml", str(DEBUG)).replace("[64, 128, 256]", "[64]")
     grid.write_text(text.replace('["norm", "dilated", "gla"]', '["dilated", "gla"]'))
-    command = [
-        sys.executable,
-        ROOT / "scripts/run_ablations.py",
-        grid,
-        "--output",
-        tmp_path / "out",
-    ]
+    script = ROOT / "scripts/run_ablations.py"
+    command = [sys.executable, script, grid, "--output", tmp_path / "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command, env=environment)
+    # In a shell's background job, children ignore what Ctrl-C sends.
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    first = subprocess.Popen(command, env=environment, preexec_fn=restore)
     interrupted = tmp_path / "out/scorer=gla,top_k=64"
     deadline = time.monotonic() + 500
     while not (interrupted / "checkpoint/step-4/.metadata").exists():
