@@ -3,7 +3,9 @@
 Every scorer gives each position two rows, one for it as a query and one as a key, and their L2
 norms are its scores. The "norm" scorer takes q and k themselves, at no cost. The others take the
 outputs of an attention of q over k, and of k over q, within each residue class of positions modulo
-the dilation: softmax attention for "dilated", linear attention with a fixed decay for "gla".
+the dilation: softmax attention for "dilated", linear attention with a fixed decay for "gla". Query
+heads that share a key-value head each have their own two rows; the largest norm of each kind is the
+score that the group selects by.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, H heads, N positions, D head dimension, d
 dilation.
@@ -25,7 +27,8 @@ Scores = list[tuple[torch.Tensor, torch.Tensor]]
 LOG2_DECAY = -1 / 16
 # Rows that "gla" multiplies at once; any number gives the same up to rounding.
 GLA_CHUNK = 64
-# All linear in the sequence; torch would also fall back to one that holds N x N scores.
+# All linear in the sequence, the fastest first; torch would also fall back to one that holds N x N
+# scores.
 SDPA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -53,8 +56,7 @@ def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGe
         For each level from the base up, query and key scores, each [B, Hkv, N / p^l], float32.
     """
     scores = []
-    for rows in scored_rows(q, k, v, geometry.config):
-        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=accumulation_dtype(q.dtype))
+    for norms in position_norms(q, k, v, geometry.config):
         levels = [norms.unflatten(1, (k.shape[1], -1)).amax(dim=2)]
         for length in geometry.lengths[1:]:
             levels.append(levels[-1].unflatten(-1, (length, -1)).amax(dim=-1))
@@ -62,20 +64,26 @@ def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGe
     return list(zip(*scores, strict=True))
 
 
-def scored_rows(
+def position_norms(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows whose norms are scores: for queries [B, Hq, N, D], for keys [B, Hkv or Hq, N, D]."""
+    """Norms of every position's two rows: by query [B, Hq, N], by key [B, Hkv or Hq, N].
+
+    The outputs of attention are read where they lie, and only their norms brought into order.
+    """
     if config.scorer == "norm":
-        return q, k
-    attend = {"dilated": _causal_attention, "gla": gated_linear_attention}[config.scorer]
+        return _norms(q), _norms(k)
+    attend = {"dilated": dilated_attention, "gla": gated_linear_attention}[config.scorer]
     group = q.shape[1] // k.shape[1]
-    q, k, v = (
-        dilate(rows, config.dilation)
-        for rows in (q, *(x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v)))
-    )
-    rows = (attend(q, k, v), attend(k, q, v))
-    return tuple(undilate(x, config.dilation) for x in rows)
+    if group > 1:
+        k, v = (rows.repeat_interleave(group, dim=1) for rows in (k, v))
+    q, k, v = (dilate(rows, config.dilation) for rows in (q, k, v))
+    outputs = (attend(q, k, v), attend(k, q, v))
+    return tuple(undilate(_norms(rows), config.dilation) for rows in outputs)
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=accumulation_dtype(rows.dtype))
 
 
 def dilate(rows: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -88,15 +96,18 @@ def dilate(rows: torch.Tensor, dilation: int) -> torch.Tensor:
     return rows.transpose(1, 2)
 
 
-def undilate(rows: torch.Tensor, dilation: int) -> torch.Tensor:
-    """The inverse of ``dilate``."""
-    batch, heads, length, d = rows.shape
-    rows = rows.transpose(1, 2).reshape(batch, length * dilation, heads // dilation, d)
-    return rows.transpose(1, 2)
+def undilate(norms: torch.Tensor, dilation: int) -> torch.Tensor:
+    """[B, d H, N / d], in the order of ``dilate``, as [B, H, N]."""
+    return norms.unflatten(1, (dilation, -1)).permute(0, 2, 3, 1).flatten(2)
 
 
-def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(SDPA_BACKENDS):
+def dilated_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Stock causal attention of dilated rows, [B, H, N, D]."""
+    backends = SDPA_BACKENDS
+    if q.is_cuda and q.dtype == torch.float64:
+        # Nothing else computes it there.
+        backends = [SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 

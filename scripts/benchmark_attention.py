@@ -17,18 +17,19 @@ Prints a table; writes it, a JSON record with the GPU, versions, git revision an
 import argparse
 import json
 import math
-import platform
-import random
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from measuring import (
+    copy_bandwidth,
+    dense,
+    environment,
+    forward_and_backward,
+    measure,
+    relative_error,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from lighthouse import LighthouseConfig, Selection, kernels, lighthouse_attention, select
@@ -37,87 +38,14 @@ from lighthouse.geometry import PyramidGeometry
 SWEEP = ["2048,3,4,128", "4096,3,4,128", "8192,3,4,128", "16384,3,4,256",
          "32768,3,4,512", "65536,3,4,1024", "98304,3,4,1536", "131072,3,4,2048",
          "262144,3,4,4096", "524288,3,4,8192", "1048576,4,4,4096"]  # fmt: skip
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-# About 5 ms, longer than the host takes to launch any variant.
-RUNWAY_CYCLES = 10_000_000
-# A variant slower than this is measured SLOW_TURNS times, others at least TURNS times.
-SLOW_MS, SLOW_TURNS, TURNS = 200.0, 3, 10
 # Beyond this length the check, which holds float32 copies, would not fit beside the rest.
 LARGEST_CHECKED = 131072
-
-
-def dense(q, k, v, is_causal=True, enable_gqa=False, scale=None) -> torch.Tensor:
-    with sdpa_kernel(BACKENDS, set_priority=True):
-        return scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, enable_gqa=enable_gqa, scale=scale
-        )
 
 
 def exact_dense(q, k, v, enable_gqa, **options) -> torch.Tensor:
     # In float32, torch knows shared heads only in the variant that holds all N x N scores.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, **options)
-
-
-def measure(variants: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
-    """Median and spread in ms of each variant, in random order, for about ``seconds`` in all.
-
-    Also the memory in GiB that each needs beyond what was there before.
-    """
-    results, durations = {}, {name: [] for name in variants}
-    for name, run in variants.items():
-        run()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        results[name] = {"GiB": (torch.cuda.max_memory_allocated() - before) / 2**30}
-    start = time.perf_counter()
-    order = list(variants.items())
-    shuffle = random.Random(0).shuffle
-    while True:
-        shuffle(order)
-        for name, run in order:
-            if len(durations[name]) >= SLOW_TURNS and durations[name][0] > SLOW_MS:
-                continue
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # As in training, the host is ahead: the device starts with all launches queued.
-            torch.cuda._sleep(RUNWAY_CYCLES)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            durations[name].append(begin.elapsed_time(end))
-        turns = max(map(len, durations.values()))
-        if turns >= 50 or (turns >= TURNS and time.perf_counter() - start > seconds):
-            break
-    for name, times in durations.items():
-        low, _, high = statistics.quantiles(times, n=4)
-        results[name].update(ms=statistics.median(times), spread=(high - low) / 2, turns=len(times))
-    return results
-
-
-def forward_and_backward(
-    function: Callable, leaves: list[torch.Tensor]
-) -> tuple[Callable, Callable]:
-    """Two thunks: ``function`` of the leaves without a graph, and with its backward."""
-    with torch.no_grad():
-        grad = torch.randn_like(function(*leaves))
-
-    def forward():
-        with torch.no_grad():
-            return function(*leaves)
-
-    def both():
-        inputs = [x.detach().requires_grad_() for x in leaves]
-        return torch.autograd.grad(function(*inputs), inputs, grad)
-
-    return forward, both
-
-
-def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((value.float() - exact).norm() / exact.norm()).item()
 
 
 def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, list[float]]:
@@ -240,14 +168,6 @@ def benchmark(
     return record
 
 
-def copy_bandwidth() -> float:
-    """GB/s of a large copy on the device, read and written bytes counted."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    ms = measure({"copy": lambda: target.copy_(source)}, 1.0)["copy"]["ms"]
-    return 2 * source.numel() / ms / 1e6
-
-
 def tables(run: dict) -> str:
     """The run as Markdown: whole attention, then its parts."""
     lines = [
@@ -345,21 +265,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("scripts/benchmark_attention.py needs a CUDA device and found none")
 
-    import triton
-
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    revision = arguments.revision or subprocess.check_output(git, text=True).strip()
-    run = {
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "revision": revision,
-        "date": date.today().isoformat(),
-        "copy GB/s": copy_bandwidth(),
-        "records": [],
-    }
+    run = environment(arguments.revision)
+    run |= {"copy GB/s": copy_bandwidth(), "records": []}
     arguments.output.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(arguments.cases, 1):
         print(f"case {number} of {len(arguments.cases)}: {case}", flush=True)

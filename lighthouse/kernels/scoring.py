@@ -21,10 +21,12 @@ from triton import knobs
 
 from .. import scoring
 from ..config import LighthouseConfig
-from . import pooling
 from .launch import own_block, own_block_grid, row_strides
 
-BLOCK, WARPS = 64, 4
+# Rows of a program, its warps, and loads in flight. In float32, whose tiles go through shared
+# memory whole, less, so that D = 256 fits any GPU since Ampere.
+BLOCK, WARPS, STAGES = 64, 4, 3
+FLOAT32_BLOCK, FLOAT32_STAGES = 16, 1
 # Bits that a weight at the window's end lies below the dtype's own rounding.
 SPARE_BITS = 8
 LOG2_DECAY = tl.constexpr(scoring.LOG2_DECAY)
@@ -83,16 +85,18 @@ def gla_norms(
     batch, _, n, d = x.shape
     norms = x.new_empty((batch, heads, n), dtype=torch.float32)
     bits = -math.log2(torch.finfo(x.dtype).eps) + SPARE_BITS
-    window = triton.cdiv(math.ceil(bits / -scoring.LOG2_DECAY), BLOCK) * BLOCK
+    full = x.dtype == torch.float32
+    block, stages = (FLOAT32_BLOCK, FLOAT32_STAGES) if full else (BLOCK, STAGES)
+    window = triton.cdiv(math.ceil(bits / -scoring.LOG2_DECAY), block) * block
     if knobs.runtime.interpret and x.dtype == torch.bfloat16:
         # Whose products Triton's interpreter gets wrong.
         x, y, v = (rows.float() for rows in (x, y, v))
     (x, x_strides), (y, y_strides), (v, v_strides) = map(row_strides, (x, y, v))
-    _gla_norms[own_block_grid(batch, heads * dilation, n // dilation, BLOCK)](
+    _gla_norms[own_block_grid(batch, heads * dilation, n // dilation, block)](
         x, y, v, norms, *x_strides, *y_strides, *v_strides,
         heads, *(heads // rows.shape[1] for rows in (x, y, v)), n // dilation, d**-0.5,
-        D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK=BLOCK,
-        DILATION=dilation, WINDOW=window, num_warps=WARPS,
+        D=d, BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK=block,
+        DILATION=dilation, WINDOW=window, num_warps=WARPS, num_stages=stages,
     )  # fmt: skip
     return norms
 
@@ -113,9 +117,9 @@ def score(
     heads, kv_heads = q.shape[1], k.shape[1]
     if scorer == "gla":
         norms = [gla_norms(x, y, v, heads, dilation) for x, y in ((q, k), (k, q))]
-        a, b = (x.unflatten(-1, (-1, p)).amax(dim=-1) for x in norms)
     else:
-        config = LighthouseConfig(pooling_factor=p, scorer=scorer, dilation=dilation)
-        rows = scoring.scored_rows(q, k, v, config)
-        a, b = (pooling.pool(x, p, p, 0, 1.0, with_norms=True)[1] for x in rows)
+        # Stock attention takes the time; one plain read of its outputs is little beside it.
+        config = LighthouseConfig(scorer=scorer, dilation=dilation)
+        norms = scoring.position_norms(q, k, v, config)
+    a, b = (x.unflatten(-1, (-1, p)).amax(dim=-1) for x in norms)
     return a, b.unflatten(1, (kv_heads, -1)).amax(dim=2)

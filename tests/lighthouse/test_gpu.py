@@ -1,5 +1,7 @@
 """The same promises on a CUDA device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,9 @@ from lighthouse import (
     lighthouse_attention,
     select,
 )
+from lighthouse.config import SCORERS
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.scoring import score
 
 pytestmark = pytest.mark.gpu
 
@@ -98,14 +102,34 @@ def test_compiles_whole_at_the_papers_size() -> None:
         assert relative_error(value, want) < 2e-2
 
 
-def test_no_host_synchronisation() -> None:
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_no_host_synchronisation(scorer: str) -> None:
     q, k, v = (torch.randn(1, 2, 4096, 64, device="cuda", requires_grad=True) for _ in range(3))
-    config = LighthouseConfig(3, 4, 128, picks_per_stratum=32)
+    config = LighthouseConfig(3, 4, 128, scorer, picks_per_stratum=32)
     torch.cuda.set_sync_debug_mode("error")
     try:
         lighthouse_attention(q, k, v, config).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_scores_at_the_papers_size(scorer: str, kv_heads: int) -> None:
+    """The same bits every time, and within rounding of vectorised PyTorch in float32."""
+    torch.manual_seed(8)
+    geometry = PyramidGeometry(replace(PAPER, scorer=scorer), PAPER_LENGTH)
+    rows = [
+        torch.randn(1, PAPER_LENGTH, heads, 128, device="cuda").bfloat16().transpose(1, 2)
+        for heads in (8, kv_heads, kv_heads)
+    ]
+    a, b = kernels.score(*rows, geometry)
+    for one, other in zip((a, b), kernels.score(*rows, geometry), strict=True):
+        assert torch.equal(one, other)
+    a = a.unflatten(1, (kv_heads, -1)).amax(2)
+    exact = score(*(x.float() for x in rows), geometry)[1]
+    for ours, want in zip((a, b), exact, strict=True):
+        assert relative_error(ours, want) < 2**-8
 
 
 @pytest.mark.parametrize("n, top_k", [(PAPER_LENGTH, 1536), (524288, 8192)])

@@ -31,6 +31,7 @@ def check(tmp_path: Path, toml: str = "", **settings) -> None:
         ("lighthouse.top_k", 256, "top_k"),
         ("lighthouse.picks_per_stratum", 15, "even"),
         ("lighthouse.dense_from_step", -1, "0 trains dense throughout"),
+        ("lighthouse.log_selection_every", -1, "0 logs no selections"),
         ("lighthouse.dense_layers", (0, 6), "0 to 5"),
         ("lighthouse.dense_layers", (1, 1), "twice"),
         ("training.seq_len", 510, "training.seq_len"),
@@ -64,6 +65,13 @@ def test_pipelines_that_cannot_run_are_refused(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             check(tmp_path, **{**settings, **changed})
+
+
+def test_selections_are_not_recorded_across_pipeline_stages(tmp_path: Path) -> None:
+    settings = {"lighthouse.log_selection_every": 5, "parallelism.pipeline_parallel_degree": 2}
+    settings["training.local_batch_size"] = 2
+    with pytest.raises(ValueError, match="log_selection_every = 5 .* set it to 0"):
+        check(tmp_path, **settings)
 
 
 def test_validation_lengths_are_checked_when_it_is_enabled(tmp_path: Path) -> None:

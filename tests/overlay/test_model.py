@@ -1,5 +1,7 @@
 """The model: a Llama in every respect but what runs inside attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
-from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse import LighthouseAttention, LighthouseConfig, scoring
 from torchtitan.models.llama3_lighthouse import LighthouseTransformer, flavors
 from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
 
@@ -74,6 +76,48 @@ def test_stages_switch_the_right_layers() -> None:
     assert not torch.allclose(lighthouse, dense)
     model.set_stage("lighthouse")
     assert torch.equal(model(tokens), lighthouse)
+
+
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+def test_neither_state_dict_nor_dense_stage_notice_the_scorer(scorer: str) -> None:
+    method = replace(METHOD, scorer=scorer)
+    norm, other = build(), build(args=LighthouseModelArgs(**SIZE, lighthouse=method))
+    tokens = torch.randint(0, 320, (1, N), generator=torch.Generator().manual_seed(1))
+    # One that scores otherwise, or nothing below would show that it is set.
+    assert not torch.equal(norm(tokens), other(tokens))
+    assert list(norm.state_dict()) == list(other.state_dict())
+    for name, value in norm.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    for model in (norm, other):
+        model.set_stage("dense")
+        model(tokens).logsumexp(-1).sum().backward()
+    assert torch.equal(norm(tokens), other(tokens))
+    for mine, theirs in zip(norm.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_flops_of_the_scorers(monkeypatch) -> None:
+    """The products of "dilated" by torch's counter; a causal mask leaves N / d + 1 of 2 N / d."""
+    config = replace(METHOD, scorer="dilated", dilation=4)
+    norm, dilated, gla = (
+        LighthouseModelArgs(**SIZE, lighthouse=replace(config, scorer=scorer), dense_layers=[0])
+        for scorer in ("norm", "dilated", "gla")
+    )
+    base = norm.flops_per_token(0, N, "lighthouse")
+    monkeypatch.setattr(scoring, "SDPA_BACKENDS", [SDPBackend.MATH])
+    rows = [torch.randn(1, heads, N, 16) for heads in (4, 2, 2)]
+    with FlopCounterMode(display=False) as counter:
+        scoring.position_norms(*rows, config)
+    steps = N // config.dilation
+    unmasked = counter.get_total_flops() / N
+    assert unmasked > 0
+    assert dilated.flops_per_token(0, N, "lighthouse") - base == pytest.approx(
+        3 * unmasked * (steps + 1) / (2 * steps)
+    )
+    # Two passes; a step adds an outer product to a state of D x D and multiplies a row with it.
+    assert gla.flops_per_token(0, N, "lighthouse") - base == 3 * 2 * 4 * (2 + 2) * 16 * 16
+    for args in (dilated, gla):
+        assert args.flops_per_token(0, N, "dense") == norm.flops_per_token(0, N, "dense")
 
 
 @pytest.mark.parametrize("stage", ["lighthouse", "dense"])

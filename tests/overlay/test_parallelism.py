@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ablation_results import read_metrics
 from launch import Run
 
 # Eight strata, so that the eight chunks of four balanced ranks have one each.
@@ -25,6 +26,7 @@ SETTINGS = {
     "optimizer.lr": 2e-4,
     "optimizer.eps": 1e-6,
     "checkpoint.interval": 1000,
+    "lighthouse.log_selection_every": 2,
     "validation.enable": True,
     "validation.freq": 5,
     "validation.steps": 2,
@@ -90,6 +92,17 @@ SLOW_COMPOSITIONS = {
 }  # fmt: skip
 
 
+def selection_statistics(folder: Path) -> dict[int, dict[str, float]]:
+    """What was recorded of selections, by step; of a metrics file that one rank alone wrote."""
+    text = (folder / "dump/metrics.jsonl").read_text()
+    assert text.count("loss_metrics/global_avg_loss") == 10
+    found = {}
+    for step, entry in read_metrics(folder / "dump").items():
+        if values := {k: v for k, v in entry.items() if k.startswith("selection/")}:
+            found[step] = values
+    return found
+
+
 def validation_losses(run: Run) -> dict[str, float]:
     """Validation loss by step, as the log has it."""
     found = re.findall(r"validate step: +(\d+).*?loss: +([\d.]+)", run.log)
@@ -134,6 +147,13 @@ def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: 
     assert len(validation_losses(expected)) == 3
     if not data_parallel:
         assert validation_losses(run) == pytest.approx(validation_losses(expected), rel=2e-5)
+        statistics = selection_statistics(expected.record_file.parent)
+        # One of 128 picks, by the rounding of the step between the two passes.
+        assert selection_statistics(tmp_path) == {
+            step: pytest.approx(values, abs=0.01) for step, values in statistics.items()
+        }
+    else:
+        assert list(selection_statistics(tmp_path)) == [2, 4]
 
 
 def test_training_continues_on_another_mesh(one_process, tmp_path: Path) -> None:

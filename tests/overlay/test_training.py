@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from ablation_results import read_metrics
 from launch import SMALL, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # What has to come back the same after a resume, on every rank.
 EXACT = ("stage", "batches", "loss", "maximum_loss", "grad_norm", "tokens_seen")
@@ -39,16 +41,32 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
 
 
 def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
-    """Flipping ``stage`` by hand on one checkpoint folder equals ``auto``; the change is logged."""
+    """Flipping ``stage`` by hand on one checkpoint folder equals ``auto``; the change is logged.
+
+    So does recording selections, to the last bit, which one of them does.
+    """
     auto, manual = tmp_path / "auto", tmp_path / "manual"
     auto.mkdir()
     manual.mkdir()
-    expected = Run(auto, {"lighthouse.dense_from_step": 5, "training.steps": 8}).succeed()
+    recording = {"lighthouse.log_selection_every": 2, "metrics.enable_tensorboard": True}
+    settings = {**recording, "lighthouse.dense_from_step": 5, "training.steps": 8}
+    expected = Run(auto, settings).succeed()
     assert "Stage 'lighthouse' begins at step 1: attention runs on 256 of 512" in expected.log
     assert "Stage 'dense' begins at step 6 after lighthouse" in expected.log
     Run(manual, {"lighthouse.stage": "lighthouse", "training.steps": 5}).succeed()
     dense = Run(manual, {"lighthouse.stage": "dense", "training.steps": 8}).succeed()
     assert exact(dense) == exact(expected)
+
+    board = EventAccumulator(str(next((auto / "dump/tb").iterdir()))).Reload()
+    for name in ("covered", "spread", "spread_lowest", "overlap"):
+        tag = f"selection/level_1/{name}"
+        scalars = {event.step: event.value for event in board.Scalars(tag)}
+        steps = read_metrics(auto / "dump").items()
+        assert scalars == {s: pytest.approx(line[tag]) for s, line in steps if tag in line}
+        assert list(scalars) == [2, 4]
+    assert "selection" not in (manual / "dump/metrics.jsonl").read_text()
+    # The second launch by hand appended to what the first one wrote.
+    assert list(read_metrics(manual / "dump")) == list(range(1, 9))
 
 
 def test_dense_stage_is_upstream_to_the_last_bit(tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def _check_stages(config: JobConfig) -> None:
             f"lighthouse.dense_from_step = {section.dense_from_step} must not be negative; "
             "0 trains dense throughout"
         )
+    if section.log_selection_every < 0:
+        raise ValueError(
+            f"lighthouse.log_selection_every = {section.log_selection_every} must not be negative; "
+            "0 logs no selections"
+        )
+    stages = config.parallelism.pipeline_parallel_degree
+    if section.log_selection_every and stages > 1:
+        raise ValueError(
+            f"lighthouse.log_selection_every = {section.log_selection_every} needs whole forward "
+            f"passes, which parallelism.pipeline_parallel_degree = {stages} cuts into parts; set "
+            "it to 0"
+        )
 
 
 def _check_dense_layers(config: JobConfig, n_layers: int) -> None:

@@ -39,7 +39,7 @@ class Lighthouse:
     """How entries are scored for selection."""
 
     dilation: int = 4
-    """Dilation of the "dilated" and "gla" scorers."""
+    """Stride of the positions that the "dilated" and "gla" scorers attend within."""
 
     dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
     """Layers that use dense attention in both stages, counted from 0."""
@@ -52,6 +52,10 @@ class Lighthouse:
     data_streams: int = 0
     """Streams that the training text is dealt to, document by document; 0: one for each sequence
     of a global batch. The data-parallel degree must divide it; it must divide the batch."""
+
+    log_selection_every: int = 0
+    """Steps between records of what Lighthouse layers select, each of which takes two more forward
+    passes over one microbatch. 0: none."""
 
     tokenizer: Literal["byte", "hf"] = "byte"
     """"byte" is the built-in byte-level tokenizer; "hf" reads model.hf_assets_path."""

@@ -1,19 +1,46 @@
 """Throughput and MFU that stay true across stages, log intervals and checkpoint saves."""
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import (
+    BaseLogger,
+    LoggerContainer,
+    MetricsProcessor,
+    _get_metrics_rank,
+)
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+
+# In job.dump_folder. Restarts append to it: a step that ran again is there again.
+METRICS_FILE = "metrics.jsonl"
 
 
 def whole_loss(loss: torch.Tensor) -> torch.Tensor:
     """``loss`` without its graph, summed over the ranks that loss parallelism spreads it over."""
     loss = loss.detach()
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+
+class JSONLinesLogger(BaseLogger):
+    """Appends every log entry to a file, one JSON object a line, at once: a crash loses none."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
+        self.file = path.open("a", buffering=1)
+        if cut_off:
+            self.file.write("\n")
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):
@@ -26,6 +53,11 @@ class LighthouseMetricsProcessor(MetricsProcessor):
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
         super().__init__(job_config, parallel_dims)
+        if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
+            loggers = LoggerContainer()
+            loggers.add_logger(self.logger)
+            loggers.add_logger(JSONLinesLogger(Path(job_config.job.dump_folder, METRICS_FILE)))
+            self.logger = loggers
         self._flops_per_token_of_steps: list[float] = []
 
     def start_clock(self) -> None:

@@ -50,8 +50,10 @@ class LighthouseModelArgs(TransformerModelArgs):
 
         A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
         M has M (M + 1) / 2 pairs, each 2 products of 2 D in each head forward and twice that
-        backward; M is S in the Lighthouse layers of the Lighthouse stage and N elsewhere.
-        Recomputation, pooling and selection are not counted.
+        backward; M is S in the Lighthouse layers of the Lighthouse stage and N elsewhere. Scorers
+        that attend do so twice, forward only: over N / d causal positions, or with a state of
+        D x D that each step adds to and multiplies with. Recomputation, pooling and picking are
+        not counted.
         """
         per_pair = 12 * self.dim
         lighthouse_layers = 0
@@ -60,7 +62,17 @@ class LighthouseModelArgs(TransformerModelArgs):
         gathered = self.gathered_length(seq_len) if lighthouse_layers else 0
         pairs = (self.n_layers - lighthouse_layers) * seq_len * (seq_len + 1) / 2
         pairs += lighthouse_layers * gathered * (gathered + 1) / 2
-        return 6 * matmul_parameters + per_pair * pairs / seq_len
+        scoring = lighthouse_layers * self._scoring_flops_per_token(seq_len)
+        return 6 * matmul_parameters + per_pair * pairs / seq_len + scoring
+
+    def _scoring_flops_per_token(self, seq_len: int) -> float:
+        """Of one layer: two passes of an attention with 4 D per pair and head, or per step."""
+        steps = {
+            "norm": 0.0,
+            "dilated": (seq_len / self.lighthouse.dilation + 1) / 2,
+            "gla": self.dim / self.n_heads,
+        }
+        return 2 * 4 * self.dim * steps[self.lighthouse.scorer]
 
     def get_nparams_and_flops(
         self, model: nn.Module, seq_len: int, stage: str = "dense"

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
-from torchtitan.tools.utils import device_type
+from torchtitan.tools.utils import device_module, device_type
 
 from . import flavors
 from .checkpoint import LighthouseCheckpointManager
@@ -23,6 +23,7 @@ from .checks import check_config, check_device
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
 from .model import LighthouseTransformer
+from .selection_statistics import Selected, selection_statistics, selections
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -109,10 +110,39 @@ class LighthouseTrainer(upstream.Trainer):
                 gradient norm is not finite.
         """
         self.set_stage(self.step)
+        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        every = self.job_config.lighthouse.log_selection_every
+        if not every or self.step % every or self.stage != "lighthouse":
+            self._train_on(microbatches)
+            return
+        before = self._selections(*microbatches[0])
+        self._train_on(microbatches)
+        after = self._selections(*microbatches[0])
+        tensor_parallel = self.parallel_dims.get_optional_mesh("tp")
+        statistics = selection_statistics(
+            before, after, tensor_parallel.get_group() if tensor_parallel is not None else None
+        )
+        self.metrics_processor.logger.log(statistics, self.step)
+
+    def _selections(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[Selected]:
+        """What the present weights select in one microbatch; not a part of the throughput."""
+        # What was queued before is training.
+        device_module.synchronize()
+        start = time.perf_counter()
+        rows, _, extra_inputs, options = self.post_dataloading_process(
+            *self._on_device(inputs, labels)
+        )
+        (model,) = self.model_parts
+        with self.train_context(), self.maybe_enable_amp:
+            found = selections(model, lambda: model(rows, **extra_inputs, **options))
+        device_module.synchronize()
+        self.metrics_processor.exclude_from_throughput(time.perf_counter() - start)
+        return found
+
+    def _train_on(self, microbatches: list[Batch]) -> None:
         self.optimizers.zero_grad()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
 
-        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
         global_tokens = self._sum_over("batch", local_tokens)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
@@ -137,9 +167,7 @@ class LighthouseTrainer(upstream.Trainer):
     def _forward_backward(
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
     ) -> torch.Tensor:
-        # Batches that training.dataloader.pin_memory pinned do not hold up the host.
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
-        labels = labels.to(self.device, non_blocking=True)
+        inputs, labels = self._on_device(inputs, labels)
         if self.parallel_dims.pp_enabled:
             self.pp_schedule.share_of_mean.tokens = global_tokens
             global_tokens = 1.0
@@ -149,6 +177,11 @@ class LighthouseTrainer(upstream.Trainer):
         if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
             return torch.zeros((), device=self.device)
         return whole_loss(loss)
+
+    def _on_device(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Batch:
+        # Batches that training.dataloader.pin_memory pinned do not hold up the host.
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
+        return inputs, labels.to(self.device, non_blocking=True)
 
     def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
         """Sum over the ranks of a mesh: "batch", each of which read other text, "cp", which share
