@@ -109,11 +109,11 @@ def read_grid(path: Path) -> tuple[Path, dict[str, Any], list[dict[str, list]]]:
     base = path.parent / tables["config"]
     if not base.is_file():
         raise ValueError(f"{path}: config = '{tables['config']}' is no file ({base})")
-    fixed = flatten(tables.get("fixed", {}))
-    grids = tables.get("grid", {})
-    if not isinstance(grids, dict | list) or not isinstance(tables.get("fixed", {}), dict):
-        raise TypeError(f"{path}: fixed and grid must be a table; write [fixed] and [grid]")
-    grids = [flatten(grid) for grid in (grids if isinstance(grids, list) else [grids])]
+    grids = tables.get("grid") or [{}]
+    grids = grids if isinstance(grids, list) else [grids]
+    if not all(isinstance(table, dict) for table in (tables.get("fixed", {}), *grids)):
+        raise TypeError(f"{path}: fixed and grid must be tables; write [fixed] and [grid]")
+    fixed, grids = flatten(tables.get("fixed", {})), [flatten(grid) for grid in grids]
     for grid in grids:
         if not grid:
             raise ValueError(f"{path}: [grid] is missing or empty; give it a section.key = [VALUE]")
