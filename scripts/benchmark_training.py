@@ -11,7 +11,7 @@ does not fit is recorded as "out of memory". Stages are
 
 and modes of activation checkpointing
 
-    none | full | selective[:OPTION] | lighthouse[:PRODUCT,...], each with +offload or without
+    none | full | selective[:OPTION] | lighthouse[:PRODUCT,...]
 
 OPTION is activation_checkpoint.selective_ac_option (default op), PRODUCT one of keep_products.
 Arguments that are not known here go to the trainer. Writes NAME.md, NAME.json and NAME.png.
@@ -46,9 +46,8 @@ def mode_arguments(mode: str) -> list[str]:
     Raises:
         ValueError: it is none of those above.
     """
-    name, plus, option = mode.partition("+")
-    name, _, detail = name.partition(":")
-    if name not in MODES or (plus and option != "offload"):
+    name, _, detail = mode.partition(":")
+    if name not in MODES:
         raise ValueError(f"--modes {mode} is not known; use one of {', '.join(MODES)}, see --help")
     if detail and name in ("none", "full"):
         raise ValueError(f"--modes {mode}: '{name}' takes nothing after a colon")
@@ -57,7 +56,7 @@ def mode_arguments(mode: str) -> list[str]:
         line += ["--activation_checkpoint.selective_ac_option", detail or "op"]
     if name == "lighthouse":
         line += ["--activation_checkpoint.keep_products", *filter(None, detail.split(","))]
-    return line + (["--activation_checkpoint.offload_inputs"] if plus else [])
+    return line
 
 
 def case_arguments(options: argparse.Namespace, case: dict, folder: str) -> list[str]:
@@ -346,7 +345,7 @@ def parse(line: list[str]) -> argparse.Namespace:
 
 
 def cases_of(options: argparse.Namespace) -> list[dict]:
-    """What to run; upstream knows no mode "lighthouse" and no offloading."""
+    """What to run; upstream knows no mode "lighthouse"."""
     from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 
     line = ["--job.config_file", str(options.config), *options.trainer]
@@ -356,7 +355,7 @@ def cases_of(options: argparse.Namespace) -> list[dict]:
     cases = []
     for stage in options.stages:
         for mode in options.modes:
-            if stage == "upstream" and (mode.startswith("lighthouse") or "+" in mode):
+            if stage == "upstream" and mode.startswith("lighthouse"):
                 print(f"upstream has no mode {mode}: left out")
                 continue
             for length in lengths[:1] if options.find_longest else lengths:

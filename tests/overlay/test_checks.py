@@ -6,7 +6,7 @@ import pytest
 from launch import SMALL, Run, arguments
 
 from torchtitan.models.llama3_lighthouse import flavors
-from torchtitan.models.llama3_lighthouse.checks import check_config, check_device
+from torchtitan.models.llama3_lighthouse.checks import check_config
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.train import stage_at
 
@@ -152,18 +152,6 @@ def test_stage_rule() -> None:
     assert stage_at(1, "auto", 0) == "dense"
     assert stage_at(99, "lighthouse", 2) == "lighthouse"
     assert stage_at(1, "dense", 2) == "dense"
-
-
-def test_offloading_needs_a_device_and_whole_inputs(tmp_path: Path) -> None:
-    offload = {"activation_checkpoint.offload_inputs": True}
-    check(tmp_path, **offload)
-    with pytest.raises(ValueError, match="offload_inputs.*tensor_parallel_degree = 2"):
-        check(tmp_path, **offload, **{"parallelism.tensor_parallel_degree": 2})
-    line = arguments({"job.dump_folder": tmp_path / "dump", **SMALL, **offload})
-    config = LighthouseConfigManager().parse_args(line)
-    check_device(config, "cuda")
-    with pytest.raises(ValueError, match="is on 'cpu'.*no-offload_inputs"):
-        check_device(config, "cpu")
 
 
 def test_replicas_without_sharding_are_refused(tmp_path: Path) -> None:

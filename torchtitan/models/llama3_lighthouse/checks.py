@@ -32,7 +32,6 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
     _check_parallelism(config, flavors[config.model.flavor].n_layers)
     _check_compile(config)
-    _check_activation_checkpoint(config)
     _check_lengths(config)
     _check_loss(config)
     _check_tokenizer(config)
@@ -175,34 +174,6 @@ def _check_loss(config: JobConfig) -> None:
             f"lighthouse.loss = 'chunked' with parallelism.tensor_parallel_degree = {degree}: "
             "tensor parallelism shards the vocabulary and computes the loss where the shards are; "
             "set lighthouse.loss to 'auto' or 'whole'"
-        )
-
-
-def _check_activation_checkpoint(config: JobConfig) -> None:
-    section = config.activation_checkpoint
-    for kind, reason in (
-        ("tensor", "which already splits layer inputs"),
-        ("pipeline", "which runs other microbatches between forward and backward of one"),
-    ):
-        key = f"{kind}_parallel_degree"
-        degree = getattr(config.parallelism, key)
-        if section.offload_inputs and degree > 1:
-            raise ValueError(
-                "activation_checkpoint.offload_inputs = true is not supported with "
-                f"parallelism.{key} = {degree}, {reason}; set one of them to false or 1"
-            )
-
-
-def check_device(config: JobConfig, device_type: str) -> None:
-    """Check what depends on the device that will train.
-
-    Raises:
-        ValueError: layer inputs are to be offloaded from a device that is the host itself.
-    """
-    if config.activation_checkpoint.offload_inputs and device_type != "cuda":
-        raise ValueError(
-            "activation_checkpoint.offload_inputs = true needs a CUDA device to offload from, and "
-            f"this run is on '{device_type}'; pass --activation_checkpoint.no-offload_inputs"
         )
 
 

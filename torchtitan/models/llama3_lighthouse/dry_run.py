@@ -18,7 +18,6 @@ from . import flavors
 from .checks import check_config, chunks_of_a_sequence
 from .datasets import global_batch_size, stream_count
 from .infra.activation_checkpoint import BEFORE_GATHERING, PRODUCTS
-from .infra.offload import COPIES_UNDER_WAY
 from .infra.parallelize import parallelize_lighthouse
 from .job_config import ActivationCheckpoint, JobConfig, LighthouseConfigManager
 from .linear_cross_entropy import tokens_per_chunk
@@ -97,8 +96,6 @@ def activation_bytes(
     dense, lighthouse = layer_elements(args, section, share)
     lighthouse_layers = args.n_layers - len(args.dense_layers) if stage == "lighthouse" else 0
     layers = (args.n_layers - lighthouse_layers) * dense + lighthouse_layers * lighthouse
-    if section.offload_inputs:
-        layers -= max(0, args.n_layers - COPIES_UNDER_WAY) * args.dim
     return tokens * layers * ACTIVATION_BYTES + head_bytes(args, tokens)
 
 
@@ -169,8 +166,6 @@ def _describe(config: JobConfig, world_size: int) -> str:
     for stage in flops:
         kept = activation_bytes(args, training.seq_len, tokens, config.activation_checkpoint, stage)
         memory[f"activations ({stage}, estimated)"] = kept / GIB
-    if config.activation_checkpoint.offload_inputs:
-        memory["on the host"] = args.n_layers * args.dim * tokens * ACTIVATION_BYTES / GIB
     lines = [
         f"{config.job.config_file}: {config.model.flavor}, {total:,} parameters, "
         f"{training.steps:,} steps",

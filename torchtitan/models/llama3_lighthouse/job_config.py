@@ -104,10 +104,6 @@ class ActivationCheckpoint(upstream.ActivationCheckpoint):
     """Linear layers of a block whose outputs mode "lighthouse" also keeps, for more memory and less
     to repeat. Lighthouse layers do without those of wq, wk and wv and never keep them."""
 
-    offload_inputs: bool = False
-    """Keep the inputs of layers in pinned host memory between forward and backward, copied while
-    other layers compute. With any mode; on GPUs alone."""
-
 
 @dataclass
 class Debug(upstream.Debug):
