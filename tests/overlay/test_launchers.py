@@ -1,6 +1,7 @@
 """What starts a run: the dry run and the Slurm script."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,13 +24,24 @@ def parse(tmp_path: Path, name: str, *line: str):
 
 def test_dry_run_of_the_papers_longest(tmp_path: Path) -> None:
     text = dry_run(parse(tmp_path, "paper_530m_1m_cp8"), 32)
-    assert "32 processes = 1 replicas x 4 FSDP x 8 context x 1 tensor parallel" in text
+    assert "32 processes = 1 replicas x 4 FSDP x 8 context x 1 tensor x 1 pipeline parallel" in text
     assert "4 sequences of 1,048,576 tokens, 4,194,304 tokens a step in 1 passes" in text
     with torch.device("meta"):
         total = sum(p.numel() for p in Transformer(flavors["530M"]).parameters())
     # Every one of them divides by 32.
     assert f"131,072 tokens a pass in 2 chunks, {total // 32:,} parameters" in text
     assert "S = 65,536 of 1,048,576 positions, 8,192 on each rank; 32 strata, 2 in each" in text
+
+
+def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
+    line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
+    text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)
+    assert "4 processes = 1 replicas x 2 FSDP x 1 context x 1 tensor x 2 pipeline parallel" in text
+    # Of two stages, the first has the embedding and half of the layers, in two shards.
+    whole, mine = (
+        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters\b", text)
+    )
+    assert 0.2 * whole < mine < 0.3 * whole
 
 
 def test_dry_run_of_one_process(tmp_path: Path) -> None:

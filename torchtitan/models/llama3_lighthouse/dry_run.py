@@ -19,8 +19,10 @@ from .checks import check_config, chunks_of_a_sequence
 from .datasets import global_batch_size, stream_count
 from .infra.activation_checkpoint import BEFORE_GATHERING, PRODUCTS
 from .infra.parallelize import parallelize_lighthouse
+from .infra.pipeline import pipeline_lighthouse
 from .job_config import ActivationCheckpoint, JobConfig, LighthouseConfigManager
 from .linear_cross_entropy import tokens_per_chunk
+from .loss import build_loss
 from .model import LighthouseModelArgs, LighthouseTransformer
 
 GIB = 2**30
@@ -111,6 +113,7 @@ def dry_run(config: JobConfig, world_size: int) -> str:
         section.data_parallel_replicate_degree
         * section.context_parallel_degree
         * section.tensor_parallel_degree
+        * section.pipeline_parallel_degree
     )
     if world_size % fixed or (
         section.data_parallel_shard_degree > 0
@@ -118,8 +121,9 @@ def dry_run(config: JobConfig, world_size: int) -> str:
     ):
         raise ValueError(
             f"NGPU x NNODES = {world_size} processes do not make up [parallelism]: "
-            f"data_parallel_replicate_degree x context_parallel_degree x tensor_parallel_degree = "
-            f"{fixed}, data_parallel_shard_degree = {section.data_parallel_shard_degree}"
+            "data_parallel_replicate_degree x context_parallel_degree x tensor_parallel_degree x "
+            f"pipeline_parallel_degree = {fixed}, data_parallel_shard_degree = "
+            f"{section.data_parallel_shard_degree}"
         )
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     dist_utils.init_fake_mode(world_size)
@@ -136,7 +140,7 @@ def _describe(config: JobConfig, world_size: int) -> str:
         dp_replicate=section.data_parallel_replicate_degree,
         cp=section.context_parallel_degree,
         tp=section.tensor_parallel_degree,
-        pp=1,
+        pp=section.pipeline_parallel_degree,
         ep=1,
         etp=1,
         world_size=world_size,
@@ -151,8 +155,14 @@ def _describe(config: JobConfig, world_size: int) -> str:
         stage: args.get_nparams_and_flops(model, training.seq_len, stage)[1]
         for stage in ("lighthouse", "dense")
     }
-    parallelize_lighthouse(model, dims, config)
-    mine = local_parameters(model)
+    if dims.pp_enabled:
+        _, parts, *_ = pipeline_lighthouse(
+            model, dims, config, torch.device("meta"), args, parallelize_lighthouse,
+            build_loss(config),
+        )  # fmt: skip
+    else:
+        parts = [parallelize_lighthouse(model, dims, config)]
+    mine = sum(local_parameters(part) for part in parts)
 
     data_parallel = dims.dp_replicate * dims.dp_shard
     streams = stream_count(config, data_parallel)
@@ -164,13 +174,16 @@ def _describe(config: JobConfig, world_size: int) -> str:
     strata = args.lighthouse.top_k // args.lighthouse.picks_per_stratum
     memory = {name: mine * size / GIB for name, size in OPTIMIZER_BYTES.items()}
     for stage in flops:
-        kept = activation_bytes(args, training.seq_len, tokens, config.activation_checkpoint, stage)
+        # A rank holds a share of the layers, for as many as all microbatches.
+        kept = activation_bytes(
+            args, training.seq_len, tokens // dims.pp, config.activation_checkpoint, stage
+        )
         memory[f"activations ({stage}, estimated)"] = kept / GIB
     lines = [
         f"{config.job.config_file}: {config.model.flavor}, {total:,} parameters, "
         f"{training.steps:,} steps",
         f"mesh          {world_size} processes = {dims.dp_replicate} replicas x {dims.dp_shard} "
-        f"FSDP x {dims.cp} context x {dims.tp} tensor parallel",
+        f"FSDP x {dims.cp} context x {dims.tp} tensor x {dims.pp} pipeline parallel",
         f"batch         {batch} sequences of {training.seq_len:,} tokens, "
         f"{batch * training.seq_len:,} tokens a step in {passes} passes; text dealt to {streams} "
         "streams",
