@@ -29,15 +29,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from measuring import environment, relative_error
+from run_ablations import command_line
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, select
 from lighthouse.attention import lighthouse_attention
+from lighthouse.scoring import SDPA_BACKENDS
 
 PER_GPU = 98304
 LINE = re.compile(
@@ -76,10 +78,6 @@ def time_in_turns(variants: dict[str, Callable[[], object]], turns: int) -> dict
     medians = torch.tensor([statistics.median(times) for times in durations.values()]).cuda()
     dist.all_reduce(medians, op=dist.ReduceOp.MAX)
     return dict(zip(durations, medians.tolist(), strict=True))
-
-
-def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((value.double() - exact).norm() / exact.norm()).item()
 
 
 def with_gradients(function: Callable, rows: list[torch.Tensor], grad: torch.Tensor) -> list:
@@ -122,7 +120,6 @@ def layer(output: Path) -> None:
     from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
     from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
-    from torchtitan.models.llama3_lighthouse.infra.parallelize import SDPA_BACKENDS
     from torchtitan.models.llama3_lighthouse.job_config import Parallelism
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -224,12 +221,7 @@ class Job:
         command += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
         command += ["-m", "torchtitan.models.llama3_lighthouse.train"]
         command += ["--job.config_file", config, "--job.dump_folder", str(folder)]
-        for key, value in settings.items():
-            section, _, name = key.rpartition(".")
-            if isinstance(value, bool):
-                command.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
-            else:
-                command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        command += command_line(settings)
         command += ["--metrics.log_freq", "1", "--metrics.disable_color_printing"]
         folder.mkdir(parents=True, exist_ok=True)
         self.log_file = folder / "log.txt"
@@ -437,15 +429,11 @@ def main() -> None:
     gpus = list(range(count))
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{arguments.name}.json"
-    git = ["git", "rev-parse", "--short", "HEAD"]
     run = {
         **(json.loads(path.read_text()) if path.exists() else {}),
+        **environment(arguments.revision),
         "GPUs": count,
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
-        "revision": arguments.revision or subprocess.check_output(git, text=True).strip(),
-        "date": date.today().isoformat(),
     }
     configs = Path(__file__).parents[1] / "train_configs"
     small, large = str(configs / "debug_cpu.toml"), str(configs / "270m_98k.toml")

@@ -15,16 +15,13 @@ of whole logits. Prints tables; writes them and a JSON record to the output fold
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_attention import forward_and_backward, measure, relative_error
+from measuring import environment, forward_and_backward, measure, relative_error
 from torch.nn import functional
 from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.llama3 import Transformer
@@ -261,19 +258,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("scripts/benchmark_parts.py needs a CUDA device and found none")
 
-    import triton
-
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    run = {
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "revision": arguments.revision or subprocess.check_output(git, text=True).strip(),
-        "date": date.today().isoformat(),
-        "rotary": [],
-        "loss": [],
-    }
+    run = {**environment(arguments.revision), "rotary": [], "loss": []}
     arguments.output.mkdir(parents=True, exist_ok=True)
     record = arguments.output / f"{arguments.name}.json"
     for vocabulary in arguments.vocabulary:

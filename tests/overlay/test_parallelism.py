@@ -56,6 +56,7 @@ SLOW_COMPOSITIONS = {
         **PP2, "parallelism.pipeline_parallel_schedule": "Interleaved1F1B",
         "activation_checkpoint.mode": "selective",
     }),
+    "pp2-gpipe": (2, {**PP2, "parallelism.pipeline_parallel_schedule": "GPipe"}),
     "pp2-compile": (2, {**PP2, "compile.enable": True}),
     "pp2-cp2": (4, {**PP2, **CP2}),
     "pp2-tp2-full": (4, {**PP2, **TP2, "activation_checkpoint.mode": "full"}),

@@ -5,7 +5,6 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.attention import SDPBackend
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -13,6 +12,7 @@ from torchtitan.models.llama3.infra import parallelize as upstream
 from torchtitan.tools.utils import device_type
 
 from lighthouse.implementation import kernels
+from lighthouse.scoring import SDPA_BACKENDS
 
 from ..job_config import JobConfig
 from ..loss import FactoredOutput
@@ -24,14 +24,6 @@ from .cpu import use_sum_reductions
 # block, each in training and in validation; dynamo's limit of 8 leaves no room beside them.
 RECOMPILE_LIMIT = 32
 
-# Linear in the sequence length, every one. Upstream also lists MATH, which holds N x N scores, is
-# what float32 on a GPU falls back to without a word, and fails under context parallelism.
-SDPA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
-
 
 def parallelize_lighthouse(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
@@ -39,6 +31,8 @@ def parallelize_lighthouse(
     """Apply TP, CP, activation checkpointing, compile and FSDP or DDP to ``model``, in order."""
     for module in model.modules():
         if isinstance(module, ScaledDotProductAttentionWrapper):
+            # Upstream also lists MATH, to which float32 on a GPU falls back without a word, and
+            # which fails under context parallelism.
             module.sdpa_backends = SDPA_BACKENDS
     # Selective checkpointing keeps attention outputs on the CPU as it does on GPUs, and selections.
     upstream._op_sac_save_list |= {
