@@ -1,17 +1,46 @@
 """Checkpointing that loses nothing: upstream's manager with its gaps closed."""
 
+import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.checkpoint import DATALOADER, MODEL, CheckpointManager
+from torchtitan.components.checkpoint import DATALOADER, MODEL, TRAIN_STATE, CheckpointManager
 from torchtitan.tools.logging import logger
 
 from .datasets import check_dataloader_state
+
+RECORD_FILE = "lighthouse.json"
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What a checkpoint's folder says about the run that wrote it, for people and for scripts."""
+
+    step: int
+    last_lighthouse_step: int | None
+    """0: no step of the run was Lighthouse's; None: not known, as an earlier part of the run, by
+    another trainer, left no record."""
+    config: dict[str, Any]
+    """The whole configuration, by section."""
+
+    @property
+    def dense_steps(self) -> int | None:
+        """Dense steps since the last Lighthouse step, or since the run began."""
+        return None if self.last_lighthouse_step is None else self.step - self.last_lighthouse_step
+
+
+def read_record(path: str | Path) -> CheckpointRecord | None:
+    """The record in a step-N folder; None if it has none, as of torchtitan's own trainer."""
+    file = Path(path, RECORD_FILE)
+    return CheckpointRecord(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
@@ -28,18 +57,45 @@ def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
     return dict(sorted(found.items()))
 
 
+def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
+    """Check that a checkpoint holds every tensor of a model's state dict, in its shape.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, tensor in model_state.items():
+        entry = stored.get(name)
+        shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        if shape != tuple(tensor.shape):
+            held = f"has shape {shape}" if shape else "is missing"
+            raise ValueError(
+                f"checkpoint {path} is of another model: its '{name}' {held}, this run's has "
+                f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
+                "pass another checkpoint folder"
+            )
+
+
 class LighthouseCheckpointManager(CheckpointManager):
     """Refuses to overwrite a checkpoint, to load one that does not fit, or to forget the data.
 
-    ``on_saved`` is called with the seconds that each save held up training.
+    Every checkpoint gets a ``CheckpointRecord``, for which the trainer sets ``config`` and keeps
+    ``last_lighthouse_step`` up to date. ``on_saved`` is called with the seconds that each save held
+    up training.
     """
 
     on_saved: Callable[[float], None] | None = None
+    config: dict[str, Any]
+    last_lighthouse_step: int | None = 0
 
     def load(self, step: int = -1) -> bool:
-        if self.enable:
-            self._check_before_load(step)
-        return super().load(step)
+        path = self._check_before_load(step) if self.enable else None
+        loaded = super().load(step)
+        continues = loaded and self.states[TRAIN_STATE].step > 0
+        if continues:
+            record = read_record(path)
+            self.last_lighthouse_step = record.last_lighthouse_step if record else None
+        return loaded
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         if not self._should_save(curr_step, last_step):
@@ -51,20 +107,32 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"{path} already holds a complete checkpoint and is not overwritten; "
                 "pass --checkpoint.folder NAME for a new one, or move the old one away"
             )
+        if dist.get_rank() == 0:
+            # First, so that no complete checkpoint is without it.
+            self._write_record(curr_step)
         super().save(curr_step, last_step)
         if self.on_saved:
             self.on_saved(time.monotonic() - start)
 
-    def _check_before_load(self, step: int) -> None:
+    def _write_record(self, step: int) -> None:
+        record = CheckpointRecord(step, self.last_lighthouse_step, self.config)
+        path = Path(self._create_checkpoint_id(step), RECORD_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(record), indent=1) + "\n")
+
+    def _check_before_load(self, step: int) -> Path | None:
+        """The checkpoint that ``load`` will read, None if there is none or it is in HF's format."""
         existing = checkpoints_in(self.folder)
         complete = [number for number, (_, whole) in existing.items() if whole]
         for path in (path for path, whole in existing.values() if not whole):
             logger.warning(f"{path} is incomplete (its save was cut off) and is left out.")
 
         if not Path(self.folder).exists():
-            if self.initial_load_path and not self.initial_load_in_hf:
-                self._check_fits(Path(self.initial_load_path), self.initial_load_model_only)
-            return
+            if not self.initial_load_path or self.initial_load_in_hf:
+                return None
+            path = Path(self.initial_load_path)
+            self._check_fits(path, self.initial_load_model_only)
+            return path
         if not complete:
             if self.initial_load_path:
                 raise ValueError(
@@ -72,7 +140,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                     "checkpoint.initial_load_path is only read when there is no such folder; "
                     f"remove {self.folder} to start from {self.initial_load_path}"
                 )
-            return
+            return None
         if step == -1:
             step = complete[-1]
         if step not in complete:
@@ -87,7 +155,9 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"--checkpoint.folder NEW --checkpoint.initial_load_path {existing[step][0]} "
                 "--checkpoint.no-initial_load_model_only"
             )
-        self._check_fits(existing[step][0], model_only=step == 0)
+        path = existing[step][0]
+        self._check_fits(path, model_only=step == 0)
+        return path
 
     def _check_fits(self, path: Path, model_only: bool) -> None:
         """Compare the checkpoint's tensors with the model's, and its data state with the loader."""
@@ -96,17 +166,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"{path} is not a complete checkpoint (it has no .metadata file); "
                 "pass the path of a step-N folder"
             )
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
-        for name, tensor in self.states[MODEL].state_dict().items():
-            entry = stored.get(name)
-            shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-            if shape != tuple(tensor.shape):
-                held = f"has shape {shape}" if shape else "is missing"
-                raise ValueError(
-                    f"checkpoint {path} is of another model: its '{name}' {held}, this run's has "
-                    f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
-                    "pass another --checkpoint.folder"
-                )
+        check_shapes(path, self.states[MODEL].state_dict())
         if not model_only and DATALOADER not in self.exclude_from_loading:
             check_dataloader_state(path, self.states[DATALOADER].stream_count)
 

@@ -24,18 +24,27 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
         ValueError, TypeError: a value breaks a rule; the message names key, value and fix.
         OSError: job.dump_folder cannot be written to.
     """
+    check_model(config, flavors)
+    _check_parallelism(config, flavors[config.model.flavor].n_layers)
+    _check_compile(config)
+    _check_loss(config)
+    _check_dump_folder(config)
+
+
+def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
+    """Of ``check_config``, what concerns the model and its input, trained or not.
+
+    Raises:
+        ValueError, TypeError: as ``check_config``.
+    """
     if config.model.flavor not in flavors:
         raise ValueError(
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
     _check_stages(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
-    _check_parallelism(config, flavors[config.model.flavor].n_layers)
-    _check_compile(config)
     _check_lengths(config)
-    _check_loss(config)
     _check_tokenizer(config)
-    _check_dump_folder(config)
 
 
 def _check_stages(config: JobConfig) -> None:

@@ -58,6 +58,7 @@ class LighthouseTrainer(upstream.Trainer):
         ):
             super().__init__(job_config)
         self.checkpointer.on_saved = self.metrics_processor.exclude_from_throughput
+        self.checkpointer.config = job_config.to_dict()
 
         vocabulary = self.tokenizer.get_vocab_size()
         if vocabulary > self.model_args.vocab_size:
@@ -109,6 +110,8 @@ class LighthouseTrainer(upstream.Trainer):
                 gradient norm is not finite.
         """
         self.set_stage(self.step)
+        if self.stage == "lighthouse":
+            self.checkpointer.last_lighthouse_step = self.step
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         every = self.job_config.lighthouse.log_selection_every
         if not every or self.step % every or self.stage != "lighthouse":
