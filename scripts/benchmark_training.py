@@ -14,7 +14,8 @@ and modes of activation checkpointing
     none | full | selective[:OPTION] | lighthouse[:PRODUCT,...]
 
 OPTION is activation_checkpoint.selective_ac_option (default op), PRODUCT one of keep_products.
-Arguments that are not known here go to the trainer. Writes NAME.md, NAME.json and NAME.png.
+Arguments that are not known here go to the trainer. Writes NAME.md, NAME.json and, with --plot,
+NAME.png, with --profile what the GPU did in a step, NAME_profile.md.
 
     python scripts/benchmark_training.py train_configs/270m_98k.toml \\
         --stages lighthouse dense upstream --modes selective lighthouse:wo,w1,w3 \\
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -38,6 +40,7 @@ STAGES = ("lighthouse", "dense", "upstream")
 MODES = ("none", "full", "selective", "lighthouse")
 OUT_OF_MEMORY = "out of memory"
 GIB = 2**30
+LISTED_KERNELS, LISTED_GAPS = 40, 8
 
 
 def mode_arguments(mode: str) -> list[str]:
@@ -61,7 +64,7 @@ def mode_arguments(mode: str) -> list[str]:
 
 def case_arguments(options: argparse.Namespace, case: dict, folder: str) -> list[str]:
     """The trainer's whole command line for one case."""
-    steps = options.warm_up + options.steps
+    steps = options.warm_up + options.steps + options.profile
     line = [
         "--job.config_file", str(options.config), "--job.dump_folder", folder,
         "--training.dataset", "python_stdlib", "--training.global_batch_size", "-1",
@@ -76,8 +79,37 @@ def case_arguments(options: argparse.Namespace, case: dict, folder: str) -> list
     return line
 
 
-def run_case(stage: str, warm_up: int, result_file: str, line: list[str]) -> None:
-    """Train one case in this process and write what it took."""
+def kernels_of(profile) -> dict:
+    """What ran on the GPU in a profile: its kernels by name, the longest first, and for how long.
+
+    "busy ms" is the time in which at least one kernel or copy ran, "gaps" the longest times in
+    which none did, between which two.
+    """
+    from torch.autograd import DeviceType
+
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    kernels: dict[str, list[float]] = {}
+    busy, reached, before = 0.0, events[0].time_range.start if events else 0.0, ""
+    gaps = []
+    for event in events:
+        start, end = event.time_range.start, event.time_range.end
+        kernels.setdefault(event.name, []).append((end - start) / 1e3)
+        busy += max(0.0, end - max(start, reached)) / 1e3
+        if start > reached:
+            gaps.append({"ms": (start - reached) / 1e3, "after": before, "before": event.name})
+        if end > reached:
+            reached, before = end, event.name
+    rows = [{"name": name, "count": len(ms), "ms": sum(ms)} for name, ms in kernels.items()]
+    return {
+        "busy ms": busy,
+        "kernels": sorted(rows, key=lambda row: -row["ms"]),
+        "gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:LISTED_GAPS],
+    }
+
+
+def run_case(stage: str, warm_up: int, profile: bool, result_file: str, line: list[str]) -> None:
+    """Train one case in this process and write what it took; ``profile`` its last step."""
     import torch
 
     from torchtitan.models.llama3_lighthouse import baseline, flavors
@@ -110,10 +142,15 @@ def run_case(stage: str, warm_up: int, result_file: str, line: list[str]) -> Non
                 log(step, average_loss, maximum_loss, grad_norm, extra_metrics)
 
             self.metrics_processor.log = watched
-            super().train_step(data_iterator)
+            profiled = profile and self.step == config.training.steps
+            with torch.profiler.profile() if profiled else nullcontext() as recorded:
+                super().train_step(data_iterator)
+                utils.device_module.synchronize()
             self.metrics_processor.log = log
-            utils.device_module.synchronize()
-            ends.append(time.perf_counter())
+            if profiled:
+                result["profile"] = kernels_of(recorded)
+            else:
+                ends.append(time.perf_counter())
 
     result = {}
     try:
@@ -159,8 +196,9 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
             **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])},
         }
         probe.close()
-        command = [sys.executable, __file__, "--run-case", case["stage"], str(options.warm_up),
-                   str(result_file), *case_arguments(options, case, folder)]  # fmt: skip
+        command = [sys.executable, __file__, "--run-case", case["stage"], str(options.warm_up)]
+        command += [str(int(options.profile)), str(result_file)]
+        command += case_arguments(options, case, folder)
         with log_file.open("w") as log:
             try:
                 subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT,
@@ -283,6 +321,34 @@ def table(run: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile_table(run: dict) -> str:
+    """What the GPU did in one step of every case that was profiled."""
+    lines = [f"One step each on one {run['device']}, {run['date']}, revision {run['revision']}."]
+    for record in run["records"]:
+        if "profile" not in record:
+            continue
+        profile, step = record["profile"], record["s a step"] * 1e3
+        lines += [
+            "",
+            f"## {record['stage']}, {record['mode']}, {record['N']:,} tokens",
+            "",
+            f"{profile['busy ms']:.0f} ms busy, of {step:.0f} ms that a step takes unprofiled.",
+            "",
+            "| kernel | launches | ms | share of the step |",
+            "|---|---|---|---|",
+        ]
+        for row in profile["kernels"][:LISTED_KERNELS]:
+            name = row["name"].replace("|", "/")[:120]
+            lines.append(
+                f"| `{name}` | {row['count']} | {row['ms']:.1f} | {row['ms'] / step:.1%} |"
+            )
+        lines += ["", "Longest gaps:", ""]
+        for gap in profile["gaps"]:
+            names = (gap[key].replace("|", "/")[:60] for key in ("after", "before"))
+            lines.append("- {:.1f} ms between `{}` and `{}`".format(gap["ms"], *names))
+    return "\n".join(lines) + "\n"
+
+
 def plot(run: dict, path: Path) -> None:
     """Tokens/s and memory over the length, one line for each stage and mode."""
     import matplotlib.pyplot as plt
@@ -311,6 +377,8 @@ def write(run: dict, options: argparse.Namespace) -> None:
     stem = options.output / options.name
     stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
     stem.with_suffix(".md").write_text(table(run))
+    if options.profile:
+        stem.with_name(f"{options.name}_profile.md").write_text(profile_table(run))
     if options.plot:
         plot(run, stem.with_suffix(".png"))
 
@@ -332,6 +400,8 @@ def parse(line: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--name", default="training", help="stem of the files written")
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--profile", action="store_true",
+                        help="take one more step of each case, profiled")  # fmt: skip
     parser.add_argument("--revision", help="git revision to record; default: as git says")
     options, options.trainer = parser.parse_known_args(line)
     if options.warm_up < 1:
@@ -366,7 +436,8 @@ def cases_of(options: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--run-case"]:
-        run_case(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:])
+        stage, warm_up, profile, result_file, *line = sys.argv[2:]
+        run_case(stage, int(warm_up), bool(int(profile)), result_file, line)
     options = parse(sys.argv[1:])
     import torch
     import triton
