@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from .config import LighthouseConfig
-from .context_parallel import ONE_DEVICE, ContextParallel, seam_rows
+from .context_parallel import ONE_DEVICE, ContextParallel
 from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
+from .reach import seam_rows
 from .scatter import scatter_back
 from .selection import Selection, checked_selection, chunked, select
 
@@ -82,6 +83,8 @@ def _gather_with_kernels(
     geometry: PyramidGeometry,
 ) -> tuple[Selection, list[torch.Tensor]]:
     """Select and gather; the read that pools the coarsest level also takes the "norm" scores."""
+    if selection is None and geometry.config.entry_score != "max":
+        selection = select(q, k, v, geometry.config, impl="torch")
     with_norms = selection is None and geometry.config.scorer == "norm"
     coarsest_q, a = kernels.pool_coarsest(q, geometry, with_norms)
     coarsest_k, b = kernels.pool_coarsest(k, geometry, with_norms)

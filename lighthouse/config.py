@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 
 SCORERS = ("norm", "dilated", "gla")
+ENTRY_SCORES = ("max", "first")
+COMBINATIONS = ("sum", "finest")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,13 @@ class LighthouseConfig:
         picks_per_stratum: entries m picked in each of the k / m strata of the sequence; even,
             since half of them are the best queries and half the best keys.
         dilation: stride of the "dilated" and "gla" scorers.
+        entry_score: how an entry scores by the positions it covers. "max", the paper's: by the
+            largest score among them. It tells the first of them something of the later ones, as
+            outputs at the first depend on whether the entry was picked. "first": by the score of
+            the first, which tells nobody anything new.
+        combine: what a position is given that outputs of several levels reach. "sum", the paper's:
+            their sum. "finest": that of the finest level among them, as dense attention would give
+            it one output.
 
     Raises:
         TypeError: a value is not of its type.
@@ -29,6 +38,8 @@ class LighthouseConfig:
     scorer: str = "norm"
     picks_per_stratum: int = 128
     dilation: int = 4
+    entry_score: str = "max"
+    combine: str = "sum"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,6 +75,15 @@ class LighthouseConfig:
         if self.scorer not in SCORERS:
             raise ValueError(
                 f"scorer must be one of {', '.join(SCORERS)}, got scorer = {self.scorer!r}"
+            )
+        if self.entry_score not in ENTRY_SCORES:
+            raise ValueError(
+                f"entry_score must be one of {', '.join(ENTRY_SCORES)}, got entry_score = "
+                f"{self.entry_score!r}"
+            )
+        if self.combine not in COMBINATIONS:
+            raise ValueError(
+                f"combine must be one of {', '.join(COMBINATIONS)}, got combine = {self.combine!r}"
             )
         if self.dilation < 1:
             raise ValueError(f"dilation must be at least 1, got dilation = {self.dilation}")

@@ -16,7 +16,6 @@ import torch
 from torch.distributed import _functional_collectives as collectives
 
 from .config import LighthouseConfig
-from .geometry import PyramidGeometry
 
 
 def check_chunks(config: LighthouseConfig, sequence_length: int, chunks: int) -> None:
@@ -140,37 +139,3 @@ class ContextParallel:
 
 
 ONE_DEVICE = ContextParallel(None, 0, 1)
-
-
-def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry) -> torch.Tensor:
-    """Outputs of the entries that end with a chunk, at levels 1 to L - 1; zero if not included.
-
-    With such an entry its parent is included, which ends there too. They are therefore the last
-    places of the gathered sequence, in the order of their levels.
-
-    Args:
-        rows: attention outputs, [B, H, S, D].
-        slot: of the selection, int32 [B, Hkv, pyramid length].
-
-    Returns:
-        [B, H, L - 1, D].
-    """
-    ends = [geometry.offsets[level] + geometry.lengths[level] - 1
-            for level in range(1, geometry.config.levels)]  # fmt: skip
-    absent = torch.stack([slot[..., end] < 0 for end in ends], dim=-1)
-    absent = absent.repeat_interleave(rows.shape[1] // slot.shape[1], dim=1)
-    return rows[:, :, -len(ends) :].masked_fill(absent.unsqueeze(-1), 0)
-
-
-def seam_gradient(grad: torch.Tensor, p: int, levels: int) -> torch.Tensor:
-    """Gradient of the seam rows that reached a chunk: row l reached its first p^l - 1 positions.
-
-    Args:
-        grad: of the scattered outputs, [B, H, C, D].
-
-    Returns:
-        [B, H, L - 1, D].
-    """
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    sums = [grad[:, :, : p**level - 1].sum(dim=2, dtype=dtype) for level in range(1, levels)]
-    return torch.stack(sums, dim=2).to(grad.dtype)

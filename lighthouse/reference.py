@@ -108,7 +108,8 @@ def _included(geometry: PyramidGeometry, a: list[float], b: list[float]) -> set[
             for scores in (a, b):
                 rest = [i for i in candidates if i not in picks]
                 # Python's sort is stable: of equal scores the lower entry stays first.
-                rest.sort(key=lambda i: max(scores[i * span : (i + 1) * span]), reverse=True)  # noqa: B023
+                counted = span if geometry.config.entry_score == "max" else 1
+                rest.sort(key=lambda i: max(scores[i * span : i * span + counted]), reverse=True)  # noqa: B023
                 picks += rest[: m // 2]
             candidates = sorted(i * p + child for i in picks for child in range(p))
             included |= {(level - 1, i) for i in candidates}
@@ -156,11 +157,16 @@ def _causal_attention(
 def _scatter_back(
     geometry: PyramidGeometry, entries: list[Entry], out: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of every entry's output [S, D] over the span of positions from its end on, [N, D]."""
-    reaching: list[list[torch.Tensor]] = [[] for _ in range(geometry.sequence_length)]
+    """Every entry's output [S, D] over the span of positions from its end on, [N, D].
+
+    Where several levels meet: their sum, or what the lowest of them gives.
+    """
+    reaching: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(geometry.sequence_length)]
     for entry, row in zip(entries, out, strict=True):
         end = _end(geometry, entry)
         for position in range(end, min(end + geometry.spans[entry[0]], len(reaching))):
-            reaching[position].append(row)
+            reaching[position].append((entry[0], row))
+    if geometry.config.combine == "finest":
+        reaching = [sorted(rows, key=lambda pair: pair[0])[:1] for rows in reaching]
     zero = torch.zeros_like(out[0])
-    return torch.stack([sum(rows, zero) for rows in reaching])
+    return torch.stack([sum((row for _, row in rows), zero) for rows in reaching])

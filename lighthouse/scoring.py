@@ -58,10 +58,17 @@ def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGe
     scores = []
     for norms in position_norms(q, k, v, geometry.config):
         levels = [norms.unflatten(1, (k.shape[1], -1)).amax(dim=2)]
-        for length in geometry.lengths[1:]:
-            levels.append(levels[-1].unflatten(-1, (length, -1)).amax(dim=-1))
+        for span in geometry.spans[1:]:
+            levels.append(_entry_scores(levels[0], span, geometry.config.entry_score))
         scores.append(levels)
     return list(zip(*scores, strict=True))
+
+
+def _entry_scores(scores: torch.Tensor, span: int, entry_score: str) -> torch.Tensor:
+    """Scores of the entries over ``span`` positions each, from those of positions [B, Hkv, N]."""
+    if entry_score == "first":
+        return scores[..., ::span]
+    return scores.unflatten(-1, (-1, span)).amax(dim=-1)
 
 
 def position_norms(

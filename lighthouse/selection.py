@@ -70,13 +70,17 @@ def _select(
     scorer: str,
     picks_per_stratum: int,
     dilation: int,
+    entry_score: str,
+    combine: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``select`` as one operation that a compiler neither fuses nor repeats.
 
     Fused into other code, scores may round differently in forward and in a recomputation for
     backward; backward would then go through another selection than forward did.
     """
-    config = LighthouseConfig(levels, pooling_factor, top_k, scorer, picks_per_stratum, dilation)
+    config = LighthouseConfig(
+        levels, pooling_factor, top_k, scorer, picks_per_stratum, dilation, entry_score, combine
+    )
     geometry = PyramidGeometry(config, q.shape[2])
     index, slot = place(included_entries(score(q, k, v, geometry), geometry), geometry)
     return index, slot

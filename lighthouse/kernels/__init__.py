@@ -15,8 +15,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
-from ..context_parallel import seam_gradient
+from ..config import LighthouseConfig
 from ..geometry import PyramidGeometry
+from ..reach import seam_gradient
 from . import gather as _gather
 from . import pooling as _pooling
 from . import scoring as _scoring
@@ -45,21 +46,21 @@ def _define(schema: str, function, fake) -> None:
     torch.library.register_fake(f"lighthouse::{name}", fake, lib=_library)
 
 
-def _fake_pool(rows, p, span, shift, scale, with_norms):
+def _fake_pool(rows, slot, p, levels, shift, scale, scored):
     batch, heads, length, d = rows.shape
-    norms = (batch, heads, length // p) if with_norms else (0,)
+    norms = (batch, heads, length // p) if scored else (0,)
     return (
-        rows.new_empty((batch, heads, length // span, d)),
+        rows.new_empty((batch, heads, length // p ** (levels - 1), d)),
         rows.new_empty(norms, dtype=torch.float32),
     )
 
 
-def _fake_score(q, k, v, scorer, dilation, p):
+def _fake_score(q, k, v, scorer, dilation, p, scored):
     a, b = ((*rows.shape[:2], rows.shape[2] // p) for rows in (q, k))
     return q.new_empty(a, dtype=torch.float32), q.new_empty(b, dtype=torch.float32)
 
 
-def _fake_select(a, b, levels, p, m, strata):
+def _fake_select(a, b, levels, p, m, strata, by_first):
     lengths = [b.shape[2] * p // p**level for level in range(levels)]
     gathered = lengths[-1] + (levels - 1) * p * m * strata
     return (
@@ -68,41 +69,43 @@ def _fake_select(a, b, levels, p, m, strata):
     )
 
 
-def _fake_gather(rows, coarsest_rows, index, p, levels, collect):
+def _fake_gather(rows, coarsest_rows, index, slot, p, levels, collect):
     batch, heads, _, d = rows.shape
     return rows.new_empty((batch, heads, index.shape[2], d))
 
 
-def _fake_spread(gathered, slot, seam, length, p, levels, scatter):
+def _fake_spread(gathered, slot, seam, length, p, levels, scatter, finest):
     return sequence_first(gathered, length)
 
 
 _define(
-    "pool(Tensor rows, int p, int span, SymInt shift, float scale, bool with_norms)"
+    "pool(Tensor rows, Tensor? slot, int p, int levels, SymInt shift, float scale, int scored)"
     " -> (Tensor, Tensor)",
     _pooling.pool,
     _fake_pool,
 )
 _define(
-    "score(Tensor q, Tensor k, Tensor v, str scorer, int dilation, int p) -> (Tensor, Tensor)",
+    "score(Tensor q, Tensor k, Tensor v, str scorer, int dilation, int p, int scored)"
+    " -> (Tensor, Tensor)",
     _scoring.score,
     _fake_score,
 )
 _define(
-    "select_from_norms(Tensor a, Tensor b, int levels, int p, int m, int strata)"
+    "select_from_norms(Tensor a, Tensor b, int levels, int p, int m, int strata, bool by_first)"
     " -> (Tensor, Tensor)",
     _selection.select_from_norms,
     _fake_select,
 )
 _define(
-    "gather(Tensor rows, Tensor coarsest_rows, Tensor index, int p, int levels, bool collect)"
+    "gather(Tensor rows, Tensor coarsest_rows, Tensor index, Tensor? slot, int p, int levels,"
+    " bool collect)"
     " -> Tensor",
     _gather.gather,
     _fake_gather,
 )
 _define(
     "spread(Tensor gathered, Tensor slot, Tensor? seam, SymInt length, int p, int levels,"
-    " bool scatter) -> Tensor",
+    " bool scatter, bool finest) -> Tensor",
     _gather.spread,
     _fake_spread,
 )
@@ -134,33 +137,34 @@ class _PoolGather(torch.autograd.Function):
     def forward(ctx, rows, coarsest_rows, index, slot, p, levels):
         ctx.save_for_backward(slot)
         ctx.constants = rows.shape[2], p, levels
-        return _ops.gather(rows, coarsest_rows, index, p, levels, False)
+        return _ops.gather(rows, coarsest_rows, index, None, p, levels, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         # The coarsest rows are made of the others: all of their gradient arrives with those.
         (slot,) = ctx.saved_tensors
-        return _ops.spread(grad, slot, None, *ctx.constants, False), None, None, None, None, None
+        grad_rows = _ops.spread(grad, slot, None, *ctx.constants, False, False)
+        return grad_rows, None, None, None, None, None
 
 
 class _ScatterBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, seam, index, slot, length, p, levels):
-        ctx.save_for_backward(index)
-        ctx.constants = p, levels
-        return _ops.spread(rows, slot, seam, length, p, levels, True)
+    def forward(ctx, rows, seam, index, slot, length, p, levels, finest):
+        ctx.save_for_backward(index, slot)
+        ctx.constants = p, levels, finest
+        return _ops.spread(rows, slot, seam, length, p, levels, True, finest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        p, levels = ctx.constants
-        span = p ** (levels - 1)
-        coarsest, _ = _ops.pool(grad, p, span, span - 1, 1.0, False)
-        seam = seam_gradient(grad, p, levels) if ctx.needs_input_grad[1] else None
-        rows = _ops.gather(grad, coarsest, index, p, levels, True)
-        return rows, seam, None, None, None, None, None
+        index, slot = ctx.saved_tensors
+        p, levels, finest = ctx.constants
+        uncovered = slot if finest else None
+        coarsest, _ = _ops.pool(grad, uncovered, p, levels, p ** (levels - 1) - 1, 1.0, 0)
+        seam = seam_gradient(grad, slot, p, levels, finest) if ctx.needs_input_grad[1] else None
+        rows = _ops.gather(grad, coarsest, index, uncovered, p, levels, True)
+        return rows, seam, None, None, None, None, None, None
 
 
 def pool_coarsest(
@@ -174,8 +178,14 @@ def pool_coarsest(
     Returns:
         [B, H, nc, D] and float32 [B, H, n1]; the latter empty if not asked for.
     """
-    span = geometry.spans[-1]
-    return _ops.pool(rows.detach(), geometry.config.pooling_factor, span, 0, 1.0 / span, with_norms)
+    config, scale = geometry.config, 1.0 / geometry.spans[-1]
+    scored = _scored_rows(config) if with_norms else 0
+    return _ops.pool(rows.detach(), None, config.pooling_factor, config.levels, 0, scale, scored)
+
+
+def _scored_rows(config: LighthouseConfig) -> int:
+    """Positions, of those under an entry of level 1, that it is scored by."""
+    return config.pooling_factor if config.entry_score == "max" else 1
 
 
 def score(
@@ -194,7 +204,9 @@ def score(
     if config.scorer == "norm":
         return tuple(pool_coarsest(rows, geometry, with_norms=True)[1] for rows in (q, k))
     rows = (x.detach() for x in (q, k, v))
-    return _ops.score(*rows, config.scorer, config.dilation, config.pooling_factor)
+    return _ops.score(
+        *rows, config.scorer, config.dilation, config.pooling_factor, _scored_rows(config)
+    )
 
 
 def select_from_norms(
@@ -203,7 +215,13 @@ def select_from_norms(
     """Index and slot by level-1 scores, float32 [B, Hq, n1] by query and [B, Hkv, n1] by key."""
     config = geometry.config
     return _ops.select_from_norms(
-        a, b, config.levels, config.pooling_factor, config.picks_per_stratum, geometry.strata
+        a,
+        b,
+        config.levels,
+        config.pooling_factor,
+        config.picks_per_stratum,
+        geometry.strata,
+        config.entry_score == "first",
     )
 
 
@@ -229,5 +247,11 @@ def scatter_back(
     if seam is not None:
         seam = seam.contiguous()
     return _ScatterBack.apply(
-        rows, seam, *selection, geometry.sequence_length, config.pooling_factor, config.levels
+        rows,
+        seam,
+        *selection,
+        geometry.sequence_length,
+        config.pooling_factor,
+        config.levels,
+        config.combine == "finest",
     )

@@ -5,11 +5,14 @@ With w = p^l, the gathered row of entry (l, i) at its place is
     mean of rows[i w + r], 0 <= r < w                     pooling (forward of pool-gather)
     sum of rows[(i + 1) w - 1 + r], 0 <= r < w            collecting (backward of scatter-back)
 
-and position t receives the sum over the levels l whose entry is included of
+and position t receives the sum over the levels l whose entry is included, or, with FINEST, of the
+lowest of them, of
 
     gathered[slot(l, t // w)] / w                         backward of pool-gather
     gathered[slot(l, (t - w + 1) // w)], t >= w - 1       forward of scatter-back
     seam[l - 1], t < w - 1                                the same, if there is a chunk before
+
+With FINEST, collecting leaves out the rows of positions that a finer level reaches.
 
 The coarsest level, which touches every row, comes ready from ``pooling``. A gathering program owns
 ``BLOCK`` places of one head, a spreading one ``BLOCK`` positions; each writes its rows once, after
@@ -23,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import own_block, own_block_grid, row_strides, sequence_first
+from .launch import covered, own_block, own_block_grid, row_strides, sequence_first
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 GATHER_TILE, GATHER_WARPS = 1024, 4
@@ -32,11 +35,11 @@ SPREAD_TILE, SPREAD_WARPS = 2048, 2
 
 @triton.jit
 def _gather(
-    rows, coarsest_rows, index, gathered,
+    rows, coarsest_rows, index, slot, gathered,
     stride_b, stride_h, stride_n,
-    heads, group, length, coarsest, gathered_length,
+    heads, group, length, coarsest, gathered_length, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVELS: tl.constexpr, COLLECT: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, COLLECT: tl.constexpr, FINEST: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, gathered_length, BLOCK)
     plane = batch * heads + head
@@ -68,6 +71,9 @@ def _gather(
     for r in tl.range(LARGEST):
         row = first + r
         wanted = inside & (is_coarsest == 0) & (r < span) & (row < length)
+        if FINEST:
+            slots = slot + index_plane * pyramid
+            wanted = wanted & (covered(slots, row, wanted, length, P, LEVELS - 2, span) == 0)
         source = base + row[:, None] * stride_n + column[None, :]
         x = tl.load(source, mask=wanted[:, None] & in_columns, other=0.0).to(tl.float32)
         total += x if COLLECT else x / span.to(tl.float32)[:, None]
@@ -82,6 +88,7 @@ def _spread(
     heads, group, length, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr, SEAM: tl.constexpr,
+    FINEST: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, length, BLOCK)
     slots = slot + (batch * (heads // group) + head // group) * pyramid
@@ -93,10 +100,12 @@ def _spread(
     in_columns = (column < D)[None, :]
     total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     offset = tl.zeros((), dtype=tl.int64)
+    # Positions that take no more.
+    done = inside == 0
     for level in tl.static_range(LEVELS):
         span = P**level
         shifted = position - (span - 1) if SCATTER else position
-        reached = inside & (shifted >= 0)
+        reached = (done == 0) & (shifted >= 0)
         place = tl.load(slots + offset + shifted // span, mask=reached, other=-1).to(tl.int64)
         x = tl.load(
             source + place[:, None] * in_s + column[None, :],
@@ -107,7 +116,12 @@ def _spread(
         if SEAM and level > 0:
             row = (batch * heads + head) * (LEVELS - 1) + level - 1
             x = tl.load(seam + row * D + column, mask=column < D, other=0.0).to(tl.float32)
-            total += tl.where((position < span - 1)[:, None], x[None, :], 0.0)
+            before = (done == 0) & (position < span - 1)
+            total += tl.where(before[:, None], x[None, :], 0.0)
+            if FINEST:
+                done = done | before
+        if FINEST:
+            done = done | (place >= 0)
         offset += length // span
     target = rows + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
     tl.store(target, total.to(rows.dtype.element_ty), mask=inside[:, None] & in_columns)
@@ -117,6 +131,7 @@ def gather(
     rows: torch.Tensor,
     coarsest_rows: torch.Tensor,
     index: torch.Tensor,
+    slot: torch.Tensor | None,
     p: int,
     levels: int,
     collect: bool,
@@ -127,6 +142,8 @@ def gather(
         rows: [B, H, N, D].
         coarsest_rows: what the coarsest entries gather, [B, H, nc, D] contiguous.
         index: [B, Hkv, S].
+        slot: [B, Hkv, pyramid length], to collect only of positions that no finer level reaches;
+            None to collect of all.
         p, levels: pooling factor and levels of the pyramid.
         collect: gather sums from each entry's end on instead of means over it.
 
@@ -140,10 +157,11 @@ def gather(
     block_d = triton.next_power_of_2(d)
     block = GATHER_TILE // block_d
     _gather[own_block_grid(batch, heads, s, block)](
-        rows, coarsest_rows, index, gathered, *strides,
+        rows, coarsest_rows, index, index if slot is None else slot, gathered, *strides,
         heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
+        0 if slot is None else slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect,
-        num_warps=GATHER_WARPS,
+        FINEST=slot is not None, num_warps=GATHER_WARPS,
     )  # fmt: skip
     return gathered
 
@@ -156,6 +174,7 @@ def spread(
     p: int,
     levels: int,
     scatter: bool,
+    finest: bool,
 ) -> torch.Tensor:
     """Launch ``_spread``.
 
@@ -167,6 +186,7 @@ def spread(
         length: positions N to spread over.
         p, levels: pooling factor and levels of the pyramid.
         scatter: add outputs from each entry's end on, instead of shares over it.
+        finest: take the lowest level that reaches a position, instead of the sum; only to scatter.
 
     Returns:
         [B, H, N, D], lying in memory as [B, N, H, D].
@@ -180,6 +200,6 @@ def spread(
         gathered, slot, slot if seam is None else seam, rows, *strides, *rows.stride()[:3],
         heads, heads // slot.shape[1], length, slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
-        SEAM=seam is not None, num_warps=SPREAD_WARPS,
+        SEAM=seam is not None, FINEST=finest, num_warps=SPREAD_WARPS,
     )  # fmt: skip
     return rows

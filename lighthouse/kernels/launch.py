@@ -35,6 +35,27 @@ def own_block(heads, length, BLOCK: tl.constexpr):
     return program // heads // blocks, program % heads, program // heads % blocks
 
 
+@triton.jit
+def covered(slots, position, inside, length, P: tl.constexpr, FINER: tl.constexpr, span):
+    """Which positions an included entry reaches of the ``FINER`` finest levels, below ``span``.
+
+    Args:
+        slots: of one head, the base level first.
+        position: none below ``span`` - 1, so that none is reached from an earlier chunk.
+        inside: positions to ask for; others are reached by nothing.
+        span: positions that an entry covers of the level that counts as coarser.
+    """
+    found = inside & (position < 0)
+    offset = tl.zeros((), dtype=tl.int64)
+    for level in tl.static_range(FINER):
+        finer = P**level
+        asked = inside & (finer < span)
+        entry = (position - (finer - 1)) // finer
+        found = found | (tl.load(slots + offset + entry, mask=asked, other=-1) >= 0)
+        offset += length // finer
+    return found
+
+
 def own_block_grid(batch: int, heads: int, length: int, block: int) -> tuple[int]:
     """The grid whose programs ``own_block`` tells apart."""
     return (batch * heads * triton.cdiv(length, block),)

@@ -3,12 +3,12 @@
 For coarsest entry c of span w = p^(L-1), with first row f = c w + shift:
 
     pooled[c] = scale * sum of rows[f + r],  0 <= r < w         (rows past the end count as zero)
-    norms[e]  = max of |rows[e p + r]|_2,    0 <= r < p         (level 1; only without shift)
+    norms[e]  = max of |rows[e p + r]|_2,    0 <= r < SCORED    (level 1; only without shift)
 
 ``scale`` is 1 / w for means. With shift w - 1 and scale 1 these are the sums that scatter-back's
-gradient needs of the coarsest level. One program owns ``BLOCK`` coarsest entries of one head and
-writes their pooled rows and norms; neighbouring programs share positions across heads, whose rows
-lie side by side in memory.
+gradient needs of the coarsest level; with FINEST of positions that no finer level reaches. One
+program owns ``BLOCK`` coarsest entries of one head and writes their pooled rows and norms;
+neighbouring programs share positions across heads, whose rows lie side by side in memory.
 
 Shapes: B batch, H heads, N positions, D head dimension, n1 entries of level 1, nc coarsest entries.
 """
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import own_block, own_block_grid, row_strides
+from .launch import covered, own_block, own_block_grid, row_strides
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 2048, 8
@@ -25,12 +25,13 @@ TILE, WARPS = 2048, 8
 
 @triton.jit
 def _pool(
-    rows, pooled, norms,
+    rows, slot, pooled, norms,
     stride_b, stride_h, stride_n,
-    heads, length, coarsest,
+    heads, group, length, coarsest, pyramid,
     scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr, WITH_NORMS: tl.constexpr,
+    P: tl.constexpr, SPAN: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr,
+    SCORED: tl.constexpr, FINEST: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, coarsest, BLOCK)
 
@@ -46,13 +47,17 @@ def _pool(
             row = entry * SPAN + finer * P + child + SHIFT
             address = base + row[:, None] * stride_n + column[None, :]
             mask = inside & (row < length)[:, None] if SHIFT else inside
+            if FINEST:
+                slots = slot + (batch * (heads // group) + head // group) * pyramid
+                here = (entry < coarsest) & (row < length)
+                mask = mask & (covered(slots, row, here, length, P, LEVELS - 1, SPAN) == 0)[:, None]
             x = tl.load(address, mask=mask, other=0.0).to(tl.float32)
             total += x
-            if WITH_NORMS:
+            if child < SCORED:
                 largest = tl.maximum(
                     largest, tl.sum(x * x, axis=1), propagate_nan=tl.PropagateNan.ALL
                 )
-        if WITH_NORMS:
+        if SCORED > 0:
             target = norms + plane * coarsest * (SPAN // P) + entry * (SPAN // P) + finer
             tl.store(target, tl.sqrt_rn(largest), mask=entry < coarsest)
     target = pooled + (plane * coarsest + entry[:, None]) * D + column[None, :]
@@ -60,25 +65,42 @@ def _pool(
 
 
 def pool(
-    rows: torch.Tensor, p: int, span: int, shift: int, scale: float, with_norms: bool
+    rows: torch.Tensor,
+    slot: torch.Tensor | None,
+    p: int,
+    levels: int,
+    shift: int,
+    scale: float,
+    scored: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch ``_pool`` over ``rows`` [B, H, N, D], whatever its strides over B, H and N.
+    """Launch ``_pool``.
+
+    Args:
+        rows: [B, H, N, D], whatever its strides over B, H and N.
+        slot: [B, Hkv, pyramid length], to leave out positions that a finer level reaches; None to
+            leave out none.
+        p, levels: pooling factor and levels of the pyramid.
+        scored: rows, of the p under each entry of level 1, that its norm is the largest of; 0 for
+            no norms.
 
     Returns:
-        Pooled rows [B, H, nc, D] in the dtype of ``rows``, and norms float32 [B, H, n1], empty
-        unless ``with_norms``.
+        Pooled rows [B, H, nc, D] in the dtype of ``rows``, and norms float32 [B, H, n1], empty if
+        none are asked for.
     """
+    span = p ** (levels - 1)
     rows, strides = row_strides(rows)
     batch, heads, length, d = rows.shape
     coarsest = length // span
     pooled = rows.new_empty((batch, heads, coarsest, d))
-    norm_shape = (batch, heads, length // p) if with_norms else (0,)
+    norm_shape = (batch, heads, length // p) if scored else (0,)
     norms = rows.new_empty(norm_shape, dtype=torch.float32)
     block_d = triton.next_power_of_2(d)
     block = TILE // block_d
     _pool[own_block_grid(batch, heads, coarsest, block)](
-        rows, pooled, norms, *strides, heads, length, coarsest, scale,
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, SHIFT=shift, WITH_NORMS=with_norms,
-        num_warps=WARPS,
+        rows, rows if slot is None else slot, pooled, norms, *strides,
+        heads, heads if slot is None else heads // slot.shape[1], length, coarsest,
+        0 if slot is None else slot.shape[2], scale,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, LEVELS=levels, SHIFT=shift,
+        SCORED=scored, FINEST=slot is not None, num_warps=WARPS,
     )  # fmt: skip
     return pooled, norms

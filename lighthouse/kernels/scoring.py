@@ -102,7 +102,13 @@ def gla_norms(
 
 
 def score(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scorer: str, dilation: int, p: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scorer: str,
+    dilation: int,
+    p: int,
+    scored: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Level-1 scores of a scorer that attends, "dilated" or "gla".
 
@@ -110,6 +116,7 @@ def score(
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D].
         p: pooling factor.
+        scored: positions, of the p under each entry, that its score is the largest of.
 
     Returns:
         float32 [B, Hq, n1] by query and [B, Hkv, n1] by key.
@@ -121,5 +128,5 @@ def score(
         # Stock attention takes the time; one plain read of its outputs is little beside it.
         config = LighthouseConfig(scorer=scorer, dilation=dilation)
         norms = scoring.position_norms(q, k, v, config)
-    a, b = (x.unflatten(-1, (-1, p)).amax(dim=-1) for x in norms)
+    a, b = (x.unflatten(-1, (-1, p))[..., :scored].amax(dim=-1) for x in norms)
     return a, b.unflatten(1, (kv_heads, -1)).amax(dim=2)

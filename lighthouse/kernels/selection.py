@@ -26,13 +26,14 @@ SCORE_BITS = tl.constexpr(31)
 @triton.jit
 def _score(
     scores, plane, entry, valid, level_one,
-    ROWS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of level-1 scores over a group of heads and the ``ROWS`` entries below ``entry``."""
+    """Maximum of level-1 scores over a group of heads and the first ``SCORED`` of the ``ROWS``
+    entries below ``entry``."""
     best = tl.zeros(entry.shape, dtype=tl.float32)
     for head in tl.static_range(GROUP):
         base = scores + (plane * GROUP + head) * level_one
-        for row in tl.range(ROWS):
+        for row in tl.range(SCORED):
             x = tl.load(base + entry * ROWS + row, mask=valid, other=0.0)
             best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
     return best
@@ -58,16 +59,17 @@ def _candidates(
 def _keys(
     position, entry, valid, threshold_a,
     a, b, plane, level_one,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, POSITION_BITS: tl.constexpr, BY_KEY: tl.constexpr,
+    ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr, POSITION_BITS: tl.constexpr,
+    BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """Keys of candidates by a, or by b where the key by a misses its threshold; -1 for none."""
     reverse = (1 << POSITION_BITS) - 1 - position
-    score = _score(a, plane, entry, valid, level_one, ROWS, GROUP)
+    score = _score(a, plane, entry, valid, level_one, ROWS, SCORED, GROUP)
     bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
     key = tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
     if BY_KEY:
         valid = valid & (key < threshold_a)
-        score = _score(b, plane, entry, valid, level_one, ROWS, 1)
+        score = _score(b, plane, entry, valid, level_one, ROWS, SCORED, 1)
         bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
         key = tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
     return key
@@ -76,7 +78,7 @@ def _keys(
 @triton.jit
 def _threshold(
     threshold_a, parents, program, first, count, a, b, plane, level_one,
-    M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr,
     COARSEST: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +86,7 @@ def _threshold(
     threshold = tl.zeros((), dtype=tl.int64)
     position, entry, valid = _candidates(0, parents, program, first, count, M, P, BLOCK, COARSEST)
     key = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
-                ROWS, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
+                ROWS, SCORED, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
     for step in tl.range(SCORE_BITS + POSITION_BITS):
         bit = SCORE_BITS + POSITION_BITS - 1 - step
         trial = threshold | (tl.full((), 1, tl.int64) << bit.to(tl.int64))
@@ -94,7 +96,7 @@ def _threshold(
                 chunk, parents, program, first, count, M, P, BLOCK, COARSEST
             )
             more = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
-                         ROWS, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
+                         ROWS, SCORED, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
             reached += tl.sum((more >= trial).to(tl.int32))
         threshold = tl.where(reached >= M // 2, trial, threshold)
     return threshold
@@ -104,7 +106,7 @@ def _threshold(
 def _pick(
     a, b, parents, picks,
     strata, coarsest, level_one,
-    M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -118,11 +120,11 @@ def _pick(
     none = tl.zeros((), dtype=tl.int64)
     threshold_a = _threshold(
         none, parents, program, first, count, a, b, plane, level_one,
-        M, P, ROWS, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=False,
+        M, P, ROWS, SCORED, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=False,
     )  # fmt: skip
     threshold_b = _threshold(
         threshold_a, parents, program, first, count, a, b, plane, level_one,
-        M, P, ROWS, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=True,
+        M, P, ROWS, SCORED, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=True,
     )  # fmt: skip
     before = tl.zeros((), dtype=tl.int32)
     for chunk in tl.range(CHUNKS):
@@ -130,9 +132,9 @@ def _pick(
             chunk, parents, program, first, count, M, P, BLOCK, COARSEST
         )
         by_a = _keys(position, entry, valid, none, a, b, plane, level_one,
-                     ROWS, GROUP, POSITION_BITS, False)  # fmt: skip
+                     ROWS, SCORED, GROUP, POSITION_BITS, False)  # fmt: skip
         by_b = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
-                     ROWS, GROUP, POSITION_BITS, True)  # fmt: skip
+                     ROWS, SCORED, GROUP, POSITION_BITS, True)  # fmt: skip
         chosen = ((by_a >= threshold_a) | (by_b >= threshold_b)).to(tl.int32)
         rank = before + tl.cumsum(chosen, 0) - 1
         tl.store(picks + program * M + rank, entry.to(tl.int32), mask=chosen != 0)
@@ -207,7 +209,7 @@ def _place(
 
 
 def select_from_norms(
-    a: torch.Tensor, b: torch.Tensor, levels: int, p: int, m: int, strata: int
+    a: torch.Tensor, b: torch.Tensor, levels: int, p: int, m: int, strata: int, by_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick and place by level-1 scores.
 
@@ -215,6 +217,7 @@ def select_from_norms(
         a: float32 [B, Hq, n1], not negative.
         b: float32 [B, Hkv, n1], not negative.
         levels, p, m, strata: levels, pooling factor, picks per stratum and number of strata.
+        by_first: score coarser entries by the first of level 1 below them, not by the largest.
 
     Returns:
         index int32 [B, Hkv, S] and slot int32 [B, Hkv, pyramid length].
@@ -232,11 +235,12 @@ def select_from_norms(
         block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(candidates)))
         chunks = triton.cdiv(candidates, block)
         parents = picks if at_top else picks[level]
+        rows = p ** (level - 1)
         _pick[(programs,)](
             a, b, parents, picks[level - 1], strata, coarsest, level_one,
-            M=m, P=p, ROWS=p ** (level - 1), GROUP=a.shape[1] // heads, BLOCK=block, CHUNKS=chunks,
-            POSITION_BITS=(block * chunks - 1).bit_length(), COARSEST=at_top,
-            num_warps=8 if block <= 1024 else 16,
+            M=m, P=p, ROWS=rows, SCORED=1 if by_first else rows, GROUP=a.shape[1] // heads,
+            BLOCK=block, CHUNKS=chunks, POSITION_BITS=(block * chunks - 1).bit_length(),
+            COARSEST=at_top, num_warps=8 if block <= 1024 else 16,
         )  # fmt: skip
     index = b.new_empty((batch, heads, gathered), dtype=torch.int32)
     slot = b.new_full((batch, heads, pyramid), -1, dtype=torch.int32)

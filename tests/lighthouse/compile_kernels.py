@@ -63,16 +63,19 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
 
     span = p ** (levels - 1)
     q, k = rows(heads, n), rows(kv_heads, n)
-    coarsest, a = pooling.pool(q, p, span, 0, 1 / span, True)
-    _, b = pooling.pool(k, p, span, 0, 1 / span, True)
-    pooling.pool(q, p, span, span - 1, 1.0, False)
+    coarsest, a = pooling.pool(q, None, p, levels, 0, 1 / span, p)
+    _, b = pooling.pool(k, None, p, levels, 0, 1 / span, 1)
     for x, y in ((q, k), (k, q)):
         scoring.gla_norms(x, y, k, heads, 4)
-    index, slot = selection.select_from_norms(a, b, levels, p, m, strata)
-    for flag in (False, True):
-        gathered = gather.gather(q, coarsest, index, p, levels, flag)
-        for seam in (None, gathered[:, :, : levels - 1].contiguous()) if flag else (None,):
-            gather.spread(gathered, slot, seam, n, p, levels, flag)
+    for by_first in (False, True):
+        index, slot = selection.select_from_norms(a, b, levels, p, m, strata, by_first)
+    gathered = gather.gather(q, coarsest, index, None, p, levels, False)
+    gather.spread(gathered, slot, None, n, p, levels, False, False)
+    for uncovered in (None, slot):
+        pooling.pool(q, uncovered, p, levels, span - 1, 1.0, 0)
+        gather.gather(q, coarsest, index, uncovered, p, levels, True)
+        for seam in (None, gathered[:, :, : levels - 1].contiguous()):
+            gather.spread(gathered, slot, seam, n, p, levels, True, uncovered is not None)
 
 
 def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lighthouse import LighthouseConfig, Selection, lighthouse_attention, reference, select
+from lighthouse.config import COMBINATIONS, ENTRY_SCORES
 
 GOLDEN = sorted(Path(__file__).parents[1].glob("data/*.npz"))
 
@@ -53,7 +54,14 @@ def cases(draw):
     m = draw(st.sampled_from([2, 4]))
     top_k = m * draw(st.integers(1, 3))
     coarsest = top_k + draw(st.integers(0, 5))
-    config = LighthouseConfig(levels, p, top_k, picks_per_stratum=m)
+    config = LighthouseConfig(
+        levels,
+        p,
+        top_k,
+        picks_per_stratum=m,
+        entry_score=draw(st.sampled_from(ENTRY_SCORES)),
+        combine=draw(st.sampled_from(COMBINATIONS)),
+    )
     batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 1, 2), (1, 2, 3), (2, 2, 1)]))
     return dict(
         config=config,
@@ -118,8 +126,9 @@ def test_error_is_that_of_the_precision(dtype: torch.dtype) -> None:
         assert relative_error(value, want) <= 2 * relative_error(rough, want)
 
 
-def test_gradcheck_with_fixed_selection() -> None:
-    config = LighthouseConfig(levels=3, pooling_factor=2, top_k=4, picks_per_stratum=2)
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_gradcheck_with_fixed_selection(combine: str) -> None:
+    config = LighthouseConfig(3, 2, 4, picks_per_stratum=2, combine=combine)
     case = dict(n=20, batch=2, heads=2, kv_heads=1, tied=False, seed=5)
     inputs = [x.requires_grad_() for x in random_inputs(case, d=3)]
     selection = Selection(*(x.clone() for x in select(*inputs, config)))

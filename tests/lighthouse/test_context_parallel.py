@@ -47,9 +47,9 @@ def dense_over_ranks(layout: ContextParallel, q, k, v, is_causal, enable_gqa, sc
     )
 
 
-def check(rank, world_size, balanced, levels, heads, impl) -> None:
+def check(rank, world_size, balanced, levels, heads, impl, **options) -> None:
     layout = ContextParallel(dist.group.WORLD, rank, world_size, balanced)
-    config = LighthouseConfig(levels, 2, 32, picks_per_stratum=4)
+    config = LighthouseConfig(levels, 2, 32, picks_per_stratum=4, **options)
     n = 40 * 2 ** (levels - 1)
     torch.manual_seed(levels)
     leaves = [torch.randn(2, n, h, 32).transpose(1, 2) for h in heads]
@@ -93,9 +93,11 @@ def worker(rank: int, world_size: int, port: int) -> None:
     for balanced in (True, False):
         for levels in (2, 3, 4):
             for heads in ((2, 2, 2), (4, 2, 2)):
-                check(rank, world_size, balanced, levels, heads, "torch")
+                for options in ({}, {"entry_score": "first", "combine": "finest"}):
+                    check(rank, world_size, balanced, levels, heads, "torch", **options)
     if world_size == 2:
         check(rank, world_size, True, 3, (2, 1, 1), "triton")
+        check(rank, world_size, True, 4, (2, 1, 1), "triton", combine="finest")
     dist.destroy_process_group()
 
 

@@ -22,8 +22,9 @@ NAN, INFINITY = float("nan"), float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def case(levels=3, p=2, m=4, strata=2, extra=1, batch=1, kv_heads=1, group=1, tied=False, seed=0):
-    config = LighthouseConfig(levels, p, m * strata, picks_per_stratum=m)
+def case(levels=3, p=2, m=4, strata=2, extra=1, batch=1, kv_heads=1, group=1, tied=False, seed=0,
+         **options):  # fmt: skip
+    config = LighthouseConfig(levels, p, m * strata, picks_per_stratum=m, **options)
     n = (m * strata + extra) * p ** (levels - 1)
     return dict(config=config, n=n, batch=batch, kv_heads=kv_heads, heads=kv_heads * group,
                 tied=tied, seed=seed)  # fmt: skip
@@ -36,6 +37,9 @@ CASES = [
     case(levels=3, p=4, m=8, strata=2, extra=5, kv_heads=2, group=3),
     case(levels=3, p=2, m=4, strata=3, extra=2, batch=2, kv_heads=2, group=2, tied=True),
     case(levels=2, p=2, m=16, strata=1, extra=40, tied=True),
+    case(levels=3, p=4, m=8, strata=2, extra=5, kv_heads=2, group=3, combine="finest"),
+    case(levels=4, p=2, m=6, strata=1, extra=3, batch=2, entry_score="first", combine="finest"),
+    case(levels=2, p=4, m=2, strata=3, extra=4, tied=True, entry_score="first"),
 ]
 
 
@@ -102,7 +106,9 @@ def vectorised_selection(a, b, geometry: PyramidGeometry) -> Selection:
     level = (a.unflatten(1, (b.shape[1], -1)).amax(2), b)
     scores = [level, level]
     for length in geometry.lengths[2:]:
-        level = tuple(x.unflatten(-1, (length, -1)).amax(-1) for x in level)
+        under = (x.unflatten(-1, (length, -1)) for x in level)
+        by_first = geometry.config.entry_score == "first"
+        level = tuple(x[..., 0] if by_first else x.amax(-1) for x in under)
         scores.append(level)
     # The base scores rank nothing; any of the right shape do.
     scores[0] = (b.new_zeros(*b.shape[:2], geometry.sequence_length),) * 2
@@ -200,19 +206,20 @@ def test_operations_are_well_formed() -> None:
     q, k, _ = inputs(each, torch.float32, 32)
     span, p, levels = geometry.spans[-1], config.pooling_factor, config.levels
     ops = torch.ops.lighthouse
-    pool = (q, p, span, 0, 1 / span, True)
+    pool = (q, None, p, levels, 0, 1 / span, p)
     torch.library.opcheck(ops.pool.default, pool)
     coarsest, a = ops.pool(*pool)
-    b = ops.pool(k, p, span, 0, 1 / span, True)[1]
-    choose = (a, b, levels, p, config.picks_per_stratum, geometry.strata)
+    b = ops.pool(k, *pool[1:])[1]
+    choose = (a, b, levels, p, config.picks_per_stratum, geometry.strata, False)
     torch.library.opcheck(ops.select_from_norms.default, choose)
     index, slot = ops.select_from_norms(*choose)
-    for collect in (False, True):
-        gather = (q, coarsest, index, p, levels, collect)
+    torch.library.opcheck(ops.pool.default, (q, slot, p, levels, span - 1, 1.0, 0))
+    for collect, finest in ((False, False), (True, False), (True, True)):
+        gather = (q, coarsest, index, slot if finest else None, p, levels, collect)
         torch.library.opcheck(ops.gather.default, gather)
         rows = ops.gather(*gather)
         for seam in (None, rows[:, :, : levels - 1].contiguous()) if collect else (None,):
-            spread = (rows, slot, seam, each["n"], p, levels, collect)
+            spread = (rows, slot, seam, each["n"], p, levels, collect, finest)
             torch.library.opcheck(ops.spread.default, spread)
 
 
@@ -266,6 +273,8 @@ def test_checkpointing_repeats_the_same_bits(saved) -> None:
 
 def test_steps_do_not_recompile() -> None:
     each = CASES[3]
+    # What other tests compiled of the same function counts as well.
+    torch.compiler.reset()
     compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
     leaves = inputs(each, torch.float32, 32)
     grad = torch.randn_like(leaves[0])

@@ -1,13 +1,16 @@
 """What must hold for every configuration."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse import LighthouseConfig, lighthouse_attention, select
+from lighthouse.config import ENTRY_SCORES, SCORERS
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.scoring import score
 
 CONFIGS = [
     LighthouseConfig(levels, p, m * strata, picks_per_stratum=m)
@@ -80,6 +83,38 @@ def test_coverage(config: LighthouseConfig) -> None:
         assert out[0, 0, t].sum() == len(reached)
     uncovered = [t for t in range(p ** (config.levels - 1) - 1) if not out[0, 0, t].any()]
     assert all(not out[0, :, t].any() for t in uncovered)
+
+    finest = replace(config, combine="finest")
+    out = lighthouse_attention(q, k, v, finest, selection=selection, sdpa=lambda *_, **__: one_hot)
+    for t in range(n):
+        reached = [gathered[place] for place in out[0, 0, t].nonzero().flatten().tolist()]
+        found = {
+            (level, (t - p**level + 1) // p**level)
+            for level in range(config.levels)
+            if t >= p**level - 1
+        }
+        assert reached == sorted(found & set(gathered))[:1]
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("entry_score", ENTRY_SCORES)
+def test_what_entries_score_by(scorer: str, entry_score: str) -> None:
+    """By "first", no entry's score depends on a token after its first; by "max", some do."""
+    config = LighthouseConfig(3, 4, 8, scorer, 4, dilation=2, entry_score=entry_score)
+    rows = inputs(config)
+    geometry = PyramidGeometry(config, rows[0].shape[2])
+    before = score(*rows, geometry)
+    changed = 0
+    for t in range(geometry.sequence_length):
+        spoiled = [x.clone() for x in rows]
+        for x in spoiled:
+            x[:, :, t + 1 :] *= 3
+        for span, pairs in zip(geometry.spans, zip(before, score(*spoiled, geometry), strict=True),
+                               strict=True):  # fmt: skip
+            begun = t // span + 1
+            for ours, theirs in zip(*pairs, strict=True):
+                changed += (ours[..., :begun] != theirs[..., :begun]).sum().item()
+    assert (changed == 0) == (entry_score == "first")
 
 
 @pytest.mark.parametrize("config", CONFIGS[::4], ids=str)

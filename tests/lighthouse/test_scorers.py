@@ -115,7 +115,7 @@ def test_compiles_whole_and_opaquely(scorer: str, impl: str) -> None:
     ):
         assert relative_error(value, want) < 1e-6
     operation = torch.ops.lighthouse.score.default
-    torch.library.opcheck(operation, (*leaves, scorer, 4, 2))
+    torch.library.opcheck(operation, (*leaves, scorer, 4, 2, 1))
 
 
 def test_dilation_that_does_not_divide_is_refused() -> None:

@@ -41,6 +41,14 @@ class Lighthouse:
     dilation: int = 4
     """Stride of the positions that the "dilated" and "gla" scorers attend within."""
 
+    entry_score: Literal["max", "first"] = "max"
+    """What an entry scores by: the largest score among the positions it covers, as in the paper,
+    which tells earlier ones of later ones; or the score of the first of them."""
+
+    combine: Literal["sum", "finest"] = "sum"
+    """What a position gets where outputs of several levels reach it: their sum, as in the paper, or
+    that of the finest level."""
+
     dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
     """Layers that use dense attention in both stages, counted from 0."""
 

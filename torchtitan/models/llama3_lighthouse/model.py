@@ -25,6 +25,8 @@ def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
         scorer=section.scorer,
         picks_per_stratum=section.picks_per_stratum,
         dilation=section.dilation,
+        entry_score=section.entry_score,
+        combine=section.combine,
     )
 
 
@@ -83,12 +85,27 @@ class LighthouseModelArgs(TransformerModelArgs):
         return parameters, self.flops_per_token(parameters - embedding, seq_len, stage)
 
 
+def _as_in_autocast(
+    module: nn.Module, arguments: tuple[torch.Tensor, ...], embeddings: torch.Tensor
+) -> torch.Tensor:
+    """Embeddings in the precision of autocast, which leaves them in that of the weights.
+
+    On one GPU, where torchtitan trains under autocast, the residual stream and whatever is kept of
+    it would be in float32: twice the bytes of FSDP's, which casts the weights themselves.
+    """
+    device = embeddings.device.type
+    if torch.is_autocast_enabled(device):
+        return embeddings.to(torch.get_autocast_dtype(device))
+    return embeddings
+
+
 class LighthouseTransformer(upstream.Transformer):
     """Upstream's Llama 3, its state dict unchanged; ``set_stage`` turns Lighthouse on and off."""
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         with patch.object(upstream, "Attention", RotaryAttention):
             super().__init__(model_args)
+        self.tok_embeddings.register_forward_hook(_as_in_autocast)
         if model_args.chunked_loss:
             self.output = factored(self.output)
         for index, block in self.layers.items():
