@@ -35,7 +35,11 @@ def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="export even if the last step was not dense, or is not known to have been",
     )
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", default="5GB", help="of a file of weights; default: 5GB"
+        "--max-shard-gb",
+        metavar="GB",
+        type=float,
+        default=5.0,
+        help="longest file of weights, in 10^9 bytes; default: 5",
     )
     return parser.parse_known_args(line)
 
@@ -55,7 +59,7 @@ def main() -> None:
             overrides,
             DTYPES[options.dtype] if options.dtype else None,
             options.allow_lighthouse,
-            options.max_shard_size,
+            options.max_shard_gb * 1e9,
             report=lambda text: print(text, flush=True),
         )
     except (ImportError, ValueError, TypeError, OSError) as error:

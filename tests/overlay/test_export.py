@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import export_hf
+import import_hf
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,22 +19,24 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from torchtitan.models.llama3_lighthouse import LighthouseTransformer
+from torchtitan.models.llama3_lighthouse import LighthouseTransformer, flavors
 from torchtitan.models.llama3_lighthouse.checkpoint import (
     CheckpointRecord,
     read_record,
     write_record,
 )
 from torchtitan.models.llama3_lighthouse.export import export_checkpoint
+from torchtitan.models.llama3_lighthouse.hugging_face import architecture
 from torchtitan.models.llama3_lighthouse.import_model import import_model
 from torchtitan.models.llama3_lighthouse.inference import (
+    TrainedModel,
     load_trained_model,
     model_arguments,
     parse_over,
 )
 from torchtitan.models.llama3_lighthouse.tokenizer import BOS, BOS_ID, EOS, EOS_ID, PAD
 
-LENGTH = 131072
+LENGTH = 65536
 # Multi-head and grouped-query attention.
 FLAVORS = {"15M": (0, 7), "debugmodel": (0, 5)}
 ROPE = {
@@ -66,15 +71,22 @@ def write_checkpoint(folder: Path, last_lighthouse_step: int | None = 2, **chang
     return path
 
 
+class Exported(NamedTuple):
+    path: Path
+    """Of the checkpoint."""
+    folder: Path
+    ours: TrainedModel
+    theirs: LlamaForCausalLM
+
+
 @pytest.fixture(scope="module", params=FLAVORS)
-def exported(request, tmp_path_factory) -> tuple[Path, Path]:
-    """A checkpoint, and its export."""
+def exported(request, tmp_path_factory) -> Exported:
     folder = tmp_path_factory.mktemp(request.param)
     path = write_checkpoint(
         folder, model__flavor=request.param, lighthouse__dense_layers=FLAVORS[request.param]
     )
     export_checkpoint(path, folder / "exported")
-    return path, folder / "exported"
+    return Exported(path, folder / "exported", load_trained_model(path), load(folder / "exported"))
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +109,15 @@ def logits_at(model: LlamaForCausalLM, tokens: torch.Tensor, positions: torch.Te
     return model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
 
 
-def test_logits(exported) -> None:
-    path, folder = exported
-    ours, theirs = load_trained_model(path).model, load(folder)
+def test_logits(exported: Exported) -> None:
+    ours, theirs = exported.ours.model, exported.theirs
     assert theirs.dtype == torch.float32
-    tokens = random_tokens(2560, seed=1)
+    tokens = random_tokens(1024, seed=1)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 
-def test_logits_at_far_positions(exported) -> None:
-    path, folder = exported
-    ours, theirs = load_trained_model(path).model, load(folder)
+def test_logits_at_far_positions(exported: Exported) -> None:
+    ours, theirs = exported.ours.model, exported.theirs
     tokens = random_tokens(512, seed=2)
     positions = torch.randint(0, LENGTH, (1, 512), generator=torch.Generator().manual_seed(3))
     positions = positions.sort().values
@@ -116,32 +126,30 @@ def test_logits_at_far_positions(exported) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
     # Scaling is what makes them so: without it they are others.
-    config = LlamaConfig.from_pretrained(folder)
+    config = LlamaConfig.from_pretrained(exported.folder)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
-    unscaled = logits_at(load(folder, config=config), tokens, positions)
+    unscaled = logits_at(load(exported.folder, config=config), tokens, positions)
     assert (unscaled - expected).abs().max() > 0.1
 
 
-def test_generation_is_greedy(exported) -> None:
-    path, folder = exported
-    trained, theirs = load_trained_model(path), load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_generation_is_greedy(exported: Exported) -> None:
+    trained, theirs = exported.ours, exported.theirs
+    tokenizer = AutoTokenizer.from_pretrained(exported.folder)
     prompt = tokenizer("def attention(", return_tensors="pt")
     tokens = prompt["input_ids"]
     assert tokens[0].tolist() == trained.tokenizer.encode("def attention(", add_bos=True)
-    for _ in range(40):
+    for _ in range(30):
         following = trained.model(tokens)[:, -1:].argmax(-1)
         tokens = torch.cat([tokens, following], dim=1)
         if following.item() == EOS_ID:
             break
-    generated = theirs.generate(**prompt, max_new_tokens=40, do_sample=False)
+    generated = theirs.generate(**prompt, max_new_tokens=30, do_sample=False)
     assert generated.tolist() == tokens.tolist()
 
 
-def test_configuration(exported) -> None:
-    path, folder = exported
+def test_configuration(exported: Exported) -> None:
+    folder, model = exported.folder, exported.ours.model
     config = json.loads((folder / "config.json").read_text())
-    model = load_trained_model(path, max_seq_len=8).model
     args = model.model_args
     assert config["intermediate_size"] == model.layers["0"].feed_forward.w1.weight.shape[0]
     assert config["num_attention_heads"] == args.n_heads
@@ -156,11 +164,22 @@ def test_configuration(exported) -> None:
     assert {name: config[name] for name in ids} == ids
 
 
-def test_round_trip_is_exact(exported, tmp_path: Path) -> None:
-    path, folder = exported
+def test_8b_is_llama_3_1() -> None:
+    """The published model's configuration, which any 8B checkpoint must be read with."""
+    known = architecture(flavors["8B"])
+    published = dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=500000.0,
+        rope_scaling={key: value for key, value in ROPE.items() if key != "rope_theta"},
+    )  # fmt: skip
+    assert {key: known[key] for key in published} == published
+
+
+def test_round_trip_is_exact(exported: Exported, tmp_path: Path) -> None:
+    before, folder = exported.ours, exported.folder
     step = import_model(folder, tmp_path / "back")
     assert step == tmp_path / "back/checkpoint/step-0"
-    before, after = load_trained_model(path), load_trained_model(tmp_path / "back")
+    after = load_trained_model(tmp_path / "back", max_seq_len=8)
     assert after.config.model.flavor == before.config.model.flavor
     assert after.config.training.seq_len == LENGTH
     assert after.config.lighthouse.tokenizer == "byte"
@@ -180,7 +199,7 @@ def test_shards_and_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
     export_checkpoint(checkpoint, tmp_path / "whole", report=lines.append)
     assert len(lines) == 1
     export_checkpoint(
-        checkpoint, tmp_path / "shards", None, torch.bfloat16, False, "2MB", lines.append
+        checkpoint, tmp_path / "shards", None, torch.bfloat16, False, 2e6, lines.append
     )
     index = json.loads((tmp_path / "shards/model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
@@ -296,7 +315,7 @@ def test_export_refuses(checkpoint: Path, tmp_path: Path) -> None:
     export_fails("no complete checkpoint", tmp_path / "nothing", tmp_path / "other")
     flavor = ["--model.flavor", "15M"]
     export_fails("of another model.*set model.flavor", checkpoint, tmp_path / "other", flavor)
-    export_fails("size", checkpoint, tmp_path / "other", max_shard_size="big")
+    export_fails("choose a larger size", checkpoint, tmp_path / "other", max_shard_size=0)
     # Nothing half-written stays, in an empty folder of the user's neither.
     (tmp_path / "other").mkdir()
     export_fails("of another model", checkpoint, tmp_path / "other", flavor)
@@ -368,7 +387,7 @@ def test_import_refuses_broken_folders(byte_folder: Path, tmp_path: Path) -> Non
     (folder / "config.json").write_text((byte_folder / "config.json").read_text())
     stranger(tmp_path / "wide", intermediate_size=640)
     (tmp_path / "wide/config.json").write_text((byte_folder / "config.json").read_text())
-    fails(r"has shape \(640, 256\), not \(704, 256\)", tmp_path / "wide")
+    fails(r"has shape \(256, 640\), not \(256, 704\)", tmp_path / "wide")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     del index["weight_map"]["lm_head.weight"]
     lost = sorted(set(index["weight_map"].values()))[0]
@@ -379,7 +398,32 @@ def test_import_refuses_broken_folders(byte_folder: Path, tmp_path: Path) -> Non
     fails("lacks [0-9]+ tensors of a Llama", folder)
 
 
-def script(name: str, *line) -> subprocess.CompletedProcess:
+def test_scripts(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def call(script, *line) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, line)])
+        script.main()
+
+    flags = ["--dtype", "bfloat16", "--training.seq_len", "4096", "--max-shard-gb", "0.003"]
+    call(export_hf, checkpoint, tmp_path / "exported", *flags)
+    assert "model-00001-of-00004.safetensors (1 of 4): " in capsys.readouterr().out
+    config = json.loads((tmp_path / "exported/config.json").read_text())
+    assert (config["torch_dtype"], config["max_position_embeddings"]) == ("bfloat16", 4096)
+    call(import_hf, tmp_path / "exported", tmp_path / "run", "--dtype", "float32")
+    assert capsys.readouterr().out.endswith(f"Wrote {tmp_path}/run/checkpoint/step-0\n")
+    weights = load_trained_model(tmp_path / "run", dtype=torch.bfloat16).model.output.weight
+    expected = load_trained_model(checkpoint, dtype=torch.bfloat16).model.output.weight
+    assert torch.equal(weights, expected)
+
+    with pytest.raises(SystemExit, match="^export_hf.py: .*is not overwritten"):
+        call(export_hf, checkpoint, tmp_path / "exported")
+    with pytest.raises(SystemExit, match="^import_hf.py: .*holds no config.json"):
+        call(import_hf, checkpoint, tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(SystemExit, match=r"safetensors.* -e '\.\[export\]'"):
+        call(export_hf, checkpoint, tmp_path / "other")
+
+
+def run_script(name: str, *line) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPTS / name), *map(str, line)]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -393,12 +437,13 @@ def run(tmp_path_factory) -> Path:
     return folder / "dump"
 
 
+@pytest.mark.slow
 def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
-    refused = script("export_hf.py", run / "checkpoint/step-1", tmp_path / "exported")
+    refused = run_script("export_hf.py", run / "checkpoint/step-1", tmp_path / "exported")
     assert refused.returncode == 1
     (line,) = [line for line in refused.stderr.splitlines() if "export_hf.py" in line]
     assert "--allow-lighthouse" in line
-    done = script("export_hf.py", run, tmp_path / "exported", "--training.seq_len", "1024")
+    done = run_script("export_hf.py", run, tmp_path / "exported", "--training.seq_len", "1024")
     assert done.returncode == 0, done.stderr
     assert "model.safetensors (1 of 1)" in done.stdout
     assert load(tmp_path / "exported").config.max_position_embeddings == 1024
@@ -411,8 +456,8 @@ def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_from_an_import(run: Path, tmp_path: Path) -> None:
     """A run in the folder of the import, and one that is pointed to it, take the same steps."""
-    script("export_hf.py", run, tmp_path / "exported")
-    done = script("import_hf.py", tmp_path / "exported", tmp_path / "there/dump")
+    run_script("export_hf.py", run, tmp_path / "exported")
+    done = run_script("import_hf.py", tmp_path / "exported", tmp_path / "there/dump")
     assert done.returncode == 0, done.stderr
     step = tmp_path / "there/dump/checkpoint/step-0"
     assert str(step) in done.stdout

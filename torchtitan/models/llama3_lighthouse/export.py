@@ -30,7 +30,7 @@ def export_checkpoint(
     overrides: list[str] | None = None,
     dtype: torch.dtype | None = None,
     allow_lighthouse: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: float = 5e9,
     report: Callable[[str], None] = print,
 ) -> None:
     """Write a checkpoint as ``config.json``, safetensors and the files of its tokenizer.
@@ -42,7 +42,7 @@ def export_checkpoint(
         output: a folder that is empty or not there.
         dtype: of the weights; None leaves them as they are stored.
         allow_lighthouse: whether a checkpoint may be one that was not trained dense at the end.
-        max_shard_size: of a file of weights, such as "5GB".
+        max_shard_size: of a file of weights, in bytes.
         report: called with lines that say how far it is.
 
     Raises:
@@ -51,6 +51,8 @@ def export_checkpoint(
             model than the configuration says; or ``output`` is in use.
     """
     require_safetensors()
+    if not max_shard_size >= 1:
+        raise ValueError(f"files of {max_shard_size} bytes hold no tensors; choose a larger size")
     path = find_checkpoint(path)
     if not (path / ".metadata").is_file():
         raise ValueError(f"{path} is in Hugging Face's format already; pass a DCP checkpoint")
@@ -103,7 +105,7 @@ def _write_weights(
     args: LighthouseModelArgs,
     stored: torch.dtype,
     dtype: torch.dtype,
-    max_shard_size: str,
+    max_shard_size: float,
     report: Callable[[str], None],
 ) -> None:
     """Read, convert and write the tensors of one file after another."""
@@ -112,7 +114,7 @@ def _write_weights(
 
     ours = {name: tensor.to(dtype) for name, tensor in model_state(args).items()}
     theirs = adapter(args).to_hf(ours)
-    plan = split_torch_state_dict_into_shards(theirs, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(theirs, max_shard_size=int(max_shard_size))
     for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
         wanted = adapter(args).from_hf({name: theirs[name] for name in names})
         state = {name: torch.empty(x.shape, dtype=stored) for name, x in wanted.items()}
