@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a checkpoint as a folder that Hugging Face's libraries load as an ordinary Llama.
 
-    python scripts/export_hf.py outputs/debug exported
+    python scripts/export_hf.py outputs/debug outputs/exported
 
 CHECKPOINT is a step-N folder, a folder of those, of which the last is taken, or a run's
 job.dump_folder. OUTPUT gets config.json, generation_config.json, the weights as safetensors and the

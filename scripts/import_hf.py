@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make a checkpoint of step 0 out of a Llama in Hugging Face's format, to train on from.
 
-    python scripts/import_hf.py exported outputs/continued
+    python scripts/import_hf.py outputs/exported outputs/imported
 
 FOLDER holds config.json and the weights as safetensors. The model must be one of our flavors,
 which is found by its sizes. OUTPUT must be empty or not there; it gets checkpoint/step-0, and a run

@@ -158,6 +158,7 @@ def test_configuration(exported: Exported) -> None:
     assert config["vocab_size"] == 320
     assert config["tie_word_embeddings"] is False
     assert LlamaConfig.from_pretrained(folder).rope_parameters == ROPE
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     generation = json.loads((folder / "generation_config.json").read_text())
     ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": 258}
     assert generation == ids

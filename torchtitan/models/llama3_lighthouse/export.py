@@ -1,6 +1,7 @@
 """A checkpoint as a folder in Hugging Face's format, which needs none of our code."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from .checkpoint import CheckpointRecord, check_shapes, read_record
 from .hugging_face import (
+    CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
     adapter,
@@ -124,6 +126,8 @@ def _write_weights(
             for name, tensor in adapter(args).to_hf(state).items()
         }
         save_file(shard, folder / file, metadata={"format": "pt"})
+        # safetensors lets nobody but its owner read a file.
+        shutil.copymode(folder / CONFIG_FILE, folder / file)
         size = sum(tensor.nbytes for tensor in shard.values())
         report(
             f"{file} ({number} of {len(plan.filename_to_tensors)}): {len(shard)} tensors, "
