@@ -43,6 +43,13 @@ def read_record(path: str | Path) -> CheckpointRecord | None:
     return CheckpointRecord(**json.loads(file.read_text())) if file.is_file() else None
 
 
+def write_record(path: str | Path, record: CheckpointRecord) -> None:
+    """Put ``record`` into a step-N folder, which is made if there is none."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / RECORD_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
+
+
 def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
     """Step -> (path, whether it is complete) of every checkpoint below ``folder``, by step.
 
@@ -116,9 +123,7 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     def _write_record(self, step: int) -> None:
         record = CheckpointRecord(step, self.last_lighthouse_step, self.config)
-        path = Path(self._create_checkpoint_id(step), RECORD_FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(record), indent=1) + "\n")
+        write_record(self._create_checkpoint_id(step), record)
 
     def _check_before_load(self, step: int) -> Path | None:
         """The checkpoint that ``load`` will read, None if there is none or it is in HF's format."""

@@ -16,7 +16,7 @@ from . import flavors
 from .checkpoint import CheckpointRecord, check_shapes, checkpoints_in, read_record
 from .checks import check_model
 from .job_config import JobConfig, LighthouseConfigManager
-from .model import LighthouseTransformer
+from .model import LighthouseModelArgs, LighthouseTransformer
 from .tokenizer import build_tokenizer
 
 
@@ -77,12 +77,7 @@ def load_trained_model(
     """
     path = find_checkpoint(path)
     record = read_record(path)
-    config = _configuration(path, record, overrides or [])
-    check_model(config, flavors)
-    args = dataclasses.replace(flavors[config.model.flavor])
-    args.update_from_config(config)
-    # A caller wants logits.
-    args.chunked_loss = False
+    config, args = read_configuration(path, record, overrides or [])
     args.max_seq_len = max_seq_len or args.max_seq_len
     with torch.device("meta"):
         model = LighthouseTransformer(args)
@@ -100,21 +95,49 @@ def load_trained_model(
     return TrainedModel(model, build_tokenizer(config), config, path, record)
 
 
-class _RecordedConfigManager(LighthouseConfigManager):
-    """Parses the command line over a recorded configuration, or over the file it names."""
+def read_configuration(
+    path: Path, record: CheckpointRecord | None, overrides: list[str]
+) -> tuple[JobConfig, LighthouseModelArgs]:
+    """What a checkpoint's run was configured with, and the arguments of its model.
 
+    Args:
+        path: a step-N folder, to be named in messages.
+        overrides: as in ``load_trained_model``.
+
+    Raises:
+        ValueError, TypeError, OSError: there is no configuration, or it breaks a rule.
+    """
+    if record is None and not overrides:
+        raise ValueError(
+            f"{path} has no record of its configuration, as it was not written by Lighthouse's "
+            "trainer; pass that of its run with --job.config_file FILE"
+        )
+    config = parse_over(record and record.config, overrides)
+    return config, model_arguments(config)
+
+
+def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConfig:
+    """``overrides`` over the file that they name, or else over a recorded configuration."""
+    return _RecordedConfigManager(recorded).parse_args(overrides)
+
+
+def model_arguments(config: JobConfig) -> LighthouseModelArgs:
+    """The arguments of the model that ``config`` describes, which returns logits.
+
+    Raises:
+        ValueError, TypeError: it breaks a rule.
+    """
+    check_model(config, flavors)
+    args = dataclasses.replace(flavors[config.model.flavor])
+    args.update_from_config(config)
+    args.chunked_loss = False
+    return args
+
+
+class _RecordedConfigManager(LighthouseConfigManager):
     def __init__(self, recorded: dict[str, Any] | None) -> None:
         super().__init__()
         self.recorded = recorded
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         return super()._maybe_load_toml(args) or self.recorded
-
-
-def _configuration(path: Path, record: CheckpointRecord | None, overrides: list[str]) -> JobConfig:
-    if record is None and not overrides:
-        raise ValueError(
-            f"{path} has no record of its configuration, as it was not written by Lighthouse's "
-            "trainer; pass that of its run with --job.config_file FILE"
-        )
-    return _RecordedConfigManager(record and record.config).parse_args(overrides)

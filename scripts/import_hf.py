@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Make a checkpoint of step 0 out of a Llama in Hugging Face's format, to train on from.
+
+    python scripts/import_hf.py outputs/exported outputs/imported
+
+FOLDER holds config.json and the weights as safetensors. The model must be one of our flavors,
+which is found by its sizes. OUTPUT must be empty or not there; it gets checkpoint/step-0, and a run
+starts from it with --job.dump_folder OUTPUT, or in another folder with
+--checkpoint.initial_load_path OUTPUT/checkpoint/step-0.
+
+Arguments that are not known here go to the configuration that the checkpoint records, for instance
+--job.config_file FILE. Without any it is a dense model of the folder's length and tokenizer.
+"""
+
+import argparse
+import sys
+import warnings
+
+
+def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options of this script, and what is left for the recorded configuration."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("output", metavar="OUTPUT")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as stored"
+    )
+    return parser.parse_known_args(line)
+
+
+def main() -> None:
+    options, overrides = parse(sys.argv[1:])
+    # There is one process, on purpose.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+    from torchtitan.models.llama3_lighthouse.hugging_face import DTYPES
+    from torchtitan.models.llama3_lighthouse.import_model import import_model
+
+    try:
+        path = import_model(
+            options.folder,
+            options.output,
+            overrides,
+            DTYPES[options.dtype] if options.dtype else None,
+            report=lambda text: print(text, flush=True),
+        )
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        sys.exit(f"import_hf.py: {error}")
+    print(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
