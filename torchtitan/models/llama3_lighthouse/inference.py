@@ -100,6 +100,25 @@ def load_trained_model(
     return TrainedModel(model, build_tokenizer(config), config, path, record)
 
 
+def read_config(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
+    """The configuration of ``load_trained_model``, which takes the same arguments.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it needs a configuration.
+    """
+    path = find_checkpoint(path)
+    return _configuration(path, read_record(path), overrides or [])
+
+
+def logits_at(model: LighthouseTransformer, tokens: torch.Tensor, positions: slice) -> torch.Tensor:
+    """Logits [B, positions, vocabulary] for tokens [B, N]; those elsewhere are not computed."""
+    only_these = model.output.register_forward_pre_hook(lambda _, args: (args[0][:, positions],))
+    try:
+        return model(tokens)
+    finally:
+        only_these.remove()
+
+
 class _RecordedConfigManager(LighthouseConfigManager):
     """Parses the command line over a recorded configuration, or over the file it names."""
 
