@@ -10,6 +10,7 @@ the end; the answer, one to five decimal digits, comes next. Every part is encod
 that lengths add up in any tokenizer.
 """
 
+import functools
 import hashlib
 import math
 import string
@@ -209,6 +210,7 @@ def _merged(random: np.random.Generator, rows: list[list[np.ndarray]]) -> list[n
     return [next(members[int(owner)]) for owner in owners]
 
 
+@functools.lru_cache(maxsize=64)
 def shortest_prompt(encoder: PromptEncoder, task: Task) -> int:
     """Tokens of the shortest prompt in which the needle can stand at every depth."""
     parts = _draw_parts(_generator("shortest"), encoder, task)

@@ -56,7 +56,8 @@ def wilson_interval(right: int, trials: int) -> tuple[float, float]:
     middle = share + square / 2
     spread = Z_95 * math.sqrt((share * (1 - share) + square / 4) / trials)
     low, high = (middle - spread) / (1 + square), (middle + spread) / (1 + square)
-    return max(0.0, low), min(1.0, high)
+    # Exact where rounding would miss the ends.
+    return 0.0 if right == 0 else low, 1.0 if right == trials else high
 
 
 def fitting_length(config: LighthouseConfig, shortest: int) -> int:
