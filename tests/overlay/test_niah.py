@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from lighthouse import LighthouseConfig
+from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
 from torchtitan.models.llama3_lighthouse import flavors
 from torchtitan.models.llama3_lighthouse.checkpoint import RECORD_FILE, CheckpointRecord
@@ -317,15 +317,26 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_logits_at_places_are_those_of_the_whole_output(checkpoint: Path) -> None:
     model = load_trained_model(checkpoint).model
     tokens = torch.randint(256, (2, 512), generator=torch.Generator().manual_seed(0))
+    outputs = {}
     for stage in ("dense", "lighthouse"):
         model.set_stage(stage)
-        whole = model(tokens)
+        whole = outputs[stage] = model(tokens)
         part = logits_at(model, tokens, slice(300, 303))
         torch.testing.assert_close(part, whole[:, 300:303], rtol=1e-5, atol=1e-5)
-        assert model(tokens).shape == whole.shape
+        assert torch.equal(model(tokens), whole)
+    assert not torch.equal(outputs["dense"], outputs["lighthouse"])
 
 
-def test_script_writes_tables_and_heat_maps(checkpoint: Path, tmp_path: Path, capsys) -> None:
+def test_script_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkeypatch) -> None:
+    lighthouse_on = []
+
+    def recording(model, tokens, places):
+        modules = [m for m in model.modules() if isinstance(m, LighthouseAttention)]
+        assert len(modules) == 4
+        lighthouse_on.append([module.enabled for module in modules])
+        return logits_at(model, tokens, places)
+
+    monkeypatch.setattr(evaluate_niah, "logits_at", recording)
     line = [str(checkpoint.parent), "--output", str(tmp_path), "--tasks", "passkey", "variables"]
     line += ["--lengths", "100", "200", "--depths", "0", "50", "100", "--trials", "2"]
     evaluate_niah.main([*line, "--stages", "dense", "lighthouse", "--device", "cpu"])
@@ -335,6 +346,8 @@ def test_script_writes_tables_and_heat_maps(checkpoint: Path, tmp_path: Path, ca
     assert evaluated["path"] == str(checkpoint)
     assert record["settings"]["depths"] == [0, 50, 100] and record["date"] and record["torch"]
     assert "revision" in record
+    # A batch for each cell, first all dense ones.
+    assert lighthouse_on == [[False] * 4] * 12 + [[True] * 4] * 12
     cells = evaluated["cells"]
     assert len(cells) == 2 * 2 * 2 * 3
     trained = load_trained_model(checkpoint)
