@@ -25,6 +25,7 @@ from torchtitan.models.llama3_lighthouse.model import LighthouseTransformer
 from torchtitan.models.llama3_lighthouse.retrieval import (
     TASKS,
     PromptEncoder,
+    RetrievalMix,
     evaluation_prompt,
     shortest_prompt,
 )
@@ -291,6 +292,23 @@ def test_tokenizer_without_single_digits_is_refused() -> None:
 
     with pytest.raises(ValueError, match="'0' alone is one token, this one makes 2"):
         PromptEncoder(Pairs())
+
+
+def test_training_documents_of_a_merging_tokenizer_fill_their_sequences(merging) -> None:
+    encoder = PromptEncoder(merging)
+    mix = RetrievalMix(encoder, 0.5, 513, streams=2)
+    (bos,), (eos,) = encoder.bos, encoder.eos
+    digits = 0
+    for number in range(40):
+        tokens = mix.sequence(number % 2, number)
+        assert tokens.shape == (513,) and tokens[0] == bos and tokens[-1] == eos
+        ends = np.flatnonzero(tokens == eos)
+        assert np.array_equal(np.flatnonzero(tokens == bos)[1:], ends[:-1] + 1)
+        assert np.isin(tokens[ends - 1], encoder.digits).all()
+        digits += len(ends)
+    assert digits > 60
+    # Fewer tokens than bytes, or the prompts above were no test of it.
+    assert len(merging.decode(mix.sequence(0, 0).tolist()).encode()) > 530
 
 
 @pytest.fixture(scope="module")
