@@ -33,6 +33,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from typing import Any
 import torch
 from measuring import environment
 
+from lighthouse import LighthouseConfig
 from torchtitan.models.llama3_lighthouse import flavors
 from torchtitan.models.llama3_lighthouse.checks import check_model
 from torchtitan.models.llama3_lighthouse.inference import (
@@ -52,6 +54,7 @@ from torchtitan.models.llama3_lighthouse.model import lighthouse_config
 from torchtitan.models.llama3_lighthouse.retrieval import (
     TASKS,
     PromptEncoder,
+    Task,
     check_length,
     find_task,
 )
@@ -189,68 +192,77 @@ class Progress:
         )
 
 
+Plan = list[tuple[str, Task, int]]
+
+
 def evaluate(
     arguments: argparse.Namespace, overrides: list[str], checkpoints: list[Evaluated]
 ) -> None:
     """Measure every cell of every checkpoint, and write the tables as they grow."""
-    tasks = [find_task(name) for name in arguments.tasks]
-    methods = [lighthouse_config(read_config(c.path, overrides).lighthouse) for c in checkpoints]
     plan = [
-        (stage, task, length)
+        (stage, find_task(name), length)
         for stage in arguments.stages
-        for task in tasks
+        for name in arguments.tasks
         for length in arguments.lengths
     ]
-    prompts = arguments.trials * len(arguments.depths)
-    progress = Progress(
-        prompts
-        * sum(sequence_length(t, n, stage, m) for m in methods for stage, t, n in plan)
-    )  # fmt: skip
+    methods = [lighthouse_config(read_config(c.path, overrides).lighthouse) for c in checkpoints]
+    tokens = sum(sequence_length(t, n, stage, m) for m in methods for stage, t, n in plan)
+    progress = Progress(tokens * arguments.trials * len(arguments.depths))
     record = {
         "settings": settings_of(arguments, overrides),
         "device": arguments.device,
         **environment(arguments.revision),
     }
     for checkpoint, method in zip(checkpoints, methods, strict=True):
-        longest = max(sequence_length(t, n, stage, method) for stage, t, n in plan)
-        if longest > checkpoint.trained_length:
-            print(f"{checkpoint.label}: sequences of {longest:,} tokens are longer than those it "
-                  f"was trained on, {checkpoint.trained_length:,}")  # fmt: skip
-        trained = load_trained_model(
-            checkpoint.path,
-            overrides,
-            arguments.device,
-            getattr(torch, arguments.dtype),
-            max(longest, checkpoint.trained_length),
-        )
-        if trained.record:
-            checkpoint.step = trained.record.step
-            checkpoint.dense_steps = trained.record.dense_steps
-        encoder = PromptEncoder(trained.tokenizer)
-        is_bytes = isinstance(trained.tokenizer, ByteTokenizer)
-        for stage, task, length in plan:
-            trained.model.set_stage(stage)
-            cells = [
-                measure_cell(
-                    lambda tokens, places, model=trained.model: logits_at(model, tokens, places),
-                    encoder,
-                    task,
-                    length,
-                    depth / 100,
-                    arguments.trials,
-                    stage,
-                    method,
-                    arguments.seed,
-                    arguments.batch_tokens,
-                    arguments.device,
-                    None if is_bytes else trained.tokenizer.decode,
-                )
-                for depth in arguments.depths
-            ]
+        for cells in evaluate_checkpoint(arguments, overrides, checkpoint, method, plan):
             checkpoint.cells += cells
             progress.report(checkpoint, cells)
             write_tables(arguments.output, record, checkpoints)
-        del trained
+
+
+def evaluate_checkpoint(
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    checkpoint: Evaluated,
+    method: LighthouseConfig,
+    plan: Plan,
+) -> Iterator[list[Cell]]:
+    """Yield the cells, one for each depth, of each entry of the plan."""
+    longest = max(sequence_length(task, n, stage, method) for stage, task, n in plan)
+    if longest > checkpoint.trained_length:
+        print(f"{checkpoint.label}: sequences of up to {longest:,} tokens are longer than those it "
+              f"was trained on, {checkpoint.trained_length:,}")  # fmt: skip
+    trained = load_trained_model(
+        checkpoint.path,
+        overrides,
+        arguments.device,
+        getattr(torch, arguments.dtype),
+        max(longest, checkpoint.trained_length),
+    )
+    if trained.record:
+        checkpoint.step = trained.record.step
+        checkpoint.dense_steps = trained.record.dense_steps
+    encoder = PromptEncoder(trained.tokenizer)
+    is_bytes = isinstance(trained.tokenizer, ByteTokenizer)
+    for stage, task, length in plan:
+        trained.model.set_stage(stage)
+        yield [
+            measure_cell(
+                lambda tokens, places: logits_at(trained.model, tokens, places),
+                encoder,
+                task,
+                length,
+                depth / 100,
+                arguments.trials,
+                stage,
+                method,
+                arguments.seed,
+                arguments.batch_tokens,
+                arguments.device,
+                None if is_bytes else trained.tokenizer.decode,
+            )
+            for depth in arguments.depths
+        ]
 
 
 def settings_of(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def measure_cell(
     Raises:
         ValueError: the prompt is too short for the task, or the depth is none.
     """
+    needed = length + task.digits - 1
     total = sequence_length(task, length, stage, config)
     digit_ids = torch.from_numpy(encoder.digits).long().to(device)
     batch_size = max(1, batch_tokens // total)
@@ -116,18 +117,25 @@ def measure_cell(
     for first in range(0, trials, batch_size):
         numbers = range(first, min(first + batch_size, trials))
         prompts = [evaluation_prompt(encoder, task, length, depth, n, seed) for n in numbers]
-        rows = []
-        for number, prompt in zip(numbers, prompts, strict=True):
-            given = encoder.digits[prompt.answer[:-1]]
-            missing = total - length - len(given)
-            padding = evaluation_filler(encoder, missing, task, length, depth, number, seed)
-            rows.append(np.concatenate([prompt.tokens, given, padding]))
+        answers = np.stack([prompt.answer for prompt in prompts])
+        padding = [
+            evaluation_filler(encoder, total - needed, task, length, depth, n, seed)
+            for n in numbers
+        ]
+        rows = np.concatenate(
+            [
+                np.stack([prompt.tokens for prompt in prompts]),
+                encoder.digits[answers[:, :-1]],
+                np.stack(padding),
+            ],
+            axis=1,
+        )
+        for prompt in prompts:
             text = prompt.tokens[len(encoder.bos) :].tolist()
             text_bytes += len(decode(text).encode()) if decode else len(text)
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
-        logits = predict(tokens, slice(length - 1, length - 1 + task.digits))
+        tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
+        logits = predict(tokens, slice(length - 1, needed))
         guesses = logits.index_select(-1, digit_ids).argmax(-1).cpu().numpy()
-        answers = np.stack([prompt.answer for prompt in prompts])
         right[numbers.start : numbers.stop] = guesses == answers
     correct = int(right.all(1).sum())
     low, high = wilson_interval(correct, trials)
