@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -99,17 +100,20 @@ def environment(revision: str | None) -> dict[str, object]:
     """What a record has to name to be repeated.
 
     Args:
-        revision: git revision; by default as git says.
+        revision: git revision; by default that of this file, as git says, or None.
     """
     import triton
 
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    if revision is None:
+        found = subprocess.run(git, text=True, capture_output=True)
+        revision = found.stdout.strip() or None
     return {
-        "GPU": torch.cuda.get_device_name(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
-        "revision": revision or subprocess.check_output(git, text=True).strip(),
+        "revision": revision,
         "date": date.today().isoformat(),
     }

@@ -45,6 +45,7 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
     _check_lengths(config)
     _check_tokenizer(config)
+    _check_passkey_mix(config)
 
 
 def _check_stages(config: JobConfig) -> None:
@@ -129,6 +130,15 @@ def _check_tokenizer(config: JobConfig) -> None:
         raise ValueError(
             "lighthouse.tokenizer = 'hf' reads the tokenizer from model.hf_assets_path, which is "
             "not set; pass --model.hf_assets_path FOLDER, the folder of its tokenizer.json"
+        )
+
+
+def _check_passkey_mix(config: JobConfig) -> None:
+    rate = config.lighthouse.passkey_mix
+    if not 0 <= rate < 1:
+        raise ValueError(
+            f"lighthouse.passkey_mix = {rate} is the share of training tokens that are retrieval "
+            "documents; use one from 0 up to but not including 1"
         )
 
 

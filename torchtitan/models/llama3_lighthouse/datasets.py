@@ -18,6 +18,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from .job_config import JobConfig
+from .retrieval import PromptEncoder, RetrievalMix
 from .text_sources import TextSource, find_source
 from .tokenizer import ByteTokenizer
 
@@ -63,6 +64,7 @@ class TextStream:
         number: the first document, of those counted from 0.
         infinite: begin again at the end.
         key: section of the configuration that asks, for messages.
+        mix: sequences that come between those of text, which it delays and leaves whole.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class TextStream:
         count: int,
         infinite: bool,
         key: str,
+        mix: RetrievalMix | None = None,
     ) -> None:
         self.number = number
         self.sequences = 0
@@ -83,6 +86,7 @@ class TextStream:
         self._seq_len = seq_len
         self._infinite = infinite
         self._key = key
+        self._mix = mix
         self._buffer = np.empty(0, dtype=np.int32)
         self._epoch = 0
         self._documents = 0
@@ -112,8 +116,12 @@ class TextStream:
 
     def _cut(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         while len(self._buffer) > self._seq_len:
-            window = torch.from_numpy(self._buffer[: self._seq_len + 1].astype(np.int64))
-            self._buffer = self._buffer[self._seq_len :]
+            if self._mix and self._mix.takes(self.number, self.sequences):
+                tokens = self._mix.sequence(self.number, self.sequences)
+            else:
+                tokens = self._buffer[: self._seq_len + 1]
+                self._buffer = self._buffer[self._seq_len :]
+            window = torch.from_numpy(tokens.astype(np.int64))
             self.sequences += 1
             yield {"input": window[:-1]}, window[1:]
 
@@ -334,9 +342,12 @@ def _build(
             "packed in one sequence, by 1 worker at most; use 0 or 1"
         )
     source = find_source(section.dataset, split, section.dataset_path, key)
+    mix, rate = None, job_config.lighthouse.passkey_mix
+    if rate and split == "train":
+        mix = RetrievalMix(PromptEncoder(tokenizer), rate, section.seq_len + 1, streams)
     share = streams // dp_world_size
     own = [
-        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, key)
+        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, key, mix)
         for number in range(dp_rank * share, (dp_rank + 1) * share)
     ]
     if source.is_local:

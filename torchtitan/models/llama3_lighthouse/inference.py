@@ -95,6 +95,25 @@ def load_trained_model(
     return TrainedModel(model, build_tokenizer(config), config, path, record)
 
 
+def recorded_config(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
+    """The configuration that ``load_trained_model`` would use, with nothing loaded.
+
+    Raises:
+        ValueError, TypeError, OSError: as ``load_trained_model``.
+    """
+    path = find_checkpoint(path)
+    return read_configuration(path, read_record(path), overrides or [])[0]
+
+
+def logits_at(model: LighthouseTransformer, tokens: torch.Tensor, positions: slice) -> torch.Tensor:
+    """Logits [B, positions, vocabulary] for tokens [B, N]; those elsewhere are not computed."""
+    only_these = model.output.register_forward_pre_hook(lambda _, args: (args[0][:, positions],))
+    try:
+        return model(tokens)
+    finally:
+        only_these.remove()
+
+
 def read_configuration(
     path: Path, record: CheckpointRecord | None, overrides: list[str]
 ) -> tuple[JobConfig, LighthouseModelArgs]:
@@ -135,6 +154,8 @@ def model_arguments(config: JobConfig) -> LighthouseModelArgs:
 
 
 class _RecordedConfigManager(LighthouseConfigManager):
+    """Parses the command line over a recorded configuration, or over the file it names."""
+
     def __init__(self, recorded: dict[str, Any] | None) -> None:
         super().__init__()
         self.recorded = recorded

@@ -65,6 +65,10 @@ class Lighthouse:
     """Steps between records of what Lighthouse layers select, each of which takes two more forward
     passes over one microbatch. 0: none."""
 
+    passkey_mix: float = 0.0
+    """Share of the training tokens that are synthetic retrieval documents, in whole sequences
+    spread evenly over all steps; the rest is the text, in its order. 0.0: none. Below 1."""
+
     tokenizer: Literal["byte", "hf"] = "byte"
     """"byte" is the built-in byte-level tokenizer; "hf" reads model.hf_assets_path."""
 

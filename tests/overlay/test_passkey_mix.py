@@ -1,0 +1,207 @@
+"""Retrieval documents among the text: their share, their form, and what they leave untouched."""
+
+import re
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_datasets import config, digest, loader, write_jsonl
+
+from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+from torchtitan.models.llama3_lighthouse.retrieval import (
+    TASKS,
+    PromptEncoder,
+    RetrievalMix,
+    evaluation_prompt,
+)
+from torchtitan.models.llama3_lighthouse.tokenizer import BOS_ID, EOS_ID, ByteTokenizer
+
+SEQ_LEN = 256
+# A space is in every retrieval document and in no document of the text.
+SPACE = ord(" ")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    texts = [",".join(f"{i}:{line}" for line in range(random.integers(1, 700))) for i in range(64)]
+    return write_jsonl(tmp_path / "text", {"train.jsonl": texts, "validation.jsonl": ["held out"]})
+
+
+def mixed(folder: Path, rate: float, batch_size=1, seq_len=SEQ_LEN, **options) -> JobConfig:
+    job = config(path=folder, seq_len=seq_len, batch_size=batch_size, **options)
+    job.lighthouse.passkey_mix = rate
+    job.training.global_batch_size = 8
+    return job
+
+
+def sequences(job: JobConfig, count: int, rank=0, ranks=1) -> list[torch.Tensor]:
+    """The first ``count`` sequences of a rank, labels included: int64 [seq_len + 1] each."""
+    batches = islice(loader(job, rank, ranks), count)
+    return [torch.cat([inputs["input"][0], labels[0, -1:]]) for inputs, labels in batches]
+
+
+def is_retrieval(sequence: torch.Tensor) -> bool:
+    return bool((sequence == SPACE).any())
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 0.9])
+def test_share_is_reached_in_every_stretch_and_every_batch(folder: Path, rate: float) -> None:
+    taken = np.array([is_retrieval(each) for each in sequences(mixed(folder, rate), 800)])
+    # 8 streams take turns.
+    by_batch = taken.reshape(100, 8)
+    assert np.all(np.abs(by_batch.sum(1) - 8 * rate) < 1)
+    assert np.all(np.abs(np.cumsum(by_batch, 0) - rate * np.arange(1, 101)[:, None]) <= 1)
+    assert abs(taken.mean() - rate) < 0.01
+
+
+def test_text_is_delayed_and_left_whole(folder: Path) -> None:
+    plain = [digest_of(each) for each in sequences(mixed(folder, 0.0, batch_size=1), 400)]
+    rest = [each for each in sequences(mixed(folder, 0.3), 400) if not is_retrieval(each)]
+    assert len(rest) == 280
+    # Streams are delayed each by itself; compare theirs.
+    by_stream = [plain[stream::8] for stream in range(8)]
+    found = [by_stream_of(digest_of(each), by_stream) for each in rest]
+    for stream in range(8):
+        places = [place for owner, place in found if owner == stream]
+        assert places == list(range(len(places))) and len(places) > 30
+
+
+def digest_of(sequence: torch.Tensor) -> bytes:
+    return sequence.numpy().tobytes()
+
+
+def by_stream_of(digest: bytes, by_stream: list[list[bytes]]) -> tuple[int, int]:
+    ((stream, place),) = [
+        (stream, members.index(digest))
+        for stream, members in enumerate(by_stream)
+        if digest in members
+    ]
+    return stream, place
+
+
+def test_documents_are_whole_answered_and_of_every_kind() -> None:
+    mix = RetrievalMix(PromptEncoder(ByteTokenizer()), 0.5, 1025, streams=4)
+    kinds, lengths = [], []
+    for number in range(200):
+        tokens = mix.sequence(number % 4, number)
+        assert tokens.shape == (1025,) and tokens[0] == BOS_ID and tokens[-1] == EOS_ID
+        starts = np.flatnonzero(tokens == BOS_ID)
+        assert np.array_equal(starts[1:] - 1, np.flatnonzero(tokens == EOS_ID)[:-1])
+        for document in np.split(tokens, starts[1:]):
+            text = ByteTokenizer().decode(document.tolist())
+            kinds.append(kind_and_check(text))
+            lengths.append(len(document))
+    assert {kind: kinds.count(kind) > len(kinds) / 8 for kind in TASKS} == dict.fromkeys(
+        TASKS, True
+    )
+    # As many short ones as long ones, in octaves.
+    assert min(lengths) < 60 and max(lengths) == 1025
+    assert sum(length > 512 for length in lengths) > 50
+
+
+def kind_and_check(text: str) -> str:
+    """The task that a document is of, once its answer has been found right."""
+    if match := re.search(r" ([A-Z]{2}) = (\d)$", text):
+        name, answer = match.groups()
+        links = dict(re.findall(r" ([A-Z]{2}) = (\w+);", text))
+        while name in links:
+            name = links[name]
+        assert name == answer
+        return "variables"
+    question, answer = re.search(r"( The pass key (?:of [A-Z]{2} )?is )(\d+)$", text).groups()
+    assert text.count(f"{question}{answer}. ") == 1
+    if " of " in question:
+        return "several_keys"
+    return "passkey" if len(answer) == 1 else "long_passkey"
+
+
+def test_no_document_repeats_and_none_is_an_evaluation_prompt() -> None:
+    encoder = PromptEncoder(ByteTokenizer())
+    mix = RetrievalMix(encoder, 0.5, 513, streams=4)
+    seen = {mix.sequence(s, n).tobytes() for s in range(4) for n in range(50)}
+    assert len(seen) == 200
+    task = TASKS["passkey"]
+    beginnings = {
+        evaluation_prompt(encoder, task, 510, depth / 10, trial).tokens[:100].tobytes()
+        for depth in range(11)
+        for trial in range(20)
+    }
+    documents = set()
+    for each in seen:
+        tokens = np.frombuffer(each, np.int32)
+        documents |= {
+            document[:100].tobytes()
+            for document in np.split(tokens, np.flatnonzero(tokens == BOS_ID))
+        }
+    assert len(beginnings) == 220 and not beginnings & documents
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_is_exact_at_every_batch(folder: Path, workers: int) -> None:
+    job = mixed(folder, 0.4, workers=workers)
+    straight = [digest(batch) for batch in islice(loader(job), 60)]
+    assert len(set(straight)) == 60
+    for stop in range(1, 40, 3 if workers == 0 else 19):
+        resumed, state = [], None
+        for count in (stop, 3, 10):
+            part = loader(job)
+            if state:
+                part.load_state_dict(state)
+            resumed += [digest(batch) for batch in islice(part, count)]
+            state = part.state_dict()
+        assert resumed == straight[: stop + 13]
+
+
+def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
+    """Through changes of their number, and across the end of the text."""
+    job = mixed(folder, 0.4)
+
+    def global_batches(ranks: int, count: int, state: dict | None):
+        loaders = [loader(job, rank, ranks) for rank in range(ranks)]
+        for each in loaders if state else []:
+            each.load_state_dict(state)
+        readers = [iter(each) for each in loaders]
+        batches = [
+            [digest(next(reader)) for reader in readers for _ in range(8 // ranks)]
+            for _ in range(count)
+        ]
+        return batches, {k: v for each in loaders for k, v in each.state_dict().items()}
+
+    straight, state = global_batches(1, 90, None)
+    changed, state = global_batches(2, 31, None)
+    for ranks, count in ((8, 7), (4, 40), (1, 12)):
+        batches, state = global_batches(ranks, count, state)
+        changed += batches
+    assert changed == straight
+
+
+def test_rate_may_change_at_a_resume_and_text_goes_on(folder: Path) -> None:
+    first = loader(mixed(folder, 0.25))
+    assert sum(is_retrieval(batch[0]["input"]) for batch in islice(first, 80)) == 20
+    later = loader(mixed(folder, 0.0))
+    later.load_state_dict(first.state_dict())
+    plain = sequences(mixed(folder, 0.0), 400)
+    goes_on = [batch[0]["input"][0] for batch in islice(later, 40)]
+    by_stream = [[digest_of(each[:-1]) for each in plain[stream::8]] for stream in range(8)]
+    places = [by_stream_of(digest_of(each), by_stream)[1] for each in goes_on]
+    # 80 sequences, a quarter of them not text: each stream has read 7 or 8 of its own.
+    assert set(places[:8]) <= {7, 8} and places[8:16] == [place + 1 for place in places[:8]]
+
+
+def test_held_out_text_is_unmixed(folder: Path) -> None:
+    write_jsonl(folder, {"validation.jsonl": [f"{i:03d}" * 1000 for i in range(8)]})
+    batches = [
+        [digest(batch) for batch in loader(mixed(folder, rate), build=build_validation_dataloader)]
+        for rate in (0.0, 0.5)
+    ]
+    assert batches[0] == batches[1] and len(batches[0]) == 93
+
+
+def test_sequences_too_short_for_the_documents_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"passkey_mix = 0.1 needs training\.seq_len of at least"):
+        loader(mixed(folder, 0.1, seq_len=64))
+    loader(mixed(folder, 0.0, seq_len=64))
