@@ -88,14 +88,16 @@ def write_tables(rows: list[dict[str, Any]], output: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     selections = [c for c in columns if ", level " in c]
-    text = _markdown(rows, [c for c in columns if c not in selections])
+    text = markdown(rows, [c for c in columns if c not in selections])
     selected = [row for row in rows if any(row.get(c) is not None for c in selections)]
     if selected:
-        text += "\nSelections, when last recorded:\n\n" + _markdown(selected, ["run", *selections])
+        text += "\nSelections, when last recorded:\n\n" + markdown(selected, ["run", *selections])
     (output / "results.md").write_text(text)
 
 
-def _markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """A table of some columns of the rows."""
+
     def cell(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"

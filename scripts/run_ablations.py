@@ -28,7 +28,6 @@ loss_and_throughput.png, which needs the extra "benchmark" (pip install -e '.[be
 """
 
 import argparse
-import copy
 import importlib.util
 import itertools
 import re
@@ -42,12 +41,13 @@ from sweeping import (
     Run,
     command_line,
     finished,
+    keys_given,
     lock_folder,
     record_of,
     run_command,
     sweep,
     train,
-    value_of,
+    with_settings,
 )
 
 from torchtitan.models.llama3_lighthouse import flavors
@@ -120,8 +120,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
         ValueError, TypeError, OSError: the file is no grid, or ``extra`` overrides it.
     """
     base, fixed, grids = read_grid(path)
-    given = {word[2:].partition("=")[0].replace(".no-", ".") for word in extra if word[:2] == "--"}
-    if clash := given & {key for grid in grids for key in grid}:
+    if clash := keys_given(extra) & {key for grid in grids for key in grid}:
         raise ValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
     check_toml(JobConfig, _nested(fixed))
     common = ["--job.config_file", str(base), *command_line(fixed), *extra]
@@ -132,10 +131,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             check_toml(JobConfig, _nested(settings))
-            config = copy.deepcopy(common_config)
-            for key, value in settings.items():
-                section, _, name = key.rpartition(".")
-                setattr(value_of(config, section), name, value)
+            config = with_settings(common_config, settings)
             refusal = None
             try:
                 check_config(config, flavors)

@@ -1,5 +1,6 @@
 """Training runs one after the other, each in a folder of its own, taken up where they stopped."""
 
+import copy
 import ctypes
 import fcntl
 import json
@@ -61,6 +62,21 @@ def value_of(config: JobConfig, key: str) -> Any:
     for part in key.split("."):
         config = getattr(config, part)
     return config
+
+
+def with_settings(config: JobConfig, settings: dict[str, Any]) -> JobConfig:
+    """A copy of a configuration with other values of section.key."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        setattr(value_of(config, section), name, value)
+    return config
+
+
+def keys_given(arguments: list[str]) -> set[str]:
+    """section.key of every flag of a trainer's command line."""
+    flags = (word[2:].partition("=")[0] for word in arguments if word[:2] == "--")
+    return {flag.replace(".no-", ".") for flag in flags}
 
 
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
