@@ -1,6 +1,7 @@
 """Recovery studies: what is refused, what the table says, what a resume mends, a whole one."""
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -291,47 +292,49 @@ def test_crossings_and_interpolation() -> None:
 
 @pytest.mark.slow
 def test_whole_study(tmp_path: Path) -> None:
-    """Killed in a branch and taken up; a branched model equals one trained in a single run."""
-    settings = {**SMALL, "training.steps": 8, "validation.freq": 2, "checkpoint.interval": 1}
+    """Killed in a branch and taken up; the branched model equals one trained in a single run."""
+    settings = {**SMALL, "training.steps": 8, "validation.freq": 2, "checkpoint.interval": 1,
+                "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.5}  # fmt: skip
     command = [sys.executable, ROOT / "scripts/recovery_study.py", DEBUG, "--output",
                tmp_path / "out", "--splits", "0.5", "0.75", "--seeds", "0", "1"]  # fmt: skip
     command += line_of(settings)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment)
-    branch = tmp_path / "out/split=0.5,seed=0"
-    deadline = time.monotonic() + 300
-    while not (branch / "checkpoint/step-6/.metadata").exists():
+    branch = tmp_path / "out/split=0.75,seed=0"
+    deadline = time.monotonic() + 500
+    while not (branch / "checkpoint/step-7/.metadata").exists():
         assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    time.sleep(5)
+    # Held by the run until it has ended.
+    with (tmp_path / "out/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "6 models in 10 runs: 40 steps, 48 if each model were trained alone" in done.stdout
-    assert "10 runs, 2 of them finished earlier" in done.stdout
+    assert "10 runs, 4 of them finished earlier" in done.stdout
+    assert (branch / "log.txt").read_text().count("Training starts at step") == 2
     with (tmp_path / "out/results.csv").open() as file:
         rows = {(row["run"], row["seed"]): row for row in csv.DictReader(file)}
     assert len(rows) == 6
+    assert all(float(row["seconds"]) > 0 and row["tokens"] == "4096" for row in rows.values())
     assert (tmp_path / "out/loss_over_time.png").exists()
 
-    for split, switch in (("0.5", 4), ("0.75", 6)):
-        plain = tmp_path / f"plain-{split}"
-        line = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-        line += ["--rdzv-endpoint", "localhost:0", "-m"]
-        line += ["torchtitan.models.llama3_lighthouse.train", "--job.config_file", str(DEBUG)]
-        line += [*line_of(settings), "--lighthouse.dense_from_step", str(switch)]
-        line += ["--debug.seed", "1", "--job.dump_folder", str(plain)]
-        subprocess.run(line, env=environment, check=True, capture_output=True)
-        whole = read_metrics(plain)
-        folders = ["lighthouse_to=4", "lighthouse_to=6", f"split={split}"]
-        joined = {}
-        for name in folders if switch == 6 else [folders[0], folders[2]]:
-            joined |= read_metrics(tmp_path / f"out/{name},seed=1")
-        assert joined.keys() == whole.keys() == set(range(1, 9))
-        for key in ("loss_metrics/global_avg_loss", "grad_norm", "validation_metrics/loss",
-                    "n_tokens_seen", "lighthouse/stage", "lr"):  # fmt: skip
-            found = {step: entry.get(key) for step, entry in joined.items()}
-            assert found == {step: entry.get(key) for step, entry in whole.items()}, key
-        final = float(rows[f"split {split}", "1"]["held-out loss"])
-        assert final == whole[8]["validation_metrics/loss"]
+    plain = tmp_path / "plain"
+    line = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+    line += ["--rdzv-endpoint", "localhost:0", "-m"]
+    line += ["torchtitan.models.llama3_lighthouse.train", "--job.config_file", str(DEBUG)]
+    line += [*line_of(settings), "--lighthouse.dense_from_step", "6"]
+    line += ["--debug.seed", "0", "--job.dump_folder", str(plain)]
+    subprocess.run(line, env=environment, check=True, capture_output=True)
+    whole, joined = read_metrics(plain), {}
+    for name in ("lighthouse_to=4", "lighthouse_to=6", "split=0.75"):
+        joined |= read_metrics(tmp_path / f"out/{name},seed=0")
+    assert joined.keys() == whole.keys() == set(range(1, 9))
+    for key in ("loss_metrics/global_avg_loss", "grad_norm", "validation_metrics/loss",
+                "n_tokens_seen", "lighthouse/stage", "lr"):  # fmt: skip
+        found = {step: entry.get(key) for step, entry in joined.items()}
+        assert found == {step: entry.get(key) for step, entry in whole.items()}, key
+    final = float(rows["split 0.75", "0"]["held-out loss"])
+    assert final == whole[8]["validation_metrics/loss"]
