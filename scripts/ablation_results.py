@@ -1,16 +1,14 @@
 """Tables and plots of a sweep, from what every run logged; see run_ablations.py."""
 
 import csv
-import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sweeping import Run, read_metrics, value_of
+
 from lighthouse.geometry import PyramidGeometry
-from torchtitan.models.llama3_lighthouse.job_config import JobConfig
-from torchtitan.models.llama3_lighthouse.metrics import METRICS_FILE
 from torchtitan.models.llama3_lighthouse.model import lighthouse_config
 
 LOSS, THROUGHPUT = "loss_metrics/global_avg_loss", "throughput(tps)"
@@ -22,42 +20,6 @@ FINAL_SHARE = 0.1
 WARMUP_LINES = 2
 # Runs of one plot that get colours of their own before markers have to tell them apart.
 MARKERS = "osD^vP*X<>"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One combination of the grid.
-
-    Attributes:
-        settings: section.key of the grid to value; they make its name.
-        arguments: the trainer's command line.
-        folder: its job.dump_folder.
-        config: what the command line says.
-        refusal: why it cannot run, or None.
-    """
-
-    settings: dict[str, Any]
-    arguments: list[str]
-    folder: Path
-    config: JobConfig
-    refusal: str | None
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-
-def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """What every step logged; of a step that ran again after a restart, the last time."""
-    steps: dict[int, dict[str, float]] = {}
-    for line in (folder / METRICS_FILE).read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            # Cut off by a crash, after which the step ran again.
-            continue
-        steps.setdefault(entry["step"], {}).update(entry)
-    return dict(sorted(steps.items()))
 
 
 def summarise(run: Run, keys: Iterable[str]) -> dict[str, Any]:
@@ -96,13 +58,6 @@ def summarise(run: Run, keys: Iterable[str]) -> dict[str, Any]:
     return row | _last_selections(steps)
 
 
-def value_of(config: JobConfig, key: str) -> Any:
-    """The value of section.key."""
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
 def _mean_loss(entries: list[dict[str, float]]) -> float | None:
     return statistics.fmean(entry[LOSS] for entry in entries) if entries else None
 
@@ -133,14 +88,16 @@ def write_tables(rows: list[dict[str, Any]], output: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     selections = [c for c in columns if ", level " in c]
-    text = _markdown(rows, [c for c in columns if c not in selections])
+    text = markdown(rows, [c for c in columns if c not in selections])
     selected = [row for row in rows if any(row.get(c) is not None for c in selections)]
     if selected:
-        text += "\nSelections, when last recorded:\n\n" + _markdown(selected, ["run", *selections])
+        text += "\nSelections, when last recorded:\n\n" + markdown(selected, ["run", *selections])
     (output / "results.md").write_text(text)
 
 
-def _markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """A table of some columns of the rows."""
+
     def cell(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"

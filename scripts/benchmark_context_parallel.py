@@ -35,7 +35,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from measuring import environment, relative_error
-from run_ablations import command_line
+from sweeping import command_line
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, select
 from lighthouse.attention import lighthouse_attention

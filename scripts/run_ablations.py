@@ -28,23 +28,27 @@ loss_and_throughput.png, which needs the extra "benchmark" (pip install -e '.[be
 """
 
 import argparse
-import copy
-import ctypes
-import fcntl
 import importlib.util
 import itertools
-import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from ablation_results import Run, plot, summarise, value_of, write_tables
+from ablation_results import plot, summarise, write_tables
+from sweeping import (
+    Run,
+    command_line,
+    finished,
+    keys_given,
+    lock_folder,
+    record_of,
+    run_command,
+    sweep,
+    train,
+    with_settings,
+)
 
 from torchtitan.models.llama3_lighthouse import flavors
 from torchtitan.models.llama3_lighthouse.checks import check_config
@@ -54,12 +58,6 @@ from torchtitan.models.llama3_lighthouse.job_config import (
     check_toml,
 )
 
-STEP_LINE = re.compile(r"(?<!validate )step: *(\d+) +loss: *(\S+).*?tps: *(\S+)")
-ERROR_LINE = re.compile(r" - ERROR - (.+)")
-SECONDS_BETWEEN_LINES = 10.0
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
-
 
 def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested TOML tables as section.key to value."""
@@ -68,19 +66,6 @@ def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return flat
-
-
-def command_line(settings: dict[str, Any]) -> list[str]:
-    """``settings`` as the trainer's flags."""
-    line = []
-    for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        if isinstance(value, bool):
-            line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            line += [f"--{key}", *map(str, values)]
-    return line
 
 
 def name_of(settings: dict[str, Any]) -> str:
@@ -135,8 +120,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
         ValueError, TypeError, OSError: the file is no grid, or ``extra`` overrides it.
     """
     base, fixed, grids = read_grid(path)
-    given = {word[2:].partition("=")[0].replace(".no-", ".") for word in extra if word[:2] == "--"}
-    if clash := given & {key for grid in grids for key in grid}:
+    if clash := keys_given(extra) & {key for grid in grids for key in grid}:
         raise ValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
     check_toml(JobConfig, _nested(fixed))
     common = ["--job.config_file", str(base), *command_line(fixed), *extra]
@@ -147,10 +131,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
             check_toml(JobConfig, _nested(settings))
-            config = copy.deepcopy(common_config)
-            for key, value in settings.items():
-                section, _, name = key.rpartition(".")
-                setattr(value_of(config, section), name, value)
+            config = with_settings(common_config, settings)
             refusal = None
             try:
                 check_config(config, flavors)
@@ -176,97 +157,6 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
             table = table.setdefault(section, {})
         table[name] = value
     return tables
-
-
-def record_of(config: JobConfig) -> str:
-    """All of a configuration that a run depends on."""
-    return json.dumps({k: v for k, v in config.to_dict().items() if k != "job"}, indent=1)
-
-
-def train(run: Run, processes: int, title: str, lock: TextIO) -> int:
-    """Train it through torchrun, show how far it is, and return the exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
-    command += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
-    command += ["-m", "torchtitan.models.llama3_lighthouse.train", *run.arguments]
-    command += ["--metrics.disable_color_printing"]
-    shown = 0.0
-    with (
-        (run.folder / "log.txt").open("a", buffering=1) as log,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ},
-            # However this process ends, the run ends with it; until then it keeps the lock.
-            preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
-            pass_fds=[lock.fileno()],
-        ) as process,
-    ):
-        try:
-            for line in process.stdout:
-                log.write(line)
-                match = STEP_LINE.search(line)
-                if match and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
-                    step, loss, speed = match.groups()
-                    print(f"{title}: step {step} of {run.config.training.steps}, loss {loss}, "
-                          f"{speed} tokens/s", flush=True)  # fmt: skip
-                    shown = time.monotonic()
-        except BaseException:
-            process.terminate()
-            raise
-    return process.returncode
-
-
-def begin(run: Run) -> bool:
-    """Make its folder; whether there is anything left to do in it.
-
-    Raises:
-        ValueError: the folder holds a run of another configuration.
-    """
-    record, config = run.folder / "config.json", record_of(run.config)
-    if record.exists() and record.read_text() != config:
-        before, now = json.loads(record.read_text()), json.loads(config)
-        differing = [f"{section}.{key}" for section, values in now.items() for key in values
-                     if before.get(section, {}).get(key) != values[key]]  # fmt: skip
-        raise ValueError(
-            f"{run.folder} holds a run with another {', '.join(differing) or 'configuration'}; "
-            "pass --output FOLDER with one of its own, or remove it"
-        )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(config)
-    return not (run.folder / "finished").exists()
-
-
-def sweep(runs: list[Run], processes: int, output: Path, lock: TextIO) -> list[str]:
-    """Train what has not finished, keep the tables up to date, return the names of failed runs."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-    to_do = [run for run in runs if begin(run)]
-    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished earlier", flush=True)
-    failed = []
-    for run in to_do:
-        title = f"[{runs.index(run) + 1}/{len(runs)}] {run.name}"
-        print(f"{title}: begins", flush=True)
-        start = time.monotonic()
-        code = train(run, processes, title, lock)
-        if code:
-            failed.append(run.name)
-            log = run.folder / "log.txt"
-            reasons = ERROR_LINE.findall(log.read_text(errors="replace"))
-            reason = f": {reasons[-1]}" if reasons else ""
-            print(f"{title}: failed with exit code {code}{reason}; see {log}",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            continue
-        (run.folder / "finished").touch()
-        write_tables([summarise(each, keys) for each in finished(runs)], output)
-        print(f"{title}: done in {time.monotonic() - start:.0f} s", flush=True)
-    return failed
-
-
-def finished(runs: list[Run]) -> list[Run]:
-    return [run for run in runs if (run.folder / "finished").exists()]
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -303,35 +193,28 @@ def run_grid() -> None:
     if arguments.list:
         print("\n".join(run.name for run in runs))
         return
-    with (output / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{output} is in use by another sweep, or one that is just ending; wait for it, or "
-                "pass --output FOLDER"
-            ) from None
-        failed = sweep(runs, arguments.processes, output, lock)
-    done = finished(runs)
-    if done:
-        keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-        rows = [summarise(run, keys) for run in done]
-        write_tables(rows, output)
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+
+    def tabulate() -> list[dict[str, Any]]:
+        rows = [summarise(run, keys) for run in finished(runs)]
+        if rows:
+            write_tables(rows, output)
+        return rows
+
+    with lock_folder(output) as lock:
+        failed = sweep(
+            runs, lambda run, title: train(run, arguments.processes, title, lock), tabulate
+        )
+    if rows := tabulate():
         print((output / "results.md").read_text())
         if not arguments.no_plots:
-            plot(done, rows, output)
+            plot(finished(runs), rows, output)
     if failed:
         sys.exit(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 
 
 def main() -> None:
-    try:
-        run_grid()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_command(run_grid)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,334 @@
+"""Table and plots of a recovery study, from what its runs logged; see recovery_study.py."""
+
+import csv
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ablation_results import HELD_OUT_LOSS, LOSS, STAGE, markdown
+from sweeping import Run, read_metrics
+
+SECONDS, TOKENS = "time_metrics/end_to_end(s)", "n_tokens_seen"
+# The final loss is the mean over this share of all steps.
+FINAL_SHARE = 0.05
+# Share of all steps that the smoothed training loss is a trailing mean of.
+SMOOTHED_SHARE = 0.02
+# Steps on each side of the switch that a loss is averaged over, at most.
+SWITCH_STEPS = 5
+# A step that took more than this many medians of its stage compiled, warmed up or was disturbed.
+SLOW_STEP = 2.0
+NEVER = "never"
+NOTES = """
+Losses are in nats per token, on equal text at equal steps; ± is the standard deviation over seeds.
+Columns with * set dense losses against the last losses of the Lighthouse stage, which are not
+comparable with dense ones where selection reads later tokens.
+"""
+
+
+@dataclass(frozen=True)
+class Track:
+    """One model of the study, from its first step to its last.
+
+    Attributes:
+        split: share of the steps that are Lighthouse's; None: dense from scratch.
+        runs: what trained it, one after the other; runs of other tracks may begin alike.
+    """
+
+    split: float | None
+    seed: int
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.split is None else f"split {self.split:g}"
+
+    @property
+    def is_finished(self) -> bool:
+        return all(run.is_finished for run in self.runs)
+
+
+@dataclass(frozen=True)
+class History:
+    """What a track logged; step s is at index s - 1.
+
+    Attributes:
+        losses: training loss of each step.
+        tokens: tokens seen up to and including each step.
+        logged_seconds: seconds of each step, as logged.
+        seconds: seconds of training up to and including each step, slow steps counted as the
+            median of their stage.
+        switch: the last Lighthouse step, 0 if there is none.
+        held_out: step to held-out loss, under the attention of that step's stage.
+    """
+
+    losses: list[float]
+    tokens: list[int]
+    logged_seconds: list[float]
+    seconds: list[float]
+    switch: int
+    held_out: dict[int, float]
+
+    def mean_loss(self, first: int, last: int) -> float:
+        """Over steps ``first`` to ``last``, both included."""
+        return statistics.fmean(self.losses[first - 1 : last])
+
+    def smoothed(self, window: int) -> list[float]:
+        """Trailing mean of each step over at most ``window`` steps of its own stage."""
+        starts = [1 if step <= self.switch else self.switch + 1
+                  for step in range(1, len(self.losses) + 1)]  # fmt: skip
+        return [self.mean_loss(max(start, step - window + 1), step)
+                for step, start in enumerate(starts, 1)]  # fmt: skip
+
+
+def read_history(track: Track) -> History:
+    """Join what the runs of a track logged.
+
+    Raises:
+        ValueError: a step or the last held-out loss is missing.
+    """
+    entries: dict[int, dict[str, float]] = {}
+    for run in track.runs:
+        own = read_metrics(run.folder).items()
+        entries |= {step: entry for step, entry in own if step <= run.config.training.steps}
+    last = track.runs[-1].config.training.steps
+    steps = [entries.get(step, {}) for step in range(1, last + 1)]
+    gaps = [step for step, entry in enumerate(steps, 1) if LOSS not in entry]
+    if gaps or HELD_OUT_LOSS not in steps[-1]:
+        missing = f"loss of step {gaps[0]}" if gaps else f"held-out loss of step {last}"
+        raise ValueError(
+            f"{track.runs[-1].folder}: the metrics.jsonl files of {track.name}, seed {track.seed}, "
+            f"lack the {missing}; remove the folder to train the run again"
+        )
+    logged = [entry[SECONDS] for entry in steps]
+    return History(
+        losses=[entry[LOSS] for entry in steps],
+        tokens=[round(entry[TOKENS]) for entry in steps],
+        logged_seconds=logged,
+        seconds=_running_total(logged, [bool(entry[STAGE]) for entry in steps]),
+        switch=sum(bool(entry[STAGE]) for entry in steps),
+        held_out={
+            s: entry[HELD_OUT_LOSS] for s, entry in enumerate(steps, 1) if HELD_OUT_LOSS in entry
+        },  # fmt: skip
+    )
+
+
+def _running_total(logged: list[float], stages: list[bool]) -> list[float]:
+    medians = {stage: statistics.median(s for s, of in zip(logged, stages, strict=True)
+                                        if of == stage) for stage in set(stages)}  # fmt: skip
+    total, totals = 0.0, []
+    for seconds, stage in zip(logged, stages, strict=True):
+        total += medians[stage] if seconds > SLOW_STEP * medians[stage] else seconds
+        totals.append(total)
+    return totals
+
+
+def summarise(track: Track, history: History, control: History) -> dict[str, Any]:
+    """A row of the table.
+
+    Args:
+        control: that of dense training from scratch with the same seed.
+    """
+    last = len(history.losses)
+    final = max(1, round(FINAL_SHARE * last))
+    row: dict[str, Any] = {
+        "run": track.name,
+        "seed": track.seed,
+        "Lighthouse steps": history.switch,
+        "steps": last,
+        "tokens": history.tokens[-1],
+        "final train loss": history.mean_loss(last - final + 1, last),
+        "held-out loss": history.held_out[last],
+    }
+    if track.split is not None:
+        row |= _against_dense(history, control) | _at_switch(history)
+    row["seconds"] = history.seconds[-1]
+    row["seconds as logged"] = sum(history.logged_seconds)
+    row["speed-up"] = control.seconds[-1] / history.seconds[-1]
+    return row
+
+
+def _against_dense(history: History, control: History) -> dict[str, Any]:
+    last = len(history.losses)
+    own = history.held_out[last]
+    equal_tokens = control.held_out[last]
+    points = [(control.seconds[step - 1], loss) for step, loss in control.held_out.items()]
+    equal_time = interpolate(points, history.seconds[-1])
+    window = max(1, round(SMOOTHED_SHARE * last))
+
+    def train_gap(step: int) -> float:
+        first = max(history.switch + 1, step - window + 1)
+        return history.mean_loss(first, step) - control.mean_loss(first, step)
+
+    def held_out_gap(step: int) -> float:
+        return history.held_out[step] - control.held_out[step]
+
+    dense_steps = range(history.switch + 1, last + 1)
+    validated = [step for step in dense_steps
+                 if step in history.held_out and step in control.held_out]  # fmt: skip
+    row = {
+        "dense, equal tokens": equal_tokens,
+        "minus dense, equal tokens": own - equal_tokens,
+        "dense, equal time": equal_time,
+        "minus dense, equal time": None if equal_time is None else own - equal_time,
+    }
+    for name, steps, gap in (("train", dense_steps, train_gap),
+                             ("held-out", validated, held_out_gap)):  # fmt: skip
+        step = below_from(steps, gap)
+        row[f"{name} below dense from step"] = step or NEVER
+        row[f"{name} below dense from token"] = history.tokens[step - 1] if step else NEVER
+    return row
+
+
+def _at_switch(history: History) -> dict[str, Any]:
+    switch, last = history.switch, len(history.losses)
+    before = history.mean_loss(max(1, switch - SWITCH_STEPS + 1), switch)
+    recovered = (
+        step - switch
+        for step in range(switch + 1, last + 1)
+        if history.mean_loss(max(switch + 1, step - SWITCH_STEPS + 1), step) <= before
+    )
+    return {
+        "Lighthouse loss before the switch*": before,
+        "spike at the switch*": history.losses[switch] - before,
+        "steps to recover*": next(recovered, NEVER),
+    }
+
+
+def below_from(steps: range | list[int], gap: Callable[[int], float]) -> int | None:
+    """The step from which on ``gap`` is negative at all of ``steps``, None if not at the last."""
+    first = None
+    for step in reversed(steps):
+        if gap(step) >= 0:
+            break
+        first = step
+    return first
+
+
+def interpolate(points: list[tuple[float, float]], x: float) -> float | None:
+    """The value at ``x`` on straight lines between points in order of x; None outside them."""
+    xs = [point[0] for point in points]
+    if not xs or not xs[0] <= x <= xs[-1]:
+        return None
+    right = bisect_left(xs, x)
+    if xs[right] == x:
+        return points[right][1]
+    (x0, y0), (x1, y1) = points[right - 1 : right + 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each kind of run, the mean of every column and its standard deviation over seeds.
+
+    A column where some seeds never got there says how many did.
+    """
+    summary = []
+    for name in dict.fromkeys(row["run"] for row in rows):
+        group = [row for row in rows if row["run"] == name]
+        result: dict[str, Any] = {"run": name, "seeds": len(group)}
+        for column in group[0]:
+            if column in ("run", "seed"):
+                continue
+            values = [row[column] for row in group]
+            reached = [value for value in values if isinstance(value, int | float)]
+            if len(reached) == len(values):
+                result[column] = statistics.fmean(values)
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                result[f"{column}, spread"] = spread
+            elif NEVER in values:
+                result[column] = f"{len(reached)} of {len(values)} seeds" if reached else NEVER
+        summary.append(result)
+    return summary
+
+
+def write_tables(rows: list[dict[str, Any]], output: Path) -> None:
+    """results.csv, a row for each run; summary.csv, over seeds; results.md, both."""
+    summary = over_seeds(rows)
+    for name, table in (("results.csv", rows), ("summary.csv", summary)):
+        columns = _columns(table)
+        with (output / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(table)
+    shown = [{key: _with_spread(row, key) for key in row if not key.endswith(", spread")}
+             for row in summary]  # fmt: skip
+    text = f"{markdown(shown, _columns(shown))}{NOTES}\n{markdown(rows, _columns(rows))}"
+    (output / "results.md").write_text(text)
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    # Those of the longest row first, as dense runs leave out the middle.
+    ordered = sorted(rows, key=len, reverse=True)
+    return list(dict.fromkeys(key for row in ordered for key in row))
+
+
+def _with_spread(row: dict[str, Any], key: str) -> Any:
+    spread, value = row.get(f"{key}, spread"), row[key]
+    if isinstance(value, float) and value.is_integer() and not spread:
+        return round(value)
+    if not spread:
+        return value
+    digits = 4 if abs(value) < 10 else 1 if abs(value) < 10_000 else 0
+    return f"{value:,.{digits}f} ± {spread:,.{digits}f}"
+
+
+def plot(tracks: list[Track], histories: list[History], output: Path) -> None:
+    """loss_over_tokens.png and loss_over_time.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(track.name for track in tracks))
+    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    longest = max(history.seconds[-1] for history in histories)
+    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
+    axes = {
+        "loss_over_tokens.png": ("tokens, millions", lambda h: [n / 1e6 for n in h.tokens]),
+        "loss_over_time.png": (
+            f"training time, {unit}",
+            lambda h: [s / seconds for s in h.seconds],
+        ),
+    }
+    for file, (label, x_of) in axes.items():
+        figure, axis = plt.subplots(figsize=(10, 5.5), layout="constrained")
+        labelled = set()
+        for track, history in zip(tracks, histories, strict=True):
+            colour = palette[names.index(track.name) % len(palette)]
+            name = None if track.name in labelled else track.name
+            labelled.add(track.name)
+            _plot_track(axis, history, x_of(history), colour, name)
+        axis.set(
+            xlabel=label, ylabel="loss, nats per token", ylim=_limits(histories),
+            title="lines: training, trailing mean; dots: held-out; pale and hollow: Lighthouse "
+            "stage, not comparable with dense losses",
+        )  # fmt: skip
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize=8)
+        figure.savefig(output / file, dpi=120)
+        plt.close(figure)
+
+
+def _plot_track(axis, history: History, x: list[float], colour, label: str | None) -> None:
+    last, switch = len(history.losses), history.switch
+    smooth = history.smoothed(max(1, round(SMOOTHED_SHARE * last)))
+    axis.plot(x[:switch], smooth[:switch], color=colour, linewidth=0.8, alpha=0.35)
+    axis.plot(x[switch:], smooth[switch:], color=colour, linewidth=0.9, label=label)
+    for step, loss in history.held_out.items():
+        face = "none" if step <= switch else colour
+        alpha = 0.5 if step <= switch else 1.0
+        axis.plot(x[step - 1], loss, "o", color=colour, markerfacecolor=face, markersize=4,
+                  alpha=alpha)  # fmt: skip
+
+
+def _limits(histories: list[History]) -> tuple[float, float]:
+    """The fall of the first steps would flatten all that tells runs apart."""
+    losses = [h.smoothed(max(1, round(SMOOTHED_SHARE * len(h.losses)))) for h in histories]
+    low = min(min(*each, *h.held_out.values()) for each, h in zip(losses, histories, strict=True))
+    high = max(max(each[len(each) // 4 :]) for each in losses)
+    high = max(high, *(h.held_out[len(h.losses)] for h in histories))
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin

@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""Does a short dense stage after Lighthouse give a model as good as dense training?
+
+    python scripts/recovery_study.py train_configs/books_16k.toml --output outputs/recovery \\
+        --splits 0.625 0.6875 0.75 --seeds 0 1 \\
+        --training.dataset_path FOLDER --validation.dataset_path FOLDER
+
+For each seed of the model it trains dense from scratch and, for each split, Lighthouse for that
+share of training.steps and dense for the rest, all on the same text in the same order. The
+Lighthouse stage is trained once for each seed, up to the latest split; from its checkpoint at each
+split a dense stage branches off, which equals a run that switched there. Further arguments,
+--section.key value, go to every run and come last. The configuration must validate:
+
+    --validation.enable --validation.seq_len 16384 --validation.freq 60 --validation.steps 16
+
+The same command goes on where it was interrupted, and repeats nothing that finished.
+
+Writes to OUTPUT: a folder for each run with its log, its checkpoints and metrics.jsonl; results.csv
+(each run), summary.csv (over seeds) and results.md (both), after every run; and, unless --no-plots,
+loss_over_tokens.png and loss_over_time.png, which need the extra "benchmark" (pip install -e
+'.[benchmark]'). docs/recovery.md says what the columns are.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+from ablation_results import HELD_OUT_LOSS
+from recovery_results import History, Track, plot, read_history, summarise, write_tables
+from sweeping import (
+    Run,
+    command_line,
+    keys_given,
+    lock_folder,
+    read_metrics,
+    run_command,
+    sweep,
+    train,
+    with_settings,
+)
+
+from torchtitan.models.llama3_lighthouse import flavors
+from torchtitan.models.llama3_lighthouse.checkpoint import checkpoints_in
+from torchtitan.models.llama3_lighthouse.checks import check_config
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.metrics import METRICS_FILE
+
+CHECKPOINTS = "checkpoint"
+# Every step is logged: one of them is the first dense one, and validation cuts longer intervals.
+# Every run ends in a checkpoint that another one can begin from.
+SETTINGS = {
+    "lighthouse.stage": "auto",
+    "metrics.log_freq": 1,
+    "checkpoint.enable": True,
+    "checkpoint.folder": CHECKPOINTS,
+    "checkpoint.last_save_model_only": False,
+    "checkpoint.last_save_in_hf": False,
+}
+VARIED = {"lighthouse.dense_from_step", "debug.seed", "job.dump_folder", "job.config_file",
+          "checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}  # fmt: skip
+
+
+def split_steps(splits: list[float], steps: int) -> dict[float, int]:
+    """Each split to its last Lighthouse step, in order of steps.
+
+    Raises:
+        ValueError: a split leaves one of the stages without a step, or two are the same.
+    """
+    found: dict[float, int] = {}
+    for split in sorted(splits):
+        if not 0 < split < 1:
+            raise ValueError(
+                f"--splits {split:g} must lie between 0 and 1: the share of training.steps that "
+                "Lighthouse trains"
+            )
+        step = round(split * steps)
+        if not 0 < step < steps:
+            raise ValueError(
+                f"--splits {split:g} of training.steps = {steps} leaves no "
+                f"{'dense' if step else 'Lighthouse'} step; give another split or more steps"
+            )
+        if step in found.values():
+            raise ValueError(
+                f"--splits {split:g} ends the Lighthouse stage at step {step} of {steps}, as "
+                "another one does; remove one of them"
+            )
+        found[split] = step
+    return found
+
+
+def check_base(config: JobConfig) -> None:
+    """Check that a configuration can be studied.
+
+    Raises:
+        ValueError, TypeError, OSError: it cannot; the message names the key and the fix.
+    """
+    check_config(config, flavors)
+    steps, validation, checkpoint = config.training.steps, config.validation, config.checkpoint
+    if not validation.enable:
+        raise ValueError(
+            "the study compares held-out losses, but validation.enable = false; pass "
+            f"--validation.enable --validation.seq_len {config.training.seq_len} "
+            f"--validation.local_batch_size {config.training.local_batch_size} "
+            f"--validation.freq {_divisor(steps, steps // 10)} --validation.steps 16, and "
+            "--validation.dataset if the text is your own"
+        )
+    if validation.freq < 1 or steps % validation.freq:
+        raise ValueError(
+            f"validation.freq = {validation.freq} does not divide training.steps = {steps}, so no "
+            "held-out loss would be measured at the end; pass "
+            f"--validation.freq {_divisor(steps, validation.freq)}"
+        )
+    for key, value, given in (
+        ("initial_load_path", None, checkpoint.initial_load_path),
+        ("load_step", -1, checkpoint.load_step),
+        ("load_only", False, checkpoint.load_only),
+        ("exclude_from_loading", [], checkpoint.exclude_from_loading),
+    ):
+        if given != value:
+            raise ValueError(
+                f"checkpoint.{key} = {given!r}: the study trains from scratch and carries whole "
+                f"checkpoints over; leave it at {value!r}"
+            )
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor of ``number`` up to ``limit``, at least 1."""
+    return next((d for d in range(limit, 1, -1) if number % d == 0), 1)
+
+
+def plan(arguments: argparse.Namespace, extra: list[str]) -> list[Track]:
+    """What the study trains: for each seed the dense control, then the splits in order.
+
+    Raises:
+        ValueError, TypeError, OSError: the user's mistakes.
+    """
+    if not arguments.config.is_file():
+        raise ValueError(f"no such configuration: {arguments.config}; pass a TOML file")
+    if clash := keys_given(extra) & (SETTINGS.keys() | VARIED):
+        raise ValueError(f"--{min(clash)} is set by the study; leave it out")
+    if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
+        seeds = " ".join(map(str, arguments.seeds))
+        raise ValueError(f"--seeds {seeds} must be different numbers from 0 on")
+    output = arguments.output.resolve()
+    common = ["--job.config_file", str(arguments.config), *extra, *command_line(SETTINGS)]
+    base = LighthouseConfigManager().parse_args([*common, f"--job.dump_folder={output}"])
+    # A checkpoint that another run begins from must not depend on where that run ends.
+    total = base.lr_scheduler.total_steps or base.training.steps
+    steps = split_steps(arguments.splits, base.training.steps)
+    check_base(base)
+
+    def run(name: str, switch: int, last: int, seed: int, source: Run | None) -> Run:
+        settings = {"lighthouse.dense_from_step": switch, "training.steps": last,
+                    "debug.seed": seed, "lr_scheduler.total_steps": total}  # fmt: skip
+        if source:
+            path = source.folder / CHECKPOINTS / f"step-{source.config.training.steps}"
+            settings |= {"checkpoint.initial_load_path": str(path),
+                         "checkpoint.initial_load_model_only": False}  # fmt: skip
+        folder = output / f"{name},seed={seed}"
+        line = [*common, *command_line(settings), f"--job.dump_folder={folder}"]
+        return Run(settings, line, folder, with_settings(base, settings), needs=source)
+
+    tracks = []
+    for seed in arguments.seeds:
+        dense = run("dense", 0, base.training.steps, seed, None)
+        tracks.append(Track(None, seed, [dense]))
+        trunk: list[Run] = []
+        for split, step in steps.items():
+            source = trunk[-1] if trunk else None
+            trunk.append(run(f"lighthouse_to={step}", step, step, seed, source))
+            tail = run(f"split={split:g}", step, base.training.steps, seed, trunk[-1])
+            tracks.append(Track(split, seed, [*trunk, tail]))
+    return tracks
+
+
+def remove_cut_off(run: Run) -> None:
+    """Remove what an interruption left and a resume would stumble over or pass by.
+
+    That is a last checkpoint after which no validation was logged, though it was due, and the
+    checkpoint folder of a branch without a whole checkpoint in it.
+    """
+    folder = run.folder / CHECKPOINTS
+    whole = {step: path for step, (path, complete) in checkpoints_in(folder).items() if complete}
+    if whole:
+        last = max(whole)
+        metrics = read_metrics(run.folder) if (run.folder / METRICS_FILE).exists() else {}
+        due = last == 1 or last % run.config.validation.freq == 0
+        if due and HELD_OUT_LOSS not in metrics.get(last, {}):
+            shutil.rmtree(whole.pop(last))
+    if run.needs and folder.is_dir() and not whole:
+        shutil.rmtree(folder)
+
+
+def finished_histories(tracks: list[Track]) -> dict[int, History]:
+    """Index of a finished track to its history, if the dense control of its seed has finished."""
+    done = {number: read_history(t) for number, t in enumerate(tracks) if t.is_finished}
+    seeds = {tracks[number].seed for number in done if tracks[number].split is None}
+    return {number: h for number, h in done.items() if tracks[number].seed in seeds}
+
+
+def tabulate(tracks: list[Track], output: Path) -> dict[int, History]:
+    """Write the tables of what has finished, and return its histories."""
+    histories = finished_histories(tracks)
+    controls = {tracks[n].seed: h for n, h in histories.items() if tracks[n].split is None}
+    rows = [summarise(tracks[n], h, controls[tracks[n].seed]) for n, h in histories.items()]
+    if rows:
+        write_tables(rows, output)
+    return histories
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("config", type=Path, help="TOML file that all runs start from")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--splits", type=float, nargs="+", default=[0.625, 0.6875, 0.75],
+                        help="shares of training.steps that Lighthouse trains; default: the "
+                        "paper's, 0.625 0.6875 0.75")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1],
+                        help="of the model; default: 0 1")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine")
+    parser.add_argument("--list", action="store_true", help="only say what would run")
+    parser.add_argument("--no-plots", action="store_true")
+    arguments, extra = parser.parse_known_args()
+    if not arguments.no_plots and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots")
+    return arguments, extra
+
+
+def study() -> None:
+    """What the command does.
+
+    Raises:
+        ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
+    """
+    arguments, extra = parse_arguments()
+    tracks = plan(arguments, extra)
+    # Runs that several tracks share come once, before the first that needs them.
+    runs = list({run.folder: run for track in tracks for run in track.runs}.values())
+    steps = sum(_own_steps(run) for run in runs)
+    alone = sum(track.runs[-1].config.training.steps for track in tracks)
+    print(f"{len(tracks)} models in {len(runs)} runs: {steps:,} steps, {alone:,} if each model "
+          "were trained alone", flush=True)  # fmt: skip
+    if arguments.list:
+        print("\n".join(f"{run.name}: {_own_steps(run):,} steps" for run in runs))
+        return
+
+    def train_run(run: Run, title: str) -> int:
+        remove_cut_off(run)
+        return train(run, arguments.processes, title, lock)
+
+    output = arguments.output
+    with lock_folder(output) as lock:
+        failed = sweep(runs, train_run, lambda: tabulate(tracks, output))
+        histories = tabulate(tracks, output)
+    if histories:
+        print((output / "results.md").read_text())
+        if not arguments.no_plots:
+            plot([tracks[number] for number in histories], list(histories.values()), output)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+
+
+def _own_steps(run: Run) -> int:
+    return run.config.training.steps - (run.needs.config.training.steps if run.needs else 0)
+
+
+def main() -> None:
+    run_command(study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Training runs one after the other, each in a folder of its own, taken up where they stopped."""
+
+import copy
+import ctypes
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+from torchtitan.models.llama3_lighthouse.metrics import METRICS_FILE
+
+STEP_LINE = re.compile(r"(?<!validate )step: *(\d+) +loss: *(\S+).*?tps: *(\S+)")
+ERROR_LINE = re.compile(r" - ERROR - (.+)")
+SECONDS_BETWEEN_LINES = 10.0
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+# In a run's folder, once it has trained to its end.
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep.
+
+    Attributes:
+        settings: section.key to value of what tells it from the others.
+        arguments: the trainer's command line.
+        folder: its job.dump_folder.
+        config: what the command line says.
+        refusal: why it cannot run, or None.
+        needs: the run whose checkpoint it begins from, or None.
+    """
+
+    settings: dict[str, Any]
+    arguments: list[str]
+    folder: Path
+    config: JobConfig
+    refusal: str | None = None
+    needs: "Run | None" = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / FINISHED).exists()
+
+
+def value_of(config: JobConfig, key: str) -> Any:
+    """The value of section.key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def with_settings(config: JobConfig, settings: dict[str, Any]) -> JobConfig:
+    """A copy of a configuration with other values of section.key."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        setattr(value_of(config, section), name, value)
+    return config
+
+
+def keys_given(arguments: list[str]) -> set[str]:
+    """section.key of every flag of a trainer's command line."""
+    flags = (word[2:].partition("=")[0] for word in arguments if word[:2] == "--")
+    return {flag.replace(".no-", ".") for flag in flags}
+
+
+def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """What every step logged; of a step that ran again after a restart, the last time."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (folder / METRICS_FILE).read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            # Cut off by a crash, after which the step ran again.
+            continue
+        steps.setdefault(entry["step"], {}).update(entry)
+    return dict(sorted(steps.items()))
+
+
+def command_line(settings: dict[str, Any]) -> list[str]:
+    """``settings`` as the trainer's flags."""
+    line = []
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        if isinstance(value, bool):
+            line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            line += [f"--{key}", *map(str, values)]
+    return line
+
+
+def record_of(config: JobConfig) -> str:
+    """All of a configuration that a run depends on."""
+    return json.dumps({k: v for k, v in config.to_dict().items() if k != "job"}, indent=1)
+
+
+def train(run: Run, processes: int, title: str, lock: TextIO) -> int:
+    """Train it through torchrun, show how far it is, and return the exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
+    command += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
+    command += ["-m", "torchtitan.models.llama3_lighthouse.train", *run.arguments]
+    command += ["--metrics.disable_color_printing"]
+    shown = 0.0
+    with (
+        (run.folder / "log.txt").open("a", buffering=1) as log,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ},
+            # However this process ends, the run ends with it; until then it keeps the lock.
+            preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            pass_fds=[lock.fileno()],
+        ) as process,
+    ):
+        try:
+            for line in process.stdout:
+                log.write(line)
+                match = STEP_LINE.search(line)
+                if match and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+                    step, loss, speed = match.groups()
+                    print(f"{title}: step {step} of {run.config.training.steps}, loss {loss}, "
+                          f"{speed} tokens/s", flush=True)  # fmt: skip
+                    shown = time.monotonic()
+        except BaseException:
+            process.terminate()
+            raise
+    return process.returncode
+
+
+def begin(run: Run) -> bool:
+    """Make its folder; whether there is anything left to do in it.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration.
+    """
+    record, config = run.folder / "config.json", record_of(run.config)
+    if record.exists() and record.read_text() != config:
+        before, now = json.loads(record.read_text()), json.loads(config)
+        differing = [f"{section}.{key}" for section, values in now.items() for key in values
+                     if before.get(section, {}).get(key) != values[key]]  # fmt: skip
+        raise ValueError(
+            f"{run.folder} holds a run with another {', '.join(differing) or 'configuration'}; "
+            "pass --output FOLDER with one of its own, or remove it"
+        )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(config)
+    return not run.is_finished
+
+
+def sweep(
+    runs: list[Run], train_run: Callable[[Run, str], int], on_finished: Callable[[], None]
+) -> list[str]:
+    """Train what has not finished, and return the names of the runs that failed.
+
+    Args:
+        train_run: trains a run, shows its progress under a title, and returns the exit code.
+        on_finished: called after every run that finished.
+    """
+    to_do = [run for run in runs if begin(run)]
+    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished earlier", flush=True)
+    failed = []
+    for run in to_do:
+        title = f"[{runs.index(run) + 1}/{len(runs)}] {run.name}"
+        if run.needs and not run.needs.is_finished:
+            failed.append(run.name)
+            print(f"{title}: left out, as it begins from {run.needs.name}", file=sys.stderr)
+            continue
+        print(f"{title}: begins", flush=True)
+        start = time.monotonic()
+        code = train_run(run, title)
+        if code:
+            failed.append(run.name)
+            log = run.folder / "log.txt"
+            reasons = ERROR_LINE.findall(log.read_text(errors="replace"))
+            reason = f": {reasons[-1]}" if reasons else ""
+            print(f"{title}: failed with exit code {code}{reason}; see {log}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            continue
+        (run.folder / FINISHED).touch()
+        on_finished()
+        print(f"{title}: done in {time.monotonic() - start:.0f} s", flush=True)
+    return failed
+
+
+def finished(runs: list[Run]) -> list[Run]:
+    return [run for run in runs if run.is_finished]
+
+
+@contextmanager
+def lock_folder(output: Path) -> Iterator[TextIO]:
+    """Keep other sweeps out of ``output``, an existing folder.
+
+    Raises:
+        ValueError: another one is in it.
+    """
+    with (output / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{output} is in use by another sweep, or one that is just ending; wait for it, or "
+                "pass --output FOLDER"
+            ) from None
+        yield lock
+
+
+def run_command(
+    command: Callable[[], None], if_interrupted: str = "the same command goes on from here"
+) -> None:
+    """Run a script's ``command``; a user's mistake ends in one line, an interruption in 130."""
+    try:
+        command()
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print(f"interrupted; {if_interrupted}", file=sys.stderr)
+        sys.exit(130)
