@@ -18,7 +18,7 @@ from lighthouse import (
     lighthouse_attention,
     select,
 )
-from lighthouse.config import SCORERS
+from lighthouse.config import COMBINATIONS, SCORERS
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import score
 
@@ -33,7 +33,9 @@ def test_repeated_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     """Ours everywhere; of the stock attention's backward we ask for its deterministic variant."""
     torch.use_deterministic_algorithms(True)
     try:
-        run_twice("cuda", dtype, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
+        for combine in COMBINATIONS:
+            config = LighthouseConfig(3, 4, 128, picks_per_stratum=32, combine=combine)
+            run_twice("cuda", dtype, 4096, config)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -201,11 +203,16 @@ def test_beyond_two_billion_elements() -> None:
             torch.testing.assert_close(dq[0, head, t].double(), share, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("entry_score, combine", [("max", "sum"), ("first", "finest")])
 @pytest.mark.parametrize("d", [64, 128, 256])
-def test_error_of_the_whole_is_that_of_vectorised_pytorch(d: int) -> None:
+def test_error_of_the_whole_is_that_of_vectorised_pytorch(
+    d: int, entry_score: str, combine: str
+) -> None:
     """Both against float64 at the paper's pooling, with the stock attention of this device."""
     torch.manual_seed(5)
-    config = LighthouseConfig(3, 4, 256, picks_per_stratum=64)
+    config = LighthouseConfig(
+        3, 4, 256, picks_per_stratum=64, entry_score=entry_score, combine=combine
+    )
     leaves = [torch.randn(2, 8192, h, d).transpose(1, 2) for h in (4, 2, 2)]
     grad = torch.randn_like(leaves[0])
     for dtype in (torch.bfloat16, torch.float16):
@@ -239,10 +246,14 @@ def one_rank():
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("combine", COMBINATIONS)
 @pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2)])
-def test_chunks_and_their_seam_give_what_the_whole_gives(one_rank, heads, kv_heads) -> None:
+def test_chunks_and_their_seam_give_what_the_whole_gives(
+    one_rank, heads: int, kv_heads: int, combine: str
+) -> None:
     """Forward the same bits; backward adds the seam's share after rounding instead of before."""
     torch.manual_seed(7)
+    config = replace(PAPER, combine=combine)
     leaves = [
         torch.randn(1, PAPER_LENGTH, h, 128, device="cuda").bfloat16().transpose(1, 2)
         for h in (heads, kv_heads, kv_heads)
@@ -253,7 +264,7 @@ def test_chunks_and_their_seam_give_what_the_whole_gives(one_rank, heads, kv_hea
     try:
         whole, one, two = (
             output_and_gradients(
-                lighthouse_attention, leaves, grad, PAPER,
+                lighthouse_attention, leaves, grad, config,
                 **({"context_parallel": layout} if layout else {}),
             )
             for layout in layouts

@@ -11,7 +11,7 @@ from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
 from .infra.pipeline import check_pipeline
-from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig
+from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Parallelism
 from .model import LighthouseModelArgs, lighthouse_config
 
 STAGES = ("auto", "lighthouse", "dense")
@@ -43,6 +43,7 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
         )
     _check_stages(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
+    _check_degree(config.parallelism)
     _check_lengths(config)
     _check_tokenizer(config)
     _check_passkey_mix(config)
@@ -84,6 +85,14 @@ def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
     if len(set(dense_layers)) != len(dense_layers):
         raise ValueError(
             f"lighthouse.dense_layers = {dense_layers} names a layer twice; name each once"
+        )
+
+
+def _check_degree(section: Parallelism) -> None:
+    if section.context_parallel_degree < 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {section.context_parallel_degree} must be at "
+            "least 1, which is no context parallelism"
         )
 
 
@@ -144,11 +153,6 @@ def _check_passkey_mix(config: JobConfig) -> None:
 
 def _check_parallelism(config: JobConfig, n_layers: int) -> None:
     section = config.parallelism
-    if section.context_parallel_degree < 1:
-        raise ValueError(
-            f"parallelism.context_parallel_degree = {section.context_parallel_degree} must be at "
-            "least 1, which is no context parallelism"
-        )
     replicas = section.data_parallel_replicate_degree
     if replicas > 1 and section.data_parallel_shard_degree == section.context_parallel_degree == 1:
         # Losses are shares of the global mean; DDP would average their gradients once more.

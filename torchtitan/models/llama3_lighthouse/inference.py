@@ -54,18 +54,6 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
-def recorded_config(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
-    """The configuration that ``load_trained_model`` would use, with nothing loaded.
-
-    Raises:
-        ValueError, TypeError, OSError: as ``load_trained_model``.
-    """
-    path = find_checkpoint(path)
-    config = _configuration(path, read_record(path), overrides or [])
-    check_model(config, flavors)
-    return config
-
-
 def load_trained_model(
     path: str | Path,
     overrides: list[str] | None = None,
