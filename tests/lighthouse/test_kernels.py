@@ -37,7 +37,7 @@ CASES = [
     case(levels=3, p=4, m=8, strata=2, extra=5, kv_heads=2, group=3),
     case(levels=3, p=2, m=4, strata=3, extra=2, batch=2, kv_heads=2, group=2, tied=True),
     case(levels=2, p=2, m=16, strata=1, extra=40, tied=True),
-    case(levels=3, p=4, m=8, strata=2, extra=5, kv_heads=2, group=3, combine="finest"),
+    case(levels=3, p=4, m=4, strata=2, extra=3, kv_heads=2, group=2, combine="finest"),
     case(levels=4, p=2, m=6, strata=1, extra=3, batch=2, entry_score="first", combine="finest"),
     case(levels=2, p=4, m=2, strata=3, extra=4, tied=True, entry_score="first"),
 ]
@@ -47,8 +47,9 @@ def inputs(case, dtype, d):
     return [x.to(DEVICE) for x in random_inputs(case, dtype, d)]
 
 
-@pytest.mark.parametrize("d", [32, 96])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case, d", [*((case, 32) for case in CASES), (CASES[0], 96), (CASES[7], 96)], ids=str
+)
 def test_error_is_that_of_the_precision(case, d) -> None:
     """Against float64, hardly more error than vectorised PyTorch at this precision."""
     config = case["config"]
@@ -117,7 +118,7 @@ def vectorised_selection(a, b, geometry: PyramidGeometry) -> Selection:
 
 @pytest.mark.parametrize(
     "case, block",
-    [*((case, 8192) for case in CASES), (CASES[3], 16), (CASES[5], 16)],
+    [*((case, 8192) for case in (*CASES[:6], *CASES[7:])), (CASES[1], 4), (CASES[5], 16)],
     ids=str,
 )
 def test_selection_is_exact(case, block, monkeypatch) -> None:

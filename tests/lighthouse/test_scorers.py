@@ -71,7 +71,7 @@ def test_selections_are_the_oracles(case, scorer, data) -> None:
 def test_kernels_score_as_float64_does(scorer, dtype, heads, kv_heads) -> None:
     """Over more rows than linear attention's window holds; D is no power of two."""
     config = LighthouseConfig(3, 2, 16, scorer, picks_per_stratum=4, dilation=2)
-    case = dict(n=1400, batch=2, heads=heads, kv_heads=kv_heads, tied=False, seed=2)
+    case = dict(n=1400, batch=1, heads=heads, kv_heads=kv_heads, tied=False, seed=2)
     inputs = [rows.to(DEVICE) for rows in random_inputs(case, dtype, 48)]
     geometry = PyramidGeometry(config, 1400)
     exact = score(*(rows.double() for rows in inputs), geometry)[1]
@@ -107,6 +107,8 @@ def test_compiles_whole_and_opaquely(scorer: str, impl: str) -> None:
     case = dict(n=128, batch=1, heads=4, kv_heads=2, tied=False, seed=4)
     leaves = [rows.to(DEVICE) for rows in random_inputs(case, torch.float32, 32)]
     grad = torch.randn_like(leaves[0])
+    # What other tests compiled of the same function counts as well.
+    torch.compiler.reset()
     compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
     for value, want in zip(
         output_and_gradients(compiled, leaves, grad, config, impl=impl),

@@ -120,6 +120,7 @@ def test_process_ends_with_one_message(tmp_path: Path, settings: dict, message: 
     assert run.lines(0) == []
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     Run(tmp_path, {"checkpoint.create_seed_checkpoint": True}).succeed()
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "dump/checkpoint").rglob("*"))
@@ -132,6 +133,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "dump/checkpoint").rglob("*"))
 
 
+@pytest.mark.slow
 def test_earlier_load_step_does_not_overwrite_later_ones(tmp_path: Path) -> None:
     Run(tmp_path, {"training.steps": 4, "checkpoint.interval": 2}).succeed()
     run = Run(tmp_path, {"training.steps": 4, "checkpoint.load_step": 2})

@@ -120,6 +120,19 @@ def test_flops_of_the_scorers(monkeypatch) -> None:
         assert args.flops_per_token(0, N, "dense") == norm.flops_per_token(0, N, "dense")
 
 
+def test_residual_stream_has_the_precision_of_autocast() -> None:
+    model = build()
+    seen = []
+    for block in model.layers.values():
+        block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    tokens = torch.randint(0, 320, (1, N))
+    model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+    layers = len(model.layers)
+    assert seen == [torch.float32] * layers + [torch.bfloat16] * layers
+
+
 @pytest.mark.parametrize("stage", ["lighthouse", "dense"])
 def test_flops_count_what_runs(stage: str) -> None:
     """Against torch's own counter, which sees the products but takes attention as unmasked."""

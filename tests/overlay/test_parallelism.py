@@ -48,9 +48,9 @@ COMPOSITIONS = {
         **CP2, "parallelism.context_parallel_load_balancer": "None",
         "activation_checkpoint.mode": "selective",
     }),
-    "tp2-cp2-full": (4, {**TP2, **CP2, "activation_checkpoint.mode": "full"}),
 }  # fmt: skip
 SLOW_COMPOSITIONS = {
+    "tp2-cp2-full": (4, {**TP2, **CP2, "activation_checkpoint.mode": "full"}),
     "pp2": (2, PP2),
     "pp2-interleaved-selective": (2, {
         **PP2, "parallelism.pipeline_parallel_schedule": "Interleaved1F1B",
