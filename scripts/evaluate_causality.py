@@ -1,92 +1,129 @@
 #!/usr/bin/env python3
-"""Measure how much of a checkpoint's loss comes from text that the model should not see.
+"""Measure how much of a checkpoint's loss comes from text that the model should not know yet.
 
-    python scripts/evaluate_causality.py CHECKPOINT... --output FOLDER
+    python scripts/evaluate_causality.py CHECKPOINT... --output outputs/causality.json
 
-The loss at sampled positions of held-out text, once with the true text after them and once with
-other text in its place, from the token to be predicted on. Under dense attention both are the same,
-to rounding. Under Lighthouse attention they differ as far as the selection, which looks at later
-tokens, tells the model about them.
+Takes the loss at random positions of held-out text three times: with the true text after them, with
+other text in its place from the predicted token on, and with other text from the end of the next
+coarsest entry on. Under dense attention all are the same. Under Lighthouse attention, whose
+selection may look at later tokens, the differences are what those are worth to the model, in nats:
+of "other text" all of them, of "other text later" those outside the position's own entries.
+
+Overrides of the checkpoints' configuration, --section.key value, come last. Prints a table and
+writes a JSON record. docs/selection.md says what was found.
 """
 
 import argparse
 import json
-import sys
+import math
 from pathlib import Path
 
 import torch
+from sweeping import run_command
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.inference import TrainedModel, load_trained_model
 
+FUTURES = ("true text", "other text", "other text later")
+
+
+def futures(tokens: torch.Tensor, positions: torch.Tensor, span: int) -> dict[str, torch.Tensor]:
+    """``tokens`` [B, N] with each of FUTURES after ``positions`` [B]; ``span`` of an entry.
+
+    What is put in comes from the other half of the same sequence.
+    """
+    length = tokens.shape[1]
+    other = tokens.roll(length // 2, dims=1)
+    index = torch.arange(length, device=tokens.device)
+    last_kept = (length, positions, (positions // span + 2) * span - 1)
+    found = {}
+    for name, last in zip(FUTURES, last_kept, strict=True):
+        last = torch.as_tensor(last, device=tokens.device).reshape(-1, 1)
+        found[name] = torch.where(index <= last, tokens, other)
+    return found
+
 
 @torch.no_grad()
-def losses_at(
-    trained: TrainedModel, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Loss of row i of tokens [B, N] at ``positions[i]``, [B]."""
-    logits = trained.model(tokens)
-    row = torch.arange(len(tokens), device=tokens.device)
-    return cross_entropy(logits[row, positions].float(), labels[row, positions], reduction="none")
-
-
-def true_and_other_future(
-    trained: TrainedModel, samples: int, positions_each: int, device: str
+def losses(
+    trained: TrainedModel, batches: int, positions_each: int, device: str
 ) -> dict[str, torch.Tensor]:
-    """Losses with the true text after each position, with other text, and with other text from
-    the end of the coarsest entry on."""
+    """Losses by FUTURES, float64 [trials], at the same random positions of the held-out text.
+
+    Raises:
+        ValueError: the held-out split holds too few batches.
+    """
+    args = trained.model.model_args
+    span = args.lighthouse.pooling_factor ** (args.lighthouse.levels - 1)
     loader = iter(build_validation_dataloader(1, 0, trained.tokenizer, trained.config))
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, list[torch.Tensor]] = {"true": [], "other": [], "other far": []}
-    span = trained.model.model_args.lighthouse.pooling_factor ** (
-        trained.model.model_args.lighthouse.levels - 1
-    )
-    for _ in range(samples):
-        inputs, labels = next(loader)
-        tokens, labels = inputs["input"].to(device), labels.to(device)
-        other = tokens.flip(0) if len(tokens) > 1 else tokens.roll(tokens.shape[1] // 2, 1)
-        n = tokens.shape[1]
-        index = torch.arange(n, device=device)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in FUTURES}
+    for number in range(batches):
+        batch = next(loader, None)
+        if batch is None:
+            raise ValueError(f"the held-out split holds {number} batches; pass fewer --batches")
+        tokens, labels = batch[0]["input"].to(device), batch[1].to(device)
+        rows, length = torch.arange(len(tokens), device=device), tokens.shape[1]
         for _ in range(positions_each):
-            t = torch.randint(n // 8, n - 2 * span, (len(tokens), 1), generator=generator)
-            t = t.to(device)
-            ends = {"true": n, "other": t, "other far": (t // span + 2) * span - 1}
-            for name, end in ends.items():
-                mixed = torch.where(index <= end, tokens, other)
-                found[name].append(losses_at(trained, mixed, labels, t[:, 0]))
-    return {name: torch.cat(values).double().cpu() for name, values in found.items()}
+            positions = torch.randint(
+                length // 8, length - 2 * span, (len(tokens),), generator=generator
+            ).to(device)
+            for name, text in futures(tokens, positions, span).items():
+                logits = trained.model(text)[rows, positions].double()
+                loss = cross_entropy(logits, labels[rows, positions], reduction="none")
+                found[name].append(loss.cpu())
+    return {name: torch.cat(values) for name, values in found.items()}
 
 
-def main() -> None:
+def summarise(found: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Mean loss by FUTURES, and the mean difference from the first with its 95% interval."""
+    summary = {}
+    for name, values in found.items():
+        difference = values - found[FUTURES[0]]
+        error = difference.std().item() / math.sqrt(len(difference))
+        summary[name] = {
+            "loss": values.mean().item(),
+            "difference": difference.mean().item(),
+            "interval": 1.96 * error,
+        }
+    return summary
+
+
+def evaluate() -> None:
+    """What the command does."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--output", type=Path, default=Path("outputs/causality.json"))
-    parser.add_argument("--samples", type=int, default=8, help="batches of held-out text")
-    parser.add_argument("--positions", type=int, default=32, help="of each batch")
+    parser.add_argument("--batches", type=int, default=8, help="of held-out text")
+    parser.add_argument("--positions", type=int, default=32, help="in each sequence of a batch")
     parser.add_argument("--device", default="cpu")
     options, overrides = parser.parse_known_args()
+    if min(options.batches, options.positions) < 1:
+        raise ValueError("--batches and --positions must be at least 1")
     records = []
+    print(f"| checkpoint | stage | {' | '.join(FUTURES)} |")
+    print("|---|---|---|---|---|")
     for path in options.checkpoints:
         trained = load_trained_model(path, overrides, options.device)
         for stage in ("dense", "lighthouse"):
             trained.model.set_stage(stage)
             with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
-                found = true_and_other_future(
-                    trained, options.samples, options.positions, options.device
-                )
-            record = {"checkpoint": str(path), "stage": stage}
-            for name, losses in found.items():
-                difference = losses - found["true"]
-                error = difference.std() / len(losses) ** 0.5
-                record[name] = [losses.mean().item(), difference.mean().item(), error.item()]
-            records.append(record)
-            print(json.dumps(record), flush=True)
+                found = losses(trained, options.batches, options.positions, options.device)
+            summary = summarise(found)
+            records.append({"checkpoint": str(trained.path), "stage": stage, **summary})
+            cells = [f"{summary[FUTURES[0]]['loss']:.3f}"]
+            cells += ["{loss:.3f} ({difference:+.3f} ± {interval:.3f})".format(**summary[name])
+                      for name in FUTURES[1:]]  # fmt: skip
+            print(f"| {trained.path} | {stage} | {' | '.join(cells)} |", flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(records, indent=1) + "\n")
 
 
+def main() -> None:
+    run_command(evaluate, "nothing was written")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
