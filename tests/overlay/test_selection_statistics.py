@@ -156,3 +156,37 @@ def test_the_rank_that_upstream_logs_from_writes(
         processor.logger.log({"rank": rank}, 1)
         processor.logger.close()
     assert (tmp_path / "metrics.jsonl").read_text() == f'{{"step": 1, "rank": {logging_rank}}}\n'
+
+
+def test_validation_inside_a_log_interval_leaves_it_whole(monkeypatch) -> None:
+    """Two steps of 10 s and 100 tokens, 7 s of validation between them."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock.now)
+    processor = metrics.LighthouseMetricsProcessor.__new__(metrics.LighthouseMetricsProcessor)
+    processor._flops_per_token_of_steps = []
+    processor.ntokens_since_last_log = 0
+    seen = {}
+
+    def upstream_log(self, *arguments):
+        seen[arguments[1]] = self.ntokens_since_last_log, clock.now - self.time_last_log
+        self.ntokens_since_last_log, self.time_last_log = 0, clock.now
+
+    def upstream_log_validation(self, loss, step, extra):
+        upstream_log(self, step, "validation")
+
+    monkeypatch.setattr(metrics.MetricsProcessor, "log_validation", upstream_log_validation)
+    monkeypatch.setattr(
+        metrics.MetricsProcessor, "log", lambda self, *_: upstream_log(self, 2, "training")
+    )
+    processor.start_clock()
+    for step in (1, 2):
+        clock.now += 10
+        processor.ntokens_since_last_log += 100
+        processor.record_step(1.0)
+        if step == 1:
+            processor.start_validation()
+            clock.now += 7
+            processor.ntokens_since_last_log += 30
+            processor.log_validation(1.0, step)
+    processor.log(2, 1.0, 1.0, 1.0)
+    assert seen == {"validation": (30, 7.0), "training": (200, 20.0)}

@@ -150,6 +150,10 @@ def test_everything_fast_agrees_with_everything_plain(tmp_path: Path) -> None:
         "lighthouse.dense_from_step": 12,
         "training.mixed_precision_param": "bfloat16",
         "lighthouse.loss": "whole",
+        # AdamW's first steps divide gradients that are nothing but rounding by themselves; without
+        # these two the losses would tell how such noise grows.
+        "optimizer.lr": 2e-4,
+        "optimizer.eps": 1e-6,
     }
     expected = Run(plain, settings).succeed().steps()
     settings |= {
@@ -165,9 +169,8 @@ def test_everything_fast_agrees_with_everything_plain(tmp_path: Path) -> None:
         assert ours[step]["batches"] == expected[step]["batches"]
         loss, other = (float.fromhex(run[step]["loss"]) for run in (ours, expected))
         differences.append(abs(loss - other) / other)
-    # A bfloat16 number is exact to 2^-9 of itself, a mean over tokens and steps to less.
-    assert max(differences) < 2**-7, differences
-    assert sum(differences) / len(differences) < 2**-9, differences
+    # Of itself, what a bfloat16 number is rounded by.
+    assert max(differences) < 2**-9, [f"{each:.1e}" for each in differences]
 
 
 def test_small_is_small() -> None:

@@ -15,6 +15,7 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import device_module
 
 # In job.dump_folder. Restarts append to it: a step that ran again is there again.
 METRICS_FILE = "metrics.jsonl"
@@ -67,6 +68,20 @@ class LighthouseMetricsProcessor(MetricsProcessor):
     def exclude_from_throughput(self, seconds: float) -> None:
         """Leave ``seconds`` out of the interval under way; saving a checkpoint is not training."""
         self.time_last_log += seconds
+
+    def start_validation(self) -> None:
+        """Set the log interval under way aside until ``log_validation``."""
+        device_module.synchronize()
+        now = time.perf_counter()
+        self._set_aside = now - self.time_last_log, self.ntokens_since_last_log
+        self.time_last_log, self.ntokens_since_last_log = now, 0
+
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
+    ) -> None:
+        super().log_validation(loss, step, extra_metrics)
+        seconds, self.ntokens_since_last_log = self._set_aside
+        self.time_last_log = time.perf_counter() - seconds
 
     def record_step(self, flops_per_token: float) -> None:
         """Count one step that ran at ``flops_per_token``."""

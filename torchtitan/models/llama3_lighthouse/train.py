@@ -101,6 +101,12 @@ class LighthouseTrainer(upstream.Trainer):
             f"Stage '{stage}' begins at step {step}{came_from}: attention runs on {length:,} of "
             f"{seq_len:,} positions, {self._flops_per_token[stage]:.3e} FLOPs per token"
         )
+        if stage == "lighthouse" and section.entry_score == "max":
+            logger.warning(
+                "lighthouse.entry_score = 'max' lets the model read later tokens off the "
+                "selection: losses of this stage are lower than true ones and not to be compared "
+                "with dense ones; 'first' gives true ones"
+            )
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Take one optimizer step.

@@ -78,6 +78,7 @@ class LighthouseValidator(BaseValidator):
         Raises:
             ValueError: the held-out split fills no batch.
         """
+        self.metrics_processor.start_validation()
         for model in model_parts:
             model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64, device=device_type)
