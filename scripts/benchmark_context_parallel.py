@@ -35,7 +35,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from measuring import environment, relative_error
-from sweeping import command_line
+from sweeping import command_line, trainer_command
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, select
 from lighthouse.attention import lighthouse_attention
@@ -216,17 +216,13 @@ class Job:
     """A training run on some of the GPUs, or a refusal of memory."""
 
     def __init__(self, folder: Path, gpus: list[int], settings: dict, config: str) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-        command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(len(gpus))]
-        command += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
-        command += ["-m", "torchtitan.models.llama3_lighthouse.train"]
-        command += ["--job.config_file", config, "--job.dump_folder", str(folder)]
-        command += command_line(settings)
-        command += ["--metrics.log_freq", "1", "--metrics.disable_color_printing"]
+        line = ["--job.config_file", config, "--job.dump_folder", str(folder)]
+        line += [*command_line(settings), "--metrics.log_freq", "1"]
         folder.mkdir(parents=True, exist_ok=True)
         self.log_file = folder / "log.txt"
         self.process = subprocess.Popen(
-            command, stdout=self.log_file.open("a"), stderr=subprocess.STDOUT,
+            trainer_command(len(gpus), line),
+            stdout=self.log_file.open("a"), stderr=subprocess.STDOUT,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
                  "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
         )  # fmt: skip

@@ -110,13 +110,18 @@ def record_of(config: JobConfig) -> str:
     return json.dumps({k: v for k, v in config.to_dict().items() if k != "job"}, indent=1)
 
 
-def train(run: Run, processes: int, title: str, lock: TextIO) -> int:
-    """Train it through torchrun, show how far it is, and return the exit code."""
+def trainer_command(processes: int, arguments: list[str]) -> list[str]:
+    """Launches the trainer on this machine, the output of the first rank alone, without colours."""
     command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
     command += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
-    command += ["-m", "torchtitan.models.llama3_lighthouse.train", *run.arguments]
-    command += ["--metrics.disable_color_printing"]
+    command += ["-m", "torchtitan.models.llama3_lighthouse.train", *arguments]
+    return [*command, "--metrics.disable_color_printing"]
+
+
+def train(run: Run, processes: int, title: str, lock: TextIO) -> int:
+    """Train it through torchrun, show how far it is, and return the exit code."""
+    command = trainer_command(processes, run.arguments)
     shown = 0.0
     with (
         (run.folder / "log.txt").open("a", buffering=1) as log,
