@@ -83,8 +83,6 @@ def _gather_with_kernels(
     geometry: PyramidGeometry,
 ) -> tuple[Selection, list[torch.Tensor]]:
     """Select and gather; the read that pools the coarsest level also takes the "norm" scores."""
-    if selection is None and geometry.config.entry_score != "max":
-        selection = select(q, k, v, geometry.config, impl="torch")
     with_norms = selection is None and geometry.config.scorer == "norm"
     coarsest_q, a = kernels.pool_coarsest(q, geometry, with_norms)
     coarsest_k, b = kernels.pool_coarsest(k, geometry, with_norms)

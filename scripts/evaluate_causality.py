@@ -9,13 +9,13 @@ coarsest entry on. Under dense attention all are the same. Under Lighthouse atte
 selection may look at later tokens, the differences are what those are worth to the model, in nats:
 of "other text" all of them, of "other text later" those outside the position's own entries.
 
-Overrides of the checkpoints' configuration, --section.key value, come last. Prints a table and
-writes a JSON record. docs/selection.md says what was found.
+The text is what the run validated on, or the held-out split of its dataset in sequences of
+training.seq_len. Overrides of the checkpoints' configuration, --section.key value, come last.
+Prints a table and writes a JSON record. docs/selection.md says what was found.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -23,7 +23,13 @@ from sweeping import run_command
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
-from torchtitan.models.llama3_lighthouse.inference import TrainedModel, load_trained_model
+from torchtitan.models.llama3_lighthouse.held_out_loss import NORMAL_95, check_text
+from torchtitan.models.llama3_lighthouse.inference import (
+    TrainedModel,
+    find_checkpoint,
+    load_trained_model,
+    recorded_config,
+)
 
 FUTURES = ("true text", "other text", "other text later")
 
@@ -80,38 +86,84 @@ def summarise(found: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     summary = {}
     for name, values in found.items():
         difference = values - found[FUTURES[0]]
-        error = difference.std().item() / math.sqrt(len(difference))
+        error = difference.std().item() / len(difference) ** 0.5
         summary[name] = {
             "loss": values.mean().item(),
             "difference": difference.mean().item(),
-            "interval": 1.96 * error,
+            "interval": NORMAL_95 * error,
         }
     return summary
 
 
-def evaluate() -> None:
-    """What the command does."""
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--output", type=Path, default=Path("outputs/causality.json"))
-    parser.add_argument("--batches", type=int, default=8, help="of held-out text")
-    parser.add_argument("--positions", type=int, default=32, help="in each sequence of a batch")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("outputs/causality.json"),
+                        metavar="FILE", help="default: outputs/causality.json")  # fmt: skip
+    parser.add_argument("--batches", type=int, default=8, help="of held-out text; default: 8")
+    parser.add_argument("--positions", type=int, default=32,
+                        help="in each sequence of a batch; default: 32")  # fmt: skip
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options, overrides = parser.parse_known_args()
-    if min(options.batches, options.positions) < 1:
-        raise ValueError("--batches and --positions must be at least 1")
+    if min(options.batches, options.positions) < 1 or options.batches * options.positions < 2:
+        raise ValueError(
+            f"--batches {options.batches} and --positions {options.positions} leave no interval; "
+            "pass at least 2 of one of them"
+        )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU; pass --device cpu")
+    if options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a folder; name a file in it")
+    return options, overrides
+
+
+def with_text(path: Path, overrides: list[str]) -> list[str]:
+    """``overrides`` that give the checkpoint at ``path`` a held-out text to be measured on.
+
+    Raises:
+        ValueError, TypeError, OSError: it has none, or one too short for what it selects.
+    """
+    config = recorded_config(path, overrides)
+    if not config.validation.enable:
+        own = ["--validation.enable", "--validation.seq_len", str(config.training.seq_len)]
+        own += ["--validation.dataset", config.training.dataset]
+        own += ["--validation.local_batch_size", "1"]
+        if config.training.dataset_path:
+            own += ["--validation.dataset_path", config.training.dataset_path]
+        overrides = [*own, *overrides]
+        config = recorded_config(path, overrides)
+    check_text(config)
+    span = config.lighthouse.pooling_factor ** (config.lighthouse.levels - 1)
+    if config.validation.seq_len < 8 * span:
+        raise ValueError(
+            f"validation.seq_len = {config.validation.seq_len} has no positions to sample; pass "
+            f"at least {8 * span}"
+        )
+    return overrides
+
+
+def evaluate() -> None:
+    """What the command does.
+
+    Raises:
+        ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
+    """
+    options, overrides = parse_arguments()
+    paths = [find_checkpoint(path) for path in options.checkpoints]
+    texts = [with_text(path, overrides) for path in paths]
     records = []
-    print(f"| checkpoint | stage | {' | '.join(FUTURES)} |")
-    print("|---|---|---|---|---|")
-    for path in options.checkpoints:
-        trained = load_trained_model(path, overrides, options.device)
+    for path, text in zip(paths, texts, strict=True):
+        trained = load_trained_model(path, text, options.device)
         for stage in ("dense", "lighthouse"):
             trained.model.set_stage(stage)
             with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
                 found = losses(trained, options.batches, options.positions, options.device)
             summary = summarise(found)
+            if not records:
+                print(f"| checkpoint | stage | {' | '.join(FUTURES)} |\n|---|---|---|---|---|")
             records.append({"checkpoint": str(trained.path), "stage": stage, **summary})
             cells = [f"{summary[FUTURES[0]]['loss']:.3f}"]
             cells += ["{loss:.3f} ({difference:+.3f} ± {interval:.3f})".format(**summary[name])

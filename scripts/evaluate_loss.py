@@ -15,8 +15,8 @@ to 512, and so on, doubling up to the whole sequence. Intervals are 95%, normal,
 which are taken as independent. All checkpoints see the same sequences, so the difference from the
 first one has an interval of its own, over the differences within sequences.
 
-Under "lighthouse" selection reads later tokens, so those losses are not to be compared with losses
-under "dense".
+Under "lighthouse" with lighthouse.entry_score = "max", selection tells of later tokens, and those
+losses are not to be compared with losses under "dense" (docs/selection.md).
 
 Writes to OUTPUT: losses.csv, losses.json and, unless --no-plots, losses.png, which needs the extra
 "benchmark" (pip install -e '.[benchmark]').
@@ -41,13 +41,13 @@ from torchtitan.models.llama3_lighthouse.held_out_loss import (
     evaluate,
     text_identity,
 )
+from torchtitan.models.llama3_lighthouse.hugging_face import DTYPES
 from torchtitan.models.llama3_lighthouse.inference import (
     find_checkpoint,
     load_trained_model,
     recorded_config,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS_BETWEEN_LINES = 10.0
 INTERVAL = "95%, normal, over sequences"
 
@@ -168,7 +168,7 @@ def plot(rows: list[dict[str, Any]], curves: list[dict[str, Any]], path: Path) -
         points = rows[number * per_curve : (number + 1) * per_curve - 1]
         colour = colours[names.index(curve["checkpoint"]) % len(colours)]
         dense = curve["attention"] == "dense"
-        label = curve["checkpoint"] + ("" if dense else " (Lighthouse: selection reads ahead)")
+        label = curve["checkpoint"] + ("" if dense else " (Lighthouse)")
         ends, losses = ([row[key] for row in points] for key in ("context to", "loss"))
         axis.plot(ends, losses, "o-" if dense else "s--", color=colour, label=label, markersize=4)
         if all(row["low"] is not None for row in points):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lighthouse import LighthouseConfig, Selection, lighthouse_attention, reference, select
+from lighthouse.config import ENTRY_SCORES
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import score
 from lighthouse.selection import included_entries, place
@@ -175,6 +176,33 @@ def test_whole_agrees_with_the_vectorised_code() -> None:
             assert relative_error(value, want) < 1e-6
 
 
+class Executions(TorchDispatchMode):
+    """How often each operation ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("entry_score", ENTRY_SCORES)
+def test_all_around_attention_is_kernels(entry_score: str) -> None:
+    """The same operations of ours, whatever the setting."""
+    each = case(entry_score=entry_score)
+    with Executions() as executions:
+        lighthouse_attention(*inputs(each, torch.float32, 32), each["config"], impl="triton")
+    ours = {str(op): n for op, n in executions.counts.items() if op.namespace == "lighthouse"}
+    assert ours == {
+        "lighthouse.pool.default": 3,
+        "lighthouse.select_from_norms.default": 1,
+        "lighthouse.gather.default": 3,
+        "lighthouse.spread.default": 1,
+    }
+
+
 def test_every_element_is_written(monkeypatch) -> None:
     """Outputs start as NaN and as an index that does not exist; none is left."""
     new_empty = torch.Tensor.new_empty
@@ -229,18 +257,6 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
 }
-
-
-class Executions(TorchDispatchMode):
-    """How often each operation ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.counts[function] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("saved", ["nothing", "attention and selection"])

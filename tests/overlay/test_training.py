@@ -139,38 +139,37 @@ def test_compiled_training_agrees_with_eager(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_everything_fast_agrees_with_everything_plain(tmp_path: Path) -> None:
-    """20 steps in bfloat16: chunked loss, compiled blocks and checkpointing that keeps little
-    against whole logits, eager blocks and no checkpointing, in both stages."""
-    plain, fast = tmp_path / "plain", tmp_path / "fast"
-    plain.mkdir()
-    fast.mkdir()
+def test_everything_fast_errs_as_everything_plain_does(tmp_path: Path) -> None:
+    """20 steps in bfloat16 against float32, through both stages: chunked loss, compiled blocks and
+    checkpointing that keeps little err no more than whole logits, eager blocks and none do."""
     settings = {
         "training.steps": 20,
         "lighthouse.dense_from_step": 12,
-        "training.mixed_precision_param": "bfloat16",
         "lighthouse.loss": "whole",
         # AdamW's first steps divide gradients that are nothing but rounding by themselves; without
         # these two the losses would tell how such noise grows.
         "optimizer.lr": 2e-4,
         "optimizer.eps": 1e-6,
     }
-    expected = Run(plain, settings).succeed().steps()
-    settings |= {
+    plain = settings | {"training.mixed_precision_param": "bfloat16"}
+    fast = plain | {
         "lighthouse.loss": "chunked",
         "compile.enable": True,
         "activation_checkpoint.mode": "lighthouse",
         "activation_checkpoint.keep_products": ("wo", "w1"),
         "training.dataloader.num_workers": 1,
     }
-    ours = Run(fast, settings).succeed().steps()
-    differences = []
-    for step in range(1, 21):
-        assert ours[step]["batches"] == expected[step]["batches"]
-        loss, other = (float.fromhex(run[step]["loss"]) for run in (ours, expected))
-        differences.append(abs(loss - other) / other)
-    # Of itself, what a bfloat16 number is rounded by.
-    assert max(differences) < 2**-9, [f"{each:.1e}" for each in differences]
+    losses = {}
+    for name, each in {"exact": settings, "plain": plain, "fast": fast}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        steps = Run(folder, each).succeed().steps()
+        losses[name] = [float.fromhex(steps[step]["loss"]) for step in range(1, 21)]
+    errors = {
+        name: [abs(a / b - 1) for a, b in zip(losses[name], losses["exact"], strict=True)]
+        for name in ("plain", "fast")
+    }
+    assert 0 < max(errors["fast"]) < 1.5 * max(errors["plain"])
 
 
 def test_small_is_small() -> None:

@@ -1,6 +1,7 @@
 """A checkpoint as a folder in Hugging Face's format, which needs none of our code."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,11 +54,9 @@ def export_checkpoint(
             model than the configuration says; or ``output`` is in use.
     """
     require_safetensors()
-    if not max_shard_size >= 1:
+    if not 1 <= max_shard_size < math.inf:
         raise ValueError(f"files of {max_shard_size} bytes hold no tensors; choose a larger size")
     path = find_checkpoint(path)
-    if not (path / ".metadata").is_file():
-        raise ValueError(f"{path} is in Hugging Face's format already; pass a DCP checkpoint")
     record = read_record(path)
     if not allow_lighthouse:
         check_dense(path, record)

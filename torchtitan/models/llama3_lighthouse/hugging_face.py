@@ -127,7 +127,12 @@ def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} holds no {CONFIG_FILE}; pass a folder in Hugging Face's format, as "
             "scripts/export_hf.py or save_pretrained of transformers write it"
         )
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG_FILE} must hold an object, got {str(config)[:50]}")
     if config.get("model_type") != "llama":
         raise ValueError(
             f"{folder} is a model of type '{config.get('model_type')}', not 'llama'; no other can "
@@ -135,6 +140,8 @@ def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     # transformers 5 keeps all that concerns RoPE in one table, 4 in two entries.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: rope_scaling must be an object, got {rope!r}")
     rope = {"rope_type": rope.get("type", "default"), **rope}
     theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     rope.pop("type", None)

@@ -121,11 +121,13 @@ def _has_byte_tokenizer(folder: Path) -> bool:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return not any((folder / name).is_file() for name in ("vocab.json", "vocab.txt"))
-    vocabularies = (
-        Tokenizer.from_file(str(path)).get_vocab()
-        for path in (file, Path(BYTE_TOKENIZER_FOLDER, "tokenizer.json"))
-    )
-    return next(vocabularies) == next(vocabularies)
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab()
+    # The library raises no narrower one.
+    except Exception as error:
+        raise ValueError(f"{file} is no tokenizer: {error}; mend or remove it") from None
+    own = Tokenizer.from_file(str(Path(BYTE_TOKENIZER_FOLDER, "tokenizer.json")))
+    return vocabulary == own.get_vocab()
 
 
 def _read_weights(
@@ -135,13 +137,17 @@ def _read_weights(
     report: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
     """Our state dict of a folder's weights."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     expected = adapter(args).to_hf(model_state(args))
     found: dict[str, torch.Tensor] = {}
     files = _weight_files(folder)
     for number, file in enumerate(files, 1):
-        with safe_open(file, framework="pt") as opened:
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is broken: {error}; download or export it again") from None
+        with opened:
             names = [name for name in opened.keys() if "rotary_emb" not in name]
             for name in names:
                 tensor = opened.get_tensor(name)

@@ -47,11 +47,21 @@ def find_checkpoint(path: str | Path) -> Path:
     for folder in (path, path / "checkpoint"):
         complete = [step for step, whole in checkpoints_in(folder).values() if whole]
         if complete:
-            return complete[-1]
+            return _in_dcp_format(complete[-1])
+    if any(path.glob("*.safetensors")):
+        return _in_dcp_format(path)
     raise ValueError(
         f"{path} holds no complete checkpoint; pass a step-N folder, a folder of them, or a run's "
         "job.dump_folder"
     )
+
+
+def _in_dcp_format(path: Path) -> Path:
+    if not (path / ".metadata").is_file():
+        raise ValueError(
+            f"{path} is in Hugging Face's format; scripts/import_hf.py makes a checkpoint of it"
+        )
+    return path
 
 
 def load_trained_model(

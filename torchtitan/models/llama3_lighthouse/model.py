@@ -1,6 +1,5 @@
 """The Llama-3 model with Lighthouse as the inner attention of most of its layers."""
 
-import warnings
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -95,8 +94,6 @@ def _as_in_autocast(
     it would be in float32: twice the bytes of FSDP's, which casts the weights themselves.
     """
     device = embeddings.device.type
-    # Norms have float32 weights then; compiled, which is how GPUs train, they are fused regardless.
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     if torch.is_autocast_enabled(device):
         return embeddings.to(torch.get_autocast_dtype(device))
     return embeddings

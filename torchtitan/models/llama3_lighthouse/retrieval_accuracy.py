@@ -15,11 +15,11 @@ import torch
 from lighthouse import LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
 
+from .held_out_loss import NORMAL_95
 from .retrieval import PromptEncoder, Task, evaluation_filler, evaluation_prompt
 
 # Tokens [B, N] and places in them to logits [B, places, vocabulary] there.
 Predict = Callable[[torch.Tensor, slice], torch.Tensor]
-Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Cell:
 
 def wilson_interval(right: int, trials: int) -> tuple[float, float]:
     """Bounds at 95% of a probability, of which ``right`` of ``trials`` were seen (Wilson 1927)."""
-    share, square = right / trials, Z_95**2 / trials
+    share, square = right / trials, NORMAL_95**2 / trials
     middle = share + square / 2
-    spread = Z_95 * math.sqrt((share * (1 - share) + square / 4) / trials)
+    spread = NORMAL_95 * math.sqrt((share * (1 - share) + square / 4) / trials)
     low, high = (middle - spread) / (1 + square), (middle + spread) / (1 + square)
     # Exact where rounding would miss the ends.
     return 0.0 if right == 0 else low, 1.0 if right == trials else high

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class LighthouseTrainer(upstream.Trainer):
 
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
+        # Of norms under autocast, whose weights are float32: compiled, they are fused regardless.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         with (
             patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager),
             # It warns that other ranks do not know the loss; here they do.
