@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 
 import torch
-from sweeping import run_command
+from commands import check_device, run_command
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
@@ -113,8 +113,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
             f"--batches {options.batches} and --positions {options.positions} leave no interval; "
             "pass at least 2 of one of them"
         )
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU; pass --device cpu")
+    check_device(options.device)
     if options.output.is_dir():
         raise ValueError(f"--output {options.output} is a folder; name a file in it")
     return options, overrides

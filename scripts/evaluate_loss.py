@@ -24,14 +24,13 @@ Writes to OUTPUT: losses.csv, losses.json and, unless --no-plots, losses.png, wh
 
 import argparse
 import csv
-import importlib.util
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from sweeping import run_command
+from commands import check_device, check_plots, run_command
 
 from torchtitan.models.llama3_lighthouse.held_out_loss import (
     bucket_means,
@@ -200,10 +199,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--no-plots", action="store_true")
     arguments, overrides = parser.parse_known_args()
-    if not arguments.no_plots and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device}: torch finds no GPU; pass --device cpu")
+    check_plots(arguments.no_plots)
+    check_device(arguments.device)
     labels, count = arguments.labels, len(arguments.checkpoints)
     if labels and (len(labels) != count or len(set(labels)) != count):
         raise ValueError(f"--labels must be {count} different names, got {', '.join(labels)}")

@@ -28,7 +28,6 @@ checkpoint, which needs the extra "benchmark" (pip install -e '.[benchmark]').
 
 import argparse
 import csv
-import importlib.util
 import json
 import statistics
 import sys
@@ -39,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commands import check_device, check_plots
 from measuring import environment
 
 from lighthouse import LighthouseConfig
@@ -126,10 +126,8 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> list[Evaluated
     Raises:
         ValueError, TypeError, OSError: something is wrong; the message says what and the fix.
     """
-    if not arguments.no_plots and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install -e '.[benchmark]', or --no-plots")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device}: there is no CUDA device; use --device cpu")
+    check_plots(arguments.no_plots)
+    check_device(arguments.device)
     for name in ("trials", "batch_tokens"):
         if (value := getattr(arguments, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")

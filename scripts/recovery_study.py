@@ -22,12 +22,12 @@ loss_over_tokens.png and loss_over_time.png, which need the extra "benchmark" (p
 """
 
 import argparse
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 from ablation_results import HELD_OUT_LOSS
+from commands import check_plots, check_processes, run_command
 from recovery_results import History, Track, plot, read_history, summarise, write_tables
 from sweeping import (
     Run,
@@ -35,7 +35,6 @@ from sweeping import (
     keys_given,
     lock_folder,
     read_metrics,
-    run_command,
     sweep,
     train,
     with_settings,
@@ -226,8 +225,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--no-plots", action="store_true")
     arguments, extra = parser.parse_known_args()
-    if not arguments.no_plots and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots")
+    check_plots(arguments.no_plots)
+    check_processes(arguments.processes)
     return arguments, extra
 
 

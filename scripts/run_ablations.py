@@ -28,7 +28,6 @@ loss_and_throughput.png, which needs the extra "benchmark" (pip install -e '.[be
 """
 
 import argparse
-import importlib.util
 import itertools
 import re
 import sys
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_results import plot, summarise, write_tables
+from commands import check_plots, check_processes, run_command
 from sweeping import (
     Run,
     command_line,
@@ -44,7 +44,6 @@ from sweeping import (
     keys_given,
     lock_folder,
     record_of,
-    run_command,
     sweep,
     train,
     with_settings,
@@ -169,8 +168,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--no-plots", action="store_true")
     arguments, extra = parser.parse_known_args()
-    if not arguments.no_plots and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots")
+    check_plots(arguments.no_plots)
+    check_processes(arguments.processes)
     arguments.output = arguments.output or Path("outputs/ablations", arguments.grid.stem)
     return arguments, extra
 

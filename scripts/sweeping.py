@@ -227,16 +227,3 @@ def lock_folder(output: Path) -> Iterator[TextIO]:
                 "pass --output FOLDER"
             ) from None
         yield lock
-
-
-def run_command(
-    command: Callable[[], None], if_interrupted: str = "the same command goes on from here"
-) -> None:
-    """Run a script's ``command``; a user's mistake ends in one line, an interruption in 130."""
-    try:
-        command()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        print(f"interrupted; {if_interrupted}", file=sys.stderr)
-        sys.exit(130)

@@ -398,7 +398,7 @@ def test_script_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkey
         (["--lengths", "30"], "30 tokens is too short for task 'passkey'"),
         (["--depths", "101"], "--depths 101 is no depth"),
         (["--trials", "0"], "--trials 0 must be at least 1"),
-        (["--device", "cuda"], "there is no CUDA device; use --device cpu"),
+        (["--device", "cuda"], "torch finds 0 CUDA devices; use --device cpu"),
         (["--model.flavor", "7B"], "model.flavor = '7B' is not known"),
     ],
 )

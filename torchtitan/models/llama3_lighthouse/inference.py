@@ -146,8 +146,16 @@ def read_configuration(
 
 
 def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConfig:
-    """``overrides`` over the file that they name, or else over a recorded configuration."""
-    return _RecordedConfigManager(recorded).parse_args(overrides)
+    """``overrides`` over the file that they name, or else over a recorded configuration.
+
+    Raises:
+        ValueError, TypeError, OSError: a value breaks a rule.
+    """
+    try:
+        return _RecordedConfigManager(recorded).parse_args(overrides)
+    except AssertionError as error:
+        # How torchtitan refuses.
+        raise ValueError(str(error)) from None
 
 
 def model_arguments(config: JobConfig) -> LighthouseModelArgs:

@@ -1,0 +1,54 @@
+"""What the commands share: how they end, and what they check before any work."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+
+import torch
+
+
+def run_command(
+    command: Callable[[], None], if_interrupted: str = "the same command goes on from here"
+) -> None:
+    """Run a script's ``command``; a user's mistake ends in one line, an interruption in 130."""
+    try:
+        command()
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print(f"interrupted; {if_interrupted}", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_plots(no_plots: bool) -> None:
+    """Check that plots can be drawn, if any are wanted.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    if not no_plots and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots")
+
+
+def check_device(device: str) -> None:
+    """Check that a model can be evaluated on ``device``.
+
+    Raises:
+        ValueError: it is no CPU and no GPU that torch finds.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ValueError(f"--device {device} is not known; use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ValueError(f"--device {device}: torch finds {count} CUDA devices; use --device cpu")
+
+
+def check_processes(processes: int) -> None:
+    """Check how many processes a run gets.
+
+    Raises:
+        ValueError: none.
+    """
+    if processes < 1:
+        raise ValueError(f"--processes {processes} must be at least 1")
