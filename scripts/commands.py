@@ -1,10 +1,18 @@
 """What the commands share: how they end, and what they check before any work."""
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
 
-import torch
+
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows ``description`` as it is written and takes no shortened flags."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def run_command(
@@ -36,19 +44,12 @@ def check_device(device: str) -> None:
     Raises:
         ValueError: it is no CPU and no GPU that torch finds.
     """
+    # Not at the top, for the sake of commands that answer --help.
+    import torch
+
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise ValueError(f"--device {device} is not known; use cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(number or 0) >= count:
         raise ValueError(f"--device {device}: torch finds {count} CUDA devices; use --device cpu")
-
-
-def check_processes(processes: int) -> None:
-    """Check how many processes a run gets.
-
-    Raises:
-        ValueError: none.
-    """
-    if processes < 1:
-        raise ValueError(f"--processes {processes} must be at least 1")

@@ -19,11 +19,11 @@ import json
 from pathlib import Path
 
 import torch
-from commands import check_device, run_command
+from commands import check_device, command_parser, run_command
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
-from torchtitan.models.llama3_lighthouse.held_out_loss import NORMAL_95, check_text
+from torchtitan.models.llama3_lighthouse.held_out_loss import check_text, estimate
 from torchtitan.models.llama3_lighthouse.inference import (
     TrainedModel,
     find_checkpoint,
@@ -85,21 +85,17 @@ def summarise(found: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     """Mean loss by FUTURES, and the mean difference from the first with its 95% interval."""
     summary = {}
     for name, values in found.items():
-        difference = values - found[FUTURES[0]]
-        error = difference.std().item() / len(difference) ** 0.5
+        difference = estimate(values - found[FUTURES[0]])
         summary[name] = {
             "loss": values.mean().item(),
-            "difference": difference.mean().item(),
-            "interval": NORMAL_95 * error,
+            "difference": difference.mean,
+            "interval": difference.high - difference.mean,
         }
     return summary
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--output", type=Path, default=Path("outputs/causality.json"),
                         metavar="FILE", help="default: outputs/causality.json")  # fmt: skip

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import check_device, check_plots, run_command
+from commands import check_device, check_plots, command_parser, run_command
 
 from torchtitan.models.llama3_lighthouse.held_out_loss import (
     bucket_means,
@@ -45,6 +45,7 @@ from torchtitan.models.llama3_lighthouse.inference import (
     find_checkpoint,
     load_trained_model,
     recorded_config,
+    run_of,
 )
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -55,13 +56,12 @@ def labels_of(paths: list[Path]) -> list[str]:
     """Short names that tell checkpoints apart: run and step, or the whole path."""
     short = []
     for path in paths:
-        run = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-        short.append(f"{run.name}, {path.name.replace('-', ' ')}")
+        short.append(f"{run_of(path).name}, {path.name.replace('-', ' ')}")
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
-def check_same_text(paths: list[Path], overrides: list[str]) -> int:
-    """Check that all checkpoints are evaluated on the same tokens; return their length N.
+def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
+    """Check that all checkpoints are evaluated on the same tokens; return what those depend on.
 
     Raises:
         ValueError, TypeError, OSError: they are not, or a configuration is wrong.
@@ -76,7 +76,7 @@ def check_same_text(paths: list[Path], overrides: list[str]) -> int:
                     "--section.key VALUE for both"
                 )
     check_text(configs[0])
-    return configs[0].validation.seq_len
+    return first
 
 
 def evaluate_checkpoint(
@@ -185,10 +185,7 @@ def plot(rows: list[dict[str, Any]], curves: list[dict[str, Any]], path: Path) -
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--stages", nargs="+", choices=["dense", "lighthouse"], default=["dense"],
@@ -218,13 +215,14 @@ def evaluate_checkpoints() -> None:
     paths = [find_checkpoint(path) for path in arguments.checkpoints]
     if len(set(paths)) < len(paths):
         raise ValueError("two of the checkpoints are the same; name each once")
-    buckets = context_buckets(check_same_text(paths, overrides), arguments.first_bucket)
+    text = check_same_text(paths, overrides)
+    buckets = context_buckets(text["validation.seq_len"], arguments.first_bucket)
     arguments.output.mkdir(parents=True, exist_ok=True)
     curves = []
     for path, label in zip(paths, arguments.labels or labels_of(paths), strict=True):
         curves += evaluate_checkpoint(path, label, overrides, arguments)
     rows = rows_of(curves, buckets)
-    write(rows, curves, text_identity(recorded_config(paths[0], overrides)), arguments)
+    write(rows, curves, text, arguments)
     for row in rows[len(buckets) :: len(buckets) + 1]:
         interval = f" ({row['low']:.4f} to {row['high']:.4f})" if row["low"] is not None else ""
         change = f", {row['minus first']:+.4f} from the first" if "minus first" in row else ""

@@ -38,17 +38,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import check_device, check_plots
+from commands import check_device, check_plots, command_parser
 from measuring import environment
 
 from lighthouse import LighthouseConfig
-from torchtitan.models.llama3_lighthouse import flavors
-from torchtitan.models.llama3_lighthouse.checks import check_model
 from torchtitan.models.llama3_lighthouse.inference import (
     find_checkpoint,
     load_trained_model,
     logits_at,
     recorded_config,
+    run_of,
 )
 from torchtitan.models.llama3_lighthouse.model import lighthouse_config
 from torchtitan.models.llama3_lighthouse.retrieval import (
@@ -83,10 +82,7 @@ class Evaluated:
 
 
 def parse_arguments(line: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK",
@@ -118,8 +114,10 @@ def parse_arguments(line: list[str] | None) -> tuple[argparse.Namespace, list[st
     return arguments, overrides
 
 
-def check(arguments: argparse.Namespace, overrides: list[str]) -> list[Evaluated]:
-    """The checkpoints, once everything that can be known to be wrong has been ruled out.
+def check(
+    arguments: argparse.Namespace, overrides: list[str]
+) -> list[tuple[Evaluated, LighthouseConfig]]:
+    """The checkpoints and their methods, once all that can be known to be wrong is ruled out.
 
     Sets ``arguments.lengths`` if they were not given.
 
@@ -138,9 +136,7 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> list[Evaluated
     found = {}
     for given in arguments.checkpoints:
         path = find_checkpoint(given).resolve()
-        config = recorded_config(path, overrides)
-        check_model(config, flavors)
-        found[path] = config
+        found[path] = recorded_config(path, overrides)
     shortest = min(config.training.seq_len for config in found.values())
     arguments.lengths = arguments.lengths or [shortest // part for part in DEFAULT_PARTS]
     for config in found.values():
@@ -154,7 +150,10 @@ def check(arguments: argparse.Namespace, overrides: list[str]) -> list[Evaluated
     arguments.output.mkdir(parents=True, exist_ok=True)
     labels = unique_labels(list(found))
     return [
-        Evaluated(label, path, None, None, config.training.seq_len)
+        (
+            Evaluated(label, path, None, None, config.training.seq_len),
+            lighthouse_config(config.lighthouse),
+        )
         for label, (path, config) in zip(labels, found.items(), strict=True)
     ]
 
@@ -163,8 +162,7 @@ def unique_labels(paths: list[Path]) -> list[str]:
     """Run and step of each checkpoint, as a file's name; a number tells equal ones apart."""
     labels = []
     for path in paths:
-        run = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-        label = f"{run.name}-{path.name}"
+        label = f"{run_of(path).name}-{path.name}"
         labels.append(f"{label}-{len(labels)}" if label in labels else label)
     return labels
 
@@ -194,7 +192,10 @@ Plan = list[tuple[str, Task, int]]
 
 
 def evaluate(
-    arguments: argparse.Namespace, overrides: list[str], checkpoints: list[Evaluated]
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    checkpoints: list[Evaluated],
+    methods: list[LighthouseConfig],
 ) -> None:
     """Measure every cell of every checkpoint, and write the tables as they grow."""
     plan = [
@@ -202,9 +203,6 @@ def evaluate(
         for stage in arguments.stages
         for name in arguments.tasks
         for length in arguments.lengths
-    ]
-    methods = [
-        lighthouse_config(recorded_config(c.path, overrides).lighthouse) for c in checkpoints
     ]
     tokens = sum(sequence_length(t, n, stage, m) for m in methods for stage, t, n in plan)
     progress = Progress(tokens * arguments.trials * len(arguments.depths))
@@ -323,8 +321,8 @@ def plot(output: Path, checkpoint: Evaluated, task: str) -> None:
 def main(line: list[str] | None = None) -> None:
     arguments, overrides = parse_arguments(line)
     try:
-        checkpoints = check(arguments, overrides)
-        evaluate(arguments, overrides, checkpoints)
+        checkpoints, methods = zip(*check(arguments, overrides), strict=True)
+        evaluate(arguments, overrides, checkpoints, methods)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"evaluate_niah.py: {error}")
     if not arguments.no_plots:

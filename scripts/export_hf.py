@@ -16,14 +16,12 @@ import argparse
 import sys
 import warnings
 
+from commands import command_parser
+
 
 def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options of this script, and what is left for the trainer's configuration."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("output", metavar="OUTPUT")
     parser.add_argument(

@@ -27,13 +27,14 @@ import sys
 from pathlib import Path
 
 from ablation_results import HELD_OUT_LOSS
-from commands import check_plots, check_processes, run_command
+from commands import command_parser, run_command
 from recovery_results import History, Track, plot, read_history, summarise, write_tables
 from sweeping import (
     Run,
     command_line,
     keys_given,
     lock_folder,
+    parse_sweep,
     read_metrics,
     sweep,
     train,
@@ -210,10 +211,7 @@ def tabulate(tracks: list[Track], output: Path) -> dict[int, History]:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = command_parser(__doc__)
     parser.add_argument("config", type=Path, help="TOML file that all runs start from")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--splits", type=float, nargs="+", default=[0.625, 0.6875, 0.75],
@@ -221,13 +219,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
                         "paper's, 0.625 0.6875 0.75")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1],
                         help="of the model; default: 0 1")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine")
-    parser.add_argument("--list", action="store_true", help="only say what would run")
-    parser.add_argument("--no-plots", action="store_true")
-    arguments, extra = parser.parse_known_args()
-    check_plots(arguments.no_plots)
-    check_processes(arguments.processes)
-    return arguments, extra
+    return parse_sweep(parser)
 
 
 def study() -> None:

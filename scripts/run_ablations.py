@@ -36,13 +36,14 @@ from pathlib import Path
 from typing import Any
 
 from ablation_results import plot, summarise, write_tables
-from commands import check_plots, check_processes, run_command
+from commands import run_command
 from sweeping import (
     Run,
     command_line,
     finished,
     keys_given,
     lock_folder,
+    parse_sweep,
     record_of,
     sweep,
     train,
@@ -164,12 +165,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("grid", type=Path, help="TOML file of the grid")
     parser.add_argument("--output", type=Path, help="default: outputs/ablations/NAME_OF_GRID")
-    parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine")
-    parser.add_argument("--list", action="store_true", help="only say what would run")
-    parser.add_argument("--no-plots", action="store_true")
-    arguments, extra = parser.parse_known_args()
-    check_plots(arguments.no_plots)
-    check_processes(arguments.processes)
+    arguments, extra = parse_sweep(parser)
     arguments.output = arguments.output or Path("outputs/ablations", arguments.grid.stem)
     return arguments, extra
 

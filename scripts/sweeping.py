@@ -1,5 +1,6 @@
 """Training runs one after the other, each in a folder of its own, taken up where they stopped."""
 
+import argparse
 import copy
 import ctypes
 import fcntl
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from commands import check_plots
 
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 from torchtitan.models.llama3_lighthouse.metrics import METRICS_FILE
@@ -55,6 +58,22 @@ class Run:
     @property
     def is_finished(self) -> bool:
         return (self.folder / FINISHED).exists()
+
+
+def parse_sweep(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Add what every sweep takes, and parse; what is left goes to the runs.
+
+    Raises:
+        ValueError: a value breaks a rule, or plots cannot be drawn.
+    """
+    parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine")
+    parser.add_argument("--list", action="store_true", help="only say what would run")
+    parser.add_argument("--no-plots", action="store_true")
+    arguments, extra = parser.parse_known_args()
+    check_plots(arguments.no_plots)
+    if arguments.processes < 1:
+        raise ValueError(f"--processes {arguments.processes} must be at least 1")
+    return arguments, extra
 
 
 def value_of(config: JobConfig, key: str) -> Any:

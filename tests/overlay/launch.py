@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Both stages at the smallest size at which all parts of the method do something: S is half of N.
@@ -29,6 +30,18 @@ SMALL = {
     "activation_checkpoint.mode": "none",
 }
 
+# Three steps, of which the first two are Lighthouse's; each validated, the last two saved.
+VALIDATED = {
+    "lighthouse.dense_from_step": 2,
+    "training.steps": 3,
+    "checkpoint.interval": 2,
+    "validation.enable": True,
+    "validation.seq_len": 512,
+    "validation.local_batch_size": 2,
+    "validation.freq": 1,
+    "validation.steps": 3,
+}
+
 
 def arguments(settings: dict) -> list[str]:
     """Settings as command-line arguments of the trainer."""
@@ -42,6 +55,16 @@ def arguments(settings: dict) -> list[str]:
         else:
             line += [f"--{key}", str(value)]
     return line
+
+
+def exit_code_of(main: Callable[[], None], monkeypatch, *line: object) -> int | str | None:
+    """Run a script's ``main`` on the command line ``line``; the code or message it ends with."""
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    try:
+        main()
+    except SystemExit as exit:
+        return exit.code
+    return None
 
 
 class Run:

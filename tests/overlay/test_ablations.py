@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import run_ablations
 from ablation_results import read_metrics
+from launch import exit_code_of
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "train_configs/debug_cpu.toml"
@@ -36,13 +37,8 @@ def call(tmp_path: Path, monkeypatch, capsys):
 
     def run(grid: str, *line: str) -> tuple[str, int | str | None]:
         path.write_text(grid)
-        argv = ["run_ablations.py", str(path), "--output", str(tmp_path / "out"), *line]
-        monkeypatch.setattr(sys, "argv", argv)
-        code = None
-        try:
-            run_ablations.main()
-        except SystemExit as exit:
-            code = exit.code
+        argv = ["run_ablations.py", path, "--output", tmp_path / "out", *line]
+        code = exit_code_of(run_ablations.main, monkeypatch, *argv)
         return capsys.readouterr().out, code
 
     return run

@@ -10,7 +10,6 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from torchtitan.models.llama3_lighthouse import LighthouseTransformer
@@ -20,9 +19,8 @@ from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     SELECTION,
     apply_lighthouse_checkpoint,
 )
-from torchtitan.models.llama3_lighthouse.infra.parallelize import SDPA_BACKENDS
 from torchtitan.models.llama3_lighthouse.job_config import ActivationCheckpoint
-from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
+from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs, leave_out_math_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -50,8 +48,7 @@ def build(stage: str, impl: str | None, keep_products=None) -> LighthouseTransfo
     for module in model.modules():
         if isinstance(module, LighthouseAttention):
             module.impl = impl
-        elif isinstance(module, ScaledDotProductAttentionWrapper):
-            module.sdpa_backends = SDPA_BACKENDS
+    leave_out_math_backend(model)
     if keep_products is not None:
         section = ActivationCheckpoint(mode="lighthouse", keep_products=list(keep_products))
         apply_lighthouse_checkpoint(model, section)

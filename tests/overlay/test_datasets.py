@@ -295,25 +295,26 @@ def test_streams_that_cannot_be_shared_are_refused(folder: Path, streams, batch)
         loader(job, 0, 4)
 
 
+def global_batches(job: JobConfig, ranks: int, count: int, state: dict | None):
+    """Digests of ``count`` global batches read by ``ranks`` ranks, and their position after it."""
+    loaders = [loader(job, rank, ranks) for rank in range(ranks)]
+    for each in loaders if state else []:
+        each.load_state_dict(state)
+    readers = [iter(each) for each in loaders]
+    share = job.training.global_batch_size // ranks
+    batches = [
+        [digest(next(reader)) for reader in readers for _ in range(share)] for _ in range(count)
+    ]
+    return batches, {k: v for each in loaders for k, v in each.state_dict().items()}
+
+
 def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
     """Through two changes of their number, each batch in one piece or in parts."""
     job = config(path=folder, seq_len=16, batch_size=1)
     job.training.global_batch_size = 4
-
-    def global_batches(ranks: int, count: int, state: dict | None):
-        loaders = [loader(job, rank, ranks) for rank in range(ranks)]
-        for each in loaders if state else []:
-            each.load_state_dict(state)
-        readers = [iter(each) for each in loaders]
-        batches = [
-            [digest(next(reader)) for reader in readers for _ in range(4 // ranks)]
-            for _ in range(count)
-        ]
-        return batches, {k: v for each in loaders for k, v in each.state_dict().items()}
-
-    straight, _ = global_batches(1, 30, None)
-    changed, state = global_batches(2, 11, None)
+    straight, _ = global_batches(job, 1, 30, None)
+    changed, state = global_batches(job, 2, 11, None)
     for ranks, count in ((4, 8), (1, 11)):
-        batches, state = global_batches(ranks, count, state)
+        batches, state = global_batches(job, ranks, count, state)
         changed += batches
     assert changed == straight

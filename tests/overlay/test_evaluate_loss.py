@@ -3,13 +3,12 @@
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import evaluate_loss
 import pytest
 import torch
-from launch import Run
+from launch import VALIDATED, Run, exit_code_of
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse import held_out_loss
@@ -21,22 +20,12 @@ from torchtitan.models.llama3_lighthouse.held_out_loss import (
 )
 from torchtitan.models.llama3_lighthouse.inference import load_trained_model
 
-SETTINGS = {
-    "lighthouse.dense_from_step": 2,
-    "checkpoint.interval": 2,
-    "validation.enable": True,
-    "validation.seq_len": 512,
-    "validation.local_batch_size": 2,
-    "validation.freq": 1,
-    "validation.steps": 3,
-}
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Two Lighthouse steps and a dense one; each validated, the last two saved."""
     folder = tmp_path_factory.mktemp("run")
-    Run(folder, {**SETTINGS, "training.steps": 3}).succeed()
+    Run(folder, VALIDATED).succeed()
     return folder / "dump"
 
 
@@ -45,12 +34,9 @@ def call(tmp_path: Path, monkeypatch):
     """Run the command; return its rows, or the message that it ends with."""
 
     def command(*line: object) -> list[dict] | str | int:
-        argv = ["evaluate_loss.py", *map(str, line), "--output", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", argv)
-        try:
-            evaluate_loss.main()
-        except SystemExit as exit:
-            return exit.code
+        argv = ["evaluate_loss.py", *line, "--output", tmp_path / "out"]
+        if code := exit_code_of(evaluate_loss.main, monkeypatch, *argv):
+            return code
         with (tmp_path / "out/losses.csv").open() as file:
             return list(csv.DictReader(file))
 

@@ -5,31 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import Run
+from launch import VALIDATED, Run
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse.checkpoint import RECORD_FILE, read_record
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.inference import find_checkpoint, load_trained_model
 
-SETTINGS = {
-    "lighthouse.dense_from_step": 2,
-    "training.steps": 3,
-    "checkpoint.interval": 2,
-    "validation.enable": True,
-    "validation.seq_len": 512,
-    "validation.local_batch_size": 2,
-    "validation.freq": 1,
-    "validation.steps": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run of two Lighthouse steps, stopped there, and a dense one."""
     folder = tmp_path_factory.mktemp("run")
-    Run(folder, {**SETTINGS, "training.steps": 2}).succeed()
-    Run(folder, SETTINGS).succeed()
+    Run(folder, {**VALIDATED, "training.steps": 2}).succeed()
+    Run(folder, VALIDATED).succeed()
     return folder / "dump"
 
 
@@ -47,13 +36,13 @@ def test_loaded_model_has_the_validated_loss(run: Path, step: int, stage: str) -
     trained.model.set_stage(stage)
     loader = iter(build_validation_dataloader(1, 0, trained.tokenizer, trained.config))
     losses = []
-    for _ in range(2):
+    for _ in range(3):
         inputs, labels = next(loader)
         logits = trained.model(inputs["input"])
         losses.append(cross_entropy(logits.flatten(0, 1), labels.flatten()).item())
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     logged = {line["step"]: line.get("validation_metrics/loss") for line in lines}
-    assert sum(losses) / 2 == pytest.approx(logged[step], abs=1e-5)
+    assert sum(losses) / 3 == pytest.approx(logged[step], abs=1e-5)
 
 
 def test_finding_checkpoints(run: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_datasets import config, digest, loader, write_jsonl
+from test_datasets import config, digest, global_batches, loader, write_jsonl
 
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
@@ -159,22 +159,10 @@ def test_resume_is_exact_at_every_batch(folder: Path, workers: int) -> None:
 def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
     """Through changes of their number, and across the end of the text."""
     job = mixed(folder, 0.4)
-
-    def global_batches(ranks: int, count: int, state: dict | None):
-        loaders = [loader(job, rank, ranks) for rank in range(ranks)]
-        for each in loaders if state else []:
-            each.load_state_dict(state)
-        readers = [iter(each) for each in loaders]
-        batches = [
-            [digest(next(reader)) for reader in readers for _ in range(8 // ranks)]
-            for _ in range(count)
-        ]
-        return batches, {k: v for each in loaders for k, v in each.state_dict().items()}
-
-    straight, state = global_batches(1, 90, None)
-    changed, state = global_batches(2, 31, None)
+    straight, _ = global_batches(job, 1, 90, None)
+    changed, state = global_batches(job, 2, 31, None)
     for ranks, count in ((8, 7), (4, 40), (1, 12)):
-        batches, state = global_batches(ranks, count, state)
+        batches, state = global_batches(job, ranks, count, state)
         changed += batches
     assert changed == straight
 

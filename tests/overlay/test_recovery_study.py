@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import recovery_study
 from ablation_results import read_metrics
+from launch import exit_code_of
 from recovery_results import below_from, interpolate
 from sweeping import Run
 
@@ -35,13 +36,8 @@ def call(tmp_path: Path, monkeypatch, capsys):
     """Run the command on the debug configuration; return what it printed and its exit code."""
 
     def command(*line: object, config: Path = DEBUG) -> tuple[str, int | str | None]:
-        argv = ["recovery_study.py", str(config), "--output", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", [*argv, *map(str, line)])
-        code = None
-        try:
-            recovery_study.main()
-        except SystemExit as exit:
-            code = exit.code
+        argv = ["recovery_study.py", config, "--output", tmp_path / "out", *line]
+        code = exit_code_of(recovery_study.main, monkeypatch, *argv)
         return capsys.readouterr().out, code
 
     return command

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from .datasets import build_validation_dataloader
-from .inference import TrainedModel
+from .inference import TrainedModel, without_output
 from .job_config import JobConfig
 from .tokenizer import build_tokenizer
 
@@ -98,7 +97,7 @@ def losses_by_position(
     """
     device = next(model.parameters()).device
     labels = labels.to(device)
-    with _without_output(model) as output:
+    with without_output(model) as output:
         hidden = model(inputs.to(device))
     losses = []
     for start in range(0, labels.shape[1], POSITIONS_AT_ONCE):
@@ -113,17 +112,6 @@ def losses_by_position(
             )
         )
     return torch.cat(losses, dim=1).masked_fill(labels == IGNORE_INDEX, math.nan).cpu()
-
-
-@contextmanager
-def _without_output(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the model return hidden states, and yield its output projection."""
-    output = model.output
-    model.output = None
-    try:
-        yield output
-    finally:
-        model.output = output
 
 
 def context_buckets(seq_len: int, first: int) -> list[tuple[int, int]]:

@@ -1,22 +1,22 @@
 """A trained model out of a checkpoint, without a trainer: for evaluation and export."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
-
-from lighthouse.scoring import SDPA_BACKENDS
 
 from . import flavors
 from .checkpoint import CheckpointRecord, check_shapes, checkpoints_in, read_record
 from .checks import check_model
 from .job_config import JobConfig, LighthouseConfigManager
-from .model import LighthouseModelArgs, LighthouseTransformer
+from .model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
 from .tokenizer import build_tokenizer
 
 
@@ -54,6 +54,12 @@ def find_checkpoint(path: str | Path) -> Path:
         f"{path} holds no complete checkpoint; pass a step-N folder, a folder of them, or a run's "
         "job.dump_folder"
     )
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a step-N folder."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name == "checkpoint" else folder
 
 
 def _in_dcp_format(path: Path) -> Path:
@@ -94,9 +100,8 @@ def load_trained_model(
     model.to_empty(device=device)
     with torch.device(device):
         model.freqs_cis = model._precompute_freqs_cis()
-    for module in model.modules():
-        if isinstance(module, ScaledDotProductAttentionWrapper) and model.freqs_cis.is_cuda:
-            module.sdpa_backends = SDPA_BACKENDS
+    if model.freqs_cis.is_cuda:
+        leave_out_math_backend(model)
     state = model.state_dict()
     check_shapes(path, state)
     dcp.load(state, checkpoint_id=str(path), no_dist=True)
@@ -117,11 +122,20 @@ def recorded_config(path: str | Path, overrides: list[str] | None = None) -> Job
 
 def logits_at(model: LighthouseTransformer, tokens: torch.Tensor, positions: slice) -> torch.Tensor:
     """Logits [B, positions, vocabulary] for tokens [B, N]; those elsewhere are not computed."""
-    only_these = model.output.register_forward_pre_hook(lambda _, args: (args[0][:, positions],))
+    with without_output(model) as output:
+        hidden = model(tokens)
+    return output(hidden[:, positions])
+
+
+@contextmanager
+def without_output(model: LighthouseTransformer) -> Iterator[nn.Module]:
+    """Let the model return hidden states, and yield its output projection."""
+    output = model.output
+    model.output = None
     try:
-        return model(tokens)
+        yield output
     finally:
-        only_these.remove()
+        model.output = output
 
 
 def read_configuration(

@@ -5,11 +5,13 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.model import model as upstream
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.scoring import SDPA_BACKENDS
 
 from .job_config import JobConfig, Lighthouse
 from .loss import factored, is_chunked
@@ -83,6 +85,17 @@ class LighthouseModelArgs(TransformerModelArgs):
         parameters = sum(p.numel() for p in model.parameters())
         embedding = sum(p.numel() for p in model.tok_embeddings.parameters())
         return parameters, self.flops_per_token(parameters - embedding, seq_len, stage)
+
+
+def leave_out_math_backend(model: nn.Module) -> None:
+    """Let dense attention run on backends whose memory is linear in the sequence, and no other.
+
+    Upstream also lists MATH, to which float32 on a GPU falls back without a word, and which fails
+    under context parallelism.
+    """
+    for module in model.modules():
+        if isinstance(module, ScaledDotProductAttentionWrapper):
+            module.sdpa_backends = SDPA_BACKENDS
 
 
 def _as_in_autocast(

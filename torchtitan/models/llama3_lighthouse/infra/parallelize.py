@@ -7,15 +7,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra import parallelize as upstream
 from torchtitan.tools.utils import device_type
 
 from lighthouse.implementation import kernels
-from lighthouse.scoring import SDPA_BACKENDS
 
 from ..job_config import JobConfig
 from ..loss import FactoredOutput
+from ..model import leave_out_math_backend
 from .activation_checkpoint import apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
@@ -29,11 +28,7 @@ def parallelize_lighthouse(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> nn.Module:
     """Apply TP, CP, activation checkpointing, compile and FSDP or DDP to ``model``, in order."""
-    for module in model.modules():
-        if isinstance(module, ScaledDotProductAttentionWrapper):
-            # Upstream also lists MATH, to which float32 on a GPU falls back without a word, and
-            # which fails under context parallelism.
-            module.sdpa_backends = SDPA_BACKENDS
+    leave_out_math_backend(model)
     # Selective checkpointing keeps attention outputs on the CPU as it does on GPUs, and selections.
     upstream._op_sac_save_list |= {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
