@@ -98,25 +98,34 @@ def test_documents_are_whole_answered_and_of_every_kind() -> None:
     assert {kind: kinds.count(kind) > len(kinds) / 8 for kind in TASKS} == dict.fromkeys(
         TASKS, True
     )
-    # As many short ones as long ones, in octaves.
-    assert min(lengths) < 60 and max(lengths) == 1025
-    assert sum(length > 512 for length in lengths) > 50
+    # As many tokens in short ones as in long ones, by octave; five octaves lie from 40 on.
+    lengths = np.array(lengths)
+    assert lengths.min() < 60 and lengths.max() == 1025
+    for shortest in (64, 128, 256, 512):
+        inside = lengths[(shortest < lengths) & (lengths <= 2 * shortest)]
+        assert inside.sum() > lengths.sum() / 10
 
 
 def kind_and_check(text: str) -> str:
     """The task that a document is of, once its answer has been found right."""
-    if match := re.search(r" ([A-Z]{2}) = (\d)$", text):
-        name, answer = match.groups()
-        links = dict(re.findall(r" ([A-Z]{2}) = (\w+);", text))
-        while name in links:
-            name = links[name]
-        assert name == answer
+    if match := re.search(r"( [A-Z]{2} = \d){2}$", text):
+        values = dict(re.findall(r" ([A-Z]{2}) = (\w+);", text))
+        answers = dict(re.findall(r" ([A-Z]{2}) = (\d)", match[0]))
+        # The last of each chain is asked for: what no other one is equal to.
+        assert answers.keys() == values.keys() - set(values.values())
+        for name, answer in answers.items():
+            while name in values:
+                name = values[name]
+            assert name == answer
         return "variables"
-    question, answer = re.search(r"( The pass key (?:of [A-Z]{2} )?is )(\d+)$", text).groups()
-    assert text.count(f"{question}{answer}. ") == 1
-    if " of " in question:
+    question = r" The pass key (?:of [A-Z]{2} )?is \d+"
+    asked = re.findall(question, re.search(rf"(?:{question})+$", text)[0])
+    stated = re.findall(rf"({question})\. ", text)
+    assert sorted(asked) == sorted(stated) and len(set(asked)) == len(asked)
+    if len(asked) > 1:
+        assert len(asked) == 4
         return "several_keys"
-    return "passkey" if len(answer) == 1 else "long_passkey"
+    return "passkey" if re.search(r" \d$", text) else "long_passkey"
 
 
 def test_no_document_repeats_and_none_is_an_evaluation_prompt() -> None:

@@ -136,23 +136,27 @@ class Prompt:
         answer: the digits asked for, int64 [task.digits] of 0 to 9.
         needle: place of the first token of the statement that holds the answer's digits.
         statements: places of the first tokens of all statements, in order.
+        others: the questions that might have been asked instead, each with its answer.
     """
 
     tokens: np.ndarray
     answer: np.ndarray
     needle: int
     statements: tuple[int, ...]
+    others: list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """The needle, what must come after it in order, what may be anywhere in order, the question."""
+    """The needle, what must come after it in order, what may be anywhere in order, the question
+    and its answer, and the questions of the distractors with theirs."""
 
     needle: np.ndarray
     followers: list[np.ndarray]
     distractors: list[np.ndarray]
     question: np.ndarray
     answer: np.ndarray
+    others: list[np.ndarray]
 
     @property
     def statements(self) -> list[np.ndarray]:
@@ -180,6 +184,10 @@ def _draw_parts(random: np.random.Generator, encoder: PromptEncoder, task: Task)
     def sentence(*parts: np.ndarray) -> np.ndarray:
         return np.concatenate([*parts, phrase("; " if task.links else ". ")])
 
+    def answered(questions: list[np.ndarray]) -> list[np.ndarray]:
+        pairs = zip(questions, encoder.digits[values[1:]], strict=True)
+        return [np.concatenate(pair) for pair in pairs]
+
     if task.links:
         chains = []
         for chain, value in zip(names, values, strict=True):
@@ -188,9 +196,10 @@ def _draw_parts(random: np.random.Generator, encoder: PromptEncoder, task: Task)
                 sentence(phrase(" "), name, phrase(" = "), source)
                 for name, source in zip(chain, sources, strict=True)
             ])  # fmt: skip
-        question = np.concatenate([phrase(" "), names[0, -1], phrase(" = ")])
+        questions = [np.concatenate([phrase(" "), chain[-1], phrase(" = ")]) for chain in names]
         distractors = _merged(random, chains[1:])
-        return _Parts(chains[0][0], chains[0][1:], distractors, question, values[0])
+        return _Parts(chains[0][0], chains[0][1:], distractors, questions[0], values[0],
+                      answered(questions[1:]))  # fmt: skip
     questions = [phrase(" The pass key is ")] * task.keys
     if task.keys > 1:
         questions = [
@@ -200,7 +209,7 @@ def _draw_parts(random: np.random.Generator, encoder: PromptEncoder, task: Task)
         sentence(question, encoder.digits[value])
         for question, value in zip(questions, values, strict=True)
     ]
-    return _Parts(sentences[0], [], sentences[1:], questions[0], values[0])
+    return _Parts(sentences[0], [], sentences[1:], questions[0], values[0], answered(questions[1:]))
 
 
 def _merged(random: np.random.Generator, rows: list[list[np.ndarray]]) -> list[np.ndarray]:
@@ -243,7 +252,7 @@ def _draw_prompt(
     places = [len(encoder.bos) + place for place in places]
     places += [needle, *(needle + len(parts.needle) + place for place in later)]
     tokens = np.concatenate([encoder.bos, head, parts.needle, tail, parts.question])
-    return Prompt(tokens, parts.answer, needle, tuple(places))
+    return Prompt(tokens, parts.answer, needle, tuple(places), parts.others)
 
 
 def _spread(
@@ -305,9 +314,10 @@ def evaluation_filler(
 class RetrievalMix:
     """Sequences of retrieval documents in place of a share of a stream's sequences of text.
 
-    A document is BOS, a prompt of any task at any depth, its answer and EOS. Lengths are drawn
-    evenly by octave, so that most documents are short, and the last one of a sequence fills
-    it: none is cut. Nothing is remembered from one sequence to the next.
+    A document is BOS, a prompt of any task at any depth, its answer, the other questions that the
+    prompt can answer, in random order, each with its answer, and EOS. The documents of a sequence
+    are of one octave of lengths, drawn evenly, so that most documents are short; the last one
+    fills the sequence: none is cut. Nothing is remembered from one sequence to the next.
 
     Args:
         rate: share of the sequences.
@@ -323,11 +333,13 @@ class RetrievalMix:
     ) -> None:
         self._encoder, self._rate, self._length = encoder, rate, length
         self._streams, self._seed = streams, seed
-        # What follows a prompt, and the shortest document, by task.
-        self._endings = {task: task.digits + len(encoder.eos) for task in TASKS.values()}
-        self._shortest = {
-            task: shortest_prompt(encoder, task) + ending for task, ending in self._endings.items()
-        }
+        self._shortest = {}
+        # Of what follows a prompt, by task.
+        self._endings = {}
+        for task in TASKS.values():
+            others = _draw_parts(_generator("shortest"), encoder, task).others
+            self._endings[task] = task.digits + sum(map(len, others)) + len(encoder.eos)
+            self._shortest[task] = shortest_prompt(encoder, task) + self._endings[task]
         self._enough = max(self._shortest.values())
         if length < self._enough:
             raise ValueError(
@@ -350,21 +362,20 @@ class RetrievalMix:
         """Its tokens, int32 [length]."""
         random = _generator("training", self._seed, stream, sequence)
         tasks = list(self._shortest)
+        # In integers, which are alike on every machine.
+        octaves = (self._length // min(self._shortest.values())).bit_length()
+        upper = self._length >> int(random.integers(octaves))
         documents, left = [], self._length
         while left:
             task = tasks[random.integers(len(tasks))]
-            length = self._draw_length(random, self._shortest[task], left)
+            lower = max(self._shortest[task], upper // 2)
+            length = min(int(random.integers(lower, max(lower, upper) + 1)), left)
             if left - length < self._enough:
                 length = left
             prompt_length = length - self._endings[task]
             prompt = _draw_prompt(random, self._encoder, task, prompt_length, random.random())
-            documents += [prompt.tokens, self._encoder.digits[prompt.answer], self._encoder.eos]
+            others = [prompt.others[i] for i in random.permutation(len(prompt.others))]
+            documents += [prompt.tokens, self._encoder.digits[prompt.answer], *others,
+                          self._encoder.eos]  # fmt: skip
             left -= length
         return np.concatenate(documents)
-
-    @staticmethod
-    def _draw_length(random: np.random.Generator, shortest: int, longest: int) -> int:
-        """An octave first, then a length in it; in integers, which are alike on every machine."""
-        octaves = (longest // shortest).bit_length()
-        upper = longest >> random.integers(octaves)
-        return int(random.integers(max(shortest, upper // 2), upper + 1))
