@@ -21,7 +21,7 @@ def run_command(
     """Run a script's ``command``; a user's mistake ends in one line, an interruption in 130."""
     try:
         command()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print(f"interrupted; {if_interrupted}", file=sys.stderr)

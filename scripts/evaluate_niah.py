@@ -30,7 +30,6 @@ import argparse
 import csv
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import check_device, check_plots, command_parser
+from commands import check_device, check_plots, command_parser, run_command
 from measuring import environment
 
 from lighthouse import LighthouseConfig
@@ -318,18 +317,24 @@ def plot(output: Path, checkpoint: Evaluated, task: str) -> None:
     plt.close(figure)
 
 
-def main(line: list[str] | None = None) -> None:
+def ask(line: list[str] | None = None) -> None:
+    """What the command does.
+
+    Raises:
+        ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
+    """
     arguments, overrides = parse_arguments(line)
-    try:
-        checkpoints, methods = zip(*check(arguments, overrides), strict=True)
-        evaluate(arguments, overrides, checkpoints, methods)
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"evaluate_niah.py: {error}")
+    checkpoints, methods = zip(*check(arguments, overrides), strict=True)
+    evaluate(arguments, overrides, checkpoints, methods)
     if not arguments.no_plots:
         for checkpoint in checkpoints:
             for task in arguments.tasks:
                 plot(arguments.output, checkpoint, task)
     print(f"written to {arguments.output}")
+
+
+def main(line: list[str] | None = None) -> None:
+    run_command(lambda: ask(line), "what is measured so far is in OUTPUT; it begins anew")
 
 
 if __name__ == "__main__":

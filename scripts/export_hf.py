@@ -14,9 +14,8 @@ Lighthouse's trainer did not write needs --job.config_file FILE.
 
 import argparse
 import sys
-import warnings
 
-from commands import command_parser
+from commands import command_parser, run_command
 
 
 def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -42,27 +41,30 @@ def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(line)
 
 
-def main() -> None:
-    options, overrides = parse(sys.argv[1:])
-    # There is one process, on purpose.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+def export() -> None:
+    """What the command does.
 
+    Raises:
+        ValueError, TypeError, OSError, ImportError: the user's mistakes; the message names the fix.
+    """
+    options, overrides = parse(sys.argv[1:])
     from torchtitan.models.llama3_lighthouse.export import export_checkpoint
     from torchtitan.models.llama3_lighthouse.hugging_face import DTYPES
 
-    try:
-        export_checkpoint(
-            options.checkpoint,
-            options.output,
-            overrides,
-            DTYPES[options.dtype] if options.dtype else None,
-            options.allow_lighthouse,
-            options.max_shard_gb * 1e9,
-            report=lambda text: print(text, flush=True),
-        )
-    except (ImportError, ValueError, TypeError, OSError) as error:
-        sys.exit(f"export_hf.py: {error}")
+    export_checkpoint(
+        options.checkpoint,
+        options.output,
+        overrides,
+        DTYPES[options.dtype] if options.dtype else None,
+        options.allow_lighthouse,
+        options.max_shard_gb * 1e9,
+        report=lambda text: print(text, flush=True),
+    )
     print(f"Wrote {options.output}")
+
+
+def main() -> None:
+    run_command(export, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ Arguments that are not known here go to the configuration that the checkpoint re
 
 import argparse
 import sys
-import warnings
 
-from commands import command_parser
+from commands import command_parser, run_command
 
 
 def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -30,25 +29,28 @@ def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(line)
 
 
-def main() -> None:
-    options, overrides = parse(sys.argv[1:])
-    # There is one process, on purpose.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+def make_checkpoint() -> None:
+    """What the command does.
 
+    Raises:
+        ValueError, TypeError, OSError, ImportError: the user's mistakes; the message names the fix.
+    """
+    options, overrides = parse(sys.argv[1:])
     from torchtitan.models.llama3_lighthouse.hugging_face import DTYPES
     from torchtitan.models.llama3_lighthouse.import_model import import_model
 
-    try:
-        path = import_model(
-            options.folder,
-            options.output,
-            overrides,
-            DTYPES[options.dtype] if options.dtype else None,
-            report=lambda text: print(text, flush=True),
-        )
-    except (ImportError, ValueError, TypeError, OSError) as error:
-        sys.exit(f"import_hf.py: {error}")
+    path = import_model(
+        options.folder,
+        options.output,
+        overrides,
+        DTYPES[options.dtype] if options.dtype else None,
+        report=lambda text: print(text, flush=True),
+    )
     print(f"Wrote {path}")
+
+
+def main() -> None:
+    run_command(make_checkpoint, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 import re
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,14 @@ def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
             complete = any((path / marker).is_file() for marker in markers)
             found[int(match.group(1))] = (path, complete)
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Read or write a checkpoint in one process, which is what torch warns of, on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from .checkpoint import CheckpointRecord, check_shapes, read_record
+from .checkpoint import CheckpointRecord, check_shapes, in_one_process, read_record
 from .hugging_face import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -119,7 +119,8 @@ def _write_weights(
     for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
         wanted = adapter(args).from_hf({name: theirs[name] for name in names})
         state = {name: torch.empty(x.shape, dtype=stored) for name, x in wanted.items()}
-        dcp.load(state, checkpoint_id=str(path), no_dist=True)
+        with in_one_process():
+            dcp.load(state, checkpoint_id=str(path), no_dist=True)
         shard = {
             name: tensor.to(dtype).contiguous()
             for name, tensor in adapter(args).to_hf(state).items()

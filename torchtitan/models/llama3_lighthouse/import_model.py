@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
 
 from . import flavors
-from .checkpoint import CheckpointRecord, write_record
+from .checkpoint import CheckpointRecord, in_one_process, write_record
 from .hugging_face import (
     DTYPES,
     INDEX_FILE,
@@ -74,7 +74,8 @@ def import_model(
         state = _read_weights(folder, args, dtype, report)
         step = temporary / "checkpoint" / "step-0"
         write_record(step, CheckpointRecord(0, 0, config.to_dict()))
-        dcp.save(state, checkpoint_id=str(step), no_dist=True)
+        with in_one_process():
+            dcp.save(state, checkpoint_id=str(step), no_dist=True)
     return output / "checkpoint" / "step-0"
 
 

@@ -13,7 +13,13 @@ from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from . import flavors
-from .checkpoint import CheckpointRecord, check_shapes, checkpoints_in, read_record
+from .checkpoint import (
+    CheckpointRecord,
+    check_shapes,
+    checkpoints_in,
+    in_one_process,
+    read_record,
+)
 from .checks import check_model
 from .job_config import JobConfig, LighthouseConfigManager
 from .model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
@@ -104,7 +110,8 @@ def load_trained_model(
         leave_out_math_backend(model)
     state = model.state_dict()
     check_shapes(path, state)
-    dcp.load(state, checkpoint_id=str(path), no_dist=True)
+    with in_one_process():
+        dcp.load(state, checkpoint_id=str(path), no_dist=True)
     model.to(dtype).eval().requires_grad_(False)
     model.set_stage("dense")
     return TrainedModel(model, build_tokenizer(config), config, path, record)
