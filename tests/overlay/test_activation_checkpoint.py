@@ -2,6 +2,7 @@
 
 import gc
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,3 +231,7 @@ def test_dry_run_counts_the_same(keep_products: tuple[str, ...]) -> None:
         layers = sum(kept_bytes(layer, stage, keep_products, 2) + 2 * N * 64 for layer in range(3))
         head = 10 * N * ARGS.vocab_size
         assert activation_bytes(ARGS, N, N, section, stage) == pytest.approx(layers + head)
+        offloaded = replace(section, offload_inputs=True)
+        # Of three layers' inputs, two are on the device at once.
+        layers -= 2 * N * 64
+        assert activation_bytes(ARGS, N, N, offloaded, stage) == pytest.approx(layers + head)

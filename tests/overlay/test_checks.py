@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from launch import SMALL, Run, arguments
 
 from torchtitan.models.llama3_lighthouse import flavors
-from torchtitan.models.llama3_lighthouse.checks import check_config
+from torchtitan.models.llama3_lighthouse.checks import check_config, check_device
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
-from torchtitan.models.llama3_lighthouse.train import stage_at
+from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer, stage_at
 
 
 def check(tmp_path: Path, toml: str = "", **settings) -> None:
@@ -157,6 +158,39 @@ def test_stage_rule() -> None:
     assert stage_at(1, "auto", 0) == "dense"
     assert stage_at(99, "lighthouse", 2) == "lighthouse"
     assert stage_at(1, "dense", 2) == "dense"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation_checkpoint.mode": "selective"}, "mode = 'selective'; set mode to"),
+        ({"parallelism.tensor_parallel_degree": 2}, "tensor_parallel_degree = 2, which already"),
+        ({"parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 2},
+         "pipeline_parallel_degree = 2, which runs other"),
+    ],
+)  # fmt: skip
+def test_offloading_that_cannot_work_is_refused(tmp_path: Path, settings, message) -> None:
+    offload = {"activation_checkpoint.offload_inputs": True}
+    for mode in ("lighthouse", "full"):
+        check(tmp_path, **{**offload, "activation_checkpoint.mode": mode})
+    with pytest.raises(ValueError, match=f"offload_inputs = true is .*{message}"):
+        check(tmp_path, **{"activation_checkpoint.mode": "full", **offload, **settings})
+
+
+def test_offloading_needs_a_gpu(tmp_path: Path) -> None:
+    settings = {
+        "job.dump_folder": tmp_path / "dump",
+        **SMALL,
+        "activation_checkpoint.mode": "lighthouse",
+        "activation_checkpoint.offload_inputs": True,
+    }
+    config = LighthouseConfigManager().parse_args(arguments(settings))
+    check_device(config, "cuda")
+    with pytest.raises(ValueError, match="needs a GPU .*is on 'cpu'; pass .*no-offload_inputs"):
+        check_device(config, "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a GPU"):
+            LighthouseTrainer(config)
 
 
 def test_replicas_without_sharding_are_refused(tmp_path: Path) -> None:

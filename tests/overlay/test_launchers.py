@@ -44,6 +44,13 @@ def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
     assert 0.2 * whole < mine < 0.3 * whole
 
 
+def test_dry_run_says_what_offloading_needs(tmp_path: Path) -> None:
+    line = ["--activation_checkpoint.offload_inputs"]
+    text = dry_run(parse(tmp_path, "paper_530m_98k", *line), 1)
+    # 30 inputs of 192 MiB, rounded up to 256.
+    assert "needs GPUs (CUDA); a rank pins 7.50 GiB on its host" in text
+
+
 def test_dry_run_of_one_process(tmp_path: Path) -> None:
     assert "1 processes = 1 replicas x 1 FSDP" in dry_run(parse(tmp_path, "debug_cpu"), 1)
 

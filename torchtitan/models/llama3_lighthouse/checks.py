@@ -28,6 +28,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     _check_parallelism(config, flavors[config.model.flavor].n_layers)
     _check_compile(config)
     _check_loss(config)
+    _check_offload(config)
     _check_dump_folder(config)
 
 
@@ -197,6 +198,42 @@ def _check_loss(config: JobConfig) -> None:
             f"lighthouse.loss = 'chunked' with parallelism.tensor_parallel_degree = {degree}: "
             "tensor parallelism shards the vocabulary and computes the loss where the shards are; "
             "set lighthouse.loss to 'auto' or 'whole'"
+        )
+
+
+def _check_offload(config: JobConfig) -> None:
+    section = config.activation_checkpoint
+    if not section.offload_inputs:
+        return
+    if section.mode not in ("lighthouse", "full"):
+        raise ValueError(
+            "activation_checkpoint.offload_inputs = true is for modes that keep layer inputs and "
+            f"repeat layers from them, unlike activation_checkpoint.mode = '{section.mode}'; set "
+            "mode to 'lighthouse' or 'full', or offload_inputs to false"
+        )
+    for kind, reason in (
+        ("tensor", "which already splits layer inputs over its ranks"),
+        ("pipeline", "which runs other microbatches between forward and backward of one"),
+    ):
+        degree = getattr(config.parallelism, f"{kind}_parallel_degree")
+        if degree > 1:
+            raise ValueError(
+                "activation_checkpoint.offload_inputs = true is not supported with "
+                f"parallelism.{kind}_parallel_degree = {degree}, {reason}; set offload_inputs to "
+                "false or the degree to 1"
+            )
+
+
+def check_device(config: JobConfig, device_type: str) -> None:
+    """Check what depends on the device that will train, such as "cuda" or "cpu".
+
+    Raises:
+        ValueError: layer inputs are to be offloaded from what is not a CUDA device.
+    """
+    if config.activation_checkpoint.offload_inputs and device_type != "cuda":
+        raise ValueError(
+            "activation_checkpoint.offload_inputs = true needs a GPU (CUDA) to offload from, and "
+            f"this run is on '{device_type}'; pass --activation_checkpoint.no-offload_inputs"
         )
 
 

@@ -18,6 +18,7 @@ from . import flavors
 from .checks import check_config, chunks_of_a_sequence
 from .datasets import global_batch_size, stream_count
 from .infra.activation_checkpoint import BEFORE_GATHERING, PRODUCTS
+from .infra.offload import INPUTS_ON_DEVICE
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
 from .job_config import ActivationCheckpoint, JobConfig, LighthouseConfigManager
@@ -98,6 +99,8 @@ def activation_bytes(
     dense, lighthouse = layer_elements(args, section, share)
     lighthouse_layers = args.n_layers - len(args.dense_layers) if stage == "lighthouse" else 0
     layers = (args.n_layers - lighthouse_layers) * dense + lighthouse_layers * lighthouse
+    if section.offload_inputs:
+        layers -= max(0, args.n_layers - INPUTS_ON_DEVICE) * args.dim
     return tokens * layers * ACTIVATION_BYTES + head_bytes(args, tokens)
 
 
@@ -194,6 +197,11 @@ def _describe(config: JobConfig, world_size: int) -> str:
         "memory, GiB   " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items()),
         "FLOPs/token   " + ", ".join(f"{stage} {count:.3e}" for stage, count in flops.items()),
     ]
+    if config.activation_checkpoint.offload_inputs:
+        buffer = args.dim * tokens * ACTIVATION_BYTES
+        # torch pins powers of two.
+        pinned = args.n_layers * 2 ** (buffer - 1).bit_length() / GIB
+        lines.append(f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host")
     return "\n".join(lines)
 
 

@@ -116,6 +116,11 @@ class ActivationCheckpoint(upstream.ActivationCheckpoint):
     """Linear layers of a block whose outputs mode "lighthouse" also keeps, for more memory and less
     to repeat. Lighthouse layers do without those of wq, wk and wv and never keep them."""
 
+    offload_inputs: bool = False
+    """Keep layer inputs in pinned host memory between forward and backward, copied while layers
+    compute. For the modes "lighthouse" and "full"; on GPUs, without tensor and pipeline
+    parallelism."""
+
 
 @dataclass
 class Debug(upstream.Debug):

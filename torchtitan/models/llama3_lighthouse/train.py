@@ -16,11 +16,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
-from torchtitan.tools.utils import device_module
+from torchtitan.tools.utils import device_module, device_type
 
 from . import flavors
 from .checkpoint import LighthouseCheckpointManager
-from .checks import check_config
+from .checks import check_config, check_device
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
 from .model import LighthouseTransformer
@@ -52,6 +52,7 @@ class LighthouseTrainer(upstream.Trainer):
 
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
+        check_device(job_config, device_type)
         # Of norms under autocast, whose weights are float32: compiled, they are fused regardless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         with (

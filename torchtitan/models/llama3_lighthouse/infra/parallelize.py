@@ -18,6 +18,7 @@ from ..model import leave_out_math_backend
 from .activation_checkpoint import apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
+from .offload import LayerInputOffload
 
 # Dense layers, Lighthouse layers and Lighthouse layers switched to dense are three graphs of one
 # block, each in training and in validation; dynamo's limit of 8 leaves no room beside them.
@@ -61,4 +62,6 @@ def parallelize_lighthouse(
         model.output.set_reshard_after_forward(False, recurse=False)
     if device_type == "cpu":
         use_sum_reductions(model)
+    if job_config.activation_checkpoint.offload_inputs:
+        LayerInputOffload(model.layers.values())
     return model
