@@ -1,5 +1,4 @@
 import os
-import socket
 
 import pytest
 import torch
@@ -14,10 +13,3 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, found none"))
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]

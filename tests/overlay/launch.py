@@ -1,13 +1,26 @@
 """Start training processes for tests, and read what they recorded."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
+
+import torch
+
+# A trainer takes longer to import than most tests train. One process imports it, and every rank is
+# forked from that; not with a GPU, whose driver is of no use in a fork once it was asked anything.
+CAN_FORK = not torch.cuda.is_available()
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torchtitan.models.llama3_lighthouse.train", "torchtitan.train"])
+SCRIPT = Path(__file__).with_name("training_process.py")
 
 # Both stages at the smallest size at which all parts of the method do something: S is half of N.
 SMALL = {
@@ -67,26 +80,92 @@ def exit_code_of(main: Callable[[], None], monkeypatch, *line: object) -> int | 
     return None
 
 
-class Run:
-    """One launch of ``torchrun``; ``settings`` override those of ``SMALL``."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
-    def __init__(self, folder: Path, settings: dict | None = None, processes=1, **environment):
+
+def run_on_ranks(worker: Callable[[int, int, int], None], world_size: int) -> None:
+    """``worker(rank, world_size, port)`` in a process for each rank."""
+    torch.multiprocessing.start_processes(
+        worker, (world_size, free_port()), nprocs=world_size,
+        start_method="forkserver" if CAN_FORK else "spawn",
+    )  # fmt: skip
+
+
+def _train(line: list[str], log_file: Path, environment: dict[str, str]) -> None:
+    """In a fork: what ``python training_process.py`` does."""
+    with log_file.open("a") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = [str(SCRIPT), *line]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+class Forks:
+    """What torchrun starts, without it: a process for each rank, which end together."""
+
+    def __init__(self, line: list[str], processes: int, log_file: Path, environment: dict) -> None:
+        environment = {
+            **environment, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()),
+        }  # fmt: skip
+        self.ranks = []
+        for rank in map(str, range(processes)):
+            arguments = (line, log_file, {**environment, "RANK": rank, "LOCAL_RANK": rank})
+            self.ranks.append(FORKS.Process(target=_train, args=arguments))
+            self.ranks[-1].start()
+
+    def poll(self) -> int | None:
+        """Exit code of a rank that failed, or 0 if none did; None while one runs."""
+        codes = [rank.exitcode for rank in self.ranks]
+        if any(codes):
+            self.terminate()
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            left = deadline - time.monotonic()
+            if not wait([rank.sentinel for rank in self.ranks if rank.exitcode is None], left):
+                self.terminate()
+                raise TimeoutError(f"still training after {timeout} s")
+        return code
+
+    def terminate(self) -> None:
+        for rank in self.ranks:
+            rank.terminate()
+
+
+class Run:
+    """One launch of a training process; ``settings`` override those of ``SMALL``."""
+
+    def __init__(
+        self, folder: Path, settings: dict | None = None, processes=1, torchrun=False, **environment
+    ):
         self.record_file = folder / "record"
         self.processes = processes
         self.lines_before = len(self.lines(0))
-        script = Path(__file__).with_name("training_process.py")
-        settings = {"job.dump_folder": folder / "dump", **SMALL, **(settings or {})}
+        line = arguments({"job.dump_folder": folder / "dump", **SMALL, **(settings or {})})
+        self.log_file = folder / f"log-{time.monotonic_ns()}"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RECORD_FILE": str(self.record_file),
+            **environment,
+        }
+        if CAN_FORK and not torchrun:
+            self.process = Forks(line, processes, self.log_file, environment)
+            return
         command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
         command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
-        self.log_file = folder / f"log-{time.monotonic_ns()}"
         self.process = subprocess.Popen(
-            [*command, str(script), *arguments(settings)],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "RECORD_FILE": str(self.record_file),
-                **environment,
-            },
+            [*command, str(SCRIPT), *line],
+            env=environment,
             stdout=self.log_file.open("w"),
             stderr=subprocess.STDOUT,
         )

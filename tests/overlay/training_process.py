@@ -1,4 +1,4 @@
-"""A training process that tests can watch and disturb; launched by ``launch.py`` through torchrun.
+"""A training process that tests can watch and disturb; launched by ``launch.py``.
 
 Every step appends one JSON line to ``RECORD_FILE``-rank: the step, the stage, the loss and the
 gradient norm as exact hexadecimal floats, and a hash of each microbatch. ``TRAINER=upstream`` runs
