@@ -26,7 +26,8 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
 
     Run(interrupted, processes=processes).crash_after_step(6)
     assert (interrupted / "dump/checkpoint/step-5/.metadata").is_file()
-    Run(interrupted, processes=processes).stop_after_step(11)
+    # By torchrun, which is what a scheduler tells to stop.
+    Run(interrupted, processes=processes, torchrun=True).stop_after_step(11)
     assert (interrupted / "dump/checkpoint/step-10/.metadata").is_file()
     resumed = Run(interrupted, processes=processes).succeed()
     assert "Training starts at step 11" in resumed.log
