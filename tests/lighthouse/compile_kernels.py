@@ -20,7 +20,7 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"
 # L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
 CASES = [
     (3, 4, 98304, 1, 8, 8, 128, 128, 12, torch.bfloat16),
-    (3, 2, 131072, 2, 6, 2, 192, 128, 2, torch.float32),
+    (3, 2, 131072, 2, 6, 2, 192, 128, 64, torch.float32),
     (4, 4, 2**22, 1, 32, 8, 256, 128, 3, torch.bfloat16),
 ]
 
