@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 
@@ -15,13 +16,25 @@ def command_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, line: list[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse ``line`` or the command line; what is left, --section.key value, goes to a
+    configuration. Ends the command on any other flag."""
+    arguments, overrides = parser.parse_known_args(line)
+    for word in overrides:
+        if re.match("--?[A-Za-z]", word) and "." not in word:
+            parser.error(f"unknown argument {word}; a configuration takes --section.key value")
+    return arguments, overrides
+
+
 def run_command(
     command: Callable[[], None], if_interrupted: str = "the same command goes on from here"
 ) -> None:
     """Run a script's ``command``; a user's mistake ends in one line, an interruption in 130."""
     try:
         command()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print(f"interrupted; {if_interrupted}", file=sys.stderr)
@@ -48,7 +61,7 @@ def check_device(device: str) -> None:
     import torch
 
     kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+    if kind not in ("cpu", "cuda") or device.endswith(":") or (number and not number.isdigit()):
         raise ValueError(f"--device {device} is not known; use cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(number or 0) >= count:

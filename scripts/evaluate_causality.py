@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 
 import torch
-from commands import check_device, command_parser, run_command
+from commands import check_device, command_parser, parse_with_overrides, run_command
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
@@ -103,7 +103,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--positions", type=int, default=32,
                         help="in each sequence of a batch; default: 32")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    options, overrides = parser.parse_known_args()
+    options, overrides = parse_with_overrides(parser)
     if min(options.batches, options.positions) < 1 or options.batches * options.positions < 2:
         raise ValueError(
             f"--batches {options.batches} and --positions {options.positions} leave no interval; "

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import check_device, check_plots, command_parser, run_command
+from commands import check_device, check_plots, command_parser, parse_with_overrides, run_command
 
 from torchtitan.models.llama3_lighthouse.held_out_loss import (
     bucket_means,
@@ -195,7 +195,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument("--no-plots", action="store_true")
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parse_with_overrides(parser)
     check_plots(arguments.no_plots)
     check_device(arguments.device)
     labels, count = arguments.labels, len(arguments.checkpoints)

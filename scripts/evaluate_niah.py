@@ -37,7 +37,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import check_device, check_plots, command_parser, run_command
+from commands import (
+    check_device,
+    check_plots,
+    command_parser,
+    parse_with_overrides,
+    run_command,
+)
 from measuring import environment
 
 from lighthouse import LighthouseConfig
@@ -102,11 +108,7 @@ def parse_arguments(line: list[str] | None) -> tuple[argparse.Namespace, list[st
                         help="in a batch, one sequence at least; default: 65536")  # fmt: skip
     parser.add_argument("--revision", help="to record; default: as git says")
     parser.add_argument("--no-plots", action="store_true", help="write tables alone")
-    arguments, overrides = parser.parse_known_args(line)
-    for word in overrides:
-        if word.startswith("--") and "." not in word:
-            parser.error(f"unknown argument {word}; a checkpoint's configuration takes "
-                         "--section.key value")  # fmt: skip
+    arguments, overrides = parse_with_overrides(parser, line)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     default_type = "bfloat16" if arguments.device.startswith("cuda") else "float32"
     arguments.dtype = arguments.dtype or default_type
@@ -334,7 +336,7 @@ def ask(line: list[str] | None = None) -> None:
 
 
 def main(line: list[str] | None = None) -> None:
-    run_command(lambda: ask(line), "what is measured so far is in OUTPUT; it begins anew")
+    run_command(lambda: ask(line), "finished lengths are in OUTPUT; the command begins anew")
 
 
 if __name__ == "__main__":

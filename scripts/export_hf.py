@@ -15,7 +15,7 @@ Lighthouse's trainer did not write needs --job.config_file FILE.
 import argparse
 import sys
 
-from commands import command_parser, run_command
+from commands import command_parser, parse_with_overrides, run_command
 
 
 def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -38,14 +38,14 @@ def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
         default=5.0,
         help="longest file of weights, in 10^9 bytes; default: 5",
     )
-    return parser.parse_known_args(line)
+    return parse_with_overrides(parser, line)
 
 
 def export() -> None:
     """What the command does.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: the user's mistakes; the message names the fix.
+        ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
     options, overrides = parse(sys.argv[1:])
     from torchtitan.models.llama3_lighthouse.export import export_checkpoint

@@ -15,7 +15,7 @@ Arguments that are not known here go to the configuration that the checkpoint re
 import argparse
 import sys
 
-from commands import command_parser, run_command
+from commands import command_parser, parse_with_overrides, run_command
 
 
 def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -26,14 +26,14 @@ def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as stored"
     )
-    return parser.parse_known_args(line)
+    return parse_with_overrides(parser, line)
 
 
 def make_checkpoint() -> None:
     """What the command does.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: the user's mistakes; the message names the fix.
+        ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
     options, overrides = parse(sys.argv[1:])
     from torchtitan.models.llama3_lighthouse.hugging_face import DTYPES

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from commands import check_plots
+from commands import check_plots, parse_with_overrides
 
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 from torchtitan.models.llama3_lighthouse.metrics import METRICS_FILE
@@ -69,7 +69,7 @@ def parse_sweep(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, li
     parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine")
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--no-plots", action="store_true")
-    arguments, extra = parser.parse_known_args()
+    arguments, extra = parse_with_overrides(parser)
     check_plots(arguments.no_plots)
     if arguments.processes < 1:
         raise ValueError(f"--processes {arguments.processes} must be at least 1")

@@ -87,11 +87,8 @@ def free_port() -> int:
 
 
 def run_on_ranks(worker: Callable[[int, int, int], None], world_size: int) -> None:
-    """``worker(rank, world_size, port)`` in a process for each rank."""
-    torch.multiprocessing.start_processes(
-        worker, (world_size, free_port()), nprocs=world_size,
-        start_method="forkserver" if CAN_FORK else "spawn",
-    )  # fmt: skip
+    """``worker(rank, world_size, port)`` in a fresh process for each rank."""
+    torch.multiprocessing.spawn(worker, (world_size, free_port()), nprocs=world_size)
 
 
 def _train(line: list[str], log_file: Path, environment: dict[str, str]) -> None:
@@ -131,14 +128,19 @@ class Forks:
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             left = deadline - time.monotonic()
-            if not wait([rank.sentinel for rank in self.ranks if rank.exitcode is None], left):
-                self.terminate()
+            running = [rank.sentinel for rank in self.ranks if rank.exitcode is None]
+            if running and not wait(running, left):
+                self.kill()
                 raise TimeoutError(f"still training after {timeout} s")
         return code
 
     def terminate(self) -> None:
         for rank in self.ranks:
             rank.terminate()
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
 
 
 class Run:
@@ -152,6 +154,7 @@ class Run:
         self.lines_before = len(self.lines(0))
         line = arguments({"job.dump_folder": folder / "dump", **SMALL, **(settings or {})})
         self.log_file = folder / f"log-{time.monotonic_ns()}"
+        self.log_file.touch()
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -198,8 +201,10 @@ class Run:
     def _wait_for_step(self, step: int, timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while not any(line["step"] >= step for line in self.lines(0)[self.lines_before :]):
-            assert self.process.poll() is None, self.log[-6000:]
-            assert time.monotonic() < deadline, self.log[-6000:]
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                # One that lives on would keep the tests from ending.
+                self.process.kill()
+                raise AssertionError(self.log[-6000:])
             time.sleep(0.02)
 
     def all_lines(self) -> list[dict]:

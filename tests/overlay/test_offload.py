@@ -30,7 +30,9 @@ from torchtitan.models.llama3_lighthouse.infra.parallelize import RECOMPILE_LIMI
 from torchtitan.models.llama3_lighthouse.job_config import ActivationCheckpoint
 from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
 
-STEPS, MICROBATCHES = 3, 2
+STEPS, MICROBATCHES = 2, 2
+# Each mode once eager and once compiled would tell no more, and compiling takes long.
+each_mode = pytest.mark.parametrize(("mode", "compiled"), [("lighthouse", True), ("full", False)])
 on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's own tests are harder")
 
 
@@ -112,8 +114,7 @@ def small(mode: str, compiled: bool = False) -> LighthouseTransformer:
 
 
 @on_cpu
-@pytest.mark.parametrize("mode", ["lighthouse", "full"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_mode
 def test_steps_are_the_same_bits(mode: str, compiled: bool) -> None:
     """Of accumulated gradients, with a pass without any in between; buffers are made once."""
     model = small(mode, compiled)
@@ -129,8 +130,7 @@ def test_steps_are_the_same_bits(mode: str, compiled: bool) -> None:
     assert len(buffers) == 1
 
 
-@pytest.mark.parametrize("mode", ["lighthouse", "full"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_mode
 def test_inputs_leave_the_device(mode: str, compiled: bool) -> None:
     """All but the last layer's, which backward begins with."""
     model = small(mode, compiled)

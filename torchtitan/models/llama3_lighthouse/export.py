@@ -49,9 +49,8 @@ def export_checkpoint(
         report: called with lines that say how far it is.
 
     Raises:
-        ImportError: safetensors is missing.
-        ValueError, TypeError, OSError: the checkpoint cannot be read, is refused, or is of another
-            model than the configuration says; or ``output`` is in use.
+        ValueError, TypeError, OSError: safetensors is missing; the checkpoint cannot be read, is
+            refused, or is of another model than the configuration says; or ``output`` is in use.
     """
     require_safetensors()
     if not 1 <= max_shard_size < math.inf:

@@ -35,11 +35,11 @@ TOKENIZER_FILES = (
 
 
 def require_safetensors() -> None:
-    """Raise ``ImportError`` with what to install if the weights' format cannot be handled."""
+    """Raise ``ValueError`` with what to install if the weights' format cannot be handled."""
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             "safetensors, the format of Hugging Face's weights, is not installed; "
             "run .venv/bin/pip install -e '.[export]'"
         ) from None

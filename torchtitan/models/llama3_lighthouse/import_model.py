@@ -51,9 +51,8 @@ def import_model(
         The step-0 folder.
 
     Raises:
-        ImportError: safetensors is missing.
-        ValueError, TypeError, OSError: the folder holds no such model, or does not fit the
-            configuration; or ``output`` is in use.
+        ValueError, TypeError, OSError: safetensors is missing; the folder holds no such model, or
+            does not fit the configuration; or ``output`` is in use.
     """
     require_safetensors()
     folder, output = Path(folder).resolve(), Path(output).resolve()

@@ -314,10 +314,11 @@ def evaluation_filler(
 class RetrievalMix:
     """Sequences of retrieval documents in place of a share of a stream's sequences of text.
 
-    A document is BOS, a prompt of any task at any depth, its answer, the other questions that the
-    prompt can answer, in random order, each with its answer, and EOS. The documents of a sequence
-    are of one octave of lengths, drawn evenly, so that most documents are short; the last one
-    fills the sequence: none is cut. Nothing is remembered from one sequence to the next.
+    A document is BOS, a prompt of any task at any depth, its answer, the questions of the other
+    keys or of the other chain, in random order, each with its answer, and EOS. For each sequence
+    an octave of lengths is drawn, from which its documents take theirs as far as their tasks fit,
+    so that most documents are short; the last one fills the sequence: none is cut. Nothing is
+    remembered from one sequence to the next.
 
     Args:
         rate: share of the sequences.
