@@ -99,6 +99,8 @@ def _train(line: list[str], log_file: Path, environment: dict[str, str]) -> None
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    # A fork server's children would ask it for workers of their own; no other process does.
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = [str(SCRIPT), *line]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
