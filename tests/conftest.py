@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 # Before anything imports Triton: without a GPU, its interpreter runs the kernels.
 if not torch.cuda.is_available():
@@ -13,3 +14,8 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, found none"))
+
+
+@pytest.fixture
+def free_port() -> int:
+    return get_free_port()

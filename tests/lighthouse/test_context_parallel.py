@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from launch import run_on_ranks
 from test_against_oracle import output_and_gradients, relative_error
 
 from lighthouse import ContextParallel, LighthouseConfig, lighthouse_attention, select
@@ -102,8 +101,8 @@ def worker(rank: int, world_size: int, port: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_together_give_what_one_device_gives(world_size: int) -> None:
-    run_on_ranks(worker, world_size)
+def test_ranks_together_give_what_one_device_gives(world_size: int, free_port: int) -> None:
+    torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
 
 
 def test_one_rank_costs_nothing() -> None:

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 # A trainer takes longer to import than most tests train. One process imports it, and every rank is
 # forked from that; not with a GPU, whose driver is of no use in a fork once it was asked anything.
@@ -80,17 +80,6 @@ def exit_code_of(main: Callable[[], None], monkeypatch, *line: object) -> int | 
     return None
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def run_on_ranks(worker: Callable[[int, int, int], None], world_size: int) -> None:
-    """``worker(rank, world_size, port)`` in a fresh process for each rank."""
-    torch.multiprocessing.spawn(worker, (world_size, free_port()), nprocs=world_size)
-
-
 def _train(line: list[str], log_file: Path, environment: dict[str, str]) -> None:
     """In a fork: what ``python training_process.py`` does."""
     with log_file.open("a") as log:
@@ -111,7 +100,7 @@ class Forks:
     def __init__(self, line: list[str], processes: int, log_file: Path, environment: dict) -> None:
         environment = {
             **environment, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()),
+            "MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port()),
         }  # fmt: skip
         self.ranks = []
         for rank in map(str, range(processes)):

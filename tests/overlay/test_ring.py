@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from launch import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,8 +74,8 @@ def worker(rank: int, world_size: int, port: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ring_equals_one_device_and_sends_what_is_said(world_size: int) -> None:
-    run_on_ranks(worker, world_size)
+def test_ring_equals_one_device_and_sends_what_is_said(world_size: int, free_port: int) -> None:
+    torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
 
 
 def test_bytes_at_a_million_tokens(config_file="train_configs/paper_530m_1m_cp8.toml") -> None:
