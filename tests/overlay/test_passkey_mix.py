@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_datasets import config, digest, global_batches, loader, write_jsonl
+from torchtitan.components.loss import IGNORE_INDEX
 
 from torchtitan.models.llama3_lighthouse.datasets import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
@@ -20,6 +21,8 @@ from torchtitan.models.llama3_lighthouse.retrieval import (
 from torchtitan.models.llama3_lighthouse.tokenizer import BOS_ID, EOS_ID, ByteTokenizer
 
 SEQ_LEN = 256
+# Those that end a document, with their answers.
+QUESTIONS = re.compile(r"(?: [A-Z]{2} = \d){2}$|(?: The pass key (?:of [A-Z]{2} )?is \d+)+$")
 # A space is in every retrieval document and in no document of the text.
 SPACE = ord(" ")
 
@@ -48,7 +51,7 @@ def is_retrieval(sequence: torch.Tensor) -> bool:
     return bool((sequence == SPACE).any())
 
 
-@pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 0.9, 1.0])
 def test_share_is_reached_in_every_stretch_and_every_batch(folder: Path, rate: float) -> None:
     taken = np.array([is_retrieval(each) for each in sequences(mixed(folder, rate), 800)])
     # 8 streams take turns.
@@ -56,6 +59,22 @@ def test_share_is_reached_in_every_stretch_and_every_batch(folder: Path, rate: f
     assert np.all(np.abs(by_batch.sum(1) - 8 * rate) < 1)
     assert np.all(np.abs(np.cumsum(by_batch, 0) - rate * np.arange(1, 101)[:, None]) <= 1)
     assert abs(taken.mean() - rate) < 0.01
+
+
+def test_answers_alone_are_labels(folder: Path) -> None:
+    """As the generator says, of the same tokens; of text all are."""
+    mix = RetrievalMix(PromptEncoder(ByteTokenizer()), 0.5, SEQ_LEN + 1, streams=8)
+    drawn = 0
+    for number, (inputs, labels) in enumerate(islice(loader(mixed(folder, 0.5)), 80)):
+        if not is_retrieval(inputs["input"]):
+            assert torch.equal(inputs["input"][0, 1:], labels[0, :-1])
+            continue
+        stream, sequence = number % 8, number // 8
+        tokens, in_loss = mix.sequence(stream, sequence)
+        assert np.array_equal(inputs["input"][0], tokens[:-1])
+        assert np.array_equal(labels[0], np.where(in_loss, tokens, IGNORE_INDEX)[1:])
+        drawn += 1
+    assert drawn == 40
 
 
 def test_text_is_delayed_and_left_whole(folder: Path) -> None:
@@ -87,14 +106,22 @@ def test_documents_are_whole_answered_and_of_every_kind() -> None:
     mix = RetrievalMix(PromptEncoder(ByteTokenizer()), 0.5, 1025, streams=4)
     kinds, lengths = [], []
     for number in range(200):
-        tokens = mix.sequence(number % 4, number)
-        assert tokens.shape == (1025,) and tokens[0] == BOS_ID and tokens[-1] == EOS_ID
+        tokens, in_loss = mix.sequence(number % 4, number)
+        assert tokens.shape == in_loss.shape == (1025,)
+        assert tokens[0] == BOS_ID and tokens[-1] == EOS_ID
         starts = np.flatnonzero(tokens == BOS_ID)
         assert np.array_equal(starts[1:] - 1, np.flatnonzero(tokens == EOS_ID)[:-1])
-        for document in np.split(tokens, starts[1:]):
+        for document, counted in zip(
+            np.split(tokens, starts[1:]), np.split(in_loss, starts[1:]), strict=True
+        ):
             text = ByteTokenizer().decode(document.tolist())
             kinds.append(kind_and_check(text))
             lengths.append(len(document))
+            # The answers alone, after BOS, which is no character of the text.
+            questions = QUESTIONS.search(text)
+            answers = re.finditer(r"\d+", questions[0])
+            places = [1 + questions.start() + i for each in answers for i in range(*each.span())]
+            assert np.array_equal(np.flatnonzero(counted), places)
     assert {kind: kinds.count(kind) > len(kinds) / 8 for kind in TASKS} == dict.fromkeys(
         TASKS, True
     )
@@ -131,7 +158,7 @@ def kind_and_check(text: str) -> str:
 def test_no_document_repeats_and_none_is_an_evaluation_prompt() -> None:
     encoder = PromptEncoder(ByteTokenizer())
     mix = RetrievalMix(encoder, 0.5, 513, streams=4)
-    seen = {mix.sequence(s, n).tobytes() for s in range(4) for n in range(50)}
+    seen = {mix.sequence(s, n)[0].tobytes() for s in range(4) for n in range(50)}
     assert len(seen) == 200
     task = TASKS["passkey"]
     beginnings = {

@@ -145,10 +145,10 @@ def _check_tokenizer(config: JobConfig) -> None:
 
 def _check_passkey_mix(config: JobConfig) -> None:
     rate = config.lighthouse.passkey_mix
-    if not 0 <= rate < 1:
+    if not 0 <= rate <= 1:
         raise ValueError(
             f"lighthouse.passkey_mix = {rate} is the share of training tokens that are retrieval "
-            "documents; use one from 0 up to but not including 1"
+            "documents; use one from 0 to 1"
         )
 
 

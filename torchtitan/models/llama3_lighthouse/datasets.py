@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
@@ -117,13 +118,14 @@ class TextStream:
     def _cut(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         while len(self._buffer) > self._seq_len:
             if self._mix and self._mix.takes(self.number, self.sequences):
-                tokens = self._mix.sequence(self.number, self.sequences)
+                tokens, in_loss = self._mix.sequence(self.number, self.sequences)
+                labels = np.where(in_loss, tokens, IGNORE_INDEX)
             else:
-                tokens = self._buffer[: self._seq_len + 1]
+                tokens = labels = self._buffer[: self._seq_len + 1]
                 self._buffer = self._buffer[self._seq_len :]
-            window = torch.from_numpy(tokens.astype(np.int64))
             self.sequences += 1
-            yield {"input": window[:-1]}, window[1:]
+            inputs, labels = (torch.from_numpy(x.astype(np.int64)) for x in (tokens, labels))
+            yield {"input": inputs[:-1]}, labels[1:]
 
     def _encode(self, text: str) -> np.ndarray:
         if isinstance(self._tokenizer, ByteTokenizer):

@@ -67,7 +67,8 @@ class Lighthouse:
 
     passkey_mix: float = 0.0
     """Share of the training tokens that are synthetic retrieval documents, in whole sequences
-    spread evenly over all steps; the rest is the text, in its order. 0.0: none. Below 1."""
+    spread evenly over all steps, of which the answers alone count in the loss; the rest is the
+    text, in its order. 0.0: none. 1.0: no text."""
 
     tokenizer: Literal["byte", "hf"] = "byte"
     """"byte" is the built-in byte-level tokenizer; "hf" reads model.hf_assets_path."""

@@ -320,6 +320,9 @@ class RetrievalMix:
     so that most documents are short; the last one fills the sequence: none is cut. Nothing is
     remembered from one sequence to the next.
 
+    Only answers are for the loss. All else is random or always the same, and the noise of
+    predicting random tokens hides the few that a model can learn.
+
     Args:
         rate: share of the sequences.
         length: tokens of a sequence, labels included.
@@ -359,14 +362,14 @@ class RetrievalMix:
             sequence * self._rate + phase
         )
 
-    def sequence(self, stream: int, sequence: int) -> np.ndarray:
-        """Its tokens, int32 [length]."""
+    def sequence(self, stream: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+        """Its tokens, int32 [length], and which of them answer a question, bool [length]."""
         random = _generator("training", self._seed, stream, sequence)
         tasks = list(self._shortest)
         # In integers, which are alike on every machine.
         octaves = (self._length // min(self._shortest.values())).bit_length()
         upper = self._length >> int(random.integers(octaves))
-        documents, left = [], self._length
+        documents, answers, left = [], [], self._length
         while left:
             task = tasks[random.integers(len(tasks))]
             lower = max(self._shortest[task], upper // 2)
@@ -378,5 +381,9 @@ class RetrievalMix:
             others = [prompt.others[i] for i in random.permutation(len(prompt.others))]
             documents += [prompt.tokens, self._encoder.digits[prompt.answer], *others,
                           self._encoder.eos]  # fmt: skip
+            ends = prompt_length + np.cumsum([task.digits, *map(len, others)])
+            is_answer = np.zeros(length, dtype=bool)
+            is_answer[np.subtract.outer(ends, np.arange(1, task.digits + 1))] = True
+            answers.append(is_answer)
             left -= length
-        return np.concatenate(documents)
+        return np.concatenate(documents), np.concatenate(answers)
