@@ -381,6 +381,7 @@ def plot(run: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import StrMethodFormatter
 
     figure, axis = plt.subplots(figsize=(8, 5))
     rows = [row for row in run.get("training", []) + run.get("longest", []) if "tps" in row]
@@ -396,7 +397,9 @@ def plot(run: dict, path: Path) -> None:
              ylabel="tokens/s for each GPU", title=f"Training 270M on {run['GPU']}")  # fmt: skip
     ticks = sorted({row["N"] for row in rows})
     axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axis.minorticks_off()
+    axis.set_xticks([], minor=True)
+    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        set_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.legend()
     axis.grid(alpha=0.3)
     figure.tight_layout()
