@@ -10,6 +10,7 @@ from sweeping import Run, read_metrics, value_of
 
 from lighthouse.geometry import PyramidGeometry
 from torchtitan.models.llama3_lighthouse.model import lighthouse_config
+from torchtitan.models.llama3_lighthouse.stages import stage_at
 
 LOSS, THROUGHPUT = "loss_metrics/global_avg_loss", "throughput(tps)"
 HELD_OUT_LOSS = "validation_metrics/loss"
@@ -32,6 +33,13 @@ def summarise(run: Run, keys: Iterable[str]) -> dict[str, Any]:
     trained = [entry for entry in steps.values() if LOSS in entry]
     lighthouse = [entry for entry in trained if entry[STAGE]]
     dense = [entry for entry in trained if not entry[STAGE]]
+    section = run.config.lighthouse
+    # In the Lighthouse stage some steps may be dense.
+    dense_stage = [
+        entry
+        for step, entry in steps.items()
+        if LOSS in entry and stage_at(step, section.stage, section.dense_from_step) == "dense"
+    ]
 
     row: dict[str, Any] = {"run": run.name}
     for key in keys:
@@ -40,7 +48,7 @@ def summarise(run: Run, keys: Iterable[str]) -> dict[str, Any]:
         row[key] = None if idle else value_of(run.config, key)
     final = max(1, round(FINAL_SHARE * len(trained)))
     held_out = [entry[HELD_OUT_LOSS] for entry in steps.values() if HELD_OUT_LOSS in entry]
-    row["final loss"] = _mean_loss((dense or lighthouse)[-final:])
+    row["final loss"] = _mean_loss((dense_stage or lighthouse)[-final:])
     row["held-out loss"] = held_out[-1] if held_out else None
     row["loss, Lighthouse stage"] = _mean_loss(lighthouse[-final:])
     speeds = {name: _speed(entries) for name, entries in

@@ -18,7 +18,7 @@ FINAL_SHARE = 0.05
 SMOOTHED_SHARE = 0.02
 # Steps on each side of the switch that a loss is averaged over, at most.
 SWITCH_STEPS = 5
-# A step that took more than this many medians of its stage compiled, warmed up or was disturbed.
+# A step that took more than this many medians of its kind compiled, warmed up or was disturbed.
 SLOW_STEP = 2.0
 NEVER = "never"
 NOTES = """
@@ -59,8 +59,9 @@ class History:
         tokens: tokens seen up to and including each step.
         logged_seconds: seconds of each step, as logged.
         seconds: seconds of training up to and including each step, slow steps counted as the
-            median of their stage.
-        switch: the last Lighthouse step, 0 if there is none.
+            median of those under the same attention.
+        is_lighthouse: whether each step trained under Lighthouse attention.
+        switch: the last step of the Lighthouse stage, 0 if there is none.
         held_out: step to held-out loss, under the attention of that step's stage.
     """
 
@@ -68,6 +69,7 @@ class History:
     tokens: list[int]
     logged_seconds: list[float]
     seconds: list[float]
+    is_lighthouse: list[bool]
     switch: int
     held_out: dict[int, float]
 
@@ -103,24 +105,26 @@ def read_history(track: Track) -> History:
             f"lack the {missing}; remove the folder to train the run again"
         )
     logged = [entry[SECONDS] for entry in steps]
+    is_lighthouse = [bool(entry[STAGE]) for entry in steps]
     return History(
         losses=[entry[LOSS] for entry in steps],
         tokens=[round(entry[TOKENS]) for entry in steps],
         logged_seconds=logged,
-        seconds=_running_total(logged, [bool(entry[STAGE]) for entry in steps]),
-        switch=sum(bool(entry[STAGE]) for entry in steps),
+        seconds=_running_total(logged, is_lighthouse),
+        is_lighthouse=is_lighthouse,
+        switch=track.runs[-1].config.lighthouse.dense_from_step,
         held_out={
             s: entry[HELD_OUT_LOSS] for s, entry in enumerate(steps, 1) if HELD_OUT_LOSS in entry
         },  # fmt: skip
     )
 
 
-def _running_total(logged: list[float], stages: list[bool]) -> list[float]:
-    medians = {stage: statistics.median(s for s, of in zip(logged, stages, strict=True)
-                                        if of == stage) for stage in set(stages)}  # fmt: skip
+def _running_total(logged: list[float], kinds: list[bool]) -> list[float]:
+    medians = {kind: statistics.median(s for s, of in zip(logged, kinds, strict=True)
+                                       if of == kind) for kind in set(kinds)}  # fmt: skip
     total, totals = 0.0, []
-    for seconds, stage in zip(logged, stages, strict=True):
-        total += medians[stage] if seconds > SLOW_STEP * medians[stage] else seconds
+    for seconds, kind in zip(logged, kinds, strict=True):
+        total += medians[kind] if seconds > SLOW_STEP * medians[kind] else seconds
         totals.append(total)
     return totals
 
@@ -184,7 +188,9 @@ def _against_dense(history: History, control: History) -> dict[str, Any]:
 
 def _at_switch(history: History) -> dict[str, Any]:
     switch, last = history.switch, len(history.losses)
-    before = history.mean_loss(max(1, switch - SWITCH_STEPS + 1), switch)
+    pairs = zip(history.losses[:switch], history.is_lighthouse[:switch], strict=True)
+    before = statistics.fmean([loss for loss, is_lighthouse in pairs if is_lighthouse]
+                              [-SWITCH_STEPS:])  # fmt: skip
     recovered = (
         step - switch
         for step in range(switch + 1, last + 1)

@@ -9,7 +9,8 @@ from launch import SMALL, Run, arguments
 from torchtitan.models.llama3_lighthouse import flavors
 from torchtitan.models.llama3_lighthouse.checks import check_config, check_device
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
-from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer, stage_at
+from torchtitan.models.llama3_lighthouse.stages import attention_at, stage_at
+from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer
 
 
 def check(tmp_path: Path, toml: str = "", **settings) -> None:
@@ -32,6 +33,7 @@ def check(tmp_path: Path, toml: str = "", **settings) -> None:
         ("lighthouse.top_k", 256, "top_k"),
         ("lighthouse.picks_per_stratum", 15, "even"),
         ("lighthouse.dense_from_step", -1, "0 trains dense throughout"),
+        ("lighthouse.dense_every", 1, "must be 2 or more, or 0"),
         ("lighthouse.log_selection_every", -1, "0 logs no selections"),
         ("lighthouse.passkey_mix", 1.1, "from 0 to 1"),
         ("lighthouse.passkey_mix", -0.1, "from 0 to 1"),
@@ -159,6 +161,11 @@ def test_stage_rule() -> None:
     assert stage_at(1, "auto", 0) == "dense"
     assert stage_at(99, "lighthouse", 2) == "lighthouse"
     assert stage_at(1, "dense", 2) == "dense"
+    assert [attention_at(step, "lighthouse", 3) == "dense" for step in range(1, 7)] == [
+        step % 3 == 0 for step in range(1, 7)
+    ]
+    assert attention_at(3, "lighthouse", 0) == "lighthouse"
+    assert {attention_at(step, "dense", 3) for step in range(1, 7)} == {"dense"}
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 from ablation_results import read_metrics
-from launch import SMALL, Run
+from launch import SMALL, VALIDATED, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_parallelism import validation_losses
+
+from torchtitan.models.llama3_lighthouse.checkpoint import read_record
 
 # What has to come back the same after a resume, on every rank.
 EXACT = ("stage", "batches", "loss", "maximum_loss", "grad_norm", "tokens_seen")
@@ -68,6 +71,31 @@ def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
     assert "selection" not in (manual / "dump/metrics.jsonl").read_text()
     # The second launch by hand appended to what the first one wrote.
     assert list(read_metrics(manual / "dump")) == list(range(1, 9))
+
+
+def test_dense_every_trains_single_steps_dense(tmp_path: Path) -> None:
+    """Steps and checkpoints as if by hand; validation keeps the attention of the stage."""
+    rehearsed, manual = tmp_path / "rehearsed", tmp_path / "manual"
+    rehearsed.mkdir()
+    manual.mkdir()
+    validated = VALIDATED | {"checkpoint.interval": 3, "validation.freq": 3}
+    validated["lr_scheduler.total_steps"] = 4
+    lighthouse = validated | {"lighthouse.stage": "lighthouse", "training.steps": 4}
+    every_third = Run(rehearsed, {**lighthouse, "lighthouse.dense_every": 3}).succeed()
+    assert "Steps that 3 divides train under dense attention" in every_third.log
+    dense = Run(manual, {**validated, "training.steps": 3}).succeed()
+    Run(manual, lighthouse).succeed()
+    lines = [list(read_metrics(run / "dump").values()) for run in (rehearsed, manual)]
+    for key in ("loss_metrics/global_avg_loss", "grad_norm", "lighthouse/stage",
+                "lighthouse/gathered_length"):  # fmt: skip
+        ours, theirs = ([line[key] for line in each] for each in lines)
+        assert ours == theirs and len(ours) == 4, key
+    assert [line["lighthouse/stage"] for line in lines[0]] == [1, 1, 0, 1]
+    # Of the same weights.
+    assert validation_losses(every_third)["3"] != validation_losses(dense)["3"]
+    for folder, last in ((rehearsed, 3), (manual, 2)):
+        record = read_record(folder / "dump/checkpoint/step-3")
+        assert record.step - record.dense_steps == last
 
 
 def test_dense_stage_is_upstream_to_the_last_bit(tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ def _check_stages(config: JobConfig) -> None:
             f"lighthouse.dense_from_step = {section.dense_from_step} must not be negative; "
             "0 trains dense throughout"
         )
+    if section.dense_every < 0 or section.dense_every == 1:
+        raise ValueError(
+            f"lighthouse.dense_every = {section.dense_every} must be 2 or more, or 0 for no dense "
+            "step in the Lighthouse stage; lighthouse.stage = 'dense' trains dense throughout"
+        )
     if section.log_selection_every < 0:
         raise ValueError(
             f"lighthouse.log_selection_every = {section.log_selection_every} must not be negative; "

@@ -23,6 +23,10 @@ class Lighthouse:
     dense_from_step: int = 10000
     """Last step of the Lighthouse stage when stage is "auto". 0 trains dense throughout."""
 
+    dense_every: int = 0
+    """Every how many steps of the Lighthouse stage one trains under dense attention, so that the
+    weights stay used to it and the switch costs less. 0: none."""
+
     levels: int = 3
     """Levels of the pooling pyramid, the base sequence included."""
 

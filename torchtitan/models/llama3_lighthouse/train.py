@@ -25,15 +25,9 @@ from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
 from .model import LighthouseTransformer
 from .selection_statistics import Selected, selection_statistics, selections
+from .stages import attention_at, stage_at
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
-
-
-def stage_at(step: int, stage: str, dense_from_step: int) -> str:
-    """The stage, "lighthouse" or "dense", that trains step number ``step`` (the first is 1)."""
-    if stage != "auto":
-        return stage
-    return "lighthouse" if step <= dense_from_step else "dense"
 
 
 class NonFiniteError(RuntimeError):
@@ -97,20 +91,25 @@ class LighthouseTrainer(upstream.Trainer):
             return
         came_from = f" after {self.stage}" if self.stage else ""
         self.stage = stage
-        for model in self.model_parts:
-            model.set_stage(stage)
+        self._attend(stage)
         seq_len = self.job_config.training.seq_len
         length = self._gathered_length[stage]
         logger.info(
             f"Stage '{stage}' begins at step {step}{came_from}: attention runs on {length:,} of "
             f"{seq_len:,} positions, {self._flops_per_token[stage]:.3e} FLOPs per token"
         )
+        if stage == "lighthouse" and section.dense_every:
+            logger.info(f"Steps that {section.dense_every} divides train under dense attention")
         if stage == "lighthouse" and section.entry_score == "max":
             logger.warning(
                 "lighthouse.entry_score = 'max' lets the model read later tokens off the "
                 "selection: losses of this stage are lower than true ones and not to be compared "
                 "with dense ones; 'first' gives true ones"
             )
+
+    def _attend(self, attention: str) -> None:
+        for model in self.model_parts:
+            model.set_stage(attention)
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Take one optimizer step.
@@ -157,7 +156,11 @@ class LighthouseTrainer(upstream.Trainer):
 
         local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
         global_tokens = self._sum_over("batch", local_tokens)
+        attention = attention_at(self.step, self.stage, self.job_config.lighthouse.dense_every)
+        self._attend(attention)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
+        # What looks at the model between steps, such as validation, sees that of the stage.
+        self._attend(self.stage)
         # Each is a share of the global mean, which is their sum over the ranks of "loss" and "pp".
         loss_share = torch.stack(losses).sum()
 
@@ -172,9 +175,9 @@ class LighthouseTrainer(upstream.Trainer):
         self.optimizers.step()
         self.lr_schedulers.step()
 
-        self.metrics_processor.record_step(self._flops_per_token[self.stage])
+        self.metrics_processor.record_step(self._flops_per_token[attention])
         if self.metrics_processor.should_log(self.step):
-            self._log(loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
+            self._log(attention, loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
 
     def _forward_backward(
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
@@ -222,6 +225,7 @@ class LighthouseTrainer(upstream.Trainer):
 
     def _log(
         self,
+        attention: str,
         loss_share: torch.Tensor,
         local_tokens: torch.Tensor,
         global_tokens: float,
@@ -237,8 +241,8 @@ class LighthouseTrainer(upstream.Trainer):
         metrics: dict[str, Any] = {
             "n_tokens_seen": self._sum_over("batch", tokens_seen),
             "lr": learning_rate,
-            "lighthouse/stage": float(self.stage == "lighthouse"),
-            "lighthouse/gathered_length": self._gathered_length[self.stage],
+            "lighthouse/stage": float(attention == "lighthouse"),
+            "lighthouse/gathered_length": self._gathered_length[attention],
         }
         self.metrics_processor.log(
             self.step,
