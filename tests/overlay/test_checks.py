@@ -38,6 +38,7 @@ def check(tmp_path: Path, toml: str = "", **settings) -> None:
         ("lighthouse.passkey_mix", 1.1, "from 0 to 1"),
         ("lighthouse.passkey_mix", -0.1, "from 0 to 1"),
         ("lighthouse.passkey_mix", float("nan"), "from 0 to 1"),
+        ("lighthouse.passkey_tasks", ("passkey", "passkey"), "one or more of passkey, "),
         ("lighthouse.dense_layers", (0, 6), "0 to 5"),
         ("lighthouse.dense_layers", (1, 1), "twice"),
         ("training.seq_len", 510, "training.seq_len"),

@@ -300,15 +300,15 @@ def test_training_documents_of_a_merging_tokenizer_fill_their_sequences(merging)
     (bos,), (eos,) = encoder.bos, encoder.eos
     digits = 0
     for number in range(40):
-        tokens = mix.sequence(number % 2, number)
+        tokens, in_loss = mix.sequence(number % 2, number)
         assert tokens.shape == (513,) and tokens[0] == bos and tokens[-1] == eos
         ends = np.flatnonzero(tokens == eos)
         assert np.array_equal(np.flatnonzero(tokens == bos)[1:], ends[:-1] + 1)
-        assert np.isin(tokens[ends - 1], encoder.digits).all()
+        assert np.isin(tokens[in_loss], encoder.digits).all() and in_loss[ends - 1].all()
         digits += len(ends)
     assert digits > 60
     # Fewer tokens than bytes, or the prompts above were no test of it.
-    assert len(merging.decode(mix.sequence(0, 0).tolist()).encode()) > 530
+    assert len(merging.decode(mix.sequence(0, 0)[0].tolist()).encode()) > 530
 
 
 @pytest.fixture(scope="module")

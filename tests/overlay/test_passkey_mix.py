@@ -133,6 +133,19 @@ def test_documents_are_whole_answered_and_of_every_kind() -> None:
         assert inside.sum() > lengths.sum() / 10
 
 
+def test_tasks_can_be_chosen(folder: Path) -> None:
+    """Only theirs are drawn, and sequences need hold no other."""
+    job = mixed(folder, 1.0, seq_len=63)
+    job.lighthouse.passkey_tasks = ["passkey"]
+    for inputs, labels in islice(loader(job), 40):
+        text = ByteTokenizer().decode(inputs["input"][0].tolist())
+        (key,) = re.findall(r" The pass key is (\d)\. ", text)
+        assert text.endswith(f" The pass key is {key}") and (labels >= 0).sum() == 1
+    job.lighthouse.passkey_tasks = ["passkey", "several_keys"]
+    with pytest.raises(ValueError, match="needs training.seq_len of at least"):
+        loader(job)
+
+
 def kind_and_check(text: str) -> str:
     """The task that a document is of, once its answer has been found right."""
     if match := re.search(r"( [A-Z]{2} = \d){2}$", text):

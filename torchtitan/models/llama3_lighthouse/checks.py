@@ -13,6 +13,7 @@ from lighthouse.geometry import PyramidGeometry
 from .infra.pipeline import check_pipeline
 from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Parallelism
 from .model import LighthouseModelArgs, lighthouse_config
+from .retrieval import TASKS
 
 STAGES = ("auto", "lighthouse", "dense")
 
@@ -154,6 +155,12 @@ def _check_passkey_mix(config: JobConfig) -> None:
         raise ValueError(
             f"lighthouse.passkey_mix = {rate} is the share of training tokens that are retrieval "
             "documents; use one from 0 to 1"
+        )
+    tasks = config.lighthouse.passkey_tasks
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(
+            f"lighthouse.passkey_tasks = {tasks} must name one or more of {', '.join(TASKS)}, each "
+            "once"
         )
 
 

@@ -344,9 +344,15 @@ def _build(
             "packed in one sequence, by 1 worker at most; use 0 or 1"
         )
     source = find_source(section.dataset, split, section.dataset_path, key)
-    mix, rate = None, job_config.lighthouse.passkey_mix
-    if rate and split == "train":
-        mix = RetrievalMix(PromptEncoder(tokenizer), rate, section.seq_len + 1, streams)
+    mix, method = None, job_config.lighthouse
+    if method.passkey_mix and split == "train":
+        mix = RetrievalMix(
+            PromptEncoder(tokenizer),
+            method.passkey_mix,
+            section.seq_len + 1,
+            streams,
+            method.passkey_tasks,
+        )
     share = streams // dp_world_size
     own = [
         TextStream(source, tokenizer, section.seq_len, number, streams, infinite, key, mix)

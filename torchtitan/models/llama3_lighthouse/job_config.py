@@ -74,6 +74,12 @@ class Lighthouse:
     spread evenly over all steps, of which the answers alone count in the loss; the rest is the
     text, in its order. 0.0: none. 1.0: no text."""
 
+    passkey_tasks: list[Literal["passkey", "long_passkey", "several_keys", "variables"]] = field(
+        default_factory=lambda: ["passkey", "long_passkey", "several_keys", "variables"]
+    )
+    """What those documents ask for. Small models learn "passkey" first, and all four at once not at
+    all."""
+
     tokenizer: Literal["byte", "hf"] = "byte"
     """"byte" is the built-in byte-level tokenizer; "hf" reads model.hf_assets_path."""
 

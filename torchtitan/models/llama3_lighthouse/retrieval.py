@@ -314,11 +314,11 @@ def evaluation_filler(
 class RetrievalMix:
     """Sequences of retrieval documents in place of a share of a stream's sequences of text.
 
-    A document is BOS, a prompt of any task at any depth, its answer, the questions of the other
-    keys or of the other chain, in random order, each with its answer, and EOS. For each sequence
-    an octave of lengths is drawn, from which its documents take theirs as far as their tasks fit,
-    so that most documents are short; the last one fills the sequence: none is cut. Nothing is
-    remembered from one sequence to the next.
+    A document is BOS, a prompt of one of the tasks at any depth, its answer, the questions of the
+    other keys or of the other chain, in random order, each with its answer, and EOS. For each
+    sequence an octave of lengths is drawn, from which its documents take theirs as far as their
+    tasks fit, so that most documents are short; the last one fills the sequence: none is cut.
+    Nothing is remembered from one sequence to the next.
 
     Only answers are for the loss. All else is random or always the same, and the noise of
     predicting random tokens hides the few that a model can learn.
@@ -327,20 +327,27 @@ class RetrievalMix:
         rate: share of the sequences.
         length: tokens of a sequence, labels included.
         streams: streams of text, among which the share is spread evenly.
+        tasks: names of those that documents are of, each as often as the others.
 
     Raises:
         ValueError: a sequence cannot hold the longest kind of document.
     """
 
     def __init__(
-        self, encoder: PromptEncoder, rate: float, length: int, streams: int, seed: int = 0
+        self,
+        encoder: PromptEncoder,
+        rate: float,
+        length: int,
+        streams: int,
+        tasks: Sequence[str] = tuple(TASKS),
+        seed: int = 0,
     ) -> None:
         self._encoder, self._rate, self._length = encoder, rate, length
         self._streams, self._seed = streams, seed
         self._shortest = {}
         # Of what follows a prompt, by task.
         self._endings = {}
-        for task in TASKS.values():
+        for task in map(find_task, tasks):
             others = _draw_parts(_generator("shortest"), encoder, task).others
             self._endings[task] = task.digits + sum(map(len, others)) + len(encoder.eos)
             self._shortest[task] = shortest_prompt(encoder, task) + self._endings[task]
