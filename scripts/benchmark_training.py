@@ -26,7 +26,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -186,16 +185,16 @@ def run_case(stage: str, warm_up: int, profile: bool, result_file: str, line: li
 
 def measure(options: argparse.Namespace, case: dict) -> dict:
     """Run ``case`` in a fresh process; what it gave, with ``failure`` if it gave nothing."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("localhost", 0))
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    with tempfile.TemporaryDirectory() as folder:
         result_file, log_file = Path(folder, "result.json"), Path(folder, "log")
         environment = {
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             **os.environ,
             **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
-            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])},
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port())},
         }
-        probe.close()
         command = [sys.executable, __file__, "--run-case", case["stage"], str(options.warm_up)]
         command += [str(int(options.profile)), str(result_file)]
         command += case_arguments(options, case, folder)

@@ -178,14 +178,21 @@ def begin(run: Run) -> bool:
         ValueError: the folder holds a run of another configuration.
     """
     record, config = run.folder / "config.json", record_of(run.config)
-    if record.exists() and record.read_text() != config:
+    if record.exists():
         before, now = json.loads(record.read_text()), json.loads(config)
-        differing = [f"{section}.{key}" for section, values in now.items() for key in values
-                     if before.get(section, {}).get(key) != values[key]]  # fmt: skip
-        raise ValueError(
-            f"{run.folder} holds a run with another {', '.join(differing) or 'configuration'}; "
-            "pass --output FOLDER with one of its own, or remove it"
-        )
+        # A key that the record lacks is newer than the run, which had its default.
+        defaults = json.loads(record_of(JobConfig()))
+        differing = [
+            f"{section}.{key}"
+            for section, values in now.items()
+            for key, value in values.items()
+            if before.get(section, {}).get(key, defaults[section][key]) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{run.folder} holds a run with another {', '.join(differing)}; pass --output "
+                "FOLDER with one of its own, or remove it"
+            )
     run.folder.mkdir(parents=True, exist_ok=True)
     record.write_text(config)
     return not run.is_finished

@@ -150,6 +150,13 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkey
     for name in ("loss_curves.png", "loss_and_throughput.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
 
+    # As of a version that did not know the key.
+    record = tmp_path / "out/top_k=64/config.json"
+    settings = json.loads(record.read_text())
+    del settings["lighthouse"]["dense_every"]
+    record.write_text(json.dumps(settings))
+    call(GRID)
+    assert len(trained) == 5
     _, line = call(GRID.replace("steps = 10", "steps = 11"))
     assert "holds a run with another training.steps; pass --output FOLDER" in line
     with (tmp_path / "out/lock").open("w") as lock:
