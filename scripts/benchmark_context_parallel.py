@@ -337,6 +337,7 @@ def longest(folder: Path, gpus: list[int], large: str, lengths: list[str]) -> li
             "lighthouse.pooling_factor": p, "lighthouse.top_k": k, "training.seq_len": n,
             "training.steps": 2, "activation_checkpoint.mode": "lighthouse",
             "activation_checkpoint.keep_products": [],
+            "activation_checkpoint.offload_inputs": True,
             "parallelism.context_parallel_degree": len(gpus),
         }  # fmt: skip
         job = Job(folder / f"{n}", gpus, settings, large)
@@ -345,7 +346,8 @@ def longest(folder: Path, gpus: list[int], large: str, lengths: list[str]) -> li
             raise SystemExit(job.log_file.read_text()[-5000:])
         fits = not failed and 2 in steps
         rows.append({"case": case, "stage": "Lighthouse", "GPUs": len(gpus), "N": n, "fits": fits,
-                     "checkpointing": "lighthouse", **(steps[2] if fits else {})})  # fmt: skip
+                     "checkpointing": "lighthouse, inputs offloaded",
+                     **(steps[2] if fits else {})})  # fmt: skip
         print(rows[-1], flush=True)
         if not fits:
             break
@@ -384,7 +386,8 @@ def plot(run: dict, path: Path) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     figure, axis = plt.subplots(figsize=(8, 5))
-    rows = [row for row in run.get("training", []) + run.get("longest", []) if "tps" in row]
+    rows = [row for row in run.get("training", []) if "tps" in row]
+    longest = [row for row in run.get("longest", []) if "tps" in row]
     for stage, colour in (("Lighthouse", "tab:blue"), ("dense", "tab:orange")):
         for gpus in sorted({row["GPUs"] for row in rows}):
             points = sorted(
@@ -395,7 +398,11 @@ def plot(run: dict, path: Path) -> None:
                           label=f"{stage}, {gpus} GPU{'s' * (gpus > 1)}")  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="context length N, tokens",
              ylabel="tokens/s for each GPU", title=f"Training 270M on {run['GPU']}")  # fmt: skip
-    ticks = sorted({row["N"] for row in rows})
+    if longest:
+        axis.plot(*zip(*((row["N"], row["tps"]) for row in longest), strict=True), "*",
+                  color="tab:blue", markersize=12, label=f"Lighthouse, {longest[0]['GPUs']} GPUs, "
+                  "longest context: other levels, checkpointing")  # fmt: skip
+    ticks = sorted({row["N"] for row in rows + longest})
     axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axis.set_xticks([], minor=True)
     for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):

@@ -135,6 +135,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
             refusal = None
             try:
                 check_config(config, flavors)
+                _check_logging(config)
             except (ValueError, TypeError) as error:
                 refusal = str(error)
             folder = output / name_of(settings)
@@ -146,6 +147,16 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
                 f"{path}: {one.name} and {other.name} are the same configuration; remove one"
             )
     return runs
+
+
+def _check_logging(config: JobConfig) -> None:
+    """Raises: ValueError: the steps that are logged do not stand for the others."""
+    every, log_freq = config.lighthouse.dense_every, config.metrics.log_freq
+    if every and log_freq > 1:
+        raise ValueError(
+            f"metrics.log_freq = {log_freq} logs steps under another mixture of attention than the "
+            f"one that lighthouse.dense_every = {every} makes; pass --metrics.log_freq 1"
+        )
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,12 @@ def entries(config, first: int, speed: float) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
+def test_logs_that_cannot_tell_dense_steps_are_refused(call) -> None:
+    grid = GRID.replace("[fixed]", "[fixed]\nlighthouse.dense_every = 5\nmetrics.log_freq = 5")
+    out, _ = call(grid, "--list")
+    assert "metrics.log_freq = 5 logs steps under another mixture" in out
+
+
 def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkeypatch) -> None:
     trained = []
 

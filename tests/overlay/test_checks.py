@@ -60,6 +60,15 @@ def test_message_names_key_value_and_fix(tmp_path: Path, key, value, fix) -> Non
     assert fix in message
 
 
+def test_sequences_too_short_for_retrieval_documents_are_refused(tmp_path: Path) -> None:
+    settings = {"training.seq_len": 192, "lighthouse.top_k": 8, "lighthouse.picks_per_stratum": 8}
+    check(tmp_path, **settings)
+    settings["lighthouse.passkey_mix"] = 0.5
+    check(tmp_path, **settings, **{"lighthouse.passkey_tasks": ("passkey", "long_passkey")})
+    with pytest.raises(ValueError, match="needs training.seq_len of at least 227, got 192; raise"):
+        check(tmp_path, **settings)
+
+
 def test_pipelines_that_cannot_run_are_refused(tmp_path: Path) -> None:
     settings = {"parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 2}
     check(tmp_path, **settings)

@@ -13,7 +13,8 @@ from lighthouse.geometry import PyramidGeometry
 from .infra.pipeline import check_pipeline
 from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Parallelism
 from .model import LighthouseModelArgs, lighthouse_config
-from .retrieval import TASKS
+from .retrieval import TASKS, PromptEncoder, RetrievalMix
+from .tokenizer import ByteTokenizer
 
 STAGES = ("auto", "lighthouse", "dense")
 
@@ -150,18 +151,22 @@ def _check_tokenizer(config: JobConfig) -> None:
 
 
 def _check_passkey_mix(config: JobConfig) -> None:
-    rate = config.lighthouse.passkey_mix
-    if not 0 <= rate <= 1:
+    section = config.lighthouse
+    rate, tasks = section.passkey_mix, section.passkey_tasks
+    # TOML's true would be all of the tokens.
+    if isinstance(rate, bool) or not 0 <= rate <= 1:
         raise ValueError(
             f"lighthouse.passkey_mix = {rate} is the share of training tokens that are retrieval "
             "documents; use one from 0 to 1"
         )
-    tasks = config.lighthouse.passkey_tasks
     if not tasks or len(set(tasks)) < len(tasks):
         raise ValueError(
             f"lighthouse.passkey_tasks = {tasks} must name one or more of {', '.join(TASKS)}, each "
             "once"
         )
+    if rate and section.tokenizer == "byte":
+        # Of other tokenizers the lengths of prompts are known once they are read.
+        RetrievalMix(PromptEncoder(ByteTokenizer()), rate, config.training.seq_len + 1, 1, tasks)
 
 
 def _check_parallelism(config: JobConfig, n_layers: int) -> None:

@@ -174,6 +174,7 @@ def _describe(config: JobConfig, world_size: int) -> str:
     tokens = training.local_batch_size * training.seq_len // dims.cp // dims.tp
     chunks = chunks_of_a_sequence(config)
     gathered = args.gathered_length(training.seq_len)
+    every = config.lighthouse.dense_every
     strata = args.lighthouse.top_k // args.lighthouse.picks_per_stratum
     memory = {name: mine * size / GIB for name, size in OPTIMIZER_BYTES.items()}
     for stage in flops:
@@ -193,7 +194,8 @@ def _describe(config: JobConfig, world_size: int) -> str:
         f"each rank     {tokens:,} tokens a pass in {chunks // dims.cp} chunks, "
         f"{mine:,} parameters",
         f"Lighthouse    S = {gathered:,} of {training.seq_len:,} positions, "
-        f"{gathered // dims.cp:,} on each rank; {strata} strata, {strata // chunks} in each chunk",
+        f"{gathered // dims.cp:,} on each rank; {strata} strata, {strata // chunks} in each chunk"
+        + (f"; every {every}th step dense" if every else ""),
         "memory, GiB   " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items()),
         "FLOPs/token   " + ", ".join(f"{stage} {count:.3e}" for stage, count in flops.items()),
     ]

@@ -83,8 +83,8 @@ def check_dense(path: Path, record: CheckpointRecord | None) -> None:
         )
     if record.step and not record.dense_steps:
         raise ValueError(
-            f"step {record.step} of {path} was trained with Lighthouse attention, and a Llama has "
-            "dense attention, which it has never seen in those layers: train on with "
+            f"step {record.step} of {path} belongs to the Lighthouse stage, and a Llama has dense "
+            "attention, which most layers have not been trained with: train on with "
             "--lighthouse.stage dense first, or pass --allow-lighthouse to export it as it is"
         )
 

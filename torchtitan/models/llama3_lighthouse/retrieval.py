@@ -354,8 +354,9 @@ class RetrievalMix:
         self._enough = max(self._shortest.values())
         if length < self._enough:
             raise ValueError(
-                f"lighthouse.passkey_mix = {rate} needs training.seq_len of at least "
-                f"{self._enough - 1}, got {length - 1}; raise it, or set passkey_mix to 0"
+                f"lighthouse.passkey_mix = {rate} with passkey_tasks = {list(tasks)} needs "
+                f"training.seq_len of at least {self._enough - 1}, got {length - 1}; raise it, "
+                "leave out longer tasks, or set passkey_mix to 0"
             )
 
     def takes(self, stream: int, sequence: int) -> bool:
