@@ -240,13 +240,13 @@ def study() -> None:
         print("\n".join(f"{run.name}: {_own_steps(run):,} steps" for run in runs))
         return
 
-    def train_run(run: Run, title: str) -> int:
+    def train_run(run: Run, title: str, environment: dict[str, str]) -> int:
         remove_cut_off(run)
-        return train(run, arguments.processes, title, lock)
+        return train(run, arguments.processes, title, environment, lock)
 
     output = arguments.output
     with lock_folder(output) as lock:
-        failed = sweep(runs, train_run, lambda: tabulate(tracks, output))
+        failed = sweep(runs, train_run, lambda: tabulate(tracks, output), arguments.slots)
         histories = tabulate(tracks, output)
     if histories:
         print((output / "results.md").read_text())

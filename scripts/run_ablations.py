@@ -207,10 +207,11 @@ def run_grid() -> None:
             write_tables(rows, output)
         return rows
 
+    def train_run(run: Run, title: str, environment: dict[str, str]) -> int:
+        return train(run, arguments.processes, title, environment, lock)
+
     with lock_folder(output) as lock:
-        failed = sweep(
-            runs, lambda run, title: train(run, arguments.processes, title, lock), tabulate
-        )
+        failed = sweep(runs, train_run, tabulate, arguments.slots)
     if rows := tabulate():
         print((output / "results.md").read_text())
         if not arguments.no_plots:

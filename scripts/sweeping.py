@@ -1,4 +1,4 @@
-"""Training runs one after the other, each in a folder of its own, taken up where they stopped."""
+"""Training runs, a few at a time, each in a folder of its own, taken up where they stopped."""
 
 import argparse
 import copy
@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from commands import check_plots, parse_with_overrides
 
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
@@ -29,6 +31,8 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 # In a run's folder, once it has trained to its end.
 FINISHED = "finished"
+# What the threads of a sweep wait for, so that the main one can end it.
+under_way: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,39 @@ def parse_sweep(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, li
         ValueError: a value breaks a rule, or plots cannot be drawn.
     """
     parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine")
+    parser.add_argument("--at-once", type=int, default=1, metavar="RUNS",
+                        help="that train side by side, each on as many GPUs of its own as it has "
+                        "processes; default: 1")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--no-plots", action="store_true")
     arguments, extra = parse_with_overrides(parser)
     check_plots(arguments.no_plots)
-    if arguments.processes < 1:
-        raise ValueError(f"--processes {arguments.processes} must be at least 1")
+    for flag in ("processes", "at_once"):
+        if getattr(arguments, flag) < 1:
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} {getattr(arguments, flag)} must be at least 1")
+    arguments.slots = slots_of(arguments.at_once, arguments.processes)
     return arguments, extra
+
+
+def slots_of(at_once: int, processes: int) -> list[dict[str, str]]:
+    """For each of the runs that train side by side, the environment that gives it its GPUs.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    gpus = torch.cuda.device_count()
+    if at_once == 1 or gpus == 0:
+        return [{}] * at_once
+    if at_once * processes > gpus:
+        raise ValueError(
+            f"--at-once {at_once} with --processes {processes} needs {at_once * processes} GPUs, "
+            f"and {gpus} are here; pass fewer of either"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    names = visible.split(",")
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + processes])}
+            for first in range(0, at_once * processes, processes)]  # fmt: skip
 
 
 def value_of(config: JobConfig, key: str) -> Any:
@@ -138,7 +168,7 @@ def trainer_command(processes: int, arguments: list[str]) -> list[str]:
     return [*command, "--metrics.disable_color_printing"]
 
 
-def train(run: Run, processes: int, title: str, lock: TextIO) -> int:
+def train(run: Run, processes: int, title: str, environment: dict[str, str], lock: TextIO) -> int:
     """Train it through torchrun, show how far it is, and return the exit code."""
     command = trainer_command(processes, run.arguments)
     shown = 0.0
@@ -150,12 +180,17 @@ def train(run: Run, processes: int, title: str, lock: TextIO) -> int:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ},
+            env={
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+                **os.environ,
+                **environment,
+            },
             # However this process ends, the run ends with it; until then it keeps the lock.
             preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
             pass_fds=[lock.fileno()],
         ) as process,
     ):
+        under_way.add(process)
         try:
             for line in process.stdout:
                 log.write(line)
@@ -168,6 +203,8 @@ def train(run: Run, processes: int, title: str, lock: TextIO) -> int:
         except BaseException:
             process.terminate()
             raise
+        finally:
+            under_way.discard(process)
     return process.returncode
 
 
@@ -199,37 +236,69 @@ def begin(run: Run) -> bool:
 
 
 def sweep(
-    runs: list[Run], train_run: Callable[[Run, str], int], on_finished: Callable[[], None]
+    runs: list[Run],
+    train_run: Callable[[Run, str, dict[str, str]], int],
+    on_finished: Callable[[], None],
+    slots: list[dict[str, str]],
 ) -> list[str]:
     """Train what has not finished, and return the names of the runs that failed.
 
     Args:
-        train_run: trains a run, shows its progress under a title, and returns the exit code.
+        train_run: trains a run under an environment, shows its progress under a title, and
+            returns the exit code.
         on_finished: called after every run that finished.
+        slots: the environments of those that train at once.
     """
-    to_do = [run for run in runs if begin(run)]
-    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished earlier", flush=True)
-    failed = []
-    for run in to_do:
-        title = f"[{runs.index(run) + 1}/{len(runs)}] {run.name}"
-        if run.needs and not run.needs.is_finished:
-            failed.append(run.name)
-            print(f"{title}: left out, as it begins from {run.needs.name}", file=sys.stderr)
-            continue
-        print(f"{title}: begins", flush=True)
-        start = time.monotonic()
-        code = train_run(run, title)
+    waiting = [run for run in runs if begin(run)]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished earlier", flush=True)
+    failed, free = [], list(slots)
+    active: dict[Future, tuple[Run, dict[str, str], float]] = {}
+
+    def title(run: Run) -> str:
+        return f"[{runs.index(run) + 1}/{len(runs)}] {run.name}"
+
+    def start_what_can() -> None:
+        for run in list(waiting):
+            to_come = {each.folder for each in [*waiting, *(each for each, *_ in active.values())]}
+            if not run.needs or run.needs.is_finished:
+                if free:
+                    waiting.remove(run)
+                    print(f"{title(run)}: begins", flush=True)
+                    slot = free.pop(0)
+                    future = pool.submit(train_run, run, title(run), slot)
+                    active[future] = run, slot, time.monotonic()
+            elif run.needs.folder not in to_come:
+                waiting.remove(run)
+                failed.append(run.name)
+                print(f"{title(run)}: left out, as it begins from {run.needs.name}",
+                      file=sys.stderr)  # fmt: skip
+
+    def end(run: Run, code: int, seconds: float) -> None:
         if code:
             failed.append(run.name)
             log = run.folder / "log.txt"
             reasons = ERROR_LINE.findall(log.read_text(errors="replace"))
             reason = f": {reasons[-1]}" if reasons else ""
-            print(f"{title}: failed with exit code {code}{reason}; see {log}",
+            print(f"{title(run)}: failed with exit code {code}{reason}; see {log}",
                   file=sys.stderr, flush=True)  # fmt: skip
-            continue
+            return
         (run.folder / FINISHED).touch()
         on_finished()
-        print(f"{title}: done in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{title(run)}: done in {seconds:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        try:
+            start_what_can()
+            while active:
+                for future in wait(active, return_when=FIRST_COMPLETED).done:
+                    run, slot, start = active.pop(future)
+                    free.append(slot)
+                    end(run, future.result(), time.monotonic() - start)
+                start_what_can()
+        except BaseException:
+            for process in list(under_way):
+                process.terminate()
+            raise
     return failed
 
 

@@ -107,7 +107,7 @@ def test_logs_that_cannot_tell_dense_steps_are_refused(call) -> None:
 def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkeypatch) -> None:
     trained = []
 
-    def train(run, processes, title, lock):
+    def train(run, processes, title, environment, lock):
         trained.append(run.name)
         metrics = run.folder / "metrics.jsonl"
         if run.name == "top_k=128" and not metrics.exists():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import recovery_study
+import sweeping
+import torch
 from ablation_results import read_metrics
 from launch import exit_code_of
 from recovery_results import below_from, interpolate
@@ -91,7 +93,7 @@ def made_up(step: int, switch: int, seed: int) -> tuple[float, float, float]:
     return dense + gap, dense + gap + 0.5, 2.0
 
 
-def write_made_up(run: Run) -> None:
+def write_made_up(run: Run, exist_ok: bool = False) -> None:
     """A finished run's metrics.jsonl: it crashed once, and its first step was slow."""
     first = run.needs.config.training.steps + 1 if run.needs else 1
     last, switch = run.config.training.steps, run.config.lighthouse.dense_from_step
@@ -107,7 +109,7 @@ def write_made_up(run: Run) -> None:
     crashed = [line.replace('"step"', '"grad_norm": 1, "step"') for line in lines[2:5]]
     crashed = [line.replace('global_avg_loss": ', 'global_avg_loss": 9') for line in crashed]
     text = "\n".join([*lines[:2], *crashed, lines[5][:20], *lines[2:]]) + "\n"
-    run.folder.mkdir(parents=True)
+    run.folder.mkdir(parents=True, exist_ok=exist_ok)
     (run.folder / "metrics.jsonl").write_text(text)
     (run.folder / "finished").touch()
 
@@ -218,7 +220,7 @@ def test_a_study_with_a_gap_is_refused(call, tmp_path) -> None:
 def test_a_branch_whose_source_failed_is_left_out(call, tmp_path, monkeypatch) -> None:
     trained = []
 
-    def train(run, processes, title, lock):
+    def train(run, processes, title, environment, lock):
         trained.append(run.name)
         if run.name == "lighthouse_to=8,seed=0":
             (run.folder / "log.txt").write_text("[rank0]: - ERROR - ValueError: no text\n")
@@ -236,6 +238,52 @@ def test_a_branch_whose_source_failed_is_left_out(call, tmp_path, monkeypatch) -
     assert trained == ["dense,seed=0", "lighthouse_to=8,seed=0"]
     assert code.startswith("4 of 5 runs failed: lighthouse_to=8,seed=0, split=0.5,seed=0")
     assert "| dense |" in out
+
+
+def test_runs_side_by_side_wait_for_what_they_begin_from(call, tmp_path, monkeypatch) -> None:
+    """Two slots: no run begins before its source ended, and both slots are used at once."""
+    environments = [{"SLOT": "0"}, {"SLOT": "1"}]
+    monkeypatch.setattr(sweeping, "slots_of", lambda *arguments: environments)
+    begun, slots, most = [], set(), 0
+
+    def train(run, processes, title, environment, lock):
+        nonlocal most
+        assert run.needs is None or run.needs.is_finished
+        begun.append(run.name)
+        assert environment["SLOT"] not in slots
+        slots.add(environment["SLOT"])
+        most = max(most, len(slots))
+        time.sleep(0.1)
+        write_made_up(run, exist_ok=True)
+        slots.discard(environment["SLOT"])
+        return 0
+
+    monkeypatch.setattr(recovery_study, "train", train)
+    settings = {**SMALL, "training.steps": 40, "validation.freq": 10}
+    out, code = call("--splits", 0.5, 0.75, "--seeds", 0, 1, "--at-once", 2, *line_of(settings))
+    assert code is None and most == 2
+    assert sorted(begun) == sorted(
+        f"{name},seed={seed}"
+        for name in ("dense", "lighthouse_to=20", "split=0.5", "lighthouse_to=30", "split=0.75")
+        for seed in (0, 1)
+    )
+    assert (tmp_path / "out/results.csv").exists()
+
+
+@pytest.mark.parametrize("visible", [None, "4,5,6,7"])
+def test_runs_side_by_side_get_gpus_of_their_own(monkeypatch, visible) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    names = [slot["CUDA_VISIBLE_DEVICES"] for slot in sweeping.slots_of(2, 2)]
+    assert names == (["4,5", "6,7"] if visible else ["0,1", "2,3"])
+    # One at a time takes the first of all, as torchrun does.
+    assert sweeping.slots_of(1, 2) == [{}]
+    with pytest.raises(ValueError, match="--at-once 3 with --processes 2 needs 6 GPUs, and 4 are"):
+        sweeping.slots_of(3, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert sweeping.slots_of(3, 2) == [{}, {}, {}]
 
 
 def fake_checkpoint(run: Run, step: int, whole: bool = True) -> Path:
