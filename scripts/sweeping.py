@@ -257,9 +257,11 @@ def sweep(
     def title(run: Run) -> str:
         return f"[{runs.index(run) + 1}/{len(runs)}] {run.name}"
 
+    def under_training() -> list[Run]:
+        return [run for run, _, _ in active.values()]
+
     def start_what_can() -> None:
         for run in list(waiting):
-            to_come = {each.folder for each in [*waiting, *(each for each, *_ in active.values())]}
             if not run.needs or run.needs.is_finished:
                 if free:
                     waiting.remove(run)
@@ -267,7 +269,7 @@ def sweep(
                     slot = free.pop(0)
                     future = pool.submit(train_run, run, title(run), slot)
                     active[future] = run, slot, time.monotonic()
-            elif run.needs.folder not in to_come:
+            elif run.needs.folder not in {each.folder for each in (*waiting, *under_training())}:
                 waiting.remove(run)
                 failed.append(run.name)
                 print(f"{title(run)}: left out, as it begins from {run.needs.name}",

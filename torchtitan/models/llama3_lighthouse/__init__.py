@@ -30,6 +30,16 @@ PAPER = dict(
     rope_theta=500000,
 )
 
+# What the studies in docs/ train.
+STUDIED = dict(
+    dim=384,
+    n_layers=8,
+    n_heads=6,
+    multiple_of=256,
+    vocab_size=PADDED_VOCABULARY_SIZE,
+    rope_theta=500000,
+)
+
 flavors = {
     "debugmodel": LighthouseModelArgs(
         dim=256,
@@ -40,23 +50,8 @@ flavors = {
         vocab_size=PADDED_VOCABULARY_SIZE,
         rope_theta=500000,
     ),
-    "15M": LighthouseModelArgs(
-        dim=384,
-        n_layers=8,
-        n_heads=6,
-        multiple_of=256,
-        vocab_size=PADDED_VOCABULARY_SIZE,
-        rope_theta=500000,
-    ),
-    "17M": LighthouseModelArgs(
-        dim=384,
-        n_layers=8,
-        n_heads=6,
-        ffn_dim_multiplier=1.25,
-        multiple_of=256,
-        vocab_size=PADDED_VOCABULARY_SIZE,
-        rope_theta=500000,
-    ),
+    "15M": LighthouseModelArgs(**STUDIED),
+    "17M": LighthouseModelArgs(**STUDIED, ffn_dim_multiplier=1.25),
     "270M": LighthouseModelArgs(**PAPER, vocab_size=PADDED_VOCABULARY_SIZE),
     "530M": LighthouseModelArgs(**PAPER, vocab_size=LLAMA3_VOCABULARY_SIZE),
     "8B": LighthouseModelArgs(

@@ -119,13 +119,14 @@ class TextStream:
         while len(self._buffer) > self._seq_len:
             if self._mix and self._mix.takes(self.number, self.sequences):
                 tokens, in_loss = self._mix.sequence(self.number, self.sequences)
-                labels = np.where(in_loss, tokens, IGNORE_INDEX)
+                window = torch.from_numpy(tokens.astype(np.int64))
+                labels = window.masked_fill(~torch.from_numpy(in_loss), IGNORE_INDEX)
             else:
-                tokens = labels = self._buffer[: self._seq_len + 1]
+                window = torch.from_numpy(self._buffer[: self._seq_len + 1].astype(np.int64))
+                labels = window
                 self._buffer = self._buffer[self._seq_len :]
             self.sequences += 1
-            inputs, labels = (torch.from_numpy(x.astype(np.int64)) for x in (tokens, labels))
-            yield {"input": inputs[:-1]}, labels[1:]
+            yield {"input": window[:-1]}, labels[1:]
 
     def _encode(self, text: str) -> np.ndarray:
         if isinstance(self._tokenizer, ByteTokenizer):

@@ -3,12 +3,13 @@
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import typeguard
 from torchtitan.config import ConfigManager
 from torchtitan.config import job_config as upstream
 
+RetrievalTask = Literal["passkey", "long_passkey", "several_keys", "variables"]
 BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 
 
@@ -74,8 +75,8 @@ class Lighthouse:
     spread evenly over all steps, of which the answers alone count in the loss; the rest is the
     text, in its order. 0.0: none. 1.0: no text."""
 
-    passkey_tasks: list[Literal["passkey", "long_passkey", "several_keys", "variables"]] = field(
-        default_factory=lambda: ["passkey", "long_passkey", "several_keys", "variables"]
+    passkey_tasks: list[RetrievalTask] = field(
+        default_factory=lambda: list(get_args(RetrievalTask))
     )
     """What those documents ask for. Small models learn "passkey" first, and all four at once not at
     all."""

@@ -157,10 +157,12 @@ class LighthouseTrainer(upstream.Trainer):
         local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
         global_tokens = self._sum_over("batch", local_tokens)
         attention = attention_at(self.step, self.stage, self.job_config.lighthouse.dense_every)
-        self._attend(attention)
+        if attention != self.stage:
+            self._attend(attention)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
         # What looks at the model between steps, such as validation, sees that of the stage.
-        self._attend(self.stage)
+        if attention != self.stage:
+            self._attend(self.stage)
         # Each is a share of the global mean, which is their sum over the ranks of "loss" and "pp".
         loss_share = torch.stack(losses).sum()
 
