@@ -34,16 +34,30 @@ class Track:
 
     Attributes:
         split: share of the steps that are Lighthouse's; None: dense from scratch.
-        runs: what trained it, one after the other; runs of other tracks may begin alike.
+        runs: what trained it, one after the other, each from where the next one starts; runs of
+            other tracks may begin alike.
+        is_shorter: whether it is a dense control of fewer steps than the study's.
     """
 
     split: float | None
     seed: int
     runs: list[Run]
+    is_shorter: bool = False
 
     @property
     def name(self) -> str:
-        return "dense" if self.split is None else f"split {self.split:g}"
+        if self.split is not None:
+            return f"split {self.split:g}"
+        return f"dense, {self.steps:,} steps" if self.is_shorter else "dense"
+
+    @property
+    def steps(self) -> int:
+        return self.runs[-1].config.training.steps
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is dense training over all steps."""
+        return self.split is None and not self.is_shorter
 
     @property
     def is_finished(self) -> bool:
@@ -93,9 +107,10 @@ def read_history(track: Track) -> History:
     """
     entries: dict[int, dict[str, float]] = {}
     for run in track.runs:
+        shared = {step: entry for step, entry in entries.items() if step <= run.start}
         own = read_metrics(run.folder).items()
-        entries |= {step: entry for step, entry in own if step <= run.config.training.steps}
-    last = track.runs[-1].config.training.steps
+        entries = shared | {s: entry for s, entry in own if s <= run.config.training.steps}
+    last = track.steps
     steps = [entries.get(step, {}) for step in range(1, last + 1)]
     gaps = [step for step, entry in enumerate(steps, 1) if LOSS not in entry]
     if gaps or HELD_OUT_LOSS not in steps[-1]:
@@ -129,11 +144,14 @@ def _running_total(logged: list[float], kinds: list[bool]) -> list[float]:
     return totals
 
 
-def summarise(track: Track, history: History, control: History) -> dict[str, Any]:
+def summarise(
+    track: Track, history: History, control: History, shorter: list[History]
+) -> dict[str, Any]:
     """A row of the table.
 
     Args:
         control: that of dense training from scratch with the same seed.
+        shorter: those of dense controls of fewer steps with the same seed.
     """
     last = len(history.losses)
     final = max(1, round(FINAL_SHARE * last))
@@ -147,14 +165,14 @@ def summarise(track: Track, history: History, control: History) -> dict[str, Any
         "held-out loss": history.held_out[last],
     }
     if track.split is not None:
-        row |= _against_dense(history, control) | _at_switch(history)
+        row |= _against_dense(history, control, shorter) | _at_switch(history)
     row["seconds"] = history.seconds[-1]
     row["seconds as logged"] = sum(history.logged_seconds)
     row["speed-up"] = control.seconds[-1] / history.seconds[-1]
     return row
 
 
-def _against_dense(history: History, control: History) -> dict[str, Any]:
+def _against_dense(history: History, control: History, shorter: list[History]) -> dict[str, Any]:
     last = len(history.losses)
     own = history.held_out[last]
     equal_tokens = control.held_out[last]
@@ -178,6 +196,13 @@ def _against_dense(history: History, control: History) -> dict[str, Any]:
         "dense, equal time": equal_time,
         "minus dense, equal time": None if equal_time is None else own - equal_time,
     }
+    # The control that decayed and had at least as much time, by as little as possible.
+    slower = [h for h in shorter if h.seconds[-1] >= history.seconds[-1]]
+    if slower:
+        decayed = min(slower, key=lambda h: h.seconds[-1])
+        ended = decayed.held_out[len(decayed.losses)]
+        row |= {"dense, decayed": ended, "dense, decayed, seconds": decayed.seconds[-1],
+                "minus dense, decayed": own - ended}  # fmt: skip
     for name, steps, gap in (("train", dense_steps, train_gap),
                              ("held-out", validated, held_out_gap)):  # fmt: skip
         step = below_from(steps, gap)
@@ -237,7 +262,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for column in group[0]:
             if column in ("run", "seed"):
                 continue
-            values = [row[column] for row in group]
+            values = [row.get(column) for row in group]
             reached = [value for value in values if isinstance(value, int | float)]
             if len(reached) == len(values):
                 result[column] = statistics.fmean(values)

@@ -8,8 +8,10 @@
 For each seed of the model it trains dense from scratch and, for each split, Lighthouse for that
 share of training.steps and dense for the rest, all on the same text in the same order. The
 Lighthouse stage is trained once for each seed, up to the latest split; from its checkpoint at each
-split a dense stage branches off, which equals a run that switched there. Further arguments,
---section.key value, go to every run and come last. The configuration must validate:
+split a dense stage branches off, which equals a run that switched there. --dense-steps adds dense
+controls of fewer steps whose learning rate decays to its end by then, for a comparison at equal
+time. Further arguments, --section.key value, go to every run and come last. The configuration must
+validate:
 
     --validation.enable --validation.seq_len 16384 --validation.freq 60 --validation.steps 16
 
@@ -125,6 +127,50 @@ def check_base(config: JobConfig) -> None:
             )
 
 
+def check_dense_steps(config: JobConfig, lengths: list[int]) -> None:
+    """Check that dense controls of fewer steps can be set beside a study's runs.
+
+    Raises:
+        ValueError: they cannot; the message names the flag and the fix.
+    """
+    steps, validation = config.training.steps, config.validation
+    for length in lengths:
+        if not 0 < length < steps:
+            raise ValueError(
+                f"--dense-steps {length} must lie between 0 and training.steps = {steps}"
+            )
+        if length % validation.freq:
+            raise ValueError(
+                f"--dense-steps {length} must be a multiple of validation.freq = "
+                f"{validation.freq}, or its end would not be validated; pass "
+                f"--dense-steps {max(1, round(length / validation.freq)) * validation.freq}"
+            )
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"--dense-steps {' '.join(map(str, lengths))} must differ")
+    if lengths and config.lr_scheduler.decay_ratio == 0:
+        raise ValueError(
+            "--dense-steps trains controls whose learning rate decays earlier, and "
+            "lr_scheduler.decay_ratio = 0 has none decay; leave it out: the dense run itself, cut "
+            "off at equal time, is the control"
+        )
+
+
+def branching_step(config: JobConfig, length: int) -> int:
+    """The last checkpoint of the dense run that a shorter one of ``length`` steps equals so far.
+
+    0 if there is none: the learning rate decays from the first step on, or nothing is kept.
+    """
+    scheduler, checkpoint = config.lr_scheduler, config.checkpoint
+    if scheduler.decay_ratio is None:
+        return 0
+    # The rate of the step after a checkpoint is in it.
+    alike = length - round(length * scheduler.decay_ratio)
+    step = alike // checkpoint.interval * checkpoint.interval
+    later = (config.training.steps - 1) // checkpoint.interval - step // checkpoint.interval + 1
+    kept = checkpoint.keep_latest_k <= 0 or later < checkpoint.keep_latest_k
+    return step if step > scheduler.warmup_steps and kept else 0
+
+
 def _divisor(number: int, limit: int) -> int:
     """The largest divisor of ``number`` up to ``limit``, at least 1."""
     return next((d for d in range(limit, 1, -1) if number % d == 0), 1)
@@ -150,28 +196,36 @@ def plan(arguments: argparse.Namespace, extra: list[str]) -> list[Track]:
     total = base.lr_scheduler.total_steps or base.training.steps
     steps = split_steps(arguments.splits, base.training.steps)
     check_base(base)
+    check_dense_steps(base, arguments.dense_steps)
 
-    def run(name: str, switch: int, last: int, seed: int, source: Run | None) -> Run:
+    def run(name: str, switch: int, last: int, seed: int, source: Run | None = None,
+            start: int = 0, total: int = total) -> Run:  # fmt: skip
         settings = {"lighthouse.dense_from_step": switch, "training.steps": last,
                     "debug.seed": seed, "lr_scheduler.total_steps": total}  # fmt: skip
         if source:
-            path = source.folder / CHECKPOINTS / f"step-{source.config.training.steps}"
+            path = source.folder / CHECKPOINTS / f"step-{start}"
             settings |= {"checkpoint.initial_load_path": str(path),
                          "checkpoint.initial_load_model_only": False}  # fmt: skip
         folder = output / f"{name},seed={seed}"
         line = [*common, *command_line(settings), f"--job.dump_folder={folder}"]
-        return Run(settings, line, folder, with_settings(base, settings), needs=source)
+        return Run(settings, line, folder, with_settings(base, settings), None, source, start)
 
     tracks = []
     for seed in arguments.seeds:
-        dense = run("dense", 0, base.training.steps, seed, None)
+        dense = run("dense", 0, base.training.steps, seed)
         tracks.append(Track(None, seed, [dense]))
         trunk: list[Run] = []
         for split, step in steps.items():
-            source = trunk[-1] if trunk else None
-            trunk.append(run(f"lighthouse_to={step}", step, step, seed, source))
-            tail = run(f"split={split:g}", step, base.training.steps, seed, trunk[-1])
+            source, start = (trunk[-1], trunk[-1].config.training.steps) if trunk else (None, 0)
+            trunk.append(run(f"lighthouse_to={step}", step, step, seed, source, start))
+            tail = run(f"split={split:g}", step, base.training.steps, seed, trunk[-1], step)
             tracks.append(Track(split, seed, [*trunk, tail]))
+        for length in sorted(arguments.dense_steps):
+            start = branching_step(base, length)
+            shared = [dense] if start else []
+            shorter = run(f"dense,steps={length}", 0, length, seed, *shared, start=start,
+                          total=length)  # fmt: skip
+            tracks.append(Track(None, seed, [*shared, shorter], is_shorter=True))
     return tracks
 
 
@@ -196,15 +250,19 @@ def remove_cut_off(run: Run) -> None:
 def finished_histories(tracks: list[Track]) -> dict[int, History]:
     """Index of a finished track to its history, if the dense control of its seed has finished."""
     done = {number: read_history(t) for number, t in enumerate(tracks) if t.is_finished}
-    seeds = {tracks[number].seed for number in done if tracks[number].split is None}
+    seeds = {tracks[number].seed for number in done if tracks[number].is_control}
     return {number: h for number, h in done.items() if tracks[number].seed in seeds}
 
 
 def tabulate(tracks: list[Track], output: Path) -> dict[int, History]:
     """Write the tables of what has finished, and return its histories."""
     histories = finished_histories(tracks)
-    controls = {tracks[n].seed: h for n, h in histories.items() if tracks[n].split is None}
-    rows = [summarise(tracks[n], h, controls[tracks[n].seed]) for n, h in histories.items()]
+    finished = [(tracks[number], history) for number, history in histories.items()]
+    controls = {track.seed: history for track, history in finished if track.is_control}
+    shorter = {seed: [history for track, history in finished
+                      if track.is_shorter and track.seed == seed] for seed in controls}  # fmt: skip
+    rows = [summarise(track, history, controls[track.seed], shorter[track.seed])
+            for track, history in finished]  # fmt: skip
     if rows:
         write_tables(rows, output)
     return histories
@@ -219,6 +277,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
                         "paper's, 0.625 0.6875 0.75")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1],
                         help="of the model; default: 0 1")  # fmt: skip
+    parser.add_argument("--dense-steps", type=int, nargs="+", default=[], metavar="STEPS",
+                        help="of further dense controls, whose learning rate decays by then; may "
+                        "be added to a finished study; default: none")  # fmt: skip
     return parse_sweep(parser)
 
 
@@ -233,7 +294,7 @@ def study() -> None:
     # Runs that several tracks share come once, before the first that needs them.
     runs = list({run.folder: run for track in tracks for run in track.runs}.values())
     steps = sum(_own_steps(run) for run in runs)
-    alone = sum(track.runs[-1].config.training.steps for track in tracks)
+    alone = sum(track.steps for track in tracks)
     print(f"{len(tracks)} models in {len(runs)} runs: {steps:,} steps, {alone:,} if each model "
           "were trained alone", flush=True)  # fmt: skip
     if arguments.list:
@@ -257,7 +318,7 @@ def study() -> None:
 
 
 def _own_steps(run: Run) -> int:
-    return run.config.training.steps - (run.needs.config.training.steps if run.needs else 0)
+    return run.config.training.steps - run.start
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ class Run:
         config: what the command line says.
         refusal: why it cannot run, or None.
         needs: the run whose checkpoint it begins from, or None.
+        start: the step of that checkpoint, 0 from scratch.
     """
 
     settings: dict[str, Any]
@@ -54,6 +55,7 @@ class Run:
     config: JobConfig
     refusal: str | None = None
     needs: "Run | None" = None
+    start: int = 0
 
     @property
     def name(self) -> str:

@@ -19,6 +19,8 @@ from launch import exit_code_of
 from recovery_results import below_from, interpolate
 from sweeping import Run
 
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "train_configs/debug_cpu.toml"
 SMALL = {
@@ -62,6 +64,12 @@ def call(tmp_path: Path, monkeypatch, capsys):
         (["--checkpoint.no-enable"], "--checkpoint.enable is set by the study"),
         (["--checkpoint.exclude_from_loading", "dataloader"], "carries whole checkpoints over"),
         (["--checkpoint.load_step", 3], "checkpoint.load_step = 3: the study trains from scratch"),
+        (["--dense-steps", 16], "--dense-steps 16 must lie between 0 and training.steps = 16"),
+        (["--dense-steps", 0], "--dense-steps 0 must lie between 0"),
+        (["--dense-steps", 7], "must be a multiple of validation.freq = 4, or its end would not be "
+         "validated; pass --dense-steps 8"),
+        (["--dense-steps", 8, 8], "--dense-steps 8 8 must differ"),
+        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.0], "has none decay; leave it out"),
         (["--lighthouse.top_k", 999], "must be a positive multiple of picks_per_stratum"),
     ],
 )  # fmt: skip
@@ -83,8 +91,9 @@ SLOPE = {0: 0.06, 1: 0.03}
 def made_up(step: int, switch: int, seed: int) -> tuple[float, float, float]:
     """Training loss, held-out loss and seconds of a step of a study of 100 steps.
 
-    Dense training falls by 0.02 a step. A dense stage begins 1 above it and gains 0.06, or in seed
-    1 0.03, a step on it. Dense steps take 2 s, Lighthouse ones 1 s.
+    Dense training falls by 0.02 a step; what a shorter one decays over is 0.3 lower. A dense stage
+    begins 1 above it and gains 0.06, or in seed 1 0.03, a step on it. Dense steps take 2 s,
+    Lighthouse ones 1 s.
     """
     dense = 5 + 0.1 * seed - 0.02 * step
     if step <= switch:
@@ -95,11 +104,13 @@ def made_up(step: int, switch: int, seed: int) -> tuple[float, float, float]:
 
 def write_made_up(run: Run, exist_ok: bool = False) -> None:
     """A finished run's metrics.jsonl: it crashed once, and its first step was slow."""
-    first = run.needs.config.training.steps + 1 if run.needs else 1
+    first = run.start + 1
+    is_shorter = run.name.startswith("dense,steps=")
     last, switch = run.config.training.steps, run.config.lighthouse.dense_from_step
     lines = []
     for step in range(first, last + 1):
         loss, held_out, seconds = made_up(step, switch, run.config.debug.seed)
+        loss, held_out = (loss - 0.3, held_out - 0.3) if is_shorter else (loss, held_out)
         entry = {"step": step, "loss_metrics/global_avg_loss": loss, "n_tokens_seen": 512.0 * step,
                  "time_metrics/end_to_end(s)": 30.0 if step == first else seconds,
                  "lighthouse/stage": float(step <= switch)}  # fmt: skip
@@ -127,10 +138,12 @@ def made_up_study(call, tmp_path, monkeypatch) -> tuple[dict, str]:
         return tracks
 
     monkeypatch.setattr(recovery_study, "plan", plan_and_write)
-    settings = {**SMALL, "training.steps": 100, "validation.freq": 10}
-    out, code = call("--splits", 0.75, 0.5, *line_of(settings))
+    settings = {**SMALL, "training.steps": 100, "validation.freq": 10, "checkpoint.interval": 20,
+                "lr_scheduler.decay_ratio": 0.2}  # fmt: skip
+    out, code = call("--splits", 0.75, 0.5, "--dense-steps", 70, *line_of(settings))
     assert code is None
-    assert "6 models in 10 runs: 500 steps, 600 if each model were trained alone" in out
+    # The rate is the long run's for 56 steps, and the last checkpoint of these is after 40.
+    assert "8 models in 12 runs: 560 steps, 740 if each model were trained alone" in out
     tables = []
     for name in ("results.csv", "summary.csv"):
         with (tmp_path / "out" / name).open() as file:
@@ -164,6 +177,11 @@ def expected_row(switch: int, seed: int) -> dict[str, float | str]:
         "steps to recover*": {(50, 0): 27, (50, 1): 42}.get((switch, seed), "never"),
         "seconds": seconds, "seconds as logged": logged, "speed-up": 200 / seconds,
     }  # fmt: skip
+    # The shorter control takes 140 s: split 0.75 took 125, split 0.5 more.
+    decayed = 5 + shift - 0.02 * 70 + 0.5 - 0.3
+    row |= {"dense, decayed": decayed, "dense, decayed, seconds": 140,
+            "minus dense, decayed": own - decayed} if switch == 75 else dict.fromkeys(
+        ("dense, decayed", "dense, decayed, seconds", "minus dense, decayed"))  # fmt: skip
     for name in ("train", "held-out"):
         step = row[f"{name} below dense from step"]
         row[f"{name} below dense from token"] = step if step == "never" else 512 * step
@@ -172,8 +190,11 @@ def expected_row(switch: int, seed: int) -> dict[str, float | str]:
 
 def test_every_figure_of_a_made_up_study(made_up_study, tmp_path) -> None:
     results, summary, text = made_up_study
-    assert len(results) == 6
+    assert len(results) == 8
     for seed in (0, 1):
+        shorter = results["dense, 70 steps", str(seed)]
+        found = [float(shorter[key]) for key in ("steps", "held-out loss", "seconds", "speed-up")]
+        assert found == pytest.approx([70, 3.8 + 0.1 * seed, 140, 200 / 140])
         dense = {k: float(v) for k, v in results["dense", str(seed)].items() if v and k != "run"}
         assert dense == pytest.approx({
             "seed": seed, "Lighthouse steps": 0, "steps": 100, "tokens": 51200,
@@ -186,6 +207,9 @@ def test_every_figure_of_a_made_up_study(made_up_study, tmp_path) -> None:
             expected = expected_row(switch, seed)
             assert row.keys() == expected.keys()
             for key, value in expected.items():
+                if value is None:
+                    assert row[key] == ""
+                    continue
                 found = row[key] if value == "never" else float(row[key])
                 assert found == (value if value == "never" else pytest.approx(value, abs=1e-9)), key
 
@@ -200,6 +224,27 @@ def test_every_figure_of_a_made_up_study(made_up_study, tmp_path) -> None:
     assert "-0.1250 ± 0.5303" in text and "not\ncomparable with dense ones" in text
     for name in ("loss_over_tokens.png", "loss_over_time.png"):
         assert (tmp_path / "out" / name).stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("changed", "start"),
+    [
+        ({}, 40),
+        ({"checkpoint.interval": 56}, 56),
+        ({"checkpoint.interval": 57}, 0),
+        ({"lr_scheduler.warmup_steps": 40}, 0),
+        # Those after it, at 60 and 80 and at the end, push it out.
+        ({"checkpoint.keep_latest_k": 3}, 0),
+        ({"checkpoint.keep_latest_k": 4}, 40),
+        ({"checkpoint.keep_latest_k": 0}, 40),
+        ({"lr_scheduler.decay_ratio": None}, 0),
+    ],
+)
+def test_a_shorter_control_branches_off_a_checkpoint_that_is_kept(changed, start) -> None:
+    settings = {"training.steps": 100, "checkpoint.interval": 20, "lr_scheduler.warmup_steps": 4,
+                "lr_scheduler.decay_ratio": 0.2, **changed}  # fmt: skip
+    config = sweeping.with_settings(JobConfig(), settings)
+    assert recovery_study.branching_step(config, 70) == start
 
 
 def test_a_study_with_a_gap_is_refused(call, tmp_path) -> None:
@@ -336,12 +381,12 @@ def test_crossings_and_interpolation() -> None:
 
 @pytest.mark.slow
 def test_whole_study(tmp_path: Path) -> None:
-    """Killed in a branch and taken up; the branched model equals one trained in a single run."""
+    """Killed in a branch and taken up; branched models equal those trained in a single run."""
     settings = {**SMALL, "training.steps": 8, "validation.freq": 2, "checkpoint.interval": 1,
                 "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.5}  # fmt: skip
     command = [sys.executable, ROOT / "scripts/recovery_study.py", DEBUG, "--output",
                tmp_path / "out", "--splits", "0.5", "0.75", "--seeds", "0", "1"]  # fmt: skip
-    command += line_of(settings)
+    command += [*map(str, ("--dense-steps", 6)), *line_of(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment)
     branch = tmp_path / "out/split=0.75,seed=0"
@@ -356,29 +401,37 @@ def test_whole_study(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert "6 models in 10 runs: 40 steps, 48 if each model were trained alone" in done.stdout
-    assert "10 runs, 4 of them finished earlier" in done.stdout
+    assert "8 models in 12 runs: 46 steps, 60 if each model were trained alone" in done.stdout
+    assert "12 runs, 4 of them finished earlier" in done.stdout
     assert (branch / "log.txt").read_text().count("Training starts at step") == 2
     with (tmp_path / "out/results.csv").open() as file:
         rows = {(row["run"], row["seed"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 6
-    assert all(float(row["seconds"]) > 0 and row["tokens"] == "4096" for row in rows.values())
+    assert len(rows) == 8
+    for (name, _), row in rows.items():
+        assert float(row["seconds"]) > 0
+        assert row["tokens"] == ("3072" if name == "dense, 6 steps" else "4096")
     assert (tmp_path / "out/loss_over_time.png").exists()
 
-    plain = tmp_path / "plain"
-    line = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-    line += ["--rdzv-endpoint", "localhost:0", "-m"]
-    line += ["torchtitan.models.llama3_lighthouse.train", "--job.config_file", str(DEBUG)]
-    line += [*line_of(settings), "--lighthouse.dense_from_step", "6"]
-    line += ["--debug.seed", "0", "--job.dump_folder", str(plain)]
-    subprocess.run(line, env=environment, check=True, capture_output=True)
-    whole, joined = read_metrics(plain), {}
-    for name in ("lighthouse_to=4", "lighthouse_to=6", "split=0.75"):
-        joined |= read_metrics(tmp_path / f"out/{name},seed=0")
-    assert joined.keys() == whole.keys() == set(range(1, 9))
-    for key in ("loss_metrics/global_avg_loss", "grad_norm", "validation_metrics/loss",
-                "n_tokens_seen", "lighthouse/stage", "lr"):  # fmt: skip
-        found = {step: entry.get(key) for step, entry in joined.items()}
-        assert found == {step: entry.get(key) for step, entry in whole.items()}, key
-    final = float(rows["split 0.75", "0"]["held-out loss"])
-    assert final == whole[8]["validation_metrics/loss"]
+    branched = {
+        "split 0.75": (["lighthouse_to=4", "lighthouse_to=6", "split=0.75"], 6, 8),
+        "dense, 6 steps": (["dense", "dense,steps=6"], 0, 6),
+    }
+    for name, (runs, switch, last) in branched.items():
+        plain = tmp_path / name.replace(" ", "_")
+        line = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+        line += ["--rdzv-endpoint", "localhost:0", "-m"]
+        line += ["torchtitan.models.llama3_lighthouse.train", "--job.config_file", str(DEBUG)]
+        line += [*line_of({**settings, "training.steps": last, "debug.seed": 0}),
+                 "--lighthouse.dense_from_step", str(switch)]  # fmt: skip
+        line += ["--job.dump_folder", str(plain)]
+        subprocess.run(line, env=environment, check=True, capture_output=True)
+        whole, joined = read_metrics(plain), {}
+        for run in runs:
+            joined |= read_metrics(tmp_path / f"out/{run},seed=0")
+        assert whole.keys() == set(range(1, last + 1))
+        for key in ("loss_metrics/global_avg_loss", "grad_norm", "validation_metrics/loss",
+                    "n_tokens_seen", "lighthouse/stage", "lr"):  # fmt: skip
+            found = {step: joined[step].get(key) for step in whole}
+            assert found == {step: entry.get(key) for step, entry in whole.items()}, key
+        final = float(rows[name, "0"]["held-out loss"])
+        assert final == whole[last]["validation_metrics/loss"]
