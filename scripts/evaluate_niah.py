@@ -22,7 +22,7 @@ Further arguments at the end, --section.key value, go to the configuration of ev
 that was not written by Lighthouse's trainer needs --job.config_file FILE.
 
 Writes to OUTPUT, after every length: results.csv, a row for each cell; results.json, the same with
-settings, date, git revision and checkpoints; and at the end a heat map for each task and
+settings, date, git revision and checkpoints; and at the end TASK.png, a heat map for each
 checkpoint, which needs the extra "benchmark" (pip install -e '.[benchmark]').
 """
 
@@ -286,36 +286,39 @@ def write_tables(output: Path, record: dict[str, Any], checkpoints: list[Evaluat
         writer.writerows(rows)
 
 
-def plot(output: Path, checkpoint: Evaluated, task: str) -> None:
-    """A heat map, depth over length, for each stage side by side."""
+def plot(output: Path, checkpoints: list[Evaluated], task: str) -> None:
+    """Heat maps, depth over length: a row for each checkpoint, a column for each stage."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cells = [cell for cell in checkpoint.cells if cell.task == task]
+    cells = [cell for cell in checkpoints[0].cells if cell.task == task]
     stages = list(dict.fromkeys(cell.stage for cell in cells))
     lengths = sorted({cell.length for cell in cells})
     depths = sorted({cell.depth for cell in cells})
-    size = (2.5 + len(stages) * max(3.0, 0.9 * len(lengths)), 1.8 + 0.35 * len(depths))
-    figure, axes = plt.subplots(1, len(stages), figsize=size, layout="constrained", squeeze=False)
-    for axis, stage in zip(axes[0], stages, strict=True):
-        values = {(c.depth, c.length): c.accuracy for c in cells if c.stage == stage}
-        grid = [[values[depth, length] for length in lengths] for depth in depths]
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for row, line in enumerate(grid):
-            for column, value in enumerate(line):
-                axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8,
-                          color="black" if value > 0.6 else "white")  # fmt: skip
-        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axis.set_yticks(range(len(depths)), [f"{100 * depth:g}" for depth in depths])
-        axis.set(xlabel="prompt length (tokens)", ylabel="depth of the needle (%)",
-                 title=f"{stage} attention")  # fmt: skip
-    step = "" if checkpoint.step is None else f", {checkpoint.step:,} steps"
-    figure.suptitle(f"{task}, {checkpoint.label}{step}", fontsize=10)
+    width = 2.5 + len(stages) * max(3.0, 0.9 * len(lengths))
+    height = 0.5 + len(checkpoints) * (1.3 + 0.35 * len(depths))
+    figure, axes = plt.subplots(len(checkpoints), len(stages), figsize=(width, height),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    for checkpoint, row in zip(checkpoints, axes, strict=True):
+        for axis, stage in zip(row, stages, strict=True):
+            values = {(c.depth, c.length): c.accuracy for c in checkpoint.cells
+                      if (c.task, c.stage) == (task, stage)}  # fmt: skip
+            grid = [[values[depth, length] for length in lengths] for depth in depths]
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for y, line in enumerate(grid):
+                for x, value in enumerate(line):
+                    axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8,
+                              color="black" if value > 0.6 else "white")  # fmt: skip
+            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axis.set_yticks(range(len(depths)), [f"{100 * depth:g}" for depth in depths])
+            axis.set(xlabel="prompt length (tokens)", ylabel="depth of the needle (%)")
+            axis.set_title(f"{checkpoint.label}\n{stage} attention", fontsize=8)
+    figure.suptitle(task, fontsize=10)
     figure.colorbar(image, ax=axes, label=f"exact match of {cells[0].trials} trials; "
                     f"chance {cells[0].chance:g}")  # fmt: skip
-    figure.savefig(output / f"{checkpoint.label}-{task}.png", dpi=120)
+    figure.savefig(output / f"{task}.png", dpi=120)
     plt.close(figure)
 
 
@@ -329,9 +332,8 @@ def ask(line: list[str] | None = None) -> None:
     checkpoints, methods = zip(*check(arguments, overrides), strict=True)
     evaluate(arguments, overrides, checkpoints, methods)
     if not arguments.no_plots:
-        for checkpoint in checkpoints:
-            for task in arguments.tasks:
-                plot(arguments.output, checkpoint, task)
+        for task in arguments.tasks:
+            plot(arguments.output, checkpoints, task)
     print(f"written to {arguments.output}")
 
 

@@ -306,7 +306,7 @@ def _with_spread(row: dict[str, Any], key: str) -> Any:
 
 
 def plot(tracks: list[Track], histories: list[History], output: Path) -> None:
-    """loss_over_tokens.png and loss_over_time.png."""
+    """loss_over_tokens.png, loss_over_time.png and minus_dense.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,45 +314,67 @@ def plot(tracks: list[Track], histories: list[History], output: Path) -> None:
 
     names = list(dict.fromkeys(track.name for track in tracks))
     palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+    controls = {track.seed: history for track, history in zip(tracks, histories, strict=True)
+                if track.is_control}  # fmt: skip
     longest = max(history.seconds[-1] for history in histories)
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
-    axes = {
-        "loss_over_tokens.png": ("tokens, millions", lambda h: [n / 1e6 for n in h.tokens]),
-        "loss_over_time.png": (
-            f"training time, {unit}",
-            lambda h: [s / seconds for s in h.seconds],
-        ),
+    millions = [[n / 1e6 for n in history.tokens] for history in histories]
+    spent = [[s / seconds for s in history.seconds] for history in histories]
+    held_out = [history.held_out for history in histories]
+    gaps = [_minus_dense(history, controls[track.seed])
+            for track, history in zip(tracks, histories, strict=True)]  # fmt: skip
+    figures = {
+        "loss_over_tokens.png": ("tokens, millions", millions, held_out),
+        "loss_over_time.png": (f"training time, {unit}", spent, held_out),
+        "minus_dense.png": ("tokens, millions", millions, gaps),
     }
-    for file, (label, x_of) in axes.items():
+    for file, (label, xs, dots) in figures.items():
         figure, axis = plt.subplots(figsize=(10, 5.5), layout="constrained")
-        labelled = set()
-        for track, history in zip(tracks, histories, strict=True):
+        for track, history, x, values in zip(tracks, histories, xs, dots, strict=True):
             colour = palette[names.index(track.name) % len(palette)]
-            name = None if track.name in labelled else track.name
-            labelled.add(track.name)
-            _plot_track(axis, history, x_of(history), colour, name)
-        axis.set(
-            xlabel=label, ylabel="loss, nats per token", ylim=_limits(histories),
-            title="lines: training, trailing mean; dots: held-out; pale and hollow: Lighthouse "
-            "stage, not comparable with dense losses",
-        )  # fmt: skip
-        axis.title.set_fontsize(9)
+            # Up to there a shorter control is the dense run itself.
+            first = track.runs[-1].start if track.is_shorter else 0
+            if dots is held_out:
+                _plot_training(axis, history, x, first, colour)
+            shown = {step: value for step, value in values.items() if step > first}
+            _plot_held_out(axis, shown, x, history.switch, colour, track.name)
+        if dots is held_out:
+            title = "lines with dots: held-out; pale: training, trailing mean; hollow: Lighthouse "
+            axis.set(ylabel="loss, nats per token", ylim=_limits(histories))
+            axis.set_title(f"{title}stage, not comparable with dense losses", fontsize=9)
+        else:
+            title = "held-out loss less that of dense training with the same seed at as many tokens"
+            axis.set(ylabel="nats per token", ylim=_gap_limits(histories, gaps))
+            axis.set_title(f"{title}; hollow: Lighthouse stage", fontsize=9)
+        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize=8)
+        lines, labels = axis.get_legend_handles_labels()
+        once = dict(zip(labels, lines, strict=True))
+        figure.legend(once.values(), once, loc="outside right upper", fontsize=8)
         figure.savefig(output / file, dpi=120)
         plt.close(figure)
 
 
-def _plot_track(axis, history: History, x: list[float], colour, label: str | None) -> None:
-    last, switch = len(history.losses), history.switch
-    smooth = history.smoothed(max(1, round(SMOOTHED_SHARE * last)))
-    axis.plot(x[:switch], smooth[:switch], color=colour, linewidth=0.8, alpha=0.35)
-    axis.plot(x[switch:], smooth[switch:], color=colour, linewidth=0.9, label=label)
-    for step, loss in history.held_out.items():
-        face = "none" if step <= switch else colour
-        alpha = 0.5 if step <= switch else 1.0
-        axis.plot(x[step - 1], loss, "o", color=colour, markerfacecolor=face, markersize=4,
-                  alpha=alpha)  # fmt: skip
+def _minus_dense(history: History, control: History) -> dict[int, float]:
+    return {step: loss - control.held_out[step] for step, loss in history.held_out.items()
+            if step in control.held_out}  # fmt: skip
+
+
+def _plot_training(axis, history: History, x: list[float], first: int, colour) -> None:
+    smooth = history.smoothed(max(1, round(SMOOTHED_SHARE * len(x))))
+    for begin, end in ((first, history.switch), (max(first, history.switch), len(x))):
+        axis.plot(x[begin:end], smooth[begin:end], color=colour, linewidth=0.8, alpha=0.3)
+
+
+def _plot_held_out(axis, values: dict[int, float], x: list[float], switch: int, colour,
+                   label: str) -> None:  # fmt: skip
+    """Dots at validated steps; those of the Lighthouse stage hollow, and not joined to the rest."""
+    for of_lighthouse in (True, False):
+        steps = [step for step in values if (step <= switch) == of_lighthouse]
+        axis.plot([x[step - 1] for step in steps], [values[step] for step in steps], "o-",
+                  color=colour, markerfacecolor="none" if of_lighthouse else colour, markersize=4,
+                  linewidth=0.9, alpha=0.5 if of_lighthouse else 1.0,
+                  label=None if of_lighthouse else label)  # fmt: skip
 
 
 def _limits(histories: list[History]) -> tuple[float, float]:
@@ -363,3 +385,15 @@ def _limits(histories: list[History]) -> tuple[float, float]:
     high = max(high, *(h.held_out[len(h.losses)] for h in histories))
     margin = 0.05 * (high - low)
     return low - margin, high + margin
+
+
+def _gap_limits(histories: list[History], gaps: list[dict[int, float]]) -> tuple[float, float]:
+    """All gaps but those just after a switch, which would flatten the others."""
+    settled = [
+        gap
+        for history, each in zip(histories, gaps, strict=True)
+        for step, gap in each.items()
+        if not 0 < step - history.switch <= 0.1 * len(history.losses)
+    ]
+    margin = 0.05 * (max(settled) - min(settled)) + 0.005
+    return min(settled) - margin, max(settled) + margin

@@ -19,8 +19,8 @@ The same command goes on where it was interrupted, and repeats nothing that fini
 
 Writes to OUTPUT: a folder for each run with its log, its checkpoints and metrics.jsonl; results.csv
 (each run), summary.csv (over seeds) and results.md (both), after every run; and, unless --no-plots,
-loss_over_tokens.png and loss_over_time.png, which need the extra "benchmark" (pip install -e
-'.[benchmark]'). docs/recovery.md says what the columns are.
+loss_over_tokens.png, loss_over_time.png and minus_dense.png, which need the extra "benchmark" (pip
+install -e '.[benchmark]'). docs/recovery.md says what the columns are.
 """
 
 import argparse

@@ -46,8 +46,9 @@ def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
         line += ["--model.hf_assets_path", str(tmp_path)]
     config = LighthouseConfigManager().parse_args(line)
     check_config(config, flavors)
-    # Attention really runs on a small part of the sequence.
-    assert check_model(config) < config.training.seq_len / 3
+    # Attention really runs on a small part of the sequence, in the study on half of it.
+    part = 2 if path.stem == "recovery_books_32k" else 3
+    assert check_model(config) <= config.training.seq_len // part
     section = config.lighthouse
     if section.stage == "auto":
         assert 0 < section.dense_from_step < config.training.steps

@@ -222,7 +222,7 @@ def test_every_figure_of_a_made_up_study(made_up_study, tmp_path) -> None:
     assert row["steps to recover*"] == "never"
     assert float(summary["split 0.5", ""]["held-out below dense from step"]) == 80
     assert "-0.1250 ± 0.5303" in text and "not\ncomparable with dense ones" in text
-    for name in ("loss_over_tokens.png", "loss_over_time.png"):
+    for name in ("loss_over_tokens.png", "loss_over_time.png", "minus_dense.png"):
         assert (tmp_path / "out" / name).stat().st_size > 20_000
 
 
