@@ -42,8 +42,9 @@ from lighthouse.attention import lighthouse_attention
 from lighthouse.scoring import SDPA_BACKENDS
 
 PER_GPU = 98304
-# Of the part "training". More products would not leave room for the whole length on one GPU.
-KEPT = "wo"
+# That checkpointing keeps in the part "training"; more would not leave room in 80 GB for the whole
+# length on one GPU.
+KEPT_PRODUCT = "wo"
 LINE = re.compile(
     r"step: *(?P<step>\d+) +loss: *(?P<loss>\S+) +grad_norm: *(?P<grad_norm>\S+) +"
     r"memory: *(?P<GiB>[\d.]+)GiB.*?tps: *(?P<tps>[\d,]+).*?mfu: *(?P<mfu>[\d.]+)%"
@@ -308,7 +309,7 @@ def training(folder: Path, gpus: list[int], large: str) -> list[dict]:
     spread = {**long, "parallelism.context_parallel_degree": w}
     shared = {**LARGE, "training.steps": 11, "lighthouse.dense_from_step": 8,
               "lr_scheduler.warmup_steps": 4, "activation_checkpoint.mode": "lighthouse",
-              "activation_checkpoint.keep_products": [KEPT]}  # fmt: skip
+              "activation_checkpoint.keep_products": [KEPT_PRODUCT]}  # fmt: skip
     cases = [(gpus, spread), (gpus[:1], long), (gpus[1:2], {})]
     jobs, rows = [], []
     for used, changed in cases:
@@ -317,10 +318,11 @@ def training(folder: Path, gpus: list[int], large: str) -> list[dict]:
         if len(used) > 1:
             job.process.wait()
         jobs.append(job)
+    mode = f"lighthouse: {KEPT_PRODUCT}"
     for (used, changed), job in zip(cases, jobs, strict=True):
         steps = job.steps()
         for stage, first, last in (("Lighthouse", 4, 8), ("dense", 10, 11)):
-            rows.append({"stage": stage, "GPUs": len(used), "checkpointing": f"lighthouse: {KEPT}",
+            rows.append({"stage": stage, "GPUs": len(used), "checkpointing": mode,
                          "N": changed.get("training.seq_len", PER_GPU),
                          **medians(steps, first, last)})  # fmt: skip
     return rows

@@ -21,6 +21,9 @@ SWITCH_STEPS = 5
 # A step that took more than this many medians of its kind compiled, warmed up or was disturbed.
 SLOW_STEP = 2.0
 NEVER = "never"
+LIGHTHOUSE_STAGE = "Lighthouse stage"
+# Of seeds in a plot.
+MARKERS = "osv^D*"
 NOTES = """
 Losses are in nats per token, on equal text at equal steps; ± is the standard deviation over seeds.
 Columns with * set dense losses against the last losses of the Lighthouse stage, which are not
@@ -107,6 +110,7 @@ def read_history(track: Track) -> History:
     """
     entries: dict[int, dict[str, float]] = {}
     for run in track.runs:
+        # The run before may have gone on past the step that this one begins from.
         shared = {step: entry for step, entry in entries.items() if step <= run.start}
         own = read_metrics(run.folder).items()
         entries = shared | {s: entry for s, entry in own if s <= run.config.training.steps}
@@ -184,12 +188,9 @@ def _against_dense(history: History, control: History, shorter: list[History]) -
         first = max(history.switch + 1, step - window + 1)
         return history.mean_loss(first, step) - control.mean_loss(first, step)
 
-    def held_out_gap(step: int) -> float:
-        return history.held_out[step] - control.held_out[step]
-
     dense_steps = range(history.switch + 1, last + 1)
-    validated = [step for step in dense_steps
-                 if step in history.held_out and step in control.held_out]  # fmt: skip
+    held_out_gaps = _minus_dense(history, control)
+    validated = [step for step in held_out_gaps if step > history.switch]
     row = {
         "dense, equal tokens": equal_tokens,
         "minus dense, equal tokens": own - equal_tokens,
@@ -201,14 +202,24 @@ def _against_dense(history: History, control: History, shorter: list[History]) -
     if slower:
         decayed = min(slower, key=lambda h: h.seconds[-1])
         ended = decayed.held_out[len(decayed.losses)]
-        row |= {"dense, decayed": ended, "dense, decayed, seconds": decayed.seconds[-1],
-                "minus dense, decayed": own - ended}  # fmt: skip
+        row |= {
+            "dense, decayed": ended,
+            "dense, decayed, steps": len(decayed.losses),
+            "dense, decayed, seconds": decayed.seconds[-1],
+            "minus dense, decayed": own - ended,
+        }
     for name, steps, gap in (("train", dense_steps, train_gap),
-                             ("held-out", validated, held_out_gap)):  # fmt: skip
+                             ("held-out", validated, held_out_gaps.get)):  # fmt: skip
         step = below_from(steps, gap)
         row[f"{name} below dense from step"] = step or NEVER
         row[f"{name} below dense from token"] = history.tokens[step - 1] if step else NEVER
     return row
+
+
+def _minus_dense(history: History, control: History) -> dict[int, float]:
+    """Held-out loss less the control's, at steps that both validated."""
+    return {step: loss - control.held_out[step] for step, loss in history.held_out.items()
+            if step in control.held_out}  # fmt: skip
 
 
 def _at_switch(history: History) -> dict[str, Any]:
@@ -259,7 +270,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(row["run"] for row in rows):
         group = [row for row in rows if row["run"] == name]
         result: dict[str, Any] = {"run": name, "seeds": len(group)}
-        for column in group[0]:
+        for column in _columns(group):
             if column in ("run", "seed"):
                 continue
             values = [row.get(column) for row in group]
@@ -305,81 +316,117 @@ def _with_spread(row: dict[str, Any], key: str) -> Any:
     return f"{value:,.{digits}f} ± {spread:,.{digits}f}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """Steps of a history that a plot draws as one line.
+
+    Attributes:
+        name: in the legend.
+        steps: the first to the last of them.
+    """
+
+    name: str
+    seed: int
+    history: History
+    steps: range
+
+    @property
+    def is_lighthouse(self) -> bool:
+        return self.name == LIGHTHOUSE_STAGE
+
+
+def parts_of(tracks: list[Track], histories: list[History]) -> list[Part]:
+    """What each model was trained by itself, and once for each seed the stage they share."""
+    parts = []
+    for seed in dict.fromkeys(track.seed for track in tracks):
+        own = [(t, h) for t, h in zip(tracks, histories, strict=True) if t.seed == seed]
+        trunk = max((history for _, history in own), key=lambda history: history.switch)
+        if trunk.switch:
+            parts.append(Part(LIGHTHOUSE_STAGE, seed, trunk, range(1, trunk.switch + 1)))
+        for track, history in own:
+            shared = track.runs[-1].start if track.is_shorter else history.switch
+            steps = range(shared + 1, len(history.losses) + 1)
+            parts.append(Part(track.name, seed, history, steps))
+    return parts
+
+
 def plot(tracks: list[Track], histories: list[History], output: Path) -> None:
     """loss_over_tokens.png, loss_over_time.png and minus_dense.png."""
+    parts = parts_of(tracks, histories)
+    longest = max(history.seconds[-1] for history in histories)
+    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
+    held_out = [part.history.held_out for part in parts]
+    title = "held-out loss, a marker for each seed; pale: training, trailing mean"
+    for file, label, x_of in (
+        ("loss_over_tokens.png", "tokens, millions", _millions),
+        ("loss_over_time.png", f"training time, {unit}",
+         lambda history: [s / seconds for s in history.seconds]),
+    ):  # fmt: skip
+        labels = (label, "loss, nats per token")
+        _draw(output / file, parts, x_of, held_out, title, labels, _limits(histories), True)
+
+    # A shorter control decays earlier than what it would be compared with at equal tokens.
+    shorter = {track.name for track in tracks if track.is_shorter}
+    compared = [part for part in parts if part.name not in shorter]
+    controls = {track.seed: history for track, history in zip(tracks, histories, strict=True)
+                if track.is_control}  # fmt: skip
+    gaps = [_minus_dense(part.history, controls[part.seed]) for part in compared]
+    title = "held-out loss less that of dense training with the same seed, a marker for each seed"
+    labels = ("tokens, millions", "nats per token")
+    limits = _gap_limits(compared, gaps)
+    _draw(output / "minus_dense.png", compared, _millions, gaps, title, labels, limits, False)
+
+
+def _millions(history: History) -> list[float]:
+    return [n / 1e6 for n in history.tokens]
+
+
+def _smoothed(history: History) -> list[float]:
+    return history.smoothed(max(1, round(SMOOTHED_SHARE * len(history.losses))))
+
+
+def _draw(
+    path: Path,
+    parts: list[Part],
+    x_of: Callable[[History], list[float]],
+    values: list[dict[int, float]],
+    title: str,
+    labels: tuple[str, str],
+    limits: tuple[float, float],
+    with_training: bool,
+) -> None:
+    """A dot for each of ``values``, step to value, of a part; pale its smoothed training loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(track.name for track in tracks))
+    names = list(dict.fromkeys(part.name for part in parts if not part.is_lighthouse))
+    seeds = list(dict.fromkeys(part.seed for part in parts))
     palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
-    controls = {track.seed: history for track, history in zip(tracks, histories, strict=True)
-                if track.is_control}  # fmt: skip
-    longest = max(history.seconds[-1] for history in histories)
-    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
-    millions = [[n / 1e6 for n in history.tokens] for history in histories]
-    spent = [[s / seconds for s in history.seconds] for history in histories]
-    held_out = [history.held_out for history in histories]
-    gaps = [_minus_dense(history, controls[track.seed])
-            for track, history in zip(tracks, histories, strict=True)]  # fmt: skip
-    figures = {
-        "loss_over_tokens.png": ("tokens, millions", millions, held_out),
-        "loss_over_time.png": (f"training time, {unit}", spent, held_out),
-        "minus_dense.png": ("tokens, millions", millions, gaps),
-    }
-    for file, (label, xs, dots) in figures.items():
-        figure, axis = plt.subplots(figsize=(10, 5.5), layout="constrained")
-        for track, history, x, values in zip(tracks, histories, xs, dots, strict=True):
-            colour = palette[names.index(track.name) % len(palette)]
-            # Up to there a shorter control is the dense run itself.
-            first = track.runs[-1].start if track.is_shorter else 0
-            if dots is held_out:
-                _plot_training(axis, history, x, first, colour)
-            shown = {step: value for step, value in values.items() if step > first}
-            _plot_held_out(axis, shown, x, history.switch, colour, track.name)
-        if dots is held_out:
-            title = "lines with dots: held-out; pale: training, trailing mean; hollow: Lighthouse "
-            axis.set(ylabel="loss, nats per token", ylim=_limits(histories))
-            axis.set_title(f"{title}stage, not comparable with dense losses", fontsize=9)
-        else:
-            title = "held-out loss less that of dense training with the same seed at as many tokens"
-            axis.set(ylabel="nats per token", ylim=_gap_limits(histories, gaps))
-            axis.set_title(f"{title}; hollow: Lighthouse stage", fontsize=9)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-        lines, labels = axis.get_legend_handles_labels()
-        once = dict(zip(labels, lines, strict=True))
-        figure.legend(once.values(), once, loc="outside right upper", fontsize=8)
-        figure.savefig(output / file, dpi=120)
-        plt.close(figure)
-
-
-def _minus_dense(history: History, control: History) -> dict[int, float]:
-    return {step: loss - control.held_out[step] for step, loss in history.held_out.items()
-            if step in control.held_out}  # fmt: skip
-
-
-def _plot_training(axis, history: History, x: list[float], first: int, colour) -> None:
-    smooth = history.smoothed(max(1, round(SMOOTHED_SHARE * len(x))))
-    for begin, end in ((first, history.switch), (max(first, history.switch), len(x))):
-        axis.plot(x[begin:end], smooth[begin:end], color=colour, linewidth=0.8, alpha=0.3)
-
-
-def _plot_held_out(axis, values: dict[int, float], x: list[float], switch: int, colour,
-                   label: str) -> None:  # fmt: skip
-    """Dots at validated steps; those of the Lighthouse stage hollow, and not joined to the rest."""
-    for of_lighthouse in (True, False):
-        steps = [step for step in values if (step <= switch) == of_lighthouse]
-        axis.plot([x[step - 1] for step in steps], [values[step] for step in steps], "o-",
-                  color=colour, markerfacecolor="none" if of_lighthouse else colour, markersize=4,
-                  linewidth=0.9, alpha=0.5 if of_lighthouse else 1.0,
-                  label=None if of_lighthouse else label)  # fmt: skip
+    figure, axis = plt.subplots(figsize=(10, 5.5), layout="constrained")
+    for part, of_part in zip(parts, values, strict=True):
+        colour = "grey" if part.is_lighthouse else palette[names.index(part.name) % len(palette)]
+        x = x_of(part.history)
+        if with_training:
+            smooth, drawn = _smoothed(part.history), slice(part.steps[0] - 1, part.steps[-1])
+            axis.plot(x[drawn], smooth[drawn], color=colour, linewidth=0.8, alpha=0.3)
+        steps = [step for step in part.steps if step in of_part]
+        axis.plot([x[step - 1] for step in steps], [of_part[step] for step in steps],
+                  f"{MARKERS[seeds.index(part.seed) % len(MARKERS)]}-", color=colour,
+                  markerfacecolor="none" if part.is_lighthouse else colour, markersize=4,
+                  linewidth=0.9, label=part.name if part.seed == seeds[0] else None)  # fmt: skip
+    axis.set(xlabel=labels[0], ylabel=labels[1], ylim=limits)
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _limits(histories: list[History]) -> tuple[float, float]:
     """The fall of the first steps would flatten all that tells runs apart."""
-    losses = [h.smoothed(max(1, round(SMOOTHED_SHARE * len(h.losses)))) for h in histories]
+    losses = [_smoothed(history) for history in histories]
     low = min(min(*each, *h.held_out.values()) for each, h in zip(losses, histories, strict=True))
     high = max(max(each[len(each) // 4 :]) for each in losses)
     high = max(high, *(h.held_out[len(h.losses)] for h in histories))
@@ -387,13 +434,13 @@ def _limits(histories: list[History]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _gap_limits(histories: list[History], gaps: list[dict[int, float]]) -> tuple[float, float]:
-    """All gaps but those just after a switch, which would flatten the others."""
+def _gap_limits(parts: list[Part], gaps: list[dict[int, float]]) -> tuple[float, float]:
+    """Just after a switch gaps would flatten all others."""
     settled = [
         gap
-        for history, each in zip(histories, gaps, strict=True)
-        for step, gap in each.items()
-        if not 0 < step - history.switch <= 0.1 * len(history.losses)
+        for part, of_part in zip(parts, gaps, strict=True)
+        for step, gap in of_part.items()
+        if not 0 < step - part.history.switch <= 0.1 * len(part.history.losses)
     ]
     margin = 0.05 * (max(settled) - min(settled)) + 0.005
     return min(settled) - margin, max(settled) + margin

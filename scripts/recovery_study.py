@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Does a short dense stage after Lighthouse give a model as good as dense training?
 
-    python scripts/recovery_study.py train_configs/books_16k.toml --output outputs/recovery \\
-        --splits 0.625 0.6875 0.75 --seeds 0 1 \\
+    python scripts/recovery_study.py train_configs/recovery_books_32k.toml \\
+        --output outputs/recovery --splits 0.625 0.6875 0.75 --seeds 0 1 --dense-steps 2100 \\
         --training.dataset_path FOLDER --validation.dataset_path FOLDER
 
 For each seed of the model it trains dense from scratch and, for each split, Lighthouse for that
@@ -24,6 +24,7 @@ install -e '.[benchmark]'). docs/recovery.md says what the columns are.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -133,42 +134,52 @@ def check_dense_steps(config: JobConfig, lengths: list[int]) -> None:
     Raises:
         ValueError: they cannot; the message names the flag and the fix.
     """
-    steps, validation = config.training.steps, config.validation
+    steps, freq, scheduler = config.training.steps, config.validation.freq, config.lr_scheduler
     for length in lengths:
-        if not 0 < length < steps:
+        first, last = scheduler.warmup_steps + 1, steps - freq
+        if not first <= length <= last or length % freq:
+            down = min(length, last) // freq * freq
+            nearest = down if down >= first else -(-first // freq) * freq
+            advice = f"pass --dense-steps {nearest}" if nearest <= last else "leave it out"
             raise ValueError(
-                f"--dense-steps {length} must lie between 0 and training.steps = {steps}"
+                f"--dense-steps {length} must be a multiple of validation.freq = {freq} above "
+                f"lr_scheduler.warmup_steps = {scheduler.warmup_steps} and below training.steps = "
+                f"{steps}, so that its end is validated; {advice}"
             )
-        if length % validation.freq:
+        if not _decay_steps(config, length):
             raise ValueError(
-                f"--dense-steps {length} must be a multiple of validation.freq = "
-                f"{validation.freq}, or its end would not be validated; pass "
-                f"--dense-steps {max(1, round(length / validation.freq)) * validation.freq}"
+                f"--dense-steps {length} is for a learning rate that decays by then, and "
+                f"lr_scheduler.decay_ratio = {scheduler.decay_ratio:g} gives it no step to; leave "
+                "the flag out: the dense run cut off at equal time is the control"
             )
     if len(set(lengths)) < len(lengths):
-        raise ValueError(f"--dense-steps {' '.join(map(str, lengths))} must differ")
-    if lengths and config.lr_scheduler.decay_ratio == 0:
         raise ValueError(
-            "--dense-steps trains controls whose learning rate decays earlier, and "
-            "lr_scheduler.decay_ratio = 0 has none decay; leave it out: the dense run itself, cut "
-            "off at equal time, is the control"
+            f"--dense-steps {' '.join(map(str, lengths))} names one twice; give each once"
         )
+    if lengths and scheduler.total_steps is not None:
+        raise ValueError(
+            f"lr_scheduler.total_steps = {scheduler.total_steps}, but with --dense-steps each run "
+            "decays by its own last step; leave it out"
+        )
+
+
+def _decay_steps(config: JobConfig, length: int) -> int:
+    """Steps over which the learning rate of a run of ``length`` steps decays."""
+    ratio, most = config.lr_scheduler.decay_ratio, length - config.lr_scheduler.warmup_steps
+    return most if ratio is None else min(round(length * ratio), most)
 
 
 def branching_step(config: JobConfig, length: int) -> int:
     """The last checkpoint of the dense run that a shorter one of ``length`` steps equals so far.
 
-    0 if there is none: the learning rate decays from the first step on, or nothing is kept.
+    0 if there is none, or it is not among those kept.
     """
-    scheduler, checkpoint = config.lr_scheduler, config.checkpoint
-    if scheduler.decay_ratio is None:
-        return 0
-    # The rate of the step after a checkpoint is in it.
-    alike = length - round(length * scheduler.decay_ratio)
+    checkpoint = config.checkpoint
+    # A checkpoint holds the rate of the step after it, the first that may differ.
+    alike = length - _decay_steps(config, length)
     step = alike // checkpoint.interval * checkpoint.interval
     later = (config.training.steps - 1) // checkpoint.interval - step // checkpoint.interval + 1
-    kept = checkpoint.keep_latest_k <= 0 or later < checkpoint.keep_latest_k
-    return step if step > scheduler.warmup_steps and kept else 0
+    return step if checkpoint.keep_latest_k <= 0 or later < checkpoint.keep_latest_k else 0
 
 
 def _divisor(number: int, limit: int) -> int:
@@ -198,35 +209,49 @@ def plan(arguments: argparse.Namespace, extra: list[str]) -> list[Track]:
     check_base(base)
     check_dense_steps(base, arguments.dense_steps)
 
-    def run(name: str, switch: int, last: int, seed: int, source: Run | None = None,
-            start: int = 0, total: int = total) -> Run:  # fmt: skip
+    def run(name: str, seed: int, switch: int, last: int, source: Run | None = None,
+            start: int = 0, decayed_by: int = total) -> Run:  # fmt: skip
         settings = {"lighthouse.dense_from_step": switch, "training.steps": last,
-                    "debug.seed": seed, "lr_scheduler.total_steps": total}  # fmt: skip
+                    "debug.seed": seed, "lr_scheduler.total_steps": decayed_by}  # fmt: skip
         if source:
-            path = source.folder / CHECKPOINTS / f"step-{start}"
-            settings |= {"checkpoint.initial_load_path": str(path),
+            settings |= {"checkpoint.initial_load_path": str(checkpoint_of(source, start)),
                          "checkpoint.initial_load_model_only": False}  # fmt: skip
         folder = output / f"{name},seed={seed}"
         line = [*common, *command_line(settings), f"--job.dump_folder={folder}"]
-        return Run(settings, line, folder, with_settings(base, settings), None, source, start)
+        config = with_settings(base, settings)
+        return Run(settings, line, folder, config, needs=source, start=start)
 
     tracks = []
     for seed in arguments.seeds:
-        dense = run("dense", 0, base.training.steps, seed)
+        dense = run("dense", seed, switch=0, last=base.training.steps)
         tracks.append(Track(None, seed, [dense]))
         trunk: list[Run] = []
         for split, step in steps.items():
             source, start = (trunk[-1], trunk[-1].config.training.steps) if trunk else (None, 0)
-            trunk.append(run(f"lighthouse_to={step}", step, step, seed, source, start))
-            tail = run(f"split={split:g}", step, base.training.steps, seed, trunk[-1], step)
+            trunk.append(run(f"lighthouse_to={step}", seed, step, step, source, start))
+            tail = run(f"split={split:g}", seed, step, base.training.steps, trunk[-1], step)
             tracks.append(Track(split, seed, [*trunk, tail]))
         for length in sorted(arguments.dense_steps):
-            start = branching_step(base, length)
-            shared = [dense] if start else []
-            shorter = run(f"dense,steps={length}", 0, length, seed, *shared, start=start,
-                          total=length)  # fmt: skip
-            tracks.append(Track(None, seed, [*shared, shorter], is_shorter=True))
+            name, start = f"dense,steps={length}", branching_step(base, length)
+            if start and not _began_from_scratch(output / f"{name},seed={seed}", dense, start):
+                branch = run(name, seed, 0, length, dense, start, decayed_by=length)
+                runs = [dense, branch]
+            else:
+                runs = [run(name, seed, 0, length, decayed_by=length)]
+            tracks.append(Track(None, seed, runs, is_shorter=True))
     return tracks
+
+
+def checkpoint_of(run: Run, step: int) -> Path:
+    return run.folder / CHECKPOINTS / f"step-{step}"
+
+
+def _began_from_scratch(folder: Path, source: Run, step: int) -> bool:
+    """Whether the run in ``folder`` did, or, if there is none, will have to."""
+    record = folder / "config.json"
+    if record.exists():
+        return not json.loads(record.read_text())["checkpoint"]["initial_load_path"]
+    return source.is_finished and not (checkpoint_of(source, step) / ".metadata").exists()
 
 
 def remove_cut_off(run: Run) -> None:

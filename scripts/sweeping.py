@@ -79,7 +79,7 @@ def parse_sweep(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, li
     parser.add_argument("--list", action="store_true", help="only say what would run")
     parser.add_argument("--no-plots", action="store_true")
     arguments, extra = parse_with_overrides(parser)
-    check_plots(arguments.no_plots)
+    check_plots(arguments.no_plots or arguments.list)
     for flag in ("processes", "at_once"):
         if getattr(arguments, flag) < 1:
             name = flag.replace("_", "-")

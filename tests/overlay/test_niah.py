@@ -1,6 +1,7 @@
 """The retrieval test itself: where its prompts put things, and what planted models score."""
 
 import csv
+import itertools
 import json
 import re
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -30,6 +32,7 @@ from torchtitan.models.llama3_lighthouse.retrieval import (
     shortest_prompt,
 )
 from torchtitan.models.llama3_lighthouse.retrieval_accuracy import (
+    Cell,
     fitting_length,
     measure_cell,
     wilson_interval,
@@ -388,6 +391,35 @@ def test_script_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkey
     maps = sorted(path.name for path in tmp_path.glob("*.png"))
     assert maps == ["passkey.png", "variables.png"]
     assert "100% done" in capsys.readouterr().out
+
+
+def test_heat_maps_show_every_cell_of_every_checkpoint(tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    evaluated = [evaluate_niah.Evaluated(name, tmp_path, 8, 2, 200) for name in ("one", "two")]
+    expected = {}
+    for number, each in enumerate(evaluated):
+        for stage in ("dense", "lighthouse"):
+            panel = expected[f"{each.label}\n{stage} attention"] = {}
+            for task, depth, length in itertools.product(TASKS, (1.0, 0.0), (200, 100)):
+                accuracy = (len(panel) + 4 * number + 10 * (stage == "dense")) / 100
+                cell = Cell(task, stage, length, length - 1.0, length, depth, 50, accuracy, 0, 1,
+                            accuracy, 0.1)  # fmt: skip
+                each.cells.append(cell)
+                if task == "passkey":
+                    panel[f"{100 * depth:g}", str(length)] = f"{accuracy:.0%}"
+    evaluate_niah.plot(tmp_path, evaluated, "passkey")
+    *panels, _ = figures[0].axes
+    found = {}
+    for axis in panels:
+        lengths, depths = ([label.get_text() for label in side.get_ticklabels()]
+                           for side in (axis.xaxis, axis.yaxis))  # fmt: skip
+        places = [tuple(map(int, text.get_position())) for text in axis.texts]
+        found[axis.get_title()] = {
+            (depths[y], lengths[x]): text.get_text()
+            for (x, y), text in zip(places, axis.texts, strict=True)
+        }
+    assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import sweeping
 import torch
 from ablation_results import read_metrics
 from launch import exit_code_of
+from matplotlib.figure import Figure
 from recovery_results import below_from, interpolate
 from sweeping import Run
 
@@ -64,17 +65,22 @@ def call(tmp_path: Path, monkeypatch, capsys):
         (["--checkpoint.no-enable"], "--checkpoint.enable is set by the study"),
         (["--checkpoint.exclude_from_loading", "dataloader"], "carries whole checkpoints over"),
         (["--checkpoint.load_step", 3], "checkpoint.load_step = 3: the study trains from scratch"),
-        (["--dense-steps", 16], "--dense-steps 16 must lie between 0 and training.steps = 16"),
-        (["--dense-steps", 0], "--dense-steps 0 must lie between 0"),
-        (["--dense-steps", 7], "must be a multiple of validation.freq = 4, or its end would not be "
-         "validated; pass --dense-steps 8"),
-        (["--dense-steps", 8, 8], "--dense-steps 8 8 must differ"),
-        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.0], "has none decay; leave it out"),
+        (["--dense-steps", 16], "below training.steps = 16, so that its end is validated; pass "
+         "--dense-steps 12"),
+        (["--dense-steps", 0], "--dense-steps 0 must be a multiple of validation.freq = 4 above"),
+        (["--dense-steps", 15], "; pass --dense-steps 12"),
+        (["--dense-steps", 8, "--lr_scheduler.warmup_steps", 9], "; pass --dense-steps 12"),
+        (["--dense-steps", 8, "--lr_scheduler.warmup_steps", 12], "; leave it out"),
+        (["--dense-steps", 8, 8], "--dense-steps 8 8 names one twice; give each once"),
+        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.0], "= 0 gives it no step to"),
+        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.05], "= 0.05 gives it no step to"),
+        (["--dense-steps", 8, "--lr_scheduler.total_steps", 20], "total_steps = 20, but with"),
         (["--lighthouse.top_k", 999], "must be a positive multiple of picks_per_stratum"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line(call, tmp_path, line: list, message: str) -> None:
-    settings = {**SMALL, "training.steps": 16, "validation.freq": 4}
+    settings = {**SMALL, "training.steps": 16, "validation.freq": 4,
+                "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.25}  # fmt: skip
     _, error = call(*line_of(settings), *line)
     assert message in error and "\n" not in error
     assert not list(tmp_path.glob("out/*"))
@@ -123,6 +129,19 @@ def write_made_up(run: Run, exist_ok: bool = False) -> None:
     run.folder.mkdir(parents=True, exist_ok=exist_ok)
     (run.folder / "metrics.jsonl").write_text(text)
     (run.folder / "finished").touch()
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """By file, what was plotted."""
+    found, save = {}, Figure.savefig
+
+    def record(figure: Figure, path: Path, **options) -> None:
+        found[path.name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return found
 
 
 @pytest.fixture
@@ -179,16 +198,16 @@ def expected_row(switch: int, seed: int) -> dict[str, float | str]:
     }  # fmt: skip
     # The shorter control takes 140 s: split 0.75 took 125, split 0.5 more.
     decayed = 5 + shift - 0.02 * 70 + 0.5 - 0.3
-    row |= {"dense, decayed": decayed, "dense, decayed, seconds": 140,
-            "minus dense, decayed": own - decayed} if switch == 75 else dict.fromkeys(
-        ("dense, decayed", "dense, decayed, seconds", "minus dense, decayed"))  # fmt: skip
+    control = {"dense, decayed": decayed, "dense, decayed, steps": 70,
+               "dense, decayed, seconds": 140, "minus dense, decayed": own - decayed}  # fmt: skip
+    row |= control if switch == 75 else dict.fromkeys(control)
     for name in ("train", "held-out"):
         step = row[f"{name} below dense from step"]
         row[f"{name} below dense from token"] = step if step == "never" else 512 * step
     return row
 
 
-def test_every_figure_of_a_made_up_study(made_up_study, tmp_path) -> None:
+def test_every_figure_of_a_made_up_study(figures, made_up_study, tmp_path) -> None:
     results, summary, text = made_up_study
     assert len(results) == 8
     for seed in (0, 1):
@@ -222,8 +241,49 @@ def test_every_figure_of_a_made_up_study(made_up_study, tmp_path) -> None:
     assert row["steps to recover*"] == "never"
     assert float(summary["split 0.5", ""]["held-out below dense from step"]) == 80
     assert "-0.1250 ± 0.5303" in text and "not\ncomparable with dense ones" in text
-    for name in ("loss_over_tokens.png", "loss_over_time.png", "minus_dense.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 20_000
+    check_plots(figures)
+    assert all((tmp_path / "out" / name).stat().st_size > 0 for name in figures)
+
+
+def check_plots(figures: dict[str, Figure]) -> None:
+    """Lines with dots of a made-up study: each stage once, at its steps, in its units."""
+
+    def lines(name: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+        (axis,) = figures[name].axes
+        dotted = [line for line in axis.lines if line.get_marker() != "None"]
+        return {
+            (names[line.get_color()], line.get_marker()): list(zip(*line.get_data(), strict=True))
+            for line in dotted
+        }
+
+    (legend,) = figures["loss_over_time.png"].legends
+    entries = zip(legend.legend_handles, legend.get_texts(), strict=True)
+    names = {handle.get_color(): text.get_text() for handle, text in entries}
+    over_time, over_tokens = lines("loss_over_time.png"), lines("loss_over_tokens.png")
+    minus_dense = lines("minus_dense.png")
+    # The switch of each model, and what it was validated at by itself.
+    drawn = {
+        "Lighthouse stage": (75, [1, *range(10, 75, 10)]),
+        "dense": (0, [1, *range(10, 101, 10)]),
+        "split 0.5": (50, range(60, 101, 10)),
+        "split 0.75": (75, range(80, 101, 10)),
+        "dense, 70 steps": (0, range(50, 71, 10)),
+    }
+    for seed, marker in enumerate("os"):
+        for name, (switch, steps) in drawn.items():
+            lower = 0.3 if name == "dense, 70 steps" else 0
+            losses = [made_up(step, switch, seed)[1] - lower for step in steps]
+            minutes = [(step + max(0, step - switch)) / 60 for step in steps]
+            millions = [step * 512 / 1e6 for step in steps]
+            gaps = [loss - made_up(step, 0, seed)[1]
+                    for step, loss in zip(steps, losses, strict=True)]  # fmt: skip
+            for found, x, y in ((over_time, minutes, losses), (over_tokens, millions, losses),
+                                (minus_dense, millions, gaps)):  # fmt: skip
+                if not (lower and found is minus_dense):
+                    assert found.pop((name, marker)) == [
+                        pytest.approx(point, abs=1e-9) for point in zip(x, y, strict=True)
+                    ], name
+    assert not over_time and not over_tokens and not minus_dense
 
 
 @pytest.mark.parametrize(
@@ -232,7 +292,7 @@ def test_every_figure_of_a_made_up_study(made_up_study, tmp_path) -> None:
         ({}, 40),
         ({"checkpoint.interval": 56}, 56),
         ({"checkpoint.interval": 57}, 0),
-        ({"lr_scheduler.warmup_steps": 40}, 0),
+        ({"lr_scheduler.warmup_steps": 60}, 60),
         # Those after it, at 60 and 80 and at the end, push it out.
         ({"checkpoint.keep_latest_k": 3}, 0),
         ({"checkpoint.keep_latest_k": 4}, 40),
@@ -245,6 +305,35 @@ def test_a_shorter_control_branches_off_a_checkpoint_that_is_kept(changed, start
                 "lr_scheduler.decay_ratio": 0.2, **changed}  # fmt: skip
     config = sweeping.with_settings(JobConfig(), settings)
     assert recovery_study.branching_step(config, 70) == start
+
+
+def test_a_shorter_control_whose_checkpoint_is_gone_begins_anew(call, tmp_path) -> None:
+    """And does so again once it did; one that had branched off goes on from where it was."""
+    line = ["--splits", 0.5, "--seeds", 0, "--dense-steps", 12, "--list"]
+    line += line_of({**SMALL, "training.steps": 16, "validation.freq": 4,
+                     "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.25,
+                     "checkpoint.interval": 4})  # fmt: skip
+
+    def steps() -> str:
+        return call(*line)[0].splitlines()[-1]
+
+    branched, anew = "dense,steps=12,seed=0: 4 steps", "dense,steps=12,seed=0: 12 steps"
+    assert steps() == branched
+    dense, shorter = (tmp_path / f"out/{name},seed=0" for name in ("dense", "dense,steps=12"))
+    dense.mkdir(parents=True)
+    (dense / "finished").touch()
+    assert steps() == anew
+    shorter.mkdir()
+    record = {"checkpoint": {"initial_load_path": "step-8"}}
+    (shorter / "config.json").write_text(json.dumps(record))
+    assert steps() == branched
+    (dense / "checkpoint/step-8").mkdir(parents=True)
+    (dense / "checkpoint/step-8/.metadata").touch()
+    record["checkpoint"]["initial_load_path"] = None
+    (shorter / "config.json").write_text(json.dumps(record))
+    assert steps() == anew
+    (shorter / "config.json").unlink()
+    assert steps() == branched
 
 
 def test_a_study_with_a_gap_is_refused(call, tmp_path) -> None:
@@ -386,7 +475,7 @@ def test_whole_study(tmp_path: Path) -> None:
                 "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.5}  # fmt: skip
     command = [sys.executable, ROOT / "scripts/recovery_study.py", DEBUG, "--output",
                tmp_path / "out", "--splits", "0.5", "0.75", "--seeds", "0", "1"]  # fmt: skip
-    command += [*map(str, ("--dense-steps", 6)), *line_of(settings)]
+    command += ["--dense-steps", "6", *line_of(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment)
     branch = tmp_path / "out/split=0.75,seed=0"
