@@ -65,6 +65,10 @@ SLOW_COMPOSITIONS = {
     "cp2-allgather": (2, {**CP2, "parallelism.context_parallel_rotate_method": "allgather"}),
     "cp4": (4, {"parallelism.context_parallel_degree": 4}),
     "cp2-compile": (2, {**CP2, "compile.enable": True}),
+    "cp4-compile": (4, {
+        "parallelism.context_parallel_degree": 4, "activation_checkpoint.mode": "lighthouse",
+        "compile.enable": True,
+    }),
     "cp2-selective-compile": (2, {
         **CP2, "activation_checkpoint.mode": "selective", "compile.enable": True,
     }),

@@ -1,12 +1,16 @@
 """Ring attention on CPU processes: its result, and the bytes that it sends."""
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental._context_parallel import _attention as ring_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
@@ -16,6 +20,7 @@ from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
     bytes_sent_per_layer,
 )
+from torchtitan.models.llama3_lighthouse.infra.ring_attention import CPU_BACKWARD, CPU_FORWARD
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
 from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
 
@@ -26,11 +31,19 @@ N = 512
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes handed to all-to-all, which the ring and the seam exchange send with."""
+    """Bytes handed to all-to-all, which the seam exchange sends with, and to the ring's hops."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.sent: list[int] = []
+        exchange = ring_of_torch._AllToAllRotater.exchange_buffers
+
+        def counting(rotater, buffer: torch.Tensor) -> None:
+            self.sent.append(buffer.numel() * buffer.element_size())
+            exchange(rotater, buffer)
+
+        # Out of the mode's sight, inside an operation.
+        monkeypatch.setattr(ring_of_torch._AllToAllRotater, "exchange_buffers", counting)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
@@ -57,8 +70,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
     results = []
     for module, part in ((plain, torch.arange(N)), (ring, here)):
         inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
-        counter = SentBytes()
-        with counter:
+        with pytest.MonkeyPatch.context() as monkeypatch, SentBytes(monkeypatch) as counter:
             out = module(*inputs)
             out.square().sum().backward()
         results.append([out.detach(), *(x.grad for x in inputs)])
@@ -76,6 +88,123 @@ def worker(rank: int, world_size: int, port: int) -> None:
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ring_equals_one_device_and_sends_what_is_said(world_size: int, free_port: int) -> None:
     torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
+
+
+def emulate_attention_of_gpus() -> None:
+    """Give the CPU the operations of cuDNN and flash attention, arguments, results and all."""
+    library = torch.library.Library("aten", "IMPL")
+    seed = torch.zeros((), dtype=torch.long)
+
+    def cudnn(query, key, value, bias, with_logsumexp, dropout_p=0.0, is_causal=False,
+              debug=False, *, scale=None):  # fmt: skip
+        out, logsumexp = CPU_FORWARD(query, key, value, dropout_p, is_causal, scale=scale)
+        lengths = query.shape[2], key.shape[2]
+        return out, logsumexp.unsqueeze(-1), None, None, *lengths, seed, seed.clone(), None
+
+    def cudnn_backward(grad, query, key, value, out, logsumexp, seed, offset, bias, starts_q,
+                       starts_k, max_q, max_k, dropout_p, is_causal, *, scale=None):  # fmt: skip
+        assert starts_q is None and starts_k is None and logsumexp.shape == (*out.shape[:3], 1)
+        return CPU_BACKWARD(grad, query, key, value, out, logsumexp.squeeze(-1), dropout_p,
+                            is_causal, scale=scale)  # fmt: skip
+
+    def flash(query, key, value, dropout_p=0.0, is_causal=False, debug=False, *, scale=None):
+        out, logsumexp = CPU_FORWARD(query, key, value, dropout_p, is_causal, scale=scale)
+        lengths = query.shape[2], key.shape[2]
+        random_state = torch.zeros(2, dtype=torch.uint64)
+        return (
+            out,
+            logsumexp,
+            None,
+            None,
+            *lengths,
+            random_state,
+            random_state[0].clone(),
+            torch.empty(0),
+        )
+
+    def flash_backward(grad, query, key, value, out, logsumexp, starts_q, starts_k, max_q, max_k,
+                       dropout_p, is_causal, seed, offset, *, scale=None):  # fmt: skip
+        assert starts_q is None and starts_k is None
+        return CPU_BACKWARD(grad, query, key, value, out, logsumexp, dropout_p, is_causal,
+                            scale=scale)  # fmt: skip
+
+    library.impl("_scaled_dot_product_cudnn_attention", cudnn, "CPU")
+    library.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CPU")
+    library.impl("_scaled_dot_product_flash_attention", flash, "CPU")
+    library.impl("_scaled_dot_product_flash_attention_backward", flash_backward, "CPU")
+    emulations.append(library)
+
+
+emulations: list[torch.library.Library] = []
+
+
+class Attention(torch.nn.Module):
+    """Causal attention by one of torch's operations, which context parallelism can spread."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        aten = torch.ops.aten
+        if self.kind == "cudnn":
+            return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
+        if self.kind == "flash":
+            return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def compiled_worker(rank: int, world_size: int, port: int, kinds: list[str]) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    # Ranks that wait for each other without end would otherwise do so for half an hour.
+    timeout = timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    mesh = init_device_mesh("cpu", (world_size,))
+    emulate_attention_of_gpus()
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 256, 2, 16).transpose(1, 2) for _ in range(3)]
+    chunks = torch.arange(256).view(2 * world_size, -1)
+    here = chunks[[rank, 2 * world_size - 1 - rank]].flatten()
+
+    def results(function: Callable, part: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
+        out = function(*inputs)
+        out.square().sum().backward()
+        return [out.detach(), *(x.grad for x in inputs)]
+
+    def block(attention: Attention, *inputs: torch.Tensor) -> torch.Tensor:
+        return attention(*(x.sin() for x in inputs)).cos()
+
+    want = results(partial(block, Attention("default")), torch.arange(256))
+    for kind in kinds:
+        attention = Attention(kind)
+        apply_context_parallel([attention], mesh, Parallelism())
+        for run in (block, torch.compile(block, fullgraph=True)):
+            storages = {}
+
+            def keep(rows: torch.Tensor, storages=storages) -> torch.Tensor:
+                storage = getattr(rows, "_local_tensor", rows).untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+                return rows
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda rows: rows):
+                found = results(partial(run, attention), here)
+            # Inputs, their sines, attention's output and its cosine's; nothing that was received.
+            rows = leaves[0].nbytes // world_size
+            assert sum(storages.values()) < 9 * rows, (kind, sum(storages.values()) / rows)
+            for value, whole in zip(found, want, strict=True):
+                torch.testing.assert_close(value, whole[:, :, here], rtol=1e-5, atol=1e-6)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kinds"),
+    [(2, ["cudnn"]), pytest.param(4, ["default", "cudnn", "flash"], marks=pytest.mark.slow)],
+)
+def test_compiled_ring_equals_one_device(world_size, kinds, free_port: int) -> None:
+    arguments = (world_size, free_port, kinds)
+    torch.multiprocessing.spawn(compiled_worker, arguments, nprocs=world_size)
 
 
 def test_bytes_at_a_million_tokens(config_file="train_configs/paper_530m_1m_cp8.toml") -> None:

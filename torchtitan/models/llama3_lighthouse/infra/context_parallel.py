@@ -1,32 +1,22 @@
 """Context parallelism: torch's ring attention inside Lighthouse attention, on GPUs and on CPUs."""
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._ops.utils import (
-    expand_to_full_mesh_op_strategy,
-    register_op_strategy,
-)
 from torch.distributed.tensor.experimental._attention import set_rotate_method
-from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
-from torchtitan.tools.utils import device_type
 
 from lighthouse import ContextParallel, LighthouseAttention
 
 from ..job_config import Parallelism
 from ..model import LighthouseModelArgs
-
-SEQUENCE_DIM = 2
+from .ring_attention import install_ring_attention
 
 
 def apply_context_parallel(
     attention_modules: list[nn.Module], mesh: DeviceMesh, config: Parallelism
 ) -> None:
     """Run the dense attention of every module, Lighthouse's inner one too, over ``mesh``."""
-    if device_type == "cpu":
-        add_ring_attention_on_cpu()
+    install_ring_attention()
     # Upstream reads the key and leaves torch's default, an all-gather, in place.
     set_rotate_method(config.context_parallel_rotate_method)
     layout = ContextParallel(
@@ -42,59 +32,6 @@ def apply_context_parallel(
             module = module.sdpa
         dense.append(module)
     apply_cp_to_attention_module(dense, mesh, "sdpa")
-
-
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-def _ring_forward(mesh, query, key, value, dropout_p=0.0, is_causal=False, **options):
-    return ring._templated_ring_attention(
-        mesh.get_group(), SEQUENCE_DIM, _FORWARD, query, key, value,
-        is_causal=is_causal, dropout_p=dropout_p, **options,
-    )  # fmt: skip
-
-
-def _ring_backward(
-    mesh, grad, query, key, value, out, logsumexp, dropout_p, is_causal, **options
-):  # fmt: skip
-    def backward(*, out, logsumexp, grad_out, query, key, value, is_causal, **options):
-        return _BACKWARD(
-            grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, **options
-        )
-
-    return ring._templated_ring_attention_backward(
-        mesh.get_group(), SEQUENCE_DIM, backward, grad, "grad_out", query, key, value,
-        out, logsumexp, is_causal, **options,
-    )  # fmt: skip
-
-
-def add_ring_attention_on_cpu() -> None:
-    """Let torch's ring attention take the flash attention of CPUs, which it has no entry for."""
-    for operation, function, outputs, tensors in (
-        (_FORWARD, _ring_forward, 2, 3),
-        (_BACKWARD, _ring_backward, 3, 6),
-    ):
-
-        def strategy(op_schema, count=outputs + tensors, outputs=outputs):
-            placements = [[Shard(SEQUENCE_DIM)] * count, [Replicate()] * count]
-            return expand_to_full_mesh_op_strategy(
-                op_schema.get_mesh_from_args(validate=False),
-                op_schema,
-                placements,
-                input_index=outputs,
-            )
-
-        def handler(op_call, args, kwargs, function=function):
-            dispatcher = DTensor._op_dispatcher
-            info = dispatcher.unwrap_to_op_info(op_call, args, kwargs)
-            dispatcher.sharding_propagator.propagate(info)
-            results = function(info.compute_mesh, *info.local_args, **info.local_kwargs)
-            return dispatcher.wrap(results, info.output_sharding.output_spec)
-
-        register_op_strategy(operation)(strategy)
-        # torch installs these handlers together with its own.
-        ring.custom_ops[operation] = handler
 
 
 def bytes_sent_per_layer(
