@@ -168,7 +168,10 @@ def compiled_worker(rank: int, world_size: int, port: int, kinds: list[str]) -> 
     here = chunks[[rank, 2 * world_size - 1 - rank]].flatten()
 
     def results(function: Callable, part: torch.Tensor) -> list[torch.Tensor]:
-        inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
+        # As a dense layer has its queries, and a Lighthouse layer its keys and values.
+        q, k, v = (x[:, :, part] for x in leaves)
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        inputs = [x.detach().requires_grad_() for x in (q, k.contiguous(), v.contiguous())]
         out = function(*inputs)
         out.square().sum().backward()
         return [out.detach(), *(x.grad for x in inputs)]

@@ -83,6 +83,7 @@ _ring_operations: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 
 def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``rows`` in the memory layout of ``empty_like(like)``, which compiled code can count on."""
+    assert rows.shape == like.shape, "heads of queries, keys and values must be equally wide"
     strides = torch.empty_like(like, device="meta").stride()
     return rows if rows.stride() == strides else torch.empty_like(like).copy_(rows)
 
@@ -104,7 +105,14 @@ def _define(operation: torch._ops.OpOverload, function: Callable, is_forward: bo
 
     def run(group_name: str, *arguments, **options) -> tuple:
         mesh = _Mesh(_resolve_process_group(group_name))
-        return with_layout(function(mesh, *arguments, **options), arguments)
+        results = with_layout(function(mesh, *arguments, **options), arguments)
+        if is_forward:
+            return results
+        grad_query, grad_key, grad_value, *others = results
+        if grad_value.untyped_storage().data_ptr() == grad_key.untyped_storage().data_ptr():
+            # The last hop brings both in one buffer, and outputs of an operation have to be apart.
+            grad_value = grad_value.clone()
+        return grad_query, grad_key, grad_value, *others
 
     def fake(group_name: str, *arguments, **options) -> tuple:
         return with_layout(operation(*arguments, **options), arguments)
