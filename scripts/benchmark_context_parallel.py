@@ -313,8 +313,7 @@ def training(folder: Path, gpus: list[int], large: str) -> list[dict]:
     cases = [(gpus, spread), (gpus[:1], long), (gpus[1:2], {})]
     jobs, rows = [], []
     for used, changed in cases:
-        settings = {**shared, **changed}
-        job = Job(folder / f"{len(used)}x{len(jobs)}", used, settings, large)
+        job = Job(folder / f"{len(used)}x{len(jobs)}", used, {**shared, **changed}, large)
         if len(used) > 1:
             job.process.wait()
         jobs.append(job)

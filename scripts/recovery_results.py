@@ -94,11 +94,16 @@ class History:
         """Over steps ``first`` to ``last``, both included."""
         return statistics.fmean(self.losses[first - 1 : last])
 
-    def smoothed(self, window: int) -> list[float]:
-        """Trailing mean of each step over at most ``window`` steps of its own stage."""
+    @property
+    def window(self) -> int:
+        """Steps that a smoothed training loss is a mean of, at most."""
+        return max(1, round(SMOOTHED_SHARE * len(self.losses)))
+
+    def smoothed(self) -> list[float]:
+        """Trailing mean of each step over ``window`` steps, at most, of its own stage."""
         starts = [1 if step <= self.switch else self.switch + 1
                   for step in range(1, len(self.losses) + 1)]  # fmt: skip
-        return [self.mean_loss(max(start, step - window + 1), step)
+        return [self.mean_loss(max(start, step - self.window + 1), step)
                 for step, start in enumerate(starts, 1)]  # fmt: skip
 
 
@@ -182,10 +187,9 @@ def _against_dense(history: History, control: History, shorter: list[History]) -
     equal_tokens = control.held_out[last]
     points = [(control.seconds[step - 1], loss) for step, loss in control.held_out.items()]
     equal_time = interpolate(points, history.seconds[-1])
-    window = max(1, round(SMOOTHED_SHARE * last))
 
     def train_gap(step: int) -> float:
-        first = max(history.switch + 1, step - window + 1)
+        first = max(history.switch + 1, step - history.window + 1)
         return history.mean_loss(first, step) - control.mean_loss(first, step)
 
     dense_steps = range(history.switch + 1, last + 1)
@@ -344,8 +348,7 @@ def parts_of(tracks: list[Track], histories: list[History]) -> list[Part]:
         if trunk.switch:
             parts.append(Part(LIGHTHOUSE_STAGE, seed, trunk, range(1, trunk.switch + 1)))
         for track, history in own:
-            shared = track.runs[-1].start if track.is_shorter else history.switch
-            steps = range(shared + 1, len(history.losses) + 1)
+            steps = range(track.runs[-1].start + 1, len(history.losses) + 1)
             parts.append(Part(track.name, seed, history, steps))
     return parts
 
@@ -381,10 +384,6 @@ def _millions(history: History) -> list[float]:
     return [n / 1e6 for n in history.tokens]
 
 
-def _smoothed(history: History) -> list[float]:
-    return history.smoothed(max(1, round(SMOOTHED_SHARE * len(history.losses))))
-
-
 def _draw(
     path: Path,
     parts: list[Part],
@@ -409,7 +408,7 @@ def _draw(
         colour = "grey" if part.is_lighthouse else palette[names.index(part.name) % len(palette)]
         x = x_of(part.history)
         if with_training:
-            smooth, drawn = _smoothed(part.history), slice(part.steps[0] - 1, part.steps[-1])
+            smooth, drawn = part.history.smoothed(), slice(part.steps[0] - 1, part.steps[-1])
             axis.plot(x[drawn], smooth[drawn], color=colour, linewidth=0.8, alpha=0.3)
         steps = [step for step in part.steps if step in of_part]
         axis.plot([x[step - 1] for step in steps], [of_part[step] for step in steps],
@@ -426,7 +425,7 @@ def _draw(
 
 def _limits(histories: list[History]) -> tuple[float, float]:
     """The fall of the first steps would flatten all that tells runs apart."""
-    losses = [_smoothed(history) for history in histories]
+    losses = [history.smoothed() for history in histories]
     low = min(min(*each, *h.held_out.values()) for each, h in zip(losses, histories, strict=True))
     high = max(max(each[len(each) // 4 :]) for each in losses)
     high = max(high, *(h.held_out[len(h.losses)] for h in histories))

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as ring_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,19 +54,29 @@ class SentBytes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def worker(rank: int, world_size: int, port: int) -> None:
+def join_ranks(rank: int, world_size: int, port: int) -> DeviceMesh:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    mesh = init_device_mesh("cpu", (world_size,))
+    # Ranks that wait for each other without end would otherwise do so for half an hour.
+    timeout = timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    return init_device_mesh("cpu", (world_size,))
+
+
+def positions_held(layout: ContextParallel, length: int) -> torch.Tensor:
+    chunks = torch.arange(length).view(layout.chunks, -1)
+    return chunks[list(layout.held)].flatten()
+
+
+def worker(rank: int, world_size: int, port: int) -> None:
+    mesh = join_ranks(rank, world_size, port)
     plain = LighthouseAttention(ARGS.lighthouse, ScaledDotProductAttentionWrapper())
     ring = LighthouseAttention(ARGS.lighthouse, ScaledDotProductAttentionWrapper())
     apply_context_parallel([ring], mesh, Parallelism())
 
     torch.manual_seed(0)
     leaves = [torch.randn(1, N, 4, 32).transpose(1, 2) for _ in range(3)]
-    chunks = torch.arange(N).view(ring.context_parallel.chunks, -1)
-    here = chunks[list(ring.context_parallel.held)].flatten()
+    here = positions_held(ring.context_parallel, N)
     results = []
     for module, part in ((plain, torch.arange(N)), (ring, here)):
         inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
@@ -80,7 +90,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
     expected = bytes_sent_per_layer(ARGS, N, ring.context_parallel, 4)
     rows = ARGS.n_heads * (ARGS.lighthouse.levels - 1) * 32 * 4
     # The last chunk of all has no next one.
-    last = rows * 2 if chunks.shape[0] - 1 in ring.context_parallel.held else 0
+    last = rows * 2 if N - 1 in here else 0
     assert sum(counter.sent) == expected["ring"] + expected["seam"] - last
     dist.destroy_process_group()
 
@@ -155,17 +165,11 @@ class Attention(torch.nn.Module):
 
 
 def compiled_worker(rank: int, world_size: int, port: int, kinds: list[str]) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    # Ranks that wait for each other without end would otherwise do so for half an hour.
-    timeout = timedelta(seconds=120)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
-    mesh = init_device_mesh("cpu", (world_size,))
+    mesh = join_ranks(rank, world_size, port)
     emulate_attention_of_gpus()
     torch.manual_seed(0)
     leaves = [torch.randn(1, 256, 2, 16).transpose(1, 2) for _ in range(3)]
-    chunks = torch.arange(256).view(2 * world_size, -1)
-    here = chunks[[rank, 2 * world_size - 1 - rank]].flatten()
+    here = positions_held(ContextParallel(None, rank, world_size), 256)
 
     def results(function: Callable, part: torch.Tensor) -> list[torch.Tensor]:
         # As a dense layer has its queries, and a Lighthouse layer its keys and values.

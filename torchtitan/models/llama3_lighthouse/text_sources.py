@@ -102,11 +102,12 @@ def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
     their path, so that neighbours differ; every twentieth by that hash is held out.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    left_out = {"test", "tests", "idle_test", "__pycache__"}
     documents = []
     for file in root.rglob("*.py"):
         name = file.relative_to(root)
-        if left_out.intersection(name.parts):
+        # Installed packages lie in a folder of that ending, whoever distributes the interpreter.
+        if any(part in left_out or part.endswith("-packages") for part in name.parts):
             continue
         rank = _digest(name.as_posix())
         if (int(rank, 16) % 20 == 0) == (split == "validation"):
