@@ -57,7 +57,7 @@ SMALL = {
     "lighthouse.top_k": 256, "lighthouse.picks_per_stratum": 32, "lighthouse.dense_from_step": 6,
     "lr_scheduler.warmup_steps": 4, "checkpoint.enable": True, "checkpoint.interval": 1000,
     "training.mixed_precision_param": "bfloat16", "optimizer.lr": 2e-4,
-    "activation_checkpoint.mode": "none",
+    "activation_checkpoint.mode": "none", "compile.enable": True,
 }  # fmt: skip
 
 
