@@ -80,6 +80,11 @@ class ContextParallel:
         """Numbers of the chunks on this rank."""
         return self.held_by(self.rank)
 
+    def take(self, rows: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's chunks, joined, of ``rows`` that hold the whole sequence in ``dim``."""
+        chunks = rows.chunk(self.chunks, dim)
+        return torch.cat([chunks[number] for number in self.held], dim)
+
     def per_chunk(self, config: LighthouseConfig, local_length: int) -> LighthouseConfig:
         """The configuration of one chunk, for ``local_length`` positions on each rank.
 

@@ -10,7 +10,8 @@ Parts, each with W = all GPUs (or --gpus) against one of them:
     equivalence  ten steps of a small model from one seed checkpoint: losses and gradient norms
     resume       FSDP over all GPUs, then W = all, then one GPU, from checkpoint to checkpoint,
                  against a run on one that never stops
-    training     tokens/s and memory of 270M: the same context length on W GPUs and on one
+    training     tokens/s and memory of 270M: the same context length on W GPUs and on each of
+                 them alone, all at the same time, of which the slowest counts
     longest      the Lighthouse stage at growing lengths (--lengths N,L,p,k) until memory runs out
 
 Prints and writes, after each part, a JSON record and a Markdown table to the output folder; --plot
@@ -89,11 +90,6 @@ def with_gradients(function: Callable, rows: list[torch.Tensor], grad: torch.Ten
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def held_part(rows: torch.Tensor, layout: ContextParallel) -> torch.Tensor:
-    chunks = rows.chunk(layout.chunks, dim=2)
-    return torch.cat([chunks[number] for number in layout.held], dim=2)
-
-
 def exact_dense(q, k, v, **options) -> torch.Tensor:
     """In float64, a block of queries at a time; torch would hold all N x N scores."""
     outputs = []
@@ -119,7 +115,7 @@ def random_rows(n: int, seed: int) -> list[torch.Tensor]:
 
 def layer(output: Path) -> None:
     """The part "layer", on one of the ranks that torchrun started."""
-    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+    from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
     from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
     from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
@@ -148,7 +144,7 @@ def layer(output: Path) -> None:
     whole = with_gradients(module(config), rows, grad)
     attention = spread(config)
     layout = attention.context_parallel
-    parts = with_gradients(attention, [held_part(x, layout) for x in rows], held_part(grad, layout))
+    parts = with_gradients(attention, [layout.take(x, 2) for x in rows], layout.take(grad, 2))
     exact = with_gradients(
         lambda *x: lighthouse_attention(
             *x, config, selection=selection, impl="torch", sdpa=exact_dense
@@ -157,8 +153,8 @@ def layer(output: Path) -> None:
         grad.double(),
     )
     record["error: W GPUs, one GPU"] = {
-        name: (relative_error(part, held_part(want, layout)),
-               relative_error(held_part(one, layout), held_part(want, layout)))
+        name: (relative_error(part, layout.take(want, 2)),
+               relative_error(layout.take(one, 2), layout.take(want, 2)))
         for name, part, one, want in zip(("out", "dq", "dk", "dv"), parts, whole, exact,
                                          strict=True)
     }  # fmt: skip
@@ -182,7 +178,7 @@ def layer(output: Path) -> None:
     record["one GPU, ms"] = time_in_turns(variants, 30)
 
     config = LighthouseConfig(3, 4, 1536 * world)
-    *rows, grad = (held_part(x, layout).clone() for x in random_rows(PER_GPU * world, 3))
+    *rows, grad = (layout.take(x, 2).clone() for x in random_rows(PER_GPU * world, 3))
     attention = spread(config)
 
     def keep(rotater, buffer):
@@ -191,7 +187,7 @@ def layer(output: Path) -> None:
     def silent(function: Callable) -> Callable:
         def run():
             with (
-                patch.object(ring._AllToAllRotater, "exchange_buffers", keep),
+                patch.object(torch_ring._AllToAllRotater, "exchange_buffers", keep),
                 patch.object(ContextParallel, "exchange", lambda self, rows: rows),
             ):
                 return function()
@@ -310,20 +306,25 @@ def training(folder: Path, gpus: list[int], large: str) -> list[dict]:
     shared = {**LARGE, "training.steps": 11, "lighthouse.dense_from_step": 8,
               "lr_scheduler.warmup_steps": 4, "activation_checkpoint.mode": "lighthouse",
               "activation_checkpoint.keep_products": [KEPT_PRODUCT]}  # fmt: skip
-    cases = [(gpus, spread), (gpus[:1], long), (gpus[1:2], {})]
-    jobs, rows = [], []
-    for used, changed in cases:
-        job = Job(folder / f"{len(used)}x{len(jobs)}", used, {**shared, **changed}, large)
-        if len(used) > 1:
-            job.process.wait()
-        jobs.append(job)
-    mode = f"lighthouse: {KEPT_PRODUCT}"
-    for (used, changed), job in zip(cases, jobs, strict=True):
-        steps = job.steps()
+    rows = []
+    # Alone, every GPU takes the work at the same time: they differ, and together they wait for the
+    # slowest.
+    for name, sets, changed in (
+        ("together", [gpus], spread), ("alone", [[gpu] for gpu in gpus], long),
+        ("short", [[gpu] for gpu in gpus], {}),
+    ):  # fmt: skip
+        jobs = [
+            Job(folder / f"{name}{number}", used, {**shared, **changed}, large)
+            for number, used in enumerate(sets)
+        ]
+        steps_of_jobs = [job.steps() for job in jobs]
         for stage, first, last in (("Lighthouse", 4, 8), ("dense", 10, 11)):
-            rows.append({"stage": stage, "GPUs": len(used), "checkpointing": mode,
+            measured = [medians(steps, first, last) for steps in steps_of_jobs]
+            slowest = min(measured, key=lambda values: values["tps"])
+            rows.append({"stage": stage, "GPUs": len(sets[0]), **slowest,
                          "N": changed.get("training.seq_len", PER_GPU),
-                         **medians(steps, first, last)})  # fmt: skip
+                         "checkpointing": f"lighthouse: {KEPT_PRODUCT}",
+                         "tps of each": [values["tps"] for values in measured]})  # fmt: skip
     return rows
 
 

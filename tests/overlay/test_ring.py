@@ -66,11 +66,6 @@ def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> De
     return init_device_mesh(device, (world_size,))
 
 
-def positions_held(layout: ContextParallel, length: int) -> torch.Tensor:
-    chunks = torch.arange(length).view(layout.chunks, -1)
-    return chunks[list(layout.held)].flatten()
-
-
 def worker(rank: int, world_size: int, port: int) -> None:
     mesh = join_ranks(rank, world_size, port)
     plain = LighthouseAttention(ARGS.lighthouse, ScaledDotProductAttentionWrapper())
@@ -79,7 +74,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
 
     torch.manual_seed(0)
     leaves = [torch.randn(1, N, 4, 32).transpose(1, 2) for _ in range(3)]
-    here = positions_held(ring.context_parallel, N)
+    here = ring.context_parallel.take(torch.arange(N), dim=0)
     results = []
     for module, part in ((plain, torch.arange(N)), (ring, here)):
         inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
@@ -178,7 +173,7 @@ def compiled_worker(
     torch.manual_seed(0)
     leaves = [torch.randn(1, N, 2, 64).transpose(1, 2) for _ in range(3)]
     leaves = [rows.to(device) for rows in leaves]
-    here = positions_held(ContextParallel(None, rank, world_size), N)
+    here = ContextParallel(None, rank, world_size).take(torch.arange(N), dim=0)
 
     def results(function: Callable, part: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         # As a dense layer has its queries, and a Lighthouse layer its keys and values.
@@ -243,7 +238,7 @@ def test_bytes_at_a_million_tokens(config_file="train_configs/paper_530m_1m_cp8.
     )
     sent = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), element_size=2)
     # 8,192 places a rank, keys and values of 1,024 numbers each: 7 hops of bfloat16 forward and
-    # backward, 8 of float32 gradients.
-    assert sent["ring"] == 8192 * 2048 * (2 * 7 * 2 + 8 * 4)
+    # backward and of float32 gradients.
+    assert sent["ring"] == 8192 * 2048 * 7 * (2 + 2 + 4)
     # 3 rows of 1,024 numbers after each of 2 chunks, there and back.
     assert sent["seam"] == 3 * 1024 * 2 * 2 * 2

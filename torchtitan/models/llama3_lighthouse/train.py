@@ -21,6 +21,7 @@ from torchtitan.tools.utils import device_module, device_type
 from . import flavors
 from .checkpoint import LighthouseCheckpointManager
 from .checks import check_config, check_device
+from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
 from .model import LighthouseTransformer
@@ -194,6 +195,20 @@ class LighthouseTrainer(upstream.Trainer):
         if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
             return torch.zeros((), device=self.device)
         return whole_loss(loss)
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """As upstream, with this rank's part of the sequence cut by ``held_batch``."""
+        if not self.parallel_dims.cp_enabled:
+            return super().post_dataloading_process(input_dict, labels)
+        inputs, labels, positions = held_batch(
+            input_dict["input"],
+            labels,
+            self.parallel_dims.get_mesh("cp"),
+            self.job_config.parallelism,
+        )
+        return inputs, labels, {}, {"positions": positions}
 
     def _on_device(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Batch:
         # Batches that training.dataloader.pin_memory pinned do not hold up the host.

@@ -11,10 +11,10 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.tools.utils import device_type
 
 from .datasets import build_validation_dataloader
+from .infra.context_parallel import held_batch
 from .infra.pipeline import loss_over_microbatches
 from .job_config import JobConfig
 from .metrics import LighthouseMetricsProcessor, whole_loss
@@ -87,13 +87,8 @@ class LighthouseValidator(BaseValidator):
             self.metrics_processor.ntokens_since_last_log += labels.numel()
             options = {}
             if self.context_parallel_mesh is not None:
-                inputs, labels, options = prepare_context_parallel_input(
-                    inputs,
-                    labels,
-                    options,
-                    self.context_parallel_mesh,
-                    torch.device(device_type),
-                    self.job_config.parallelism.context_parallel_load_balancer,
+                inputs, labels, options["positions"] = held_batch(
+                    inputs, labels, self.context_parallel_mesh, self.job_config.parallelism
                 )
             loss_sum += self._loss_sum(model_parts, inputs, labels, options)
             tokens += (labels != IGNORE_INDEX).sum()

@@ -1,8 +1,10 @@
 """Context parallelism: torch's ring attention inside Lighthouse attention, on GPUs and on CPUs."""
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental._attention import set_rotate_method
+from torch.distributed.tensor.experimental._context_parallel._attention import _cp_options
 from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
 
 from lighthouse import ContextParallel, LighthouseAttention
@@ -12,6 +14,38 @@ from ..model import LighthouseModelArgs
 from .ring_attention import install_ring_attention
 
 
+def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
+    """Which chunks of a sequence this rank of ``mesh`` holds."""
+    return ContextParallel(
+        mesh.get_group(),
+        mesh.get_local_rank(),
+        mesh.size(),
+        balanced=config.context_parallel_load_balancer is not None,
+    )
+
+
+def held_batch(
+    inputs: torch.Tensor, labels: torch.Tensor, mesh: DeviceMesh, config: Parallelism
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's part of a batch.
+
+    Without the list of a sequence's positions that torch 2.11 makes on the host for it, every
+    time, while the device waits.
+
+    Args:
+        inputs, labels: [B, N] each.
+
+    Returns:
+        Inputs, labels and their positions in the sequence, [B, N / W] each.
+    """
+    layout = layout_of(mesh, config)
+    positions = torch.arange(inputs.shape[1], dtype=torch.int32, device=inputs.device)
+    inputs, labels, positions = (
+        layout.take(rows, dim=1) for rows in (inputs, labels, positions.expand(inputs.shape))
+    )
+    return inputs, labels, positions
+
+
 def apply_context_parallel(
     attention_modules: list[nn.Module], mesh: DeviceMesh, config: Parallelism
 ) -> None:
@@ -19,12 +53,8 @@ def apply_context_parallel(
     install_ring_attention()
     # Upstream reads the key and leaves torch's default, an all-gather, in place.
     set_rotate_method(config.context_parallel_rotate_method)
-    layout = ContextParallel(
-        mesh.get_group(),
-        mesh.get_local_rank(),
-        mesh.size(),
-        balanced=config.context_parallel_load_balancer is not None,
-    )
+    layout = layout_of(mesh, config)
+    _cp_options.enable_load_balance = layout.balanced
     dense = []
     for module in attention_modules:
         if isinstance(module, LighthouseAttention):
@@ -39,9 +69,9 @@ def bytes_sent_per_layer(
 ) -> dict[str, int]:
     """Bytes that a rank sends in one Lighthouse layer for one sequence, by the ring ("alltoall").
 
-    Keys and values of S / W places go round forward and again backward, W - 1 hops each; their
-    gradients, in float32, go W hops. Of the seam, L - 1 rows of every query head follow each chunk,
-    forward and backward, even to a chunk on the same rank.
+    Keys and values of S / W places go round forward and again backward, W - 1 hops each, as do
+    their gradients, which more than two ranks add up in float32. Of the seam, L - 1 rows of every
+    query head follow each chunk, forward and backward, even to a chunk on the same rank.
 
     Args:
         element_size: bytes of an element of q, k and v.
@@ -55,7 +85,8 @@ def bytes_sent_per_layer(
     key_value *= args.gathered_length(seq_len) // ranks
     chunks = len(layout.held)
     seam = 2 * chunks * args.n_heads * (args.lighthouse.levels - 1) * head_dim * element_size
+    gradient_size = element_size if ranks == 2 else max(element_size, 4)
     return {
-        "ring": 2 * (ranks - 1) * key_value * element_size + ranks * key_value * 4,
+        "ring": (ranks - 1) * key_value * (2 * element_size + gradient_size),
         "seam": seam,
     }

@@ -1,21 +1,27 @@
-"""torch's ring attention as one operation, which a compiler takes as it is.
+"""Ring attention as one operation, forward and backward, which a compiler takes as it is.
 
-Compiled in pieces, it would give every rank another graph. Compilers drop what a rank does not use
-and share what it does twice, transfers included, so that from four ranks on some wait for what
+Compiled in pieces, a ring would give every rank another graph. Compilers drop what a rank does not
+use and share what it does twice, transfers included, so that from four ranks on some wait for what
 others never send; and they keep keys, values and everything received from forward to backward.
+
+torch's own ring is not used for what it costs: it copies outputs and gradients in float32 at every
+hop, and sends the gradients of a rank's own keys and values all the way round. Here they stay at
+home, and what two ranks add up is rounded once without ever being stored in float32.
+
+Shapes: B batch, H heads, W ranks, S places on a rank, D head dimension.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._ops.utils import (
     expand_to_full_mesh_op_strategy,
     register_op_strategy,
 )
-from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 
 SEQUENCE_DIM = 2
 NAMESPACE = "lighthouse_ring"
@@ -23,62 +29,126 @@ NAMESPACE = "lighthouse_ring"
 aten = torch.ops.aten
 CPU_FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
 CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-@dataclass(frozen=True)
-class _Mesh:
-    """What torch's functions ask of a mesh."""
-
-    group: ProcessGroup
-
-    def get_group(self) -> ProcessGroup:
-        return self.group
-
-
-def _cpu_forward(mesh, query, key, value, dropout_p=0.0, is_causal=False, **options):
-    return ring._templated_ring_attention(
-        mesh.get_group(), SEQUENCE_DIM, CPU_FORWARD, query, key, value,
-        is_causal=is_causal, dropout_p=dropout_p, **options,
-    )  # fmt: skip
-
-
-def _cpu_backward(
-    mesh, grad, query, key, value, out, logsumexp, dropout_p, is_causal, **options
-):  # fmt: skip
-    def backward(*, out, logsumexp, grad_out, query, key, value, is_causal, **options):
-        return CPU_BACKWARD(
-            grad_out, query, key, value, out, logsumexp, dropout_p, is_causal, **options
-        )
-
-    return ring._templated_ring_attention_backward(
-        mesh.get_group(), SEQUENCE_DIM, backward, grad, "grad_out", query, key, value,
-        out, logsumexp, is_causal, **options,
-    )  # fmt: skip
-
-
-# Attention on one device to the same around the ring.
-FORWARD = {
-    aten._scaled_dot_product_cudnn_attention.default: ring._scaled_dot_product_ring_cudnn_attention,
-    aten._scaled_dot_product_flash_attention.default: ring._scaled_dot_product_ring_flash_attention,
-    aten._scaled_dot_product_efficient_attention.default: (
-        ring._scaled_dot_product_ring_efficient_attention
-    ),
-    CPU_FORWARD: _cpu_forward,
-}
-BACKWARD = {
-    aten._scaled_dot_product_cudnn_attention_backward.default: (
-        ring._scaled_dot_product_ring_cudnn_attention_backward
-    ),
-    aten._scaled_dot_product_flash_attention_backward.default: (
-        ring._scaled_dot_product_ring_flash_attention_backward
-    ),
-    aten._scaled_dot_product_efficient_attention_backward.default: (
-        ring._scaled_dot_product_ring_efficient_attention_backward
-    ),
-    CPU_BACKWARD: _cpu_backward,
-}
+FORWARD = (
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    CPU_FORWARD,
+)
+BACKWARD = (
+    aten._scaled_dot_product_cudnn_attention_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+    CPU_BACKWARD,
+)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _ring_operations: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+
+
+class _Ring:
+    """Whose keys and values this rank attends to at which hop, and with which queries.
+
+    At hop h it holds those of the rank h places before it. Balanced, a rank holds an early and a
+    late chunk of the sequence. Of an earlier rank's, all queries see the early chunk alone; of a
+    later rank's, the late queries see both. In order, all queries see all or nothing.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.balanced = torch_ring._cp_options.enable_load_balance
+
+    def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which sums over hops are kept; two terms are added, and rounded, once."""
+        return dtype if self.size == 2 else torch.promote_types(dtype, torch.float32)
+
+    def parts(self, hop: int, length: int) -> tuple[slice, slice] | None:
+        """Of ``length`` places each, the queries that see something at ``hop``, and what."""
+        everything = slice(0, length)
+        if hop == 0:
+            return everything, everything
+        if hop <= self.rank:
+            return everything, slice(0, length // 2) if self.balanced else everything
+        return (slice(length // 2, length), everything) if self.balanced else None
+
+    def hops(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield every hop's number, keys and values, the next ones under way meanwhile."""
+        rotater = torch_ring._create_rotater(self.group, SEQUENCE_DIM)
+        keys, values = key, value
+        for hop in range(self.size):
+            if hop == 0:
+                held = torch.stack([key, value]).flatten()
+            else:
+                held = rotater.next_buffer()
+                keys, values = held.view(2, *key.shape)
+            if hop < self.size - 1:
+                rotater.exchange_buffers(held)
+            yield hop, keys, values
+
+
+def _places(rows: torch.Tensor, part: slice) -> torch.Tensor:
+    return rows[:, :, part]
+
+
+def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
+    """Causal attention over all ranks' keys and values: what ``attend`` returns for one rank's."""
+    for hop, keys, values in ring.hops(key, value):
+        parts = ring.parts(hop, query.shape[SEQUENCE_DIM])
+        if parts is None:
+            continue
+        queries, seen = parts
+        rows = [_places(query, queries), _places(keys, seen), _places(values, seen)]
+        found, logsumexp, *others = attend(*rows, is_causal=hop == 0)
+        if hop == 0:
+            out, total, first_others = found.to(ring.sum_dtype(found.dtype)), logsumexp, others
+            continue
+        out_here, total_here = _places(out, queries), _places(total, queries)
+        # cuDNN's has a last dimension already.
+        weight = torch.sigmoid(logsumexp - total_here).view(*found.shape[:3], 1)
+        out_here.copy_(torch.addcmul(out_here * (1 - weight), found, weight))
+        total_here.copy_(torch.logaddexp(total_here, logsumexp))
+    return out.to(query.dtype), total, *first_others
+
+
+def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, logsumexp) -> tuple:
+    """Gradients of ``_ring_forward``; ``attend`` is the backward of its ``attend``."""
+    # Gradients follow their keys and values round the ring, one hop behind.
+    rotater = torch_ring._create_rotater(
+        ring.group, SEQUENCE_DIM, method=torch_ring._RotateMethod.ALL_TO_ALL
+    )
+    for hop, keys, values in ring.hops(key, value):
+        parts = ring.parts(hop, query.shape[SEQUENCE_DIM])
+        if parts is not None:
+            queries, seen = parts
+            rows = [_places(query, queries), _places(keys, seen), _places(values, seen)]
+            grad_query, grad_keys, grad_values, *others = attend(
+                _places(grad, queries),
+                *rows,
+                _places(out, queries),
+                _places(logsumexp, queries).contiguous(),  # as kernels take it to be
+                is_causal=hop == 0,
+            )
+        if hop == 0:
+            total = grad_query.to(ring.sum_dtype(query.dtype))
+            own_grads, first_others = (grad_keys, grad_values), others
+            continue
+        if hop == 1:
+            dtype = ring.sum_dtype(key.dtype)
+            passing = torch.zeros(2, *key.shape, dtype=dtype, device=key.device)
+        else:
+            passing = rotater.next_buffer().view(2, *key.shape)
+        if parts is not None:
+            _places(total, queries).add_(grad_query)
+            _places(passing[0], seen).add_(grad_keys)
+            _places(passing[1], seen).add_(grad_values)
+        rotater.exchange_buffers(passing.flatten())
+    if ring.size > 1:
+        arrived = rotater.next_buffer().view(2, *key.shape)
+        for own, of_others in zip(own_grads, arrived, strict=True):
+            own.add_(of_others)
+    return total.to(query.dtype), *own_grads, *first_others
 
 
 def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -88,44 +158,54 @@ def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride() == strides else torch.empty_like(like).copy_(rows)
 
 
-def _define(operation: torch._ops.OpOverload, function: Callable, is_forward: bool) -> None:
+def _define(operation: torch._ops.OpOverload, is_forward: bool) -> None:
     """Define the ring's version of ``operation``: the same arguments after the group's name."""
     name, _, rest = str(operation._schema).removeprefix("aten::").partition("(")
     _library.define(f"{name}(str group_name, {rest}")
     names = [argument.name for argument in operation._schema.arguments]
-    places = [names.index(argument) for argument in ("query", "key", "value")]
+    rows = ["query", "key", "value"]
+    if not is_forward:
+        rows = [names[0], *rows, "out", "logsumexp"]
 
-    def with_layout(results: Sequence, arguments: tuple) -> tuple:
-        query, key, value = (arguments[place] for place in places)
+    def with_layout(results: Sequence, arguments: dict) -> tuple:
+        inputs = [arguments[name] for name in ("query", "key", "value")]
         if is_forward:
             out, logsumexp, *others = results
-            return _laid_out(out, query), logsumexp.contiguous(), *others
-        grads = zip(results[:3], (query, key, value), strict=True)
+            return _laid_out(out, inputs[0]), logsumexp.contiguous(), *others
+        grads = zip(results[:3], inputs, strict=True)
         return *(_laid_out(grad, rows) for grad, rows in grads), *results[3:]
 
-    def run(group_name: str, *arguments, **options) -> tuple:
-        mesh = _Mesh(_resolve_process_group(group_name))
-        results = with_layout(function(mesh, *arguments, **options), arguments)
-        if is_forward:
-            return results
-        grad_query, grad_key, grad_value, *others = results
-        if grad_value.untyped_storage().data_ptr() == grad_key.untyped_storage().data_ptr():
-            # The last hop brings both in one buffer, and outputs of an operation have to be apart.
-            grad_value = grad_value.clone()
-        return grad_query, grad_key, grad_value, *others
+    def run(group_name: str, *given, **options) -> tuple:
+        arguments = dict(zip(names, given, strict=False)) | options
+        if not arguments["is_causal"] or arguments.get("dropout_p"):
+            raise NotImplementedError("ring attention is causal and without dropout")
+        if "compute_log_sumexp" in names:
+            arguments["compute_log_sumexp"] = True
 
-    def fake(group_name: str, *arguments, **options) -> tuple:
-        return with_layout(operation(*arguments, **options), arguments)
+        def attend(*values, is_causal: bool) -> tuple:
+            changed = arguments | dict(zip(rows, values, strict=True)) | {"is_causal": is_causal}
+            for limit, of in (("max_q", "query"), ("max_k", "key")):
+                if limit in changed:
+                    changed[limit] = changed[of].shape[SEQUENCE_DIM]
+            return operation(**changed)
+
+        ring = _Ring(_resolve_process_group(group_name))
+        function = _ring_forward if is_forward else _ring_backward
+        return with_layout(function(attend, ring, *(arguments[name] for name in rows)), arguments)
+
+    def fake(group_name: str, *given, **options) -> tuple:
+        arguments = dict(zip(names, given, strict=False)) | options
+        return with_layout(operation(**arguments), arguments)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _ring_operations[operation] = getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-for _operation, _function in FORWARD.items():
-    _define(_operation, _function, is_forward=True)
-for _operation, _function in BACKWARD.items():
-    _define(_operation, _function, is_forward=False)
+for _operation in FORWARD:
+    _define(_operation, is_forward=True)
+for _operation in BACKWARD:
+    _define(_operation, is_forward=False)
 
 
 def _handler(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> object:
@@ -144,7 +224,7 @@ def install_ring_attention() -> None:
 
     Before torch enables its dispatcher.
     """
-    ring.custom_ops.update(dict.fromkeys(_ring_operations, _handler))
+    torch_ring.custom_ops.update(dict.fromkeys(_ring_operations, _handler))
     for operation, outputs, tensors in ((CPU_FORWARD, 2, 3), (CPU_BACKWARD, 3, 6)):
 
         def strategy(op_schema, count=outputs + tensors, outputs=outputs):
