@@ -58,6 +58,10 @@ class _Ring:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.balanced = torch_ring._cp_options.enable_load_balance
 
+    def rotaters(self, method: torch_ring._RotateMethod | None = None) -> list:
+        """Of keys and of values, each sent as it lies; by default as the user chose."""
+        return [torch_ring._create_rotater(self.group, SEQUENCE_DIM, method) for _ in range(2)]
+
     def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In which sums over hops are kept; two terms are added, and rounded, once."""
         return dtype if self.size == 2 else torch.promote_types(dtype, torch.float32)
@@ -75,17 +79,17 @@ class _Ring:
         self, key: torch.Tensor, value: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield every hop's number, keys and values, the next ones under way meanwhile."""
-        rotater = torch_ring._create_rotater(self.group, SEQUENCE_DIM)
-        keys, values = key, value
+        rotaters = self.rotaters()
         for hop in range(self.size):
             if hop == 0:
-                held = torch.stack([key, value]).flatten()
+                held = key, value
             else:
-                held = rotater.next_buffer()
-                keys, values = held.view(2, *key.shape)
+                held = [rotater.next_buffer().view(key.shape) for rotater in rotaters]
             if hop < self.size - 1:
-                rotater.exchange_buffers(held)
-            yield hop, keys, values
+                for rotater, rows in zip(rotaters, held, strict=True):
+                    # The all-gather joins what it gathers in the first dimension.
+                    rotater.exchange_buffers(rows.contiguous().flatten())
+            yield hop, *held
 
 
 def _places(rows: torch.Tensor, part: slice) -> torch.Tensor:
@@ -115,9 +119,7 @@ def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
 def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, logsumexp) -> tuple:
     """Gradients of ``_ring_forward``; ``attend`` is the backward of its ``attend``."""
     # Gradients follow their keys and values round the ring, one hop behind.
-    rotater = torch_ring._create_rotater(
-        ring.group, SEQUENCE_DIM, method=torch_ring._RotateMethod.ALL_TO_ALL
-    )
+    rotaters = ring.rotaters(torch_ring._RotateMethod.ALL_TO_ALL)
     for hop, keys, values in ring.hops(key, value):
         parts = ring.parts(hop, query.shape[SEQUENCE_DIM])
         if parts is not None:
@@ -134,20 +136,20 @@ def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, 
             total = grad_query.to(ring.sum_dtype(query.dtype))
             own_grads, first_others = (grad_keys, grad_values), others
             continue
-        if hop == 1:
-            dtype = ring.sum_dtype(key.dtype)
-            passing = torch.zeros(2, *key.shape, dtype=dtype, device=key.device)
-        else:
-            passing = rotater.next_buffer().view(2, *key.shape)
         if parts is not None:
             _places(total, queries).add_(grad_query)
-            _places(passing[0], seen).add_(grad_keys)
-            _places(passing[1], seen).add_(grad_values)
-        rotater.exchange_buffers(passing.flatten())
+        for rotater, rows in zip(rotaters, (grad_keys, grad_values), strict=True):
+            if hop == 1:
+                dtype = ring.sum_dtype(key.dtype)
+                passing = torch.zeros(key.shape, dtype=dtype, device=key.device)
+            else:
+                passing = rotater.next_buffer().view(key.shape)
+            if parts is not None:
+                _places(passing, seen).add_(rows)
+            rotater.exchange_buffers(passing.flatten())
     if ring.size > 1:
-        arrived = rotater.next_buffer().view(2, *key.shape)
-        for own, of_others in zip(own_grads, arrived, strict=True):
-            own.add_(of_others)
+        for rotater, own in zip(rotaters, own_grads, strict=True):
+            own.add_(rotater.next_buffer().view(key.shape))
     return total.to(query.dtype), *own_grads, *first_others
 
 
