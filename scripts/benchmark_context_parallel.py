@@ -12,7 +12,8 @@ Parts, each with W = all GPUs (or --gpus) against one of them:
                  against a run on one that never stops
     training     tokens/s and memory of 270M: the same context length on W GPUs and on each of
                  them alone, all at the same time, of which the slowest counts
-    longest      the Lighthouse stage at growing lengths (--lengths N,L,p,k) until memory runs out
+    longest      the Lighthouse stage at growing lengths (--lengths N,L,p,k) until memory runs out;
+                 with --steps 1 the memory alone, as the first step compiles
 
 Prints and writes, after each part, a JSON record and a Markdown table to the output folder; --plot
 adds tokens/s for each GPU over the length, which needs the extra "benchmark".
@@ -50,7 +51,7 @@ LINE = re.compile(
     r"step: *(?P<step>\d+) +loss: *(?P<loss>\S+) +grad_norm: *(?P<grad_norm>\S+) +"
     r"memory: *(?P<GiB>[\d.]+)GiB.*?tps: *(?P<tps>[\d,]+).*?mfu: *(?P<mfu>[\d.]+)%"
 )
-LENGTHS = ["524288,3,4,8192", "1048576,4,4,4096", "1572864,4,4,6144"]
+LENGTHS = ["524288,3,4,8192", "1048576,4,4,4096", "1572864,4,4,6144", "2097152,4,4,8192"]
 LARGE = {"training.dataset": "python_stdlib", "training.global_batch_size": 1,
          "checkpoint.enable": False}  # fmt: skip
 SMALL = {
@@ -328,27 +329,31 @@ def training(folder: Path, gpus: list[int], large: str) -> list[dict]:
     return rows
 
 
-def longest(folder: Path, gpus: list[int], large: str, lengths: list[str]) -> list[dict]:
-    """Two steps of the Lighthouse stage at each length, until one does not fit."""
+def longest(
+    folder: Path, gpus: list[int], large: str, lengths: list[str], steps: int
+) -> list[dict]:
+    """Some steps of the Lighthouse stage at each length, until one does not fit."""
     rows = []
     for case in lengths:
         n, levels, p, k = map(int, case.split(","))
         settings = {
             **LARGE, "lighthouse.stage": "lighthouse", "lighthouse.levels": levels,
             "lighthouse.pooling_factor": p, "lighthouse.top_k": k, "training.seq_len": n,
-            "training.steps": 2, "activation_checkpoint.mode": "lighthouse",
+            "training.steps": steps, "activation_checkpoint.mode": "lighthouse",
             "activation_checkpoint.keep_products": [],
             "activation_checkpoint.offload_inputs": True,
             "parallelism.context_parallel_degree": len(gpus),
         }  # fmt: skip
         job = Job(folder / f"{n}", gpus, settings, large)
-        failed, steps = job.process.wait(), job.logged()
+        failed, logged = job.process.wait(), job.logged()
         if failed and "out of memory" not in job.log_file.read_text():
             raise SystemExit(job.log_file.read_text()[-5000:])
-        fits = not failed and 2 in steps
+        fits = not failed and steps in logged
+        measured = logged[steps] if fits else {}
+        if steps == 1:
+            measured = {key: measured[key] for key in measured if key not in ("tps", "mfu")}
         rows.append({"case": case, "stage": "Lighthouse", "GPUs": len(gpus), "N": n, "fits": fits,
-                     "checkpointing": "lighthouse, inputs offloaded",
-                     **(steps[2] if fits else {})})  # fmt: skip
+                     "checkpointing": "lighthouse, inputs offloaded", **measured})  # fmt: skip
         print(rows[-1], flush=True)
         if not fits:
             break
@@ -356,8 +361,9 @@ def longest(folder: Path, gpus: list[int], large: str, lengths: list[str]) -> li
 
 
 def table(run: dict) -> str:
-    lines = [f"{run['GPUs']} x {run['GPU']}, torch {run['torch']}, NCCL {run['NCCL']}, revision "
-             f"{run['revision']}, {run['date']}. bf16.", ""]  # fmt: skip
+    lines = [f"{run['GPUs']} x {run['GPU']}, torch {run['torch']}, NCCL {run['NCCL']}. bf16.", ""]
+    parts = (f"{part}: {origin}" for part, origin in run["measured"].items())
+    lines += [f"Measured at revision ({'; '.join(parts)}).", ""]
     for part in ("layer", "equivalence", "resume"):
         if part in run:
             lines += [f"**{part}**", ""]
@@ -368,11 +374,8 @@ def table(run: dict) -> str:
         lines += ["| stage | GPUs | N | checkpointing | tokens/s and GPU | MFU | GiB a GPU |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
-        measured = (
-            f"{row['tps']:,.0f} | {row['mfu']:.1f}% | {row['GiB']:.1f}"
-            if "tps" in row
-            else " | | does not fit"
-        )
+        speed = f"{row['tps']:,.0f} | {row['mfu']:.1f}%" if "tps" in row else " | "
+        measured = f"{speed} | " + (f"{row['GiB']:.1f}" if "GiB" in row else "does not fit")
         lines.append(f"| {row['stage']} | {row['GPUs']} | {row['N']:,} | {row['checkpointing']} | "
                      f"{measured} |")  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -422,6 +425,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--gpus", type=int, help="default: all")
     parser.add_argument("--lengths", nargs="+", metavar="N,L,p,k", default=LENGTHS)
+    parser.add_argument("--steps", type=int, default=2, help="of the part longest")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--name", default="context_parallel", help="stem of the files written")
     parser.add_argument("--plot", action="store_true")
@@ -436,9 +440,12 @@ def main() -> None:
     gpus = list(range(count))
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{arguments.name}.json"
+    found = environment(arguments.revision)
+    origin = f"{found.pop('revision')}, {found.pop('date')}"
     run = {
+        "measured": {},
         **(json.loads(path.read_text()) if path.exists() else {}),
-        **environment(arguments.revision),
+        **found,
         "GPUs": count,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
     }
@@ -460,7 +467,8 @@ def main() -> None:
             elif part == "training":
                 run[part] = training(folder / part, gpus, large)
             else:
-                run[part] = longest(folder / part, gpus, large, arguments.lengths)
+                run[part] = longest(folder / part, gpus, large, arguments.lengths, arguments.steps)
+            run["measured"][part] = origin
             shutil.rmtree(folder / part, ignore_errors=True)
             path.write_text(json.dumps(run, indent=1) + "\n")
             print(table(run), flush=True)
