@@ -2,7 +2,7 @@
 
 Strata are contiguous and equal, so that a chunk with its share of them selects by itself what the
 whole would select there. Its gathered sequence is dense, and the gathered sequences of all chunks,
-in order, are that of one device: any causal attention over sharded sequences, such as torch's ring
+in order, are that of one device: any causal attention over sharded sequences, such as ring
 attention, runs on them. One thing crosses from chunk to chunk: entries that end with a chunk reach
 up to p^l - 1 positions of the next one when outputs are scattered back. These are the seam rows.
 

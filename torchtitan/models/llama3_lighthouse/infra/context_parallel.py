@@ -1,4 +1,4 @@
-"""Context parallelism: torch's ring attention inside Lighthouse attention, on GPUs and on CPUs."""
+"""Context parallelism: ring attention inside Lighthouse attention, on GPUs and on CPUs."""
 
 import torch
 from torch import nn
