@@ -81,7 +81,16 @@ class ContextParallel:
         return self.held_by(self.rank)
 
     def take(self, rows: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's chunks, joined, of ``rows`` that hold the whole sequence in ``dim``."""
+        """This rank's chunks, joined, of ``rows`` that hold the whole sequence in ``dim``.
+
+        Raises:
+            ValueError: the sequence does not fall into equal chunks.
+        """
+        if rows.shape[dim] % self.chunks:
+            raise ValueError(
+                f"the sequence length must be a multiple of the {self.chunks} chunks of context "
+                f"parallelism, got {rows.shape[dim]}"
+            )
         chunks = rows.chunk(self.chunks, dim)
         return torch.cat([chunks[number] for number in self.held], dim)
 

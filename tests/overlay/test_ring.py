@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental._context_parallel import _attention as ring_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig
@@ -19,15 +20,20 @@ from torchtitan.models.llama3_lighthouse import flavors
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
     bytes_sent_per_layer,
+    held_batch,
 )
 from torchtitan.models.llama3_lighthouse.infra.ring_attention import CPU_BACKWARD, CPU_FORWARD
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
 from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
 
-ARGS = LighthouseModelArgs(
-    dim=128, n_heads=4, n_kv_heads=4, lighthouse=LighthouseConfig(3, 2, 64, picks_per_stratum=8)
-)
-N = 512
+LIGHTHOUSE = LighthouseConfig(3, 2, 96, picks_per_stratum=4)
+BATCH, N, HEADS, HEAD_DIM = 2, 768, 4, 32
+# Heads of keys and values, and how they go round.
+VARIANTS = [
+    (4, Parallelism()),
+    (2, Parallelism(context_parallel_load_balancer=None)),
+    (1, Parallelism(context_parallel_rotate_method="allgather")),
+]
 
 
 class SentBytes(TorchDispatchMode):
@@ -68,32 +74,60 @@ def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> De
 
 def worker(rank: int, world_size: int, port: int) -> None:
     mesh = join_ranks(rank, world_size, port)
-    plain = LighthouseAttention(ARGS.lighthouse, ScaledDotProductAttentionWrapper())
-    ring = LighthouseAttention(ARGS.lighthouse, ScaledDotProductAttentionWrapper())
-    apply_context_parallel([ring], mesh, Parallelism())
+    for key_heads, config in VARIANTS:
+        check_layer(mesh, key_heads, config)
+        check_held_batch(mesh, config)
+    dist.destroy_process_group()
+
+
+def check_layer(mesh: DeviceMesh, key_heads: int, config: Parallelism) -> None:
+    plain = LighthouseAttention(LIGHTHOUSE, ScaledDotProductAttentionWrapper())
+    ring = LighthouseAttention(LIGHTHOUSE, ScaledDotProductAttentionWrapper())
+    apply_context_parallel([ring], mesh, config)
+    layout = ring.context_parallel
 
     torch.manual_seed(0)
-    leaves = [torch.randn(1, N, 4, 32).transpose(1, 2) for _ in range(3)]
-    here = ring.context_parallel.take(torch.arange(N), dim=0)
+    heads = (HEADS, key_heads, key_heads)
+    leaves = [torch.randn(BATCH, N, count, HEAD_DIM).transpose(1, 2) for count in heads]
+    here = layout.take(torch.arange(N), dim=0)
     results = []
     for module, part in ((plain, torch.arange(N)), (ring, here)):
         inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
         with pytest.MonkeyPatch.context() as monkeypatch, SentBytes(monkeypatch) as counter:
-            out = module(*inputs)
+            out = module(*inputs, enable_gqa=key_heads < HEADS)
             out.square().sum().backward()
         results.append([out.detach(), *(x.grad for x in inputs)])
     for value, want in zip(*reversed(results), strict=True):
         torch.testing.assert_close(value, want[:, :, here], rtol=1e-5, atol=1e-6)
 
-    expected = bytes_sent_per_layer(ARGS, N, ring.context_parallel, 4)
-    rows = ARGS.n_heads * (ARGS.lighthouse.levels - 1) * 32 * 4
-    # The last chunk of all has no next one.
-    last = rows * 2 if N - 1 in here else 0
-    assert sum(counter.sent) == expected["ring"] + expected["seam"] - last
-    dist.destroy_process_group()
+    if config.context_parallel_rotate_method == "allgather":
+        return
+    args = LighthouseModelArgs(
+        dim=HEADS * HEAD_DIM, n_heads=HEADS, n_kv_heads=key_heads, lighthouse=LIGHTHOUSE
+    )
+    expected = bytes_sent_per_layer(args, N, layout, torch.float32)
+    # The last chunk of all has no next one to send to, nor the first one before it to answer.
+    ends = (0 in here) + (N - 1 in here)
+    seams = expected["seam"] * (2 * len(layout.held) - ends) // (2 * len(layout.held))
+    assert sum(counter.sent) == BATCH * (expected["ring"] + seams)
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:
+    """As torchtitan cuts it."""
+    torch.manual_seed(0)
+    inputs, labels = torch.randint(1000, (2, BATCH, N))
+    *want, options = prepare_context_parallel_input(
+        inputs, labels, {}, mesh, torch.device("cpu"), config.context_parallel_load_balancer
+    )
+    for found, rows in zip(
+        held_batch(inputs, labels, mesh, config), (*want, options["positions"]), strict=True
+    ):
+        assert torch.equal(found, rows)
+
+
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))]
+)
 def test_ring_equals_one_device_and_sends_what_is_said(world_size: int, free_port: int) -> None:
     torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
 
@@ -159,8 +193,6 @@ class Attention(torch.nn.Module):
             return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
         if self.kind == "flash":
             return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-        if self.kind == "efficient":
-            return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -226,7 +258,7 @@ def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
     world_size = torch.cuda.device_count()
     if world_size < 2:
         pytest.skip("needs two or more GPUs, found one")
-    arguments = (world_size, free_port, ["cudnn", "flash", "efficient"], "cuda")
+    arguments = (world_size, free_port, ["cudnn", "flash"], "cuda")
     torch.multiprocessing.spawn(compiled_worker, arguments, nprocs=world_size)
 
 
@@ -236,7 +268,7 @@ def test_bytes_at_a_million_tokens(config_file="train_configs/paper_530m_1m_cp8.
     args.update_from_config(
         LighthouseConfigManager().parse_args(["--job.config_file", config_file])
     )
-    sent = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), element_size=2)
+    sent = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
     # 8,192 places a rank, keys and values of 1,024 numbers each: 7 hops of bfloat16 forward and
     # backward and of float32 gradients.
     assert sent["ring"] == 8192 * 2048 * 7 * (2 + 2 + 4)

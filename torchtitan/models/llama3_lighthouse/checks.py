@@ -138,8 +138,7 @@ def _check_lengths(config: JobConfig) -> None:
 def chunks_of_a_sequence(config: JobConfig) -> int:
     """Chunks that context parallelism cuts a sequence into."""
     section = config.parallelism
-    balanced = section.context_parallel_load_balancer is not None
-    return ContextParallel(None, 0, section.context_parallel_degree, balanced).chunks
+    return ContextParallel(None, 0, section.context_parallel_degree, section.balanced).chunks
 
 
 def _check_tokenizer(config: JobConfig) -> None:

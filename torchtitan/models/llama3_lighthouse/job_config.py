@@ -117,6 +117,11 @@ class Parallelism(upstream.Parallelism):
     """"alltoall" passes keys and values round the ring, one shard at a time; upstream's default,
     "allgather", holds all of them."""
 
+    @property
+    def balanced(self) -> bool:
+        """Whether each rank holds an early and a late chunk of the sequence."""
+        return self.context_parallel_load_balancer is not None
+
 
 @dataclass
 class ActivationCheckpoint(upstream.ActivationCheckpoint):

@@ -202,13 +202,14 @@ class LighthouseTrainer(upstream.Trainer):
         """As upstream, with this rank's part of the sequence cut by ``held_batch``."""
         if not self.parallel_dims.cp_enabled:
             return super().post_dataloading_process(input_dict, labels)
+        extra_inputs = dict(input_dict)
         inputs, labels, positions = held_batch(
-            input_dict["input"],
+            extra_inputs.pop("input"),
             labels,
             self.parallel_dims.get_mesh("cp"),
             self.job_config.parallelism,
         )
-        return inputs, labels, {}, {"positions": positions}
+        return inputs, labels, extra_inputs, {"positions": positions}
 
     def _on_device(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Batch:
         # Batches that training.dataloader.pin_memory pinned do not hold up the host.

@@ -11,7 +11,7 @@ from lighthouse import ContextParallel, LighthouseAttention
 
 from ..job_config import Parallelism
 from ..model import LighthouseModelArgs
-from .ring_attention import install_ring_attention
+from .ring_attention import install_ring_attention, sum_dtype
 
 
 def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
@@ -20,7 +20,7 @@ def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
         mesh.get_group(),
         mesh.get_local_rank(),
         mesh.size(),
-        balanced=config.context_parallel_load_balancer is not None,
+        balanced=config.balanced,
     )
 
 
@@ -65,28 +65,28 @@ def apply_context_parallel(
 
 
 def bytes_sent_per_layer(
-    args: LighthouseModelArgs, seq_len: int, layout: ContextParallel, element_size: int
+    args: LighthouseModelArgs, seq_len: int, layout: ContextParallel, dtype: torch.dtype
 ) -> dict[str, int]:
     """Bytes that a rank sends in one Lighthouse layer for one sequence, by the ring ("alltoall").
 
     Keys and values of S / W places go round forward and again backward, W - 1 hops each, as do
-    their gradients, which more than two ranks add up in float32. Of the seam, L - 1 rows of every
+    their gradients. Of the seam, L - 1 rows of every
     query head follow each chunk, forward and backward, even to a chunk on the same rank.
 
     Args:
-        element_size: bytes of an element of q, k and v.
+        dtype: of q, k and v.
 
     Returns:
-        "ring" and "seam"; the seam of a rank whose every chunk has a next one.
+        "ring" and "seam"; the seam of a rank with neither the first nor the last chunk of all.
     """
     ranks = layout.world_size
     head_dim = args.dim // args.n_heads
     key_value = 2 * (args.n_kv_heads or args.n_heads) * head_dim
     key_value *= args.gathered_length(seq_len) // ranks
     chunks = len(layout.held)
-    seam = 2 * chunks * args.n_heads * (args.lighthouse.levels - 1) * head_dim * element_size
-    gradient_size = element_size if ranks == 2 else max(element_size, 4)
+    seam = 2 * chunks * args.n_heads * (args.lighthouse.levels - 1) * head_dim * dtype.itemsize
+    hop = key_value * (2 * dtype.itemsize + sum_dtype(dtype, ranks).itemsize)
     return {
-        "ring": (ranks - 1) * key_value * (2 * element_size + gradient_size),
+        "ring": (ranks - 1) * hop,
         "seam": seam,
     }

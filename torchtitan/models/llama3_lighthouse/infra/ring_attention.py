@@ -5,8 +5,9 @@ use and share what it does twice, transfers included, so that from four ranks on
 others never send; and they keep keys, values and everything received from forward to backward.
 
 torch's own ring is not used for what it costs: it copies outputs and gradients in float32 at every
-hop, and sends the gradients of a rank's own keys and values all the way round. Here they stay at
-home, and what two ranks add up is rounded once without ever being stored in float32.
+hop, and sends the gradients of a rank's own keys and values all the way round, the last of them
+while nothing is computed. Here they stay at home, and half of the work there is left for the time
+in which the others' gradients come home.
 
 Shapes: B batch, H heads, W ranks, S places on a rank, D head dimension.
 """
@@ -32,17 +33,20 @@ CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 FORWARD = (
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
     CPU_FORWARD,
 )
 BACKWARD = (
     aten._scaled_dot_product_cudnn_attention_backward.default,
     aten._scaled_dot_product_flash_attention_backward.default,
-    aten._scaled_dot_product_efficient_attention_backward.default,
     CPU_BACKWARD,
 )
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _ring_operations: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
+
+
+def sum_dtype(dtype: torch.dtype, world_size: int) -> torch.dtype:
+    """In which gradients are summed over ranks; two terms are added, and rounded, once."""
+    return dtype if world_size <= 2 else torch.promote_types(dtype, torch.float32)
 
 
 class _Ring:
@@ -53,20 +57,16 @@ class _Ring:
     later rank's, the late queries see both. In order, all queries see all or nothing.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: ProcessGroup, balanced: bool, rotate_method: str) -> None:
+        self.group, self.balanced = group, balanced
+        self.rotate_method = torch_ring._RotateMethod[rotate_method]
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.balanced = torch_ring._cp_options.enable_load_balance
 
-    def rotaters(self, method: torch_ring._RotateMethod | None = None) -> list:
-        """Of keys and of values, each sent as it lies; by default as the user chose."""
+    def rotaters(self, method: torch_ring._RotateMethod) -> list:
+        """Of keys and of values, each sent as it lies."""
         return [torch_ring._create_rotater(self.group, SEQUENCE_DIM, method) for _ in range(2)]
 
-    def sum_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which sums over hops are kept; two terms are added, and rounded, once."""
-        return dtype if self.size == 2 else torch.promote_types(dtype, torch.float32)
-
-    def parts(self, hop: int, length: int) -> tuple[slice, slice] | None:
+    def seen(self, hop: int, length: int) -> tuple[slice, slice] | None:
         """Of ``length`` places each, the queries that see something at ``hop``, and what."""
         everything = slice(0, length)
         if hop == 0:
@@ -79,7 +79,7 @@ class _Ring:
         self, key: torch.Tensor, value: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield every hop's number, keys and values, the next ones under way meanwhile."""
-        rotaters = self.rotaters()
+        rotaters = self.rotaters(self.rotate_method)
         for hop in range(self.size):
             if hop == 0:
                 held = key, value
@@ -92,23 +92,20 @@ class _Ring:
             yield hop, *held
 
 
-def _places(rows: torch.Tensor, part: slice) -> torch.Tensor:
-    return rows[:, :, part]
-
-
 def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
     """Causal attention over all ranks' keys and values: what ``attend`` returns for one rank's."""
     for hop, keys, values in ring.hops(key, value):
-        parts = ring.parts(hop, query.shape[SEQUENCE_DIM])
-        if parts is None:
+        if (seen := ring.seen(hop, query.shape[SEQUENCE_DIM])) is None:
             continue
-        queries, seen = parts
-        rows = [_places(query, queries), _places(keys, seen), _places(values, seen)]
-        found, logsumexp, *others = attend(*rows, is_causal=hop == 0)
+        queries, places = seen
+        found, logsumexp, *others = attend(
+            query[:, :, queries], keys[:, :, places], values[:, :, places], is_causal=hop == 0
+        )
         if hop == 0:
-            out, total, first_others = found.to(ring.sum_dtype(found.dtype)), logsumexp, others
+            out = found.to(sum_dtype(found.dtype, ring.size))
+            total, first_others = logsumexp, others
             continue
-        out_here, total_here = _places(out, queries), _places(total, queries)
+        out_here, total_here = out[:, :, queries], total[:, :, queries]
         # cuDNN's has a last dimension already.
         weight = torch.sigmoid(logsumexp - total_here).view(*found.shape[:3], 1)
         out_here.copy_(torch.addcmul(out_here * (1 - weight), found, weight))
@@ -118,39 +115,57 @@ def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
 
 def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, logsumexp) -> tuple:
     """Gradients of ``_ring_forward``; ``attend`` is the backward of its ``attend``."""
+    if ring.size == 1:
+        return attend(grad, query, key, value, out, logsumexp, is_causal=True)
+    length, key_heads = key.shape[SEQUENCE_DIM], key.shape[1]
+    grad_query = torch.zeros_like(query, dtype=sum_dtype(query.dtype, ring.size))
+
+    def gradients(hop: int, keys, values, heads: slice, queries: slice, places: slice) -> list:
+        """Of ``places`` of the keys and values of ``heads``; that of queries is added up."""
+        group = query.shape[1] // key_heads
+        of_queries = slice(None), slice(heads.start * group, heads.stop * group), queries
+        of_keys = slice(None), heads, places
+        grad_queries, *of_pairs = attend(
+            grad[of_queries],
+            query[of_queries],
+            keys[of_keys],
+            values[of_keys],
+            out[of_queries],
+            logsumexp[of_queries].contiguous(),  # as kernels take it to be
+            is_causal=hop == 0,
+        )
+        grad_query[of_queries].add_(grad_queries)
+        return of_pairs
+
+    # The second half of the heads waits until the last gradients are on their way home.
+    everywhere, all_heads = slice(0, length), slice(0, key_heads)
+    halves = [slice(0, (key_heads + 1) // 2), slice((key_heads + 1) // 2, key_heads)]
     # Gradients follow their keys and values round the ring, one hop behind.
     rotaters = ring.rotaters(torch_ring._RotateMethod.ALL_TO_ALL)
     for hop, keys, values in ring.hops(key, value):
-        parts = ring.parts(hop, query.shape[SEQUENCE_DIM])
-        if parts is not None:
-            queries, seen = parts
-            rows = [_places(query, queries), _places(keys, seen), _places(values, seen)]
-            grad_query, grad_keys, grad_values, *others = attend(
-                _places(grad, queries),
-                *rows,
-                _places(out, queries),
-                _places(logsumexp, queries).contiguous(),  # as kernels take it to be
-                is_causal=hop == 0,
-            )
         if hop == 0:
-            total = grad_query.to(ring.sum_dtype(query.dtype))
-            own_grads, first_others = (grad_keys, grad_values), others
+            at_home = [gradients(hop, keys, values, halves[0], everywhere, everywhere)]
             continue
-        if parts is not None:
-            _places(total, queries).add_(grad_query)
-        for rotater, rows in zip(rotaters, (grad_keys, grad_values), strict=True):
+        seen = ring.seen(hop, length)
+        if seen is not None:
+            found = gradients(hop, keys, values, all_heads, *seen)
+        for index, rotater in enumerate(rotaters):
             if hop == 1:
-                dtype = ring.sum_dtype(key.dtype)
+                dtype = sum_dtype(key.dtype, ring.size)
                 passing = torch.zeros(key.shape, dtype=dtype, device=key.device)
             else:
                 passing = rotater.next_buffer().view(key.shape)
-            if parts is not None:
-                _places(passing, seen).add_(rows)
+            if seen is not None:
+                passing[:, :, seen[1]].add_(found[index])
             rotater.exchange_buffers(passing.flatten())
-    if ring.size > 1:
-        for rotater, own in zip(rotaters, own_grads, strict=True):
-            own.add_(rotater.next_buffer().view(key.shape))
-    return total.to(query.dtype), *own_grads, *first_others
+    if key_heads > 1:
+        at_home.append(gradients(0, key, value, halves[1], everywhere, everywhere))
+    totals = [torch.empty_like(key), torch.empty_like(value)]
+    for index, (rotater, total) in enumerate(zip(rotaters, totals, strict=True)):
+        from_others = rotater.next_buffer().view(key.shape)
+        for heads, found in zip(halves, at_home, strict=False):
+            torch.add(found[index], from_others[:, heads], out=total[:, heads])
+    return grad_query.to(query.dtype), *totals
 
 
 def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -161,28 +176,31 @@ def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _define(operation: torch._ops.OpOverload, is_forward: bool) -> None:
-    """Define the ring's version of ``operation``: the same arguments after the group's name."""
+    """Define the ring's version of ``operation``: the same arguments after those of the ring."""
     name, _, rest = str(operation._schema).removeprefix("aten::").partition("(")
-    _library.define(f"{name}(str group_name, {rest}")
+    _library.define(f"{name}(str group_name, bool balanced, str rotate_method, {rest}")
     names = [argument.name for argument in operation._schema.arguments]
     rows = ["query", "key", "value"]
     if not is_forward:
         rows = [names[0], *rows, "out", "logsumexp"]
+
+    def bound(given: tuple, options: dict) -> dict:
+        arguments = dict(zip(names, given, strict=False)) | options
+        if not arguments["is_causal"] or arguments.get("dropout_p"):
+            raise NotImplementedError("ring attention is causal and without dropout")
+        if "compute_log_sumexp" in names:
+            arguments["compute_log_sumexp"] = True
+        return arguments
 
     def with_layout(results: Sequence, arguments: dict) -> tuple:
         inputs = [arguments[name] for name in ("query", "key", "value")]
         if is_forward:
             out, logsumexp, *others = results
             return _laid_out(out, inputs[0]), logsumexp.contiguous(), *others
-        grads = zip(results[:3], inputs, strict=True)
-        return *(_laid_out(grad, rows) for grad, rows in grads), *results[3:]
+        return tuple(_laid_out(*pair) for pair in zip(results, inputs, strict=True))
 
-    def run(group_name: str, *given, **options) -> tuple:
-        arguments = dict(zip(names, given, strict=False)) | options
-        if not arguments["is_causal"] or arguments.get("dropout_p"):
-            raise NotImplementedError("ring attention is causal and without dropout")
-        if "compute_log_sumexp" in names:
-            arguments["compute_log_sumexp"] = True
+    def run(group_name: str, balanced: bool, rotate_method: str, *given, **options) -> tuple:
+        arguments = bound(given, options)
 
         def attend(*values, is_causal: bool) -> tuple:
             changed = arguments | dict(zip(rows, values, strict=True)) | {"is_causal": is_causal}
@@ -191,12 +209,12 @@ def _define(operation: torch._ops.OpOverload, is_forward: bool) -> None:
                     changed[limit] = changed[of].shape[SEQUENCE_DIM]
             return operation(**changed)
 
-        ring = _Ring(_resolve_process_group(group_name))
+        ring = _Ring(_resolve_process_group(group_name), balanced, rotate_method)
         function = _ring_forward if is_forward else _ring_backward
         return with_layout(function(attend, ring, *(arguments[name] for name in rows)), arguments)
 
-    def fake(group_name: str, *given, **options) -> tuple:
-        arguments = dict(zip(names, given, strict=False)) | options
+    def fake(group_name: str, balanced: bool, rotate_method: str, *given, **options) -> tuple:
+        arguments = bound(given, options)
         return with_layout(operation(**arguments), arguments)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -216,8 +234,14 @@ def _handler(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> obj
     info = dispatcher.unwrap_to_op_info(operation, args, kwargs)
     dispatcher.sharding_propagator.propagate(info)
     assert not info.output_sharding.needs_redistribute, "attention's inputs are sharded unlike"
-    group_name = info.compute_mesh.get_group().group_name
-    results = _ring_operations[operation](group_name, *info.local_args, **info.local_kwargs)
+    options = torch_ring._cp_options
+    results = _ring_operations[operation](
+        info.compute_mesh.get_group().group_name,
+        options.enable_load_balance,
+        options.rotate_method.name,
+        *info.local_args,
+        **info.local_kwargs,
+    )
     return dispatcher.wrap(results, info.output_sharding.output_spec)
 
 
