@@ -12,6 +12,7 @@ Parts, each with W = all GPUs (or --gpus) against one of them:
                  against a run on one that never stops
     training     tokens/s and memory of 270M: the same context length on W GPUs and on each of
                  them alone, all at the same time, of which the slowest counts
+    short        the same at the length that each of W GPUs has, alone
     longest      the Lighthouse stage at growing lengths (--lengths N,L,p,k) until memory runs out;
                  with --steps 1 the memory alone, as the first step compiles
 
@@ -116,10 +117,10 @@ def random_rows(n: int, seed: int) -> list[torch.Tensor]:
 
 def layer(output: Path) -> None:
     """The part "layer", on one of the ranks that torchrun started."""
-    from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
     from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
     from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
+    from torchtitan.models.llama3_lighthouse.infra.ring_attention import _Ring
     from torchtitan.models.llama3_lighthouse.job_config import Parallelism
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -182,13 +183,10 @@ def layer(output: Path) -> None:
     *rows, grad = (layout.take(x, 2).clone() for x in random_rows(PER_GPU * world, 3))
     attention = spread(config)
 
-    def keep(rotater, buffer):
-        rotater._buffer = buffer.contiguous()
-
     def silent(function: Callable) -> Callable:
         def run():
             with (
-                patch.object(torch_ring._AllToAllRotater, "exchange_buffers", keep),
+                patch.object(_Ring, "pass_on", lambda self, tensors: lambda: tensors),
                 patch.object(ContextParallel, "exchange", lambda self, rows: rows),
             ):
                 return function()
@@ -259,13 +257,14 @@ def seed_checkpoint(folder: Path, gpus: list[int], settings: dict, small: str) -
 def equivalence(folder: Path, gpus: list[int], small: str) -> dict:
     settings = {**SMALL, "training.steps": 10, "training.global_batch_size": 1}
     settings["checkpoint.initial_load_path"] = seed_checkpoint(folder, gpus, settings, small)
-    one = Job(folder / "one", gpus[:1], settings, small)
-    # Meanwhile another GPU repeats it, for what rounding alone does where order may change.
-    again = Job(folder / "again", gpus[1:2], settings, small)
-    expected, repeated = one.steps(), again.steps()
-    # And for what rounding does elsewhere: not compiled, the same products are rounded more often.
-    eager = {**settings, "compile.enable": False}
-    otherwise = Job(folder / "otherwise", gpus[:1], eager, small).steps()
+    # Beside one GPU's losses, those of another, for what rounding does where order may change; and
+    # those of the model not compiled, which rounds the same sums elsewhere.
+    variants = {"one": gpus[:1], "again": gpus[1:2], "eager": gpus[:1]}
+    jobs = {
+        name: Job(folder / name, used, settings | {"compile.enable": name != "eager"}, small)
+        for name, used in variants.items()
+    }
+    expected, repeated, otherwise = (job.steps() for job in jobs.values())
     spread = {"parallelism.context_parallel_degree": len(gpus)}
     steps = Job(folder / "all", gpus, {**settings, **spread}, small).steps()
     return {
@@ -283,13 +282,15 @@ def equivalence(folder: Path, gpus: list[int], small: str) -> dict:
 
 
 def resume(folder: Path, gpus: list[int], small: str) -> dict:
-    settings = {**SMALL, "training.global_batch_size": len(gpus), "lr_scheduler.total_steps": 9}
+    settings = {**SMALL, "training.global_batch_size": len(gpus), "lr_scheduler.total_steps": 9,
+                "compile.enable": False}  # fmt: skip
     settings["checkpoint.initial_load_path"] = seed_checkpoint(folder, gpus, settings, small)
-    one = Job(folder / "one", gpus[:1], {**settings, "training.steps": 9}, small).steps()
+    one = Job(folder / "one", gpus[:1], {**settings, "training.steps": 9}, small)
     changing = folder / "changing"
     for last, used, degree in ((3, gpus, 1), (6, gpus, len(gpus)), (9, gpus[:1], 1)):
         spread = {"training.steps": last, "parallelism.context_parallel_degree": degree}
         steps = Job(changing, used, {**settings, **spread}, small).steps()
+    one = one.steps()
     return {
         "meshes": f"steps 1-3: FSDP {len(gpus)}; 4-6: context {len(gpus)}; 7-9: one GPU",
         "losses, one GPU throughout": [one[s]["loss"] for s in sorted(one)],
@@ -303,8 +304,8 @@ def medians(steps: dict, first: int, last: int) -> dict[str, float]:
     return {key: statistics.median(v[key] for v in chosen) for key in ("tps", "mfu", "GiB")}
 
 
-def training(folder: Path, gpus: list[int], large: str) -> list[dict]:
-    """270M at 98,304 tokens a GPU: one length on W GPUs and on one; and one GPU's own length."""
+def training(folder: Path, gpus: list[int], large: str, short: bool = False) -> list[dict]:
+    """270M at 98,304 tokens a GPU: one length on W GPUs and on each; ``short``: on each its own."""
     w = len(gpus)
     long = {"training.seq_len": PER_GPU * w, "lighthouse.top_k": 1536 * w}
     spread = {**long, "parallelism.context_parallel_degree": w}
@@ -314,10 +315,9 @@ def training(folder: Path, gpus: list[int], large: str) -> list[dict]:
     rows = []
     # Alone, every GPU takes the work at the same time: they differ, and together they wait for the
     # slowest.
-    for name, sets, changed in (
-        ("together", [gpus], spread), ("alone", [[gpu] for gpu in gpus], long),
-        ("short", [[gpu] for gpu in gpus], {}),
-    ):  # fmt: skip
+    alone = [[gpu] for gpu in gpus]
+    cases = [("together", [gpus], spread), ("alone", alone, long)]
+    for name, sets, changed in [("short", alone, {})] if short else cases:
         jobs = [
             Job(folder / f"{name}{number}", used, {**shared, **changed}, large)
             for number, used in enumerate(sets)
@@ -373,7 +373,7 @@ def table(run: dict) -> str:
             lines += [f"**{part}**", ""]
             lines += [f"- {key}: {json.dumps(value)}" for key, value in run[part].items()]
             lines.append("")
-    rows = run.get("training", []) + run.get("longest", [])
+    rows = [row for part in ("training", "short", "longest") for row in run.get(part, [])]
     if rows:
         lines += ["| stage | GPUs | N | checkpointing | tokens/s and GPU | MFU | GiB a GPU |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -394,7 +394,7 @@ def plot(run: dict, path: Path) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     figure, axis = plt.subplots(figsize=(8, 5))
-    rows = [row for row in run.get("training", []) if "tps" in row]
+    rows = run.get("training", []) + run.get("short", [])
     longest = [row for row in run.get("longest", []) if "tps" in row]
     for stage, colour in (("Lighthouse", "tab:blue"), ("dense", "tab:orange")):
         for gpus in sorted({row["GPUs"] for row in rows}):
@@ -425,7 +425,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    names = ("layer", "equivalence", "resume", "training", "longest")
+    names = ("layer", "equivalence", "resume", "training", "short", "longest")
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
     parser.add_argument("--gpus", type=int, help="default: all")
     parser.add_argument("--lengths", nargs="+", metavar="N,L,p,k", default=LENGTHS)
@@ -468,8 +468,8 @@ def main() -> None:
                 run[part] = equivalence(folder / part, gpus, small)
             elif part == "resume":
                 run[part] = resume(folder / part, gpus, small)
-            elif part == "training":
-                run[part] = training(folder / part, gpus, large)
+            elif part in ("training", "short"):
+                run[part] = training(folder / part, gpus, large, short=part == "short")
             else:
                 run[part] = longest(folder / part, gpus, large, arguments.lengths, arguments.steps)
             run["measured"][part] = origin

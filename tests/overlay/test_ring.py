@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.experimental._context_parallel import _attention as ring_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -42,21 +41,21 @@ class SentBytes(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.sent: list[int] = []
-        exchange = ring_of_torch._AllToAllRotater.exchange_buffers
+        send = dist.batch_isend_irecv
 
-        def counting(rotater, buffer: torch.Tensor) -> None:
-            self.sent.append(buffer.numel() * buffer.element_size())
-            exchange(rotater, buffer)
+        def counting(operations: list[dist.P2POp]) -> list[dist.Work]:
+            self.sent += [x.tensor.nbytes for x in operations if x.op is dist.isend]
+            return send(operations)
 
         # Out of the mode's sight, inside an operation.
-        monkeypatch.setattr(ring_of_torch._AllToAllRotater, "exchange_buffers", counting)
+        monkeypatch.setattr(dist, "batch_isend_irecv", counting)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
             # Look inside: at the collectives that it runs on local tensors.
             return NotImplemented
         if "all_to_all_single" in str(function):
-            self.sent.append(args[0].numel() * args[0].element_size())
+            self.sent.append(args[0].nbytes)
         return function(*args, **(kwargs or {}))
 
 

@@ -57,14 +57,50 @@ class _Ring:
     later rank's, the late queries see both. In order, all queries see all or nothing.
     """
 
-    def __init__(self, group: ProcessGroup, balanced: bool, rotate_method: str) -> None:
-        self.group, self.balanced = group, balanced
-        self.rotate_method = torch_ring._RotateMethod[rotate_method]
+    def __init__(self, group: ProcessGroup, balanced: bool, gathers: bool) -> None:
+        self.group, self.balanced, self.gathers = group, balanced, gathers
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def rotaters(self, method: torch_ring._RotateMethod) -> list:
-        """Of keys and of values, each sent as it lies."""
-        return [torch_ring._create_rotater(self.group, SEQUENCE_DIM, method) for _ in range(2)]
+    def pass_on(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Start to send contiguous tensors to the next rank; the result waits for the last one's.
+
+        All in one transfer: attention kernels that stay on every multiprocessor keep out what has
+        not started before them.
+        """
+        sent, received = list(tensors), [torch.empty_like(rows) for rows in tensors]
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(transfer, rows, group=self.group, group_peer=peer % self.size)
+                for transfer, peer, several in (
+                    (dist.isend, self.rank + 1, sent),
+                    (dist.irecv, self.rank - 1, received),
+                )
+                for rows in several
+            ]
+        )
+
+        def wait() -> list[torch.Tensor]:
+            for work in works:
+                work.wait()
+            sent.clear()
+            return received
+
+        return wait
+
+    def gather(self, tensors: Sequence[torch.Tensor]) -> Callable[[int], list[torch.Tensor]]:
+        """Start to gather contiguous tensors of all ranks; the result waits for those of one."""
+        gathered = [rows.new_empty(self.size, *rows.shape) for rows in tensors]
+        works = [
+            dist.all_gather_into_tensor(whole.flatten(0, 1), rows, self.group, async_op=True)
+            for whole, rows in zip(gathered, tensors, strict=True)
+        ]
+
+        def wait(rank: int) -> list[torch.Tensor]:
+            for work in works:
+                work.wait()
+            return [whole[rank] for whole in gathered]
+
+        return wait
 
     def seen(self, hop: int, length: int) -> tuple[slice, slice] | None:
         """Of ``length`` places each, the queries that see something at ``hop``, and what."""
@@ -79,16 +115,19 @@ class _Ring:
         self, key: torch.Tensor, value: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield every hop's number, keys and values, the next ones under way meanwhile."""
-        rotaters = self.rotaters(self.rotate_method)
-        for hop in range(self.size):
-            if hop == 0:
-                held = key, value
-            else:
-                held = [rotater.next_buffer().view(key.shape) for rotater in rotaters]
+        held = [key.contiguous(), value.contiguous()]
+        if self.gathers:
+            of_rank = self.gather(held)
+        else:
+            arriving = self.pass_on(held)
+        yield 0, key, value
+        for hop in range(1, self.size):
+            if self.gathers:
+                yield hop, *of_rank((self.rank - hop) % self.size)
+                continue
+            held = arriving()
             if hop < self.size - 1:
-                for rotater, rows in zip(rotaters, held, strict=True):
-                    # The all-gather joins what it gathers in the first dimension.
-                    rotater.exchange_buffers(rows.contiguous().flatten())
+                arriving = self.pass_on(held)
             yield hop, *held
 
 
@@ -115,8 +154,6 @@ def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
 
 def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, logsumexp) -> tuple:
     """Gradients of ``_ring_forward``; ``attend`` is the backward of its ``attend``."""
-    if ring.size == 1:
-        return attend(grad, query, key, value, out, logsumexp, is_causal=True)
     length, key_heads = key.shape[SEQUENCE_DIM], key.shape[1]
     grad_query = torch.zeros_like(query, dtype=sum_dtype(query.dtype, ring.size))
 
@@ -139,9 +176,13 @@ def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, 
 
     # The second half of the heads waits until the last gradients are on their way home.
     everywhere, all_heads = slice(0, length), slice(0, key_heads)
-    halves = [slice(0, (key_heads + 1) // 2), slice((key_heads + 1) // 2, key_heads)]
-    # Gradients follow their keys and values round the ring, one hop behind.
-    rotaters = ring.rotaters(torch_ring._RotateMethod.ALL_TO_ALL)
+    halves = _halves(key_heads)
+
+    def arriving() -> list[torch.Tensor]:
+        """Gradients follow their keys and values round the ring, one hop behind; none as yet."""
+        dtype = sum_dtype(key.dtype, ring.size)
+        return [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value)]
+
     for hop, keys, values in ring.hops(key, value):
         if hop == 0:
             at_home = [gradients(hop, keys, values, halves[0], everywhere, everywhere)]
@@ -149,23 +190,22 @@ def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, 
         seen = ring.seen(hop, length)
         if seen is not None:
             found = gradients(hop, keys, values, all_heads, *seen)
-        for index, rotater in enumerate(rotaters):
-            if hop == 1:
-                dtype = sum_dtype(key.dtype, ring.size)
-                passing = torch.zeros(key.shape, dtype=dtype, device=key.device)
-            else:
-                passing = rotater.next_buffer().view(key.shape)
-            if seen is not None:
-                passing[:, :, seen[1]].add_(found[index])
-            rotater.exchange_buffers(passing.flatten())
-    if key_heads > 1:
-        at_home.append(gradients(0, key, value, halves[1], everywhere, everywhere))
-    totals = [torch.empty_like(key), torch.empty_like(value)]
-    for index, (rotater, total) in enumerate(zip(rotaters, totals, strict=True)):
-        from_others = rotater.next_buffer().view(key.shape)
-        for heads, found in zip(halves, at_home, strict=False):
+        passing = arriving()
+        if seen is not None:
+            for total, rows in zip(passing, found, strict=True):
+                total[:, :, seen[1]].add_(rows)
+        arriving = ring.pass_on(passing)
+    at_home += [gradients(0, key, value, heads, everywhere, everywhere) for heads in halves[1:]]
+    totals = torch.empty_like(key), torch.empty_like(value)
+    for index, (total, from_others) in enumerate(zip(totals, arriving(), strict=True)):
+        for heads, found in zip(halves, at_home, strict=True):
             torch.add(found[index], from_others[:, heads], out=total[:, heads])
     return grad_query.to(query.dtype), *totals
+
+
+def _halves(heads: int) -> list[slice]:
+    middle = (heads + 1) // 2
+    return [slice(0, middle), slice(middle, heads)][: min(heads, 2)]
 
 
 def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -178,7 +218,7 @@ def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _define(operation: torch._ops.OpOverload, is_forward: bool) -> None:
     """Define the ring's version of ``operation``: the same arguments after those of the ring."""
     name, _, rest = str(operation._schema).removeprefix("aten::").partition("(")
-    _library.define(f"{name}(str group_name, bool balanced, str rotate_method, {rest}")
+    _library.define(f"{name}(str group_name, bool balanced, bool gathers, {rest}")
     names = [argument.name for argument in operation._schema.arguments]
     rows = ["query", "key", "value"]
     if not is_forward:
@@ -199,7 +239,7 @@ def _define(operation: torch._ops.OpOverload, is_forward: bool) -> None:
             return _laid_out(out, inputs[0]), logsumexp.contiguous(), *others
         return tuple(_laid_out(*pair) for pair in zip(results, inputs, strict=True))
 
-    def run(group_name: str, balanced: bool, rotate_method: str, *given, **options) -> tuple:
+    def run(group_name: str, balanced: bool, gathers: bool, *given, **options) -> tuple:
         arguments = bound(given, options)
 
         def attend(*values, is_causal: bool) -> tuple:
@@ -209,11 +249,13 @@ def _define(operation: torch._ops.OpOverload, is_forward: bool) -> None:
                     changed[limit] = changed[of].shape[SEQUENCE_DIM]
             return operation(**changed)
 
-        ring = _Ring(_resolve_process_group(group_name), balanced, rotate_method)
+        ring = _Ring(_resolve_process_group(group_name), balanced, gathers)
+        if ring.size == 1:
+            return with_layout(operation(**arguments), arguments)
         function = _ring_forward if is_forward else _ring_backward
         return with_layout(function(attend, ring, *(arguments[name] for name in rows)), arguments)
 
-    def fake(group_name: str, balanced: bool, rotate_method: str, *given, **options) -> tuple:
+    def fake(group_name: str, balanced: bool, gathers: bool, *given, **options) -> tuple:
         arguments = bound(given, options)
         return with_layout(operation(**arguments), arguments)
 
@@ -238,7 +280,7 @@ def _handler(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> obj
     results = _ring_operations[operation](
         info.compute_mesh.get_group().group_name,
         options.enable_load_balance,
-        options.rotate_method.name,
+        options.rotate_method is torch_ring._RotateMethod.ALL_GATHER,
         *info.local_args,
         **info.local_kwargs,
     )
