@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental._context_parallel import _attention as ring_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -41,14 +42,14 @@ class SentBytes(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.sent: list[int] = []
-        send = dist.batch_isend_irecv
+        exchange = ring_of_torch._AllToAllRotater.exchange_buffers
 
-        def counting(operations: list[dist.P2POp]) -> list[dist.Work]:
-            self.sent += [x.tensor.nbytes for x in operations if x.op is dist.isend]
-            return send(operations)
+        def counting(rotater, buffer: torch.Tensor) -> None:
+            self.sent.append(buffer.nbytes)
+            exchange(rotater, buffer)
 
         # Out of the mode's sight, inside an operation.
-        monkeypatch.setattr(dist, "batch_isend_irecv", counting)
+        monkeypatch.setattr(ring_of_torch._AllToAllRotater, "exchange_buffers", counting)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:

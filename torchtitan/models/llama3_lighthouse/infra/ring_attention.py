@@ -5,9 +5,8 @@ use and share what it does twice, transfers included, so that from four ranks on
 others never send; and they keep keys, values and everything received from forward to backward.
 
 torch's own ring is not used for what it costs: it copies outputs and gradients in float32 at every
-hop, and sends the gradients of a rank's own keys and values all the way round, the last of them
-while nothing is computed. Here they stay at home, and half of the work there is left for the time
-in which the others' gradients come home.
+hop, and sends the gradients of a rank's own keys and values all the way round. Here they stay at
+home, and gradients that two ranks add up are rounded once without being stored in float32.
 
 Shapes: B batch, H heads, W ranks, S places on a rank, D head dimension.
 """
@@ -61,46 +60,11 @@ class _Ring:
         self.group, self.balanced, self.gathers = group, balanced, gathers
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def pass_on(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        """Start to send contiguous tensors to the next rank; the result waits for the last one's.
-
-        All in one transfer: attention kernels that stay on every multiprocessor keep out what has
-        not started before them.
-        """
-        sent, received = list(tensors), [torch.empty_like(rows) for rows in tensors]
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(transfer, rows, group=self.group, group_peer=peer % self.size)
-                for transfer, peer, several in (
-                    (dist.isend, self.rank + 1, sent),
-                    (dist.irecv, self.rank - 1, received),
-                )
-                for rows in several
-            ]
-        )
-
-        def wait() -> list[torch.Tensor]:
-            for work in works:
-                work.wait()
-            sent.clear()
-            return received
-
-        return wait
-
-    def gather(self, tensors: Sequence[torch.Tensor]) -> Callable[[int], list[torch.Tensor]]:
-        """Start to gather contiguous tensors of all ranks; the result waits for those of one."""
-        gathered = [rows.new_empty(self.size, *rows.shape) for rows in tensors]
-        works = [
-            dist.all_gather_into_tensor(whole.flatten(0, 1), rows, self.group, async_op=True)
-            for whole, rows in zip(gathered, tensors, strict=True)
-        ]
-
-        def wait(rank: int) -> list[torch.Tensor]:
-            for work in works:
-                work.wait()
-            return [whole[rank] for whole in gathered]
-
-        return wait
+    def rotaters(self, gathers: bool = False) -> list:
+        """Of keys and of values, or of their gradients, each sent as it lies."""
+        methods = torch_ring._RotateMethod
+        method = methods.ALL_GATHER if gathers else methods.ALL_TO_ALL
+        return [torch_ring._create_rotater(self.group, SEQUENCE_DIM, method) for _ in range(2)]
 
     def seen(self, hop: int, length: int) -> tuple[slice, slice] | None:
         """Of ``length`` places each, the queries that see something at ``hop``, and what."""
@@ -115,19 +79,16 @@ class _Ring:
         self, key: torch.Tensor, value: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield every hop's number, keys and values, the next ones under way meanwhile."""
-        held = [key.contiguous(), value.contiguous()]
-        if self.gathers:
-            of_rank = self.gather(held)
-        else:
-            arriving = self.pass_on(held)
-        yield 0, key, value
-        for hop in range(1, self.size):
-            if self.gathers:
-                yield hop, *of_rank((self.rank - hop) % self.size)
-                continue
-            held = arriving()
+        rotaters = self.rotaters(self.gathers)
+        for hop in range(self.size):
+            if hop == 0:
+                held = key, value
+            else:
+                held = [rotater.next_buffer().view(key.shape) for rotater in rotaters]
             if hop < self.size - 1:
-                arriving = self.pass_on(held)
+                for rotater, rows in zip(rotaters, held, strict=True):
+                    # The all-gather joins what it gathers in the first dimension.
+                    rotater.exchange_buffers(rows.contiguous().flatten())
             yield hop, *held
 
 
@@ -154,58 +115,38 @@ def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
 
 def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, logsumexp) -> tuple:
     """Gradients of ``_ring_forward``; ``attend`` is the backward of its ``attend``."""
-    length, key_heads = key.shape[SEQUENCE_DIM], key.shape[1]
-    grad_query = torch.zeros_like(query, dtype=sum_dtype(query.dtype, ring.size))
-
-    def gradients(hop: int, keys, values, heads: slice, queries: slice, places: slice) -> list:
-        """Of ``places`` of the keys and values of ``heads``; that of queries is added up."""
-        group = query.shape[1] // key_heads
-        of_queries = slice(None), slice(heads.start * group, heads.stop * group), queries
-        of_keys = slice(None), heads, places
-        grad_queries, *of_pairs = attend(
-            grad[of_queries],
-            query[of_queries],
-            keys[of_keys],
-            values[of_keys],
-            out[of_queries],
-            logsumexp[of_queries].contiguous(),  # as kernels take it to be
-            is_causal=hop == 0,
-        )
-        grad_query[of_queries].add_(grad_queries)
-        return of_pairs
-
-    # The second half of the heads waits until the last gradients are on their way home.
-    everywhere, all_heads = slice(0, length), slice(0, key_heads)
-    halves = _halves(key_heads)
-
-    def arriving() -> list[torch.Tensor]:
-        """Gradients follow their keys and values round the ring, one hop behind; none as yet."""
-        dtype = sum_dtype(key.dtype, ring.size)
-        return [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value)]
-
+    dtype = sum_dtype(key.dtype, ring.size)
+    # Gradients follow their keys and values round the ring, one hop behind.
+    rotaters = ring.rotaters()
     for hop, keys, values in ring.hops(key, value):
+        seen = ring.seen(hop, query.shape[SEQUENCE_DIM])
+        if seen is not None:
+            queries, places = seen
+            grad_queries, *found = attend(
+                grad[:, :, queries],
+                query[:, :, queries],
+                keys[:, :, places],
+                values[:, :, places],
+                out[:, :, queries],
+                logsumexp[:, :, queries].contiguous(),  # as kernels take it to be
+                is_causal=hop == 0,
+            )
         if hop == 0:
-            at_home = [gradients(hop, keys, values, halves[0], everywhere, everywhere)]
+            grad_query, own = grad_queries.to(dtype), found
             continue
-        seen = ring.seen(hop, length)
         if seen is not None:
-            found = gradients(hop, keys, values, all_heads, *seen)
-        passing = arriving()
-        if seen is not None:
-            for total, rows in zip(passing, found, strict=True):
-                total[:, :, seen[1]].add_(rows)
-        arriving = ring.pass_on(passing)
-    at_home += [gradients(0, key, value, heads, everywhere, everywhere) for heads in halves[1:]]
-    totals = torch.empty_like(key), torch.empty_like(value)
-    for index, (total, from_others) in enumerate(zip(totals, arriving(), strict=True)):
-        for heads, found in zip(halves, at_home, strict=True):
-            torch.add(found[index], from_others[:, heads], out=total[:, heads])
-    return grad_query.to(query.dtype), *totals
-
-
-def _halves(heads: int) -> list[slice]:
-    middle = (heads + 1) // 2
-    return [slice(0, middle), slice(middle, heads)][: min(heads, 2)]
+            grad_query[:, :, queries].add_(grad_queries)
+        for index, rotater in enumerate(rotaters):
+            if hop == 1:
+                passing = torch.zeros(key.shape, dtype=dtype, device=key.device)
+            else:
+                passing = rotater.next_buffer().view(key.shape)
+            if seen is not None:
+                passing[:, :, places].add_(found[index])
+            rotater.exchange_buffers(passing.flatten())
+    for rotater, rows in zip(rotaters, own, strict=True):
+        rows.add_(rotater.next_buffer().view(key.shape))
+    return grad_query.to(query.dtype), *own
 
 
 def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
