@@ -195,6 +195,19 @@ def test_offloading_that_cannot_work_is_refused(tmp_path: Path, settings, messag
         check(tmp_path, **{"activation_checkpoint.mode": "full", **offload, **settings})
 
 
+def test_context_parallelism_of_gpus_takes_no_float32(tmp_path: Path) -> None:
+    settings = {
+        "job.dump_folder": tmp_path / "dump",
+        **SMALL,
+        "parallelism.context_parallel_degree": 2,
+        "training.mixed_precision_param": "float32",
+    }
+    config = LighthouseConfigManager().parse_args(arguments(settings))
+    check_device(config, "cpu")
+    with pytest.raises(ValueError, match="mixed_precision_param = 'float32' .*pass .*bfloat16"):
+        check_device(config, "cuda")
+
+
 def test_offloading_needs_a_gpu(tmp_path: Path) -> None:
     settings = {
         "job.dump_folder": tmp_path / "dump",

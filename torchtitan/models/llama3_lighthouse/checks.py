@@ -244,8 +244,17 @@ def check_device(config: JobConfig, device_type: str) -> None:
     """Check what depends on the device that will train, such as "cuda" or "cpu".
 
     Raises:
-        ValueError: layer inputs are to be offloaded from what is not a CUDA device.
+        ValueError: layer inputs are to be offloaded from what is not a CUDA device, or attention
+            over several GPUs is to run in float32.
     """
+    training = config.training
+    several = config.parallelism.context_parallel_degree > 1
+    if several and device_type == "cuda" and training.mixed_precision_param == "float32":
+        raise ValueError(
+            "training.mixed_precision_param = 'float32' does not go with context parallelism on "
+            "GPUs, where ring attention runs cuDNN's and flash attention, which take no float32; "
+            "pass --training.mixed_precision_param bfloat16"
+        )
     if config.activation_checkpoint.offload_inputs and device_type != "cuda":
         raise ValueError(
             "activation_checkpoint.offload_inputs = true needs a GPU (CUDA) to offload from, and "

@@ -70,8 +70,8 @@ def bytes_sent_per_layer(
     """Bytes that a rank sends in one Lighthouse layer for one sequence, by the ring ("alltoall").
 
     Keys and values of S / W places go round forward and again backward, W - 1 hops each, as do
-    their gradients. Of the seam, L - 1 rows of every
-    query head follow each chunk, forward and backward, even to a chunk on the same rank.
+    their gradients. Of the seam, L - 1 rows of every query head follow each chunk, forward and
+    backward, even to a chunk on the same rank.
 
     Args:
         dtype: of q, k and v.

@@ -4,9 +4,9 @@ Compiled in pieces, a ring would give every rank another graph. Compilers drop w
 use and share what it does twice, transfers included, so that from four ranks on some wait for what
 others never send; and they keep keys, values and everything received from forward to backward.
 
-torch's own ring is not used for what it costs: it copies outputs and gradients in float32 at every
-hop, and sends the gradients of a rank's own keys and values all the way round. Here they stay at
-home, and gradients that two ranks add up are rounded once without being stored in float32.
+torch's own ring is not used for what it costs: it keeps outputs and gradients in float32 and copies
+them at every hop, and sends the gradients of a rank's own keys and values all the way round. Here
+those stay at home, and what two ranks add up is kept in the inputs' precision and rounded once.
 
 Shapes: B batch, H heads, W ranks, S places on a rank, D head dimension.
 """
@@ -39,12 +39,17 @@ BACKWARD = (
     aten._scaled_dot_product_flash_attention_backward.default,
     CPU_BACKWARD,
 )
+# Not defined here: its logsumexp is padded, to other lengths on a rank than on a part of it.
+REFUSED = (
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _ring_operations: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 
 
 def sum_dtype(dtype: torch.dtype, world_size: int) -> torch.dtype:
-    """In which gradients are summed over ranks; two terms are added, and rounded, once."""
+    """In which outputs and gradients are summed over hops; two terms are added and rounded once."""
     return dtype if world_size <= 2 else torch.promote_types(dtype, torch.float32)
 
 
@@ -228,12 +233,20 @@ def _handler(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> obj
     return dispatcher.wrap(results, info.output_sharding.output_spec)
 
 
+def _refuse(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> None:
+    raise NotImplementedError(
+        f"ring attention runs cuDNN's and flash attention, in bfloat16 or float16, not {operation}"
+    )
+
+
 def install_ring_attention() -> None:
     """Have torch's context parallelism run these operations, and take the CPU's attention too.
 
     Before torch enables its dispatcher.
     """
     torch_ring.custom_ops.update(dict.fromkeys(_ring_operations, _handler))
+    # Where torch's own ring would take over unasked.
+    torch_ring.custom_ops.update(dict.fromkeys(REFUSED, _refuse))
     for operation, outputs, tensors in ((CPU_FORWARD, 2, 3), (CPU_BACKWARD, 3, 6)):
 
         def strategy(op_schema, count=outputs + tensors, outputs=outputs):
