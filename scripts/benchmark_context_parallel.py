@@ -361,8 +361,8 @@ def longest(
         if steps == 1:
             measured = {key: measured[key] for key in measured if key not in ("tps", "mfu")}
         rows.append({"case": case, "stage": "Lighthouse", "GPUs": len(gpus), "N": n, "fits": fits,
-                     "steps": steps,
-                     "checkpointing": "lighthouse, inputs offloaded", **measured})  # fmt: skip
+                     "checkpointing": "lighthouse, inputs offloaded", "steps": steps,
+                     **measured})  # fmt: skip
         print(rows[-1], flush=True)
         if not fits:
             break
@@ -471,6 +471,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for part in arguments.parts:
             print(f"part {part}", flush=True)
+            measured = origin
             if part == "layer":
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc-per-node", str(count), __file__, "--layer"]
@@ -483,11 +484,13 @@ def main() -> None:
             elif part in ("training", "short"):
                 run[part] = training(folder / part, gpus, large, short=part == "short")
             else:
-                rows = longest(folder / part, gpus, large, arguments.lengths, arguments.steps)
-                # Other cases stay: each may need a call of its own.
-                rows = {row["case"]: row for row in run.get(part, []) + rows}
+                tried = longest(folder / part, gpus, large, arguments.lengths, arguments.steps)
+                # Other cases stay, each with its origin: it may need a call of its own.
+                rows = {row["case"]: row for row in run.get(part, [])}
+                rows |= {row["case"]: {**row, "measured": origin} for row in tried}
                 run[part] = sorted(rows.values(), key=lambda row: row["N"])
-            run["measured"][part] = origin
+                measured = " and ".join(dict.fromkeys(row["measured"] for row in run[part]))
+            run["measured"][part] = measured
             shutil.rmtree(folder / part, ignore_errors=True)
             path.write_text(json.dumps(run, indent=1) + "\n")
             path.with_suffix(".md").write_text(table(run))
