@@ -70,8 +70,7 @@ def _fake_select(a, b, levels, p, m, strata, by_first):
 
 
 def _fake_gather(rows, coarsest_rows, index, slot, p, levels, collect):
-    batch, heads, _, d = rows.shape
-    return rows.new_empty((batch, heads, index.shape[2], d))
+    return sequence_first(rows, index.shape[2])
 
 
 def _fake_spread(gathered, slot, seam, length, p, levels, scatter, finest):
@@ -231,7 +230,10 @@ def pool_gather(
     selection: tuple[torch.Tensor, torch.Tensor],
     geometry: PyramidGeometry,
 ) -> torch.Tensor:
-    """As ``lighthouse.gather.pool_gather``, the coarsest level's means at hand."""
+    """As ``lighthouse.gather.pool_gather``, the coarsest level's means at hand.
+
+    The result lies in memory as [B, S, H, D], so that joined chunks need no copy.
+    """
     config = geometry.config
     return _PoolGather.apply(rows, coarsest_rows, *selection, config.pooling_factor, config.levels)
 

@@ -36,7 +36,7 @@ SPREAD_TILE, SPREAD_WARPS = 2048, 2
 @triton.jit
 def _gather(
     rows, coarsest_rows, index, slot, gathered,
-    stride_b, stride_h, stride_n,
+    in_b, in_h, in_n, out_b, out_h, out_s,
     heads, group, length, coarsest, gathered_length, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, COLLECT: tl.constexpr, FINEST: tl.constexpr,
@@ -65,7 +65,7 @@ def _gather(
     source = coarsest_rows + (plane * coarsest + entry[:, None]) * D + column[None, :]
     total = tl.load(source, mask=(inside & is_coarsest)[:, None] & in_columns, other=0.0)
     total = total.to(tl.float32)
-    base = rows + batch * stride_b + head * stride_h
+    base = rows + batch * in_b + head * in_h
     first = (entry + 1) * span - 1 if COLLECT else entry * span
     LARGEST: tl.constexpr = P ** (LEVELS - 2)
     for r in tl.range(LARGEST):
@@ -74,10 +74,10 @@ def _gather(
         if FINEST:
             slots = slot + index_plane * pyramid
             wanted = wanted & (covered(slots, row, wanted, length, P, LEVELS - 2, span) == 0)
-        source = base + row[:, None] * stride_n + column[None, :]
+        source = base + row[:, None] * in_n + column[None, :]
         x = tl.load(source, mask=wanted[:, None] & in_columns, other=0.0).to(tl.float32)
         total += x if COLLECT else x / span.to(tl.float32)[:, None]
-    target = gathered + (plane * gathered_length + place[:, None]) * D + column[None, :]
+    target = gathered + batch * out_b + head * out_h + place[:, None] * out_s + column[None, :]
     tl.store(target, total.to(gathered.dtype.element_ty), mask=inside[:, None] & in_columns)
 
 
@@ -148,17 +148,17 @@ def gather(
         collect: gather sums from each entry's end on instead of means over it.
 
     Returns:
-        [B, H, S, D].
+        [B, H, S, D], lying in memory as [B, S, H, D].
     """
     rows, strides = row_strides(rows)
     batch, heads, length, d = rows.shape
     s = index.shape[2]
-    gathered = rows.new_empty((batch, heads, s, d))
+    gathered = sequence_first(rows, s)
     block_d = triton.next_power_of_2(d)
     block = GATHER_TILE // block_d
     _gather[own_block_grid(batch, heads, s, block)](
         rows, coarsest_rows, index, index if slot is None else slot, gathered, *strides,
-        heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
+        *gathered.stride()[:3], heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
         0 if slot is None else slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect,
         FINEST=slot is not None, num_warps=GATHER_WARPS,

@@ -258,6 +258,7 @@ def test_operations_are_well_formed() -> None:
         gather = (q, coarsest, index, slot if finest else None, p, levels, collect)
         torch.library.opcheck(ops.gather.default, gather)
         rows = ops.gather(*gather)
+        assert rows.transpose(1, 2).is_contiguous()
         for seam in (None, rows[:, :, : levels - 1].contiguous()) if collect else (None,):
             spread = (rows, slot, seam, each["n"], p, levels, collect, finest)
             torch.library.opcheck(ops.spread.default, spread)
