@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.experimental._context_parallel import _attention as ring_of_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -22,7 +21,11 @@ from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     bytes_sent_per_layer,
     held_batch,
 )
-from torchtitan.models.llama3_lighthouse.infra.ring_attention import CPU_BACKWARD, CPU_FORWARD
+from torchtitan.models.llama3_lighthouse.infra.ring_attention import (
+    CPU_BACKWARD,
+    CPU_FORWARD,
+    _Ring,
+)
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
 from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
 
@@ -45,14 +48,14 @@ class SentBytes(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.sent: list[int] = []
-        exchange = ring_of_torch._AllToAllRotater.exchange_buffers
+        pass_on = _Ring.pass_on
 
-        def counting(rotater, buffer: torch.Tensor) -> None:
-            self.sent.append(buffer.nbytes)
-            exchange(rotater, buffer)
+        def counting(ring: _Ring, tensors: list[torch.Tensor]) -> Callable:
+            self.sent += [tensor.nbytes for tensor in tensors]
+            return pass_on(ring, tensors)
 
         # Out of the mode's sight, inside an operation.
-        monkeypatch.setattr(ring_of_torch._AllToAllRotater, "exchange_buffers", counting)
+        monkeypatch.setattr(_Ring, "pass_on", counting)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:

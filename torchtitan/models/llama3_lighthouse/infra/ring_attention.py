@@ -15,7 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+from torch.distributed.distributed_c10d import (
+    ProcessGroup,
+    _coalescing_manager,
+    _resolve_process_group,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._ops.utils import (
     expand_to_full_mesh_op_strategy,
@@ -65,11 +69,53 @@ class _Ring:
         self.group, self.balanced, self.gathers = group, balanced, gathers
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def rotaters(self, gathers: bool = False) -> list:
-        """Of keys and of values, or of their gradients, each sent as it lies."""
-        methods = torch_ring._RotateMethod
-        method = methods.ALL_GATHER if gathers else methods.ALL_TO_ALL
-        return [torch_ring._create_rotater(self.group, SEQUENCE_DIM, method) for _ in range(2)]
+    def pass_on(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Start to send tensors [B, H, S, D] to the next rank; the result waits for the last one's.
+
+        They travel as [B, S, H, D], as which a model's lie already.
+        """
+        rows = [tensor.transpose(1, 2).contiguous() for tensor in tensors]
+        received = [torch.empty_like(x) for x in rows]
+        sends, receives = [0] * self.size, [0] * self.size
+        sends[(self.rank + 1) % self.size] = receives[self.rank - 1] = len(rows[0])
+
+        def start() -> list[dist.Work]:
+            return [
+                dist.all_to_all_single(into, x, receives, sends, group=self.group, async_op=True)
+                for into, x in zip(received, rows, strict=True)
+            ]
+
+        if rows[0].is_cuda:
+            # One kernel: attention's stay on all multiprocessors and keep out what has not started
+            # before them. Not P2P, whose memory torch reuses only when the host sees it end.
+            with _coalescing_manager(self.group, rows[0].device, async_ops=True) as together:
+                start()
+            works = [together]
+        else:
+            works = start()
+
+        def wait() -> list[torch.Tensor]:
+            for work in works:
+                work.wait()
+            return [x.transpose(1, 2) for x in received]
+
+        return wait
+
+    def gather(self, tensors: Sequence[torch.Tensor]) -> Callable[[int], list[torch.Tensor]]:
+        """Start to gather tensors [B, H, S, D] of all ranks; the result waits for those of one."""
+        rows = [tensor.transpose(1, 2).contiguous() for tensor in tensors]
+        gathered = [x.new_empty(self.size, *x.shape) for x in rows]
+        works = [
+            dist.all_gather_into_tensor(whole.flatten(0, 1), x, self.group, async_op=True)
+            for whole, x in zip(gathered, rows, strict=True)
+        ]
+
+        def wait(rank: int) -> list[torch.Tensor]:
+            for work in works:
+                work.wait()
+            return [whole[rank].transpose(1, 2) for whole in gathered]
+
+        return wait
 
     def seen(self, hop: int, length: int) -> tuple[slice, slice] | None:
         """Of ``length`` places each, the queries that see something at ``hop``, and what."""
@@ -84,16 +130,18 @@ class _Ring:
         self, key: torch.Tensor, value: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield every hop's number, keys and values, the next ones under way meanwhile."""
-        rotaters = self.rotaters(self.gathers)
-        for hop in range(self.size):
-            if hop == 0:
-                held = key, value
-            else:
-                held = [rotater.next_buffer().view(key.shape) for rotater in rotaters]
+        if self.gathers:
+            of_rank = self.gather((key, value))
+        else:
+            arriving = self.pass_on((key, value))
+        yield 0, key, value
+        for hop in range(1, self.size):
+            if self.gathers:
+                yield hop, *of_rank((self.rank - hop) % self.size)
+                continue
+            held = arriving()
             if hop < self.size - 1:
-                for rotater, rows in zip(rotaters, held, strict=True):
-                    # The all-gather joins what it gathers in the first dimension.
-                    rotater.exchange_buffers(rows.contiguous().flatten())
+                arriving = self.pass_on(held)
             yield hop, *held
 
 
@@ -113,7 +161,7 @@ def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
         out_here, total_here = out[:, :, queries], total[:, :, queries]
         # cuDNN's has a last dimension already.
         weight = torch.sigmoid(logsumexp - total_here).view(*found.shape[:3], 1)
-        out_here.copy_(torch.addcmul(out_here * (1 - weight), found, weight))
+        torch.addcmul(out_here * (1 - weight), found, weight, out=out_here)
         total_here.copy_(torch.logaddexp(total_here, logsumexp))
     return out.to(query.dtype), total, *first_others
 
@@ -121,37 +169,72 @@ def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
 def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, logsumexp) -> tuple:
     """Gradients of ``_ring_forward``; ``attend`` is the backward of its ``attend``."""
     dtype = sum_dtype(key.dtype, ring.size)
-    # Gradients follow their keys and values round the ring, one hop behind.
-    rotaters = ring.rotaters()
+    length, key_heads = key.shape[SEQUENCE_DIM], key.shape[1]
+
+    def gradients(keys, values, heads: slice, queries: slice, places: slice, causal: bool) -> list:
+        """Of ``queries`` and of ``places`` of the keys and values, of ``heads`` of the latter."""
+        group = query.shape[1] // key_heads
+        of_queries = slice(None), slice(heads.start * group, heads.stop * group), queries
+        of_pairs = slice(None), heads, places
+        return attend(
+            grad[of_queries],
+            query[of_queries],
+            keys[of_pairs],
+            values[of_pairs],
+            out[of_queries],
+            logsumexp[of_queries].contiguous(),  # as kernels take it to be
+            is_causal=causal,
+        )
+
+    def add(total: torch.Tensor | None, rows: torch.Tensor, at: slice, like: torch.Tensor):
+        """``rows`` added to places of a total, None as yet, in the shape of ``like``."""
+        if total is None and rows.shape == like.shape:
+            return rows.to(dtype)
+        total = torch.zeros_like(like, dtype=dtype) if total is None else total
+        total[:, :, at].add_(rows)
+        return total
+
+    def own(heads: slice) -> list:
+        everything = slice(0, length)
+        return gradients(key, value, heads, everything, everything, True)
+
+    def arriving() -> list:
+        """Gradients follow their keys and values round the ring, one hop behind: none as yet."""
+        return [None, None]
+
+    # Of the work at home, half of the heads waits until the last gradients are on their way there,
+    # to hide their journey.
+    middle = (key_heads + 1) // 2
+    of_queries = None
     for hop, keys, values in ring.hops(key, value):
-        seen = ring.seen(hop, query.shape[SEQUENCE_DIM])
-        if seen is not None:
-            queries, places = seen
-            grad_queries, *found = attend(
-                grad[:, :, queries],
-                query[:, :, queries],
-                keys[:, :, places],
-                values[:, :, places],
-                out[:, :, queries],
-                logsumexp[:, :, queries].contiguous(),  # as kernels take it to be
-                is_causal=hop == 0,
-            )
         if hop == 0:
-            grad_query, own = grad_queries.to(dtype), found
+            at_home = [own(slice(0, middle))]
             continue
-        if seen is not None:
-            grad_query[:, :, queries].add_(grad_queries)
-        for index, rotater in enumerate(rotaters):
-            if hop == 1:
-                passing = torch.zeros(key.shape, dtype=dtype, device=key.device)
-            else:
-                passing = rotater.next_buffer().view(key.shape)
-            if seen is not None:
-                passing[:, :, places].add_(found[index])
-            rotater.exchange_buffers(passing.flatten())
-    for rotater, rows in zip(rotaters, own, strict=True):
-        rows.add_(rotater.next_buffer().view(key.shape))
-    return grad_query.to(query.dtype), *own
+        of_pairs = arriving()
+        if (seen := ring.seen(hop, length)) is not None:
+            queries, places = seen
+            found, *pair = gradients(keys, values, slice(0, key_heads), queries, places, False)
+            of_queries = add(of_queries, found, queries, query)
+            of_pairs = [add(*both, places, key) for both in zip(of_pairs, pair, strict=True)]
+        elif hop == 1:
+            of_pairs = [torch.zeros_like(key, dtype=dtype) for _ in of_pairs]
+        arriving = ring.pass_on(of_pairs)
+    if middle < key_heads:
+        at_home.append(own(slice(middle, key_heads)))
+    if of_queries is None:
+        of_queries = torch.zeros_like(query)
+    totals = []
+    for like, elsewhere, *parts in zip(
+        (query, key, value), (of_queries, *arriving()), *at_home, strict=True
+    ):
+        total = torch.empty_like(like)
+        sizes = [part.shape[1] for part in parts]
+        for into, part, other in zip(
+            total.split(sizes, dim=1), parts, elsewhere.split(sizes, dim=1), strict=True
+        ):
+            torch.add(part, other, out=into)
+        totals.append(total)
+    return tuple(totals)
 
 
 def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
