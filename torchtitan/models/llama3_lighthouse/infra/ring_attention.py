@@ -216,25 +216,29 @@ def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, 
             found, *pair = gradients(keys, values, slice(0, key_heads), queries, places, False)
             of_queries = add(of_queries, found, queries, query)
             of_pairs = [add(*both, places, key) for both in zip(of_pairs, pair, strict=True)]
+            del found, pair
         elif hop == 1:
             of_pairs = [torch.zeros_like(key, dtype=dtype) for _ in of_pairs]
         arriving = ring.pass_on(of_pairs)
+    # What is done with makes room: a dense layer's are gigabytes each.
+    del keys, values
     if middle < key_heads:
         at_home.append(own(slice(middle, key_heads)))
     if of_queries is None:
         of_queries = torch.zeros_like(query)
-    totals = []
-    for like, elsewhere, *parts in zip(
-        (query, key, value), (of_queries, *arriving()), *at_home, strict=True
-    ):
-        total = torch.empty_like(like)
-        sizes = [part.shape[1] for part in parts]
-        for into, part, other in zip(
-            total.split(sizes, dim=1), parts, elsewhere.split(sizes, dim=1), strict=True
-        ):
-            torch.add(part, other, out=into)
-        totals.append(total)
-    return tuple(totals)
+    elsewhere = [of_queries, *arriving()]
+    parts = [list(of_heads) for of_heads in zip(*at_home, strict=True)]
+    del of_queries, of_pairs, at_home, arriving
+    return tuple(_sum(parts.pop(0), elsewhere.pop(0), like) for like in (query, key, value))
+
+
+def _sum(parts: list[torch.Tensor], other: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``parts`` joined along the heads, plus ``other``, rounded once to ``like``'s dtype."""
+    total = torch.empty_like(like)
+    sizes = [part.shape[1] for part in parts]
+    for into, part, rows in zip(total.split(sizes, 1), parts, other.split(sizes, 1), strict=True):
+        torch.add(part, rows, out=into)
+    return total
 
 
 def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
