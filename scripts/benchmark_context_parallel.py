@@ -39,7 +39,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from measuring import environment, relative_error
-from sweeping import command_line, trainer_command
+from sweeping import command_line, end_with_parent, trainer_command
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, select
 from lighthouse.attention import lighthouse_attention
@@ -221,7 +221,7 @@ class Job:
         self.log_file = folder / "log.txt"
         self.process = subprocess.Popen(
             trainer_command(len(gpus), line),
-            stdout=self.log_file.open("a"), stderr=subprocess.STDOUT,
+            stdout=self.log_file.open("a"), stderr=subprocess.STDOUT, preexec_fn=end_with_parent,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
                  "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
         )  # fmt: skip
@@ -472,7 +472,8 @@ def main() -> None:
             if part == "layer":
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc-per-node", str(count), __file__, "--layer"]
-                subprocess.run([*command, "--output", str(folder)], check=True)
+                command += ["--output", str(folder)]
+                subprocess.run(command, check=True, preexec_fn=end_with_parent)
                 run[part] = json.loads((folder / "layer.json").read_text())
             elif part == "equivalence":
                 run[part] = equivalence(folder / part, gpus, small)

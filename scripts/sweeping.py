@@ -170,6 +170,11 @@ def trainer_command(processes: int, arguments: list[str]) -> list[str]:
     return [*command, "--metrics.disable_color_printing"]
 
 
+def end_with_parent() -> None:
+    """In a child, before it runs: have it end with its parent, however that one ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def train(run: Run, processes: int, title: str, environment: dict[str, str], lock: TextIO) -> int:
     """Train it through torchrun, show how far it is, and return the exit code."""
     command = trainer_command(processes, run.arguments)
@@ -187,8 +192,8 @@ def train(run: Run, processes: int, title: str, environment: dict[str, str], loc
                 **os.environ,
                 **environment,
             },
-            # However this process ends, the run ends with it; until then it keeps the lock.
-            preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            # Until then it keeps the lock.
+            preexec_fn=end_with_parent,
             pass_fds=[lock.fileno()],
         ) as process,
     ):

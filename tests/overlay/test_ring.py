@@ -1,4 +1,4 @@
-"""Ring attention on CPU processes: its result, and the bytes that it sends."""
+"""Ring attention on CPU processes: its result, and the bytes that it sends and holds."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
@@ -25,6 +27,8 @@ from torchtitan.models.llama3_lighthouse.infra.ring_attention import (
     CPU_BACKWARD,
     CPU_FORWARD,
     _Ring,
+    _ring_backward,
+    _ring_forward,
 )
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
 from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
@@ -66,6 +70,27 @@ class SentBytes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class HeldBytes(TorchDispatchMode):
+    """The most bytes held at any time in other memory than that of ``inputs``."""
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.inputs = {rows.untyped_storage()._cdata for rows in inputs}
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for rows in tree_leaves((args, results)):
+            if isinstance(rows, torch.Tensor):
+                storage = rows.untyped_storage()
+                if storage._cdata not in self.inputs:
+                    self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.held.values()))
+        return results
+
+
 def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> DeviceMesh:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -84,6 +109,8 @@ def worker(rank: int, world_size: int, port: int) -> None:
         check_layer(mesh, key_heads, dtype, config)
         check_held_batch(mesh, config)
     check_refusal(mesh)
+    if world_size == 2:
+        check_memory(mesh)
     dist.destroy_process_group()
 
 
@@ -142,6 +169,30 @@ def check_refusal(mesh: DeviceMesh) -> None:
     apply_context_parallel([attention], mesh, Parallelism())
     with pytest.raises(NotImplementedError, match="ring attention runs .* in bfloat16"):
         attention(*torch.zeros(3, BATCH, HEADS, N // mesh.size(), HEAD_DIM))
+
+
+def check_memory(mesh: DeviceMesh) -> None:
+    """In keys of one rank; at a million tokens on each, every one more takes 2 GiB."""
+    ring = _Ring(mesh.get_group(), balanced=True, gathers=False)
+    rows = [torch.randn(1, N, HEADS, 64).bfloat16().transpose(1, 2) for _ in range(4)]
+    query, key, value, grad = rows
+
+    def forward(*rows: torch.Tensor, is_causal: bool) -> tuple:
+        return CPU_FORWARD(*rows, 0.0, is_causal)
+
+    def backward(*rows: torch.Tensor, is_causal: bool) -> tuple:
+        return CPU_BACKWARD(*rows, 0.0, is_causal)
+
+    with HeldBytes(rows) as held:
+        out, logsumexp = _ring_forward(forward, ring, query, key, value)
+    # Received keys and values, two outputs, one of them once more in float32.
+    assert held.peak < 6.5 * key.nbytes, held.peak / key.nbytes
+    rows += [out, logsumexp]
+    with HeldBytes(rows) as held:
+        _ring_backward(backward, ring, grad, query, key, value, out, logsumexp)
+    # Half of the gradients of keys at home, received keys and values, gradients of queries for
+    # them, and those of keys and values, as they leave and as the other rank's arrive.
+    assert held.peak < 9 * key.nbytes, held.peak / key.nbytes
 
 
 @pytest.mark.parametrize(
