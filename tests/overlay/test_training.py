@@ -125,18 +125,27 @@ def test_upstream_continues_our_checkpoint(tmp_path: Path) -> None:
             assert dense.steps()[step][key] == upstream.steps()[step][key], (step, key)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("processes", "optimizer"),
+    [
+        (1, "fused"),
+        pytest.param(2, "fused", marks=pytest.mark.slow),
+        pytest.param(2, "foreach", marks=pytest.mark.slow),
+    ],
+)
 def test_non_finite_loss_stops_all_ranks_before_the_optimizer(
-    tmp_path: Path, processes: int
+    tmp_path: Path, processes: int, optimizer: str
 ) -> None:
-    spoiled = Run(tmp_path, processes=processes, NAN_AT=f"8,{processes - 1}")
+    settings = {"optimizer.implementation": optimizer}
+    spoiled = Run(tmp_path, settings, processes=processes, NAN_AT=f"8,{processes - 1}")
     assert spoiled.wait() != 0
     assert "step 8 (dense stage): not finite" in spoiled.log
     assert "The optimizer step was not taken" in spoiled.log
+    assert "weights and optimizer state are as before" in spoiled.log
     assert spoiled.steps()[7] and 8 not in spoiled.steps()
     checkpoints = os.listdir(tmp_path / "dump/checkpoint")
     assert checkpoints == ["step-5"]
-    resumed = Run(tmp_path, processes=processes).succeed()
+    resumed = Run(tmp_path, settings, processes=processes).succeed()
     assert "Training starts at step 6" in resumed.log
 
 

@@ -11,6 +11,8 @@ import json
 import os
 import sys
 
+import torch
+
 from torchtitan.models.llama3_lighthouse import baseline
 from torchtitan.models.llama3_lighthouse import train as lighthouse_train
 
@@ -50,7 +52,13 @@ class Recording:
             log(step, average_loss, maximum_loss, grad_norm, extra_metrics)
 
         self.metrics_processor.log = recording_log
-        super().train_step(data_iterator)
+        before = [x.detach().clone() for x in self._held()] if "NAN_AT" in os.environ else []
+        try:
+            super().train_step(data_iterator)
+        except lighthouse_train.NonFiniteError:
+            assert all(torch.equal(x, y) for x, y in zip(self._held(), before, strict=True))
+            print("weights and optimizer state are as before", flush=True)
+            raise
         self.metrics_processor.log = log
         stage = getattr(self, "stage", "upstream")
         record = {"step": self.step, "stage": stage, "batches": self.batches, **self.logged}
@@ -58,6 +66,13 @@ class Recording:
         record["pid"] = os.getpid()
         with open(f"{os.environ['RECORD_FILE']}-{RANK}", "a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def _held(self) -> list[torch.Tensor]:
+        """This rank's part of the weights and of the optimizer's state."""
+        weights = [weight for model in self.model_parts for weight in model.parameters()]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        held = [*weights, *(value for state in states for value in state.values())]
+        return [getattr(value, "_local_tensor", value) for value in held]
 
 
 class RecordingLighthouseTrainer(Recording, lighthouse_train.LighthouseTrainer):

@@ -173,9 +173,19 @@ class LighthouseTrainer(upstream.Trainer):
             foreach=True,
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
         )
-        self._check_finite(loss_share, grad_norm)
+        failed = self._not_finite(loss_share, grad_norm)
+        # Fused optimizers leave the step out by themselves, on the device, as torch's gradient
+        # scaler has them do. The host then need not wait for the device before it queues the step.
+        leave_out = all(getattr(x, "_step_supports_amp_scaling", False) for x in self.optimizers)
+        if leave_out:
+            for optimizer in self.optimizers:
+                optimizer.found_inf = failed
+        else:
+            self._stop_if(failed, loss_share, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
+        if leave_out:
+            self._stop_if(failed, loss_share, grad_norm)
         self.lr_schedulers.step()
 
         self.metrics_processor.record_step(self._flops_per_token[attention])
@@ -223,11 +233,15 @@ class LighthouseTrainer(upstream.Trainer):
         # Alone, a count on the host is not worth waiting for the device.
         return dist_utils.dist_sum(value if ranks is None else value.to(self.device), ranks)
 
-    def _check_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    def _not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+        """1.0 if the loss or the gradient norm of any rank is not finite, otherwise 0.0."""
         finite = torch.isfinite(loss).all() & torch.isfinite(grad_norm).all()
         failed = (~finite).float()
         # Over all ranks, so that they stop together instead of waiting for one another.
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+        return failed
+
+    def _stop_if(self, failed: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         if failed.item() == 0:
             return
         message = (
