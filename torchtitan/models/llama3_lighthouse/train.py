@@ -116,7 +116,7 @@ class LighthouseTrainer(upstream.Trainer):
         """Take one optimizer step.
 
         Raises:
-            NonFiniteError: on every rank, before the optimizer step, if any rank's loss or the
+            NonFiniteError: on every rank, the optimizer step not taken, if any rank's loss or the
                 gradient norm is not finite.
         """
         self.set_stage(self.step)
@@ -174,18 +174,16 @@ class LighthouseTrainer(upstream.Trainer):
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
         )
         failed = self._not_finite(loss_share, grad_norm)
-        # Fused optimizers leave the step out by themselves, on the device, as torch's gradient
-        # scaler has them do. The host then need not wait for the device before it queues the step.
-        leave_out = all(getattr(x, "_step_supports_amp_scaling", False) for x in self.optimizers)
-        if leave_out:
-            for optimizer in self.optimizers:
+        for optimizer in self.optimizers:
+            # Fused, it leaves the step out by itself, as for torch's gradient scaler, and the host
+            # queues the step without waiting for the device.
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
                 optimizer.found_inf = failed
-        else:
-            self._stop_if(failed, loss_share, grad_norm)
+            else:
+                self._stop_if(failed, loss_share, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
-        if leave_out:
-            self._stop_if(failed, loss_share, grad_norm)
+        self._stop_if(failed, loss_share, grad_norm)
         self.lr_schedulers.step()
 
         self.metrics_processor.record_step(self._flops_per_token[attention])
