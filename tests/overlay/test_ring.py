@@ -190,7 +190,7 @@ def check_memory(mesh: DeviceMesh) -> None:
     rows += [out, logsumexp]
     with HeldBytes(rows) as held:
         _ring_backward(backward, ring, grad, query, key, value, out, logsumexp)
-    # Half of the gradients of keys at home, received keys and values, gradients of queries for
+    # Half of all gradients at home, received keys and values, gradients of queries for
     # them, and those of keys and values, as they leave and as the other rank's arrive.
     assert held.peak < 9 * key.nbytes, held.peak / key.nbytes
 
