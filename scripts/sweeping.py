@@ -192,8 +192,8 @@ def train(run: Run, processes: int, title: str, environment: dict[str, str], loc
                 **os.environ,
                 **environment,
             },
-            # Until then it keeps the lock.
             preexec_fn=end_with_parent,
+            # Until it has ended it keeps the lock.
             pass_fds=[lock.fileno()],
         ) as process,
     ):

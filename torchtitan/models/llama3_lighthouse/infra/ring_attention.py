@@ -101,18 +101,23 @@ class _Ring:
 
         return wait
 
-    def gather(self, tensors: Sequence[torch.Tensor]) -> Callable[[int], list[torch.Tensor]]:
-        """Start to gather tensors [B, H, S, D] of all ranks; the result waits for those of one."""
+    def gather(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Start to gather tensors [B, H, S, D] of all ranks.
+
+        The result waits for those of the rank before this one, then of the one before that.
+        """
         rows = [tensor.transpose(1, 2).contiguous() for tensor in tensors]
         gathered = [x.new_empty(self.size, *x.shape) for x in rows]
         works = [
             dist.all_gather_into_tensor(whole.flatten(0, 1), x, self.group, async_op=True)
             for whole, x in zip(gathered, rows, strict=True)
         ]
+        ranks = iter((self.rank - hop) % self.size for hop in range(1, self.size))
 
-        def wait(rank: int) -> list[torch.Tensor]:
+        def wait() -> list[torch.Tensor]:
             for work in works:
                 work.wait()
+            rank = next(ranks)
             return [whole[rank].transpose(1, 2) for whole in gathered]
 
         return wait
@@ -130,17 +135,11 @@ class _Ring:
         self, key: torch.Tensor, value: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield every hop's number, keys and values, the next ones under way meanwhile."""
-        if self.gathers:
-            of_rank = self.gather((key, value))
-        else:
-            arriving = self.pass_on((key, value))
+        arriving = (self.gather if self.gathers else self.pass_on)((key, value))
         yield 0, key, value
         for hop in range(1, self.size):
-            if self.gathers:
-                yield hop, *of_rank((self.rank - hop) % self.size)
-                continue
             held = arriving()
-            if hop < self.size - 1:
+            if not self.gathers and hop < self.size - 1:
                 arriving = self.pass_on(held)
             yield hop, *held
 
@@ -198,19 +197,16 @@ def _ring_backward(attend: Callable, ring: _Ring, grad, query, key, value, out, 
         everything = slice(0, length)
         return gradients(key, value, heads, everything, everything, True)
 
-    def arriving() -> list:
-        """Gradients follow their keys and values round the ring, one hop behind: none as yet."""
-        return [None, None]
-
     # Of the work at home, half of the heads waits until the last gradients are on their way there,
     # to hide their journey.
     middle = (key_heads + 1) // 2
-    of_queries = None
+    of_queries = arriving = None
     for hop, keys, values in ring.hops(key, value):
         if hop == 0:
             at_home = [own(slice(0, middle))]
             continue
-        of_pairs = arriving()
+        # Gradients follow their keys and values round the ring, one hop behind.
+        of_pairs = arriving() if arriving else [None, None]
         if (seen := ring.seen(hop, length)) is not None:
             queries, places = seen
             found, *pair = gradients(keys, values, slice(0, key_heads), queries, places, False)
