@@ -134,7 +134,8 @@ def check_layer(mesh: DeviceMesh, key_heads: int, dtype: torch.dtype, config: Pa
     for value, want in zip(*reversed(results), strict=True):
         want = want[:, :, here]
         if dtype == torch.float32:
-            torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
+            # A small element is a sum of large ones, and rounds as these do.
+            torch.testing.assert_close(value, want, rtol=0, atol=2e-6 * want.abs().max().item())
         error = (value.double() - want).norm() / want.double().norm()
         assert error < (1e-6 if dtype == torch.float32 else 1e-2), (dtype, error)
 
