@@ -29,6 +29,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     check_model(config, flavors)
     _check_parallelism(config, flavors[config.model.flavor].n_layers)
     _check_compile(config)
+    _check_optimizer(config)
     _check_loss(config)
     _check_offload(config)
     _check_dump_folder(config)
@@ -205,6 +206,15 @@ def _check_compile(config: JobConfig) -> None:
                 f"0.2.2 on torch {torch.__version__}; pass --compile.no-enable, install torch "
                 "2.11, or use context parallelism instead"
             )
+
+
+def _check_optimizer(config: JobConfig) -> None:
+    if config.optimizer.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true steps before gradients are clipped to "
+            f"training.max_norm = {config.training.max_norm} and found to be finite, and leaves "
+            "none for their norm; set it to false"
+        )
 
 
 def _check_loss(config: JobConfig) -> None:
