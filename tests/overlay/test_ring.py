@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from devices import KERNEL_DEVICES
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -197,7 +198,7 @@ def check_memory(mesh: DeviceMesh) -> None:
     assert held.peak < 9 * key.nbytes, held.peak / key.nbytes
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("module", [merge_kernel, ring_attention])
 @pytest.mark.parametrize("head_dim", [96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
