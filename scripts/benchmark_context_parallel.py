@@ -46,6 +46,7 @@ from lighthouse.attention import lighthouse_attention
 from lighthouse.scoring import SDPA_BACKENDS
 
 PER_GPU = 98304
+NOTHING_SENT = ", nothing sent"
 # That checkpointing keeps in the part "training"; more would not leave room in 80 GB for the whole
 # length on one GPU.
 KEPT_PRODUCT = "wo"
@@ -65,26 +66,32 @@ SMALL = {
 }  # fmt: skip
 
 
-def time_in_turns(variants: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median ms of each, the slowest rank's, in an order that is drawn anew but alike on ranks."""
+def time_in_turns(variants: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """Each one's ms, turn by turn, the slowest rank's, in orders drawn anew but alike on ranks."""
     order, shuffle = list(variants), random.Random(0).shuffle
     durations = {name: [] for name in order}
+    together = torch.zeros((), device="cuda")
     for turn in range(turns + 2):
         shuffle(order)
         for name in order:
             torch.cuda.synchronize()
-            dist.barrier()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(10_000_000)
+            # The host gets ahead, and the GPUs then start together, whatever their clocks.
+            torch.cuda._sleep(30_000_000)
+            dist.all_reduce(together)
             begin.record()
             variants[name]()
             end.record()
             end.synchronize()
             if turn >= 2:
                 durations[name].append(begin.elapsed_time(end))
-    medians = torch.tensor([statistics.median(times) for times in durations.values()]).cuda()
-    dist.all_reduce(medians, op=dist.ReduceOp.MAX)
-    return dict(zip(durations, medians.tolist(), strict=True))
+    slowest = torch.tensor(list(durations.values()), device="cuda")
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return dict(zip(durations, slowest.tolist(), strict=True))
+
+
+def median_of_each(durations: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(times) for name, times in durations.items()}
 
 
 def with_gradients(function: Callable, rows: list[torch.Tensor], grad: torch.Tensor) -> list:
@@ -178,7 +185,7 @@ def layer(output: Path) -> None:
         "no context parallelism, again": lambda: with_gradients(plain, rows, grad),
         "W = 1": lambda: with_gradients(through, rows, grad),
     }
-    record["one GPU, ms"] = time_in_turns(variants, 30)
+    record["one GPU, ms"] = median_of_each(time_in_turns(variants, 30))
 
     config = LighthouseConfig(3, 4, 1536 * world)
     *rows, grad = (layout.take(x, 2).clone() for x in random_rows(PER_GPU * world, 3))
@@ -204,8 +211,17 @@ def layer(output: Path) -> None:
     variants = {}
     for name, enabled in (("Lighthouse", True), ("dense", False)):
         variants[name] = stage(enabled)
-        variants[f"{name}, nothing sent"] = silent(stage(enabled))
-    record[f"W GPUs, {PER_GPU:,} tokens each, ms"] = time_in_turns(variants, 12)
+        variants[f"{name}{NOTHING_SENT}"] = silent(stage(enabled))
+    durations = time_in_turns(variants, 30)
+    record[f"W GPUs, {PER_GPU:,} tokens each, ms"] = median_of_each(durations)
+    # Of the two in the same turn, which have the GPU at the same temperature and clock.
+    record["time with sending over without, quartiles"] = {
+        name: statistics.quantiles(
+            a / b for a, b in zip(times, durations[f"{name}{NOTHING_SENT}"], strict=True)
+        )
+        for name, times in durations.items()
+        if not name.endswith(NOTHING_SENT)
+    }
     if dist.get_rank() == 0:
         (output / "layer.json").write_text(json.dumps(record))
     dist.destroy_process_group()
