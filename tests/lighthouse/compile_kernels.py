@@ -12,7 +12,6 @@ from triton.compiler import ASTSource, compile
 
 from lighthouse.kernels import gather, pooling, scoring, selection
 from torchtitan.models.llama3_lighthouse import cross_entropy_kernel
-from torchtitan.models.llama3_lighthouse.infra import merge_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
 SHARED_MEMORY = 99 * 1024
@@ -77,9 +76,6 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
         gather.gather(q, coarsest, index, uncovered, p, levels, True)
         for seam in (None, gathered[:, :, : levels - 1].contiguous()):
             gather.spread(gathered, slot, seam, n, p, levels, True, uncovered is not None)
-    sums = torch.empty(2, batch, heads, n, device="meta")
-    for out in (q, q.float()):
-        merge_kernel.merge_(out, sums[0], q, sums[1])
 
 
 def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
@@ -93,7 +89,7 @@ def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
 def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
                (gather, "_gather"), (gather, "_spread"), (scoring, "_gla_norms"),
-               (cross_entropy_kernel, "_cross_entropy"), (merge_kernel, "_merge")]  # fmt: skip
+               (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for capability in map(int, sys.argv[1:]):
         for module, name, kernel in originals:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from devices import KERNEL_DEVICES
 from launch import SMALL, arguments
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
@@ -27,6 +26,8 @@ from torchtitan.models.llama3_lighthouse.model import LighthouseModelArgs
 # A vocabulary that is no multiple of a kernel's block, and a chunk that does not divide T.
 B, N, DIM, V, CHUNK = 2, 45, 32, 300, 16
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+COMPILED = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU, not the CPU")
+KERNEL_DEVICES = [pytest.param("cpu", marks=COMPILED), DEVICES[1]]
 # What stands between the model's parameters and its products.
 PRECISIONS = ["float32", "bfloat16", "autocast"]
 

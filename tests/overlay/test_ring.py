@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from devices import KERNEL_DEVICES
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,7 +18,6 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig
 from torchtitan.models.llama3_lighthouse import flavors
-from torchtitan.models.llama3_lighthouse.infra import merge_kernel, ring_attention
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
     bytes_sent_per_layer,
@@ -196,33 +194,6 @@ def check_memory(mesh: DeviceMesh) -> None:
     # Half of all gradients at home, received keys and values, gradients of queries for
     # them, and those of keys and values, as they leave and as the other rank's arrive.
     assert held.peak < 9 * key.nbytes, held.peak / key.nbytes
-
-
-@pytest.mark.parametrize("device", KERNEL_DEVICES)
-@pytest.mark.parametrize("module", [merge_kernel, ring_attention])
-@pytest.mark.parametrize("head_dim", [96, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_against_float64(device: str, module, head_dim: int, dtype: torch.dtype) -> None:
-    """Of part of the queries, in the layouts in which attention leaves its outputs."""
-    torch.manual_seed(0)
-    batch, heads, length = 2, 3, 45
-    rows = torch.randn(2, batch, length, heads, head_dim).transpose(2, 3).to(device, dtype)
-    sums = (10 * torch.randn(2, batch, heads, length)).to(device)
-    # Beyond what exp takes in float32.
-    sums[0, :, :, -1], sums[1, :, :, -1], sums[0, :, :, -2] = 150, -150, -300
-    queries = slice(length // 2, length)
-    weights = sums.double().softmax(0).unsqueeze(-1)
-    expected = rows[0].clone(), sums[0].clone()
-    expected[0][:, :, queries] = (weights * rows.double()).sum(0)[:, :, queries].to(dtype)
-    expected[1][:, :, queries] = sums.double().logsumexp(0)[:, :, queries].float()
-
-    further = rows[1, :, :, queries].contiguous(), sums[1, :, :, queries].contiguous()
-    module.merge_(rows[0, :, :, queries], sums[0, :, :, queries], *further)
-    # To bfloat16 Triton's interpreter truncates where a GPU rounds.
-    rounding = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(rows[0], expected[0], rtol=rounding, atol=1e-6)
-    torch.testing.assert_close(sums[0], expected[1], rtol=1e-6, atol=1e-6)
-    assert torch.equal(rows[0, :, :, : length // 2], expected[0][:, :, : length // 2])
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,6 @@ from torch.distributed.tensor._ops.utils import (
 )
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 
-from . import merge_kernel
-
 SEQUENCE_DIM = 2
 NAMESPACE = "lighthouse_ring"
 
@@ -146,18 +144,6 @@ class _Ring:
             yield hop, *held
 
 
-def merge_(
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-    further: torch.Tensor,
-    further_logsumexp: torch.Tensor,
-) -> None:
-    """As ``merge_kernel.merge_``."""
-    weight = torch.sigmoid(further_logsumexp - logsumexp).unsqueeze(-1)
-    torch.addcmul(out * (1 - weight), further, weight, out=out)
-    logsumexp.copy_(torch.logaddexp(logsumexp, further_logsumexp))
-
-
 def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
     """Causal attention over all ranks' keys and values: what ``attend`` returns for one rank's."""
     for hop, keys, values in ring.hops(key, value):
@@ -171,10 +157,11 @@ def _ring_forward(attend: Callable, ring: _Ring, query, key, value) -> tuple:
             out = found.to(sum_dtype(found.dtype, ring.size))
             total, first_others = logsumexp, others
             continue
-        merge = merge_kernel.merge_ if out.is_cuda else merge_
-        # cuDNN's logsumexp has another dimension, of 1.
-        sums = [rows.view(*out.shape[:2], -1) for rows in (total, logsumexp)]
-        merge(out[:, :, queries], sums[0][:, :, queries], found, sums[1])
+        out_here, total_here = out[:, :, queries], total[:, :, queries]
+        # cuDNN's has a last dimension already.
+        weight = torch.sigmoid(logsumexp - total_here).view(*found.shape[:3], 1)
+        torch.addcmul(out_here * (1 - weight), found, weight, out=out_here)
+        total_here.copy_(torch.logaddexp(total_here, logsumexp))
     return out.to(query.dtype), total, *first_others
 
 
