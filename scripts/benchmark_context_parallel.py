@@ -429,7 +429,7 @@ def plot(run: dict, path: Path) -> None:
                   color="tab:blue", markersize=12, label=f"Lighthouse, {longest[0]['GPUs']} GPUs, "
                   "other levels and checkpointing")  # fmt: skip
     ticks = sorted({row["N"] for row in rows + longest})
-    axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axis.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=25, ha="right")
     axis.set_xticks([], minor=True)
     for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         set_formatter(StrMethodFormatter("{x:,.0f}"))
