@@ -43,6 +43,7 @@ from sweeping import command_line, end_with_parent, trainer_command
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, select
 from lighthouse.attention import lighthouse_attention
+from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import SDPA_BACKENDS
 
 PER_GPU = 98304
@@ -456,14 +457,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.layer:
         return layer(arguments.output)
-    count = arguments.gpus or torch.cuda.device_count()
+    count = torch.cuda.device_count() if arguments.gpus is None else arguments.gpus
     if not 2 <= count <= torch.cuda.device_count():
         sys.exit(f"needs two or more GPUs, {count} to be used of {torch.cuda.device_count()} here")
     for case in arguments.lengths:
         if not re.fullmatch(r"\d+(,\d+){3}", case):
             sys.exit(f"--lengths {case} is not N,L,p,k, four numbers such as {LENGTHS[0]}")
+        n, *method = map(int, case.split(","))
+        try:
+            PyramidGeometry(LighthouseConfig(*method), n)
+        except ValueError as error:
+            sys.exit(f"--lengths {case}: {error}")
     if arguments.steps < 1:
         sys.exit(f"--steps {arguments.steps} trains nothing; use 1 or more")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        sys.exit(f"--output {arguments.output} is no folder; name one to write to")
     if arguments.plot and find_spec("matplotlib") is None:
         sys.exit("--plot needs matplotlib; install the extra 'benchmark'")
     gpus = list(range(count))

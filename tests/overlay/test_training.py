@@ -4,12 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from ablation_results import read_metrics
 from launch import SMALL, VALIDATED, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_parallelism import validation_losses
 
 from torchtitan.models.llama3_lighthouse.checkpoint import read_record
+from torchtitan.models.llama3_lighthouse.train import leaves_out_by_itself
 
 # What has to come back the same after a resume, on every rank.
 EXACT = ("stage", "batches", "loss", "maximum_loss", "grad_norm", "tokens_seen")
@@ -133,7 +135,7 @@ def test_upstream_continues_our_checkpoint(tmp_path: Path) -> None:
         pytest.param(2, "foreach", marks=pytest.mark.slow),
     ],
 )
-def test_non_finite_loss_stops_all_ranks_before_the_optimizer(
+def test_non_finite_loss_stops_all_ranks_without_the_optimizer_step(
     tmp_path: Path, processes: int, optimizer: str
 ) -> None:
     settings = {"optimizer.implementation": optimizer}
@@ -147,6 +149,16 @@ def test_non_finite_loss_stops_all_ranks_before_the_optimizer(
     assert checkpoints == ["step-5"]
     resumed = Run(tmp_path, settings, processes=processes).succeed()
     assert "Training starts at step 6" in resumed.log
+
+
+def test_optimizers_that_wait_for_the_check() -> None:
+    weight = torch.zeros(1, requires_grad=True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    fused = torch.optim.AdamW([weight], fused=True)
+    assert leaves_out_by_itself(fused, cpu)
+    # Weights on the host, the loss on a GPU.
+    assert not leaves_out_by_itself(fused, gpu)
+    assert not leaves_out_by_itself(torch.optim.AdamW([weight], foreach=True), cpu)
 
 
 @pytest.mark.slow

@@ -212,8 +212,8 @@ def _check_optimizer(config: JobConfig) -> None:
     if config.optimizer.early_step_in_backward:
         raise ValueError(
             "optimizer.early_step_in_backward = true steps before gradients are clipped to "
-            f"training.max_norm = {config.training.max_norm} and found to be finite, and leaves "
-            "none for their norm; set it to false"
+            f"training.max_norm = {config.training.max_norm} and found to be finite, and frees "
+            "them before their norm is taken; set it to false"
         )
 
 

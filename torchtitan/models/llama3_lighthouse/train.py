@@ -174,16 +174,17 @@ class LighthouseTrainer(upstream.Trainer):
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
         )
         failed = self._not_finite(loss_share, grad_norm)
-        for optimizer in self.optimizers:
-            # Fused, it leaves the step out by itself, as for torch's gradient scaler, and the host
-            # queues the step without waiting for the device.
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # So that the host queues the step without waiting for the device.
+        by_themselves = all(leaves_out_by_itself(x, failed.device) for x in self.optimizers)
+        if by_themselves:
+            for optimizer in self.optimizers:
                 optimizer.found_inf = failed
-            else:
-                self._stop_if(failed, loss_share, grad_norm)
+        else:
+            self._stop_if(failed, loss_share, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
-        self._stop_if(failed, loss_share, grad_norm)
+        if by_themselves:
+            self._stop_if(failed, loss_share, grad_norm)
         self.lr_schedulers.step()
 
         self.metrics_processor.record_step(self._flops_per_token[attention])
@@ -281,6 +282,15 @@ class LighthouseTrainer(upstream.Trainer):
             grad_norm.item(),
             extra_metrics=metrics,
         )
+
+
+def leaves_out_by_itself(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether it takes no step where ``found_inf``, on ``device``, is 1, as for GradScaler.
+
+    Fused ones do. With weights elsewhere, offloaded to the host, they would not wait for its value.
+    """
+    weights_are_on = optimizer.param_groups[0]["params"][0].device.type
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and weights_are_on == device.type
 
 
 def run(config: JobConfig) -> None:
