@@ -351,17 +351,30 @@ def training(folder: Path, gpus: list[int], large: str, short: bool = False) -> 
     return rows
 
 
+def length_and_method(case: str) -> tuple[int, LighthouseConfig]:
+    """Of N,L,p,k.
+
+    Raises:
+        ValueError: these are not four numbers, or those of the method break a rule.
+    """
+    if not re.fullmatch(r"\d+(,\d+){3}", case):
+        raise ValueError(f"is not N,L,p,k, four numbers such as {LENGTHS[0]}")
+    n, *method = map(int, case.split(","))
+    return n, LighthouseConfig(*method)
+
+
 def longest(
     folder: Path, gpus: list[int], large: str, lengths: list[str], steps: int
 ) -> list[dict]:
     """Some steps of the Lighthouse stage at each length, until one does not fit."""
     rows = []
     for case in lengths:
-        n, levels, p, k = map(int, case.split(","))
+        n, method = length_and_method(case)
         settings = {
-            **LARGE, "lighthouse.stage": "lighthouse", "lighthouse.levels": levels,
-            "lighthouse.pooling_factor": p, "lighthouse.top_k": k, "training.seq_len": n,
-            "training.steps": steps, "activation_checkpoint.mode": "lighthouse",
+            **LARGE, "lighthouse.stage": "lighthouse", "lighthouse.levels": method.levels,
+            "lighthouse.pooling_factor": method.pooling_factor, "lighthouse.top_k": method.top_k,
+            "training.seq_len": n, "training.steps": steps,
+            "activation_checkpoint.mode": "lighthouse",
             "activation_checkpoint.keep_products": [],
             "activation_checkpoint.offload_inputs": True,
             "parallelism.context_parallel_degree": len(gpus),
@@ -461,11 +474,9 @@ def main() -> None:
     if not 2 <= count <= torch.cuda.device_count():
         sys.exit(f"needs two or more GPUs, {count} to be used of {torch.cuda.device_count()} here")
     for case in arguments.lengths:
-        if not re.fullmatch(r"\d+(,\d+){3}", case):
-            sys.exit(f"--lengths {case} is not N,L,p,k, four numbers such as {LENGTHS[0]}")
-        n, *method = map(int, case.split(","))
         try:
-            PyramidGeometry(LighthouseConfig(*method), n)
+            n, method = length_and_method(case)
+            PyramidGeometry(method, n)
         except ValueError as error:
             sys.exit(f"--lengths {case}: {error}")
     if arguments.steps < 1:
