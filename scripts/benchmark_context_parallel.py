@@ -358,7 +358,7 @@ def length_and_method(case: str) -> tuple[int, LighthouseConfig]:
         ValueError: these are not four numbers, or those of the method break a rule.
     """
     if not re.fullmatch(r"\d+(,\d+){3}", case):
-        raise ValueError(f"is not N,L,p,k, four numbers such as {LENGTHS[0]}")
+        raise ValueError(f"not N,L,p,k, four numbers such as {LENGTHS[0]}")
     n, *method = map(int, case.split(","))
     return n, LighthouseConfig(*method)
 
