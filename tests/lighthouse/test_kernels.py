@@ -319,7 +319,7 @@ def test_steps_do_not_recompile() -> None:
 def test_every_kernel_compiles_for_ampere(tmp_path: Path) -> None:
     """By Triton's compiler, which refuses more than its interpreter and needs no GPU either."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     subprocess.run(
         [sys.executable, script, "80"],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},

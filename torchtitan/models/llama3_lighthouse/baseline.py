@@ -6,9 +6,9 @@ from torchtitan.protocols.train_spec import register_train_spec
 
 from torchtitan.models import llama3
 
-from . import flavors
-from .datasets import build_dataloader
-from .tokenizer import build_tokenizer
+from .data.packing import build_dataloader
+from .data.tokenizer import build_tokenizer
+from .model.flavors import flavors
 
 NAME = "llama3_upstream"
 

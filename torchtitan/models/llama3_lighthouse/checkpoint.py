@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, MODEL, TRAIN_STATE, CheckpointManager
 from torchtitan.tools.logging import logger
 
-from .datasets import check_dataloader_state
+from .data.packing import check_dataloader_state
 
 RECORD_FILE = "lighthouse.json"
 

@@ -10,11 +10,11 @@ from lighthouse import ContextParallel
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
+from .data.retrieval import TASKS, PromptEncoder, RetrievalMix
+from .data.tokenizer import ByteTokenizer
 from .infra.pipeline import check_pipeline
 from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Parallelism
-from .model import LighthouseModelArgs, lighthouse_config
-from .retrieval import TASKS, PromptEncoder, RetrievalMix
-from .tokenizer import ByteTokenizer
+from .model.model import LighthouseModelArgs, lighthouse_config
 
 STAGES = ("auto", "lighthouse", "dense")
 

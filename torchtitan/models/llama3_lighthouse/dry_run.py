@@ -14,17 +14,17 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
-from . import flavors
 from .checks import check_config, chunks_of_a_sequence
-from .datasets import global_batch_size, stream_count
+from .data.packing import global_batch_size, stream_count
 from .infra.activation_checkpoint import BEFORE_GATHERING, PRODUCTS
 from .infra.offload import INPUTS_ON_DEVICE
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
 from .job_config import ActivationCheckpoint, JobConfig, LighthouseConfigManager
-from .linear_cross_entropy import tokens_per_chunk
-from .loss import build_loss
-from .model import LighthouseModelArgs, LighthouseTransformer
+from .model.flavors import flavors
+from .model.linear_cross_entropy import tokens_per_chunk
+from .model.loss import build_loss
+from .model.model import LighthouseModelArgs, LighthouseTransformer
 
 GIB = 2**30
 # Parameters, gradients and the two moments of AdamW, all float32 as in torchtitan's FSDP.

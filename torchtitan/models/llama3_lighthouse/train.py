@@ -18,13 +18,13 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import device_module, device_type
 
-from . import flavors
 from .checkpoint import LighthouseCheckpointManager
 from .checks import check_config, check_device
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
-from .model import LighthouseTransformer
+from .model.flavors import flavors
+from .model.model import LighthouseTransformer
 from .selection_statistics import Selected, selection_statistics, selections
 from .stages import attention_at, stage_at
 

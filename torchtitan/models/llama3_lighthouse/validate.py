@@ -13,7 +13,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
-from .datasets import build_validation_dataloader
+from .data.packing import build_validation_dataloader
 from .infra.context_parallel import held_batch
 from .infra.pipeline import loss_over_microbatches
 from .job_config import JobConfig

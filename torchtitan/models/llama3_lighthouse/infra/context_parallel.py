@@ -10,7 +10,7 @@ from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
 from lighthouse import ContextParallel, LighthouseAttention
 
 from ..job_config import Parallelism
-from ..model import LighthouseModelArgs
+from ..model.model import LighthouseModelArgs
 from .ring_attention import install_ring_attention, sum_dtype
 
 

@@ -13,8 +13,8 @@ from torchtitan.tools.utils import device_type
 from lighthouse.implementation import kernels
 
 from ..job_config import JobConfig
-from ..loss import FactoredOutput
-from ..model import leave_out_math_backend
+from ..model.loss import FactoredOutput
+from ..model.model import leave_out_math_backend
 from .activation_checkpoint import apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions

@@ -1,0 +1,74 @@
+"""Models out of checkpoints, and what checkpoints record."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launch import VALIDATED, Run
+from torch.nn.functional import cross_entropy
+
+from torchtitan.models.llama3_lighthouse.checkpoint import RECORD_FILE, read_record
+from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
+from torchtitan.models.llama3_lighthouse.evaluation.inference import (
+    find_checkpoint,
+    load_trained_model,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of two Lighthouse steps, stopped there, and a dense one."""
+    folder = tmp_path_factory.mktemp("run")
+    Run(folder, {**VALIDATED, "training.steps": 2}).succeed()
+    Run(folder, VALIDATED).succeed()
+    return folder / "dump"
+
+
+def test_checkpoints_record_what_wrote_them(run: Path) -> None:
+    lighthouse, dense = (read_record(run / f"checkpoint/step-{step}") for step in (2, 3))
+    assert (lighthouse.step, lighthouse.dense_steps) == (2, 0)
+    assert (dense.step, dense.dense_steps) == (3, 1)
+    assert dense.config["training"]["seq_len"] == 512
+    assert dense.config["model"]["flavor"] == "debugmodel"
+
+
+@pytest.mark.parametrize(("step", "stage"), [(2, "lighthouse"), (3, "dense")])
+def test_loaded_model_has_the_validated_loss(run: Path, step: int, stage: str) -> None:
+    trained = load_trained_model(run / f"checkpoint/step-{step}")
+    trained.model.set_stage(stage)
+    loader = iter(build_validation_dataloader(1, 0, trained.tokenizer, trained.config))
+    losses = []
+    for _ in range(3):
+        inputs, labels = next(loader)
+        logits = trained.model(inputs["input"])
+        losses.append(cross_entropy(logits.flatten(0, 1), labels.flatten()).item())
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    logged = {line["step"]: line.get("validation_metrics/loss") for line in lines}
+    assert sum(losses) / 3 == pytest.approx(logged[step], abs=1e-5)
+
+
+def test_finding_checkpoints(run: Path, tmp_path: Path) -> None:
+    for path in (run, run / "checkpoint", run / "checkpoint/step-3"):
+        assert find_checkpoint(path) == run / "checkpoint/step-3"
+    with pytest.raises(ValueError, match="holds no complete checkpoint; pass a step-N folder"):
+        find_checkpoint(tmp_path)
+
+
+def test_checkpoint_without_record_needs_a_configuration(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "step-3"
+    copy.mkdir()
+    for file in (run / "checkpoint/step-3").iterdir():
+        if file.name != RECORD_FILE:
+            (copy / file.name).symlink_to(file)
+    with pytest.raises(ValueError, match="pass that of its run with --job.config_file"):
+        load_trained_model(copy)
+    settings = ["--model.flavor", "15M", "--lighthouse.dense_layers", "0", "7"]
+    settings += ["--lighthouse.top_k", "128", "--training.seq_len", "2048"]
+    with pytest.raises(ValueError, match="of another model.*set model.flavor"):
+        load_trained_model(copy, settings)
+    settings[1] = "debugmodel"
+    settings[4] = "5"
+    trained = load_trained_model(copy, settings, dtype=torch.bfloat16, max_seq_len=64)
+    assert trained.record is None
+    assert trained.model(torch.zeros(1, 64, dtype=torch.long)).dtype == torch.bfloat16

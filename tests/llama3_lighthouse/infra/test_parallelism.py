@@ -1,0 +1,185 @@
+"""The same training on every mesh: what works with what, each against one process.
+
+``docs/parallelism.md`` lists these compositions by their names here.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import Run
+
+from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
+
+# Eight strata, so that the eight chunks of four balanced ranks have one each.
+SETTINGS = {
+    "lighthouse.top_k": 64,
+    "lighthouse.picks_per_stratum": 8,
+    "lighthouse.dense_from_step": 5,
+    # One Lighthouse layer, early: meshes round differently, and where two candidates score alike
+    # to that rounding they may pick another one. In many layers, some do.
+    "lighthouse.dense_layers": (0, 2, 3, 4, 5),
+    "training.global_batch_size": 2,
+    "training.steps": 10,
+    # AdamW's first steps divide gradients that are nothing but rounding by themselves; without
+    # these two the losses would tell how such noise grows.
+    "optimizer.lr": 2e-4,
+    "optimizer.eps": 1e-6,
+    "checkpoint.interval": 1000,
+    "lighthouse.log_selection_every": 2,
+    "validation.enable": True,
+    "validation.freq": 5,
+    "validation.steps": 2,
+    "validation.seq_len": 512,
+    "validation.local_batch_size": 1,
+}
+CP2 = {"parallelism.context_parallel_degree": 2}
+TP2 = {"parallelism.tensor_parallel_degree": 2}
+# Two sequences at once, so that each stage has one while the other has the other.
+PP2 = {
+    "lighthouse.log_selection_every": 0,
+    "parallelism.pipeline_parallel_degree": 2,
+    "training.local_batch_size": 2,
+    "validation.local_batch_size": 2,
+    "validation.steps": 1,
+}
+COMPOSITIONS = {
+    "cp2-contiguous-selective": (2, {
+        **CP2, "parallelism.context_parallel_load_balancer": "None",
+        "activation_checkpoint.mode": "selective",
+    }),
+}  # fmt: skip
+SLOW_COMPOSITIONS = {
+    "tp2-cp2-full": (4, {**TP2, **CP2, "activation_checkpoint.mode": "full"}),
+    "pp2": (2, PP2),
+    "pp2-interleaved-selective": (2, {
+        **PP2, "parallelism.pipeline_parallel_schedule": "Interleaved1F1B",
+        "activation_checkpoint.mode": "selective",
+    }),
+    "pp2-gpipe": (2, {**PP2, "parallelism.pipeline_parallel_schedule": "GPipe"}),
+    "pp2-compile": (2, {**PP2, "compile.enable": True}),
+    "pp2-cp2": (4, {**PP2, **CP2}),
+    "pp2-tp2-full": (4, {**PP2, **TP2, "activation_checkpoint.mode": "full"}),
+    "fsdp2-pp2": (4, {**PP2, "training.global_batch_size": 4}),
+    "cp2": (2, CP2),
+    "cp2-allgather": (2, {**CP2, "parallelism.context_parallel_rotate_method": "allgather"}),
+    "cp4": (4, {"parallelism.context_parallel_degree": 4}),
+    "cp2-compile": (2, {**CP2, "compile.enable": True}),
+    "cp4-compile": (4, {
+        "parallelism.context_parallel_degree": 4, "activation_checkpoint.mode": "lighthouse",
+        "compile.enable": True,
+    }),
+    "cp2-selective-compile": (2, {
+        **CP2, "activation_checkpoint.mode": "selective", "compile.enable": True,
+    }),
+    "cp2-lighthouse-compile": (2, {
+        **CP2, "activation_checkpoint.mode": "lighthouse", "compile.enable": True,
+    }),
+    "tp2": (2, TP2),
+    "tp2-cp2-selective": (4, {**TP2, **CP2, "activation_checkpoint.mode": "selective"}),
+    "cp2-chunked": (2, {**CP2, "lighthouse.loss": "chunked"}),
+    "tp2-cp2-lighthouse": (4, {
+        **TP2, **CP2, "activation_checkpoint.mode": "lighthouse",
+        "activation_checkpoint.keep_products": ("wo", "w1", "w3"),
+    }),
+    "fsdp2": (2, {}),
+    "fsdp2-tp2": (4, TP2),
+    "fsdp2-compile": (2, {"compile.enable": True, "activation_checkpoint.mode": "selective"}),
+    "fsdp2-cp2": (4, CP2),
+    "fsdp2-cp2-compile": (4, {**CP2, "compile.enable": True}),
+    "fsdp2-cp2-chunked": (4, {
+        **CP2, "lighthouse.loss": "chunked",
+        "parallelism.fsdp_reshard_after_forward": "always",
+    }),
+    "hsdp2-cp2": (4, {
+        **CP2, "parallelism.data_parallel_replicate_degree": 2,
+        "parallelism.data_parallel_shard_degree": 1,
+    }),
+}  # fmt: skip
+
+
+def selection_statistics(folder: Path) -> dict[int, dict[str, float]]:
+    """What was recorded of selections, by step; of a metrics file that one rank alone wrote."""
+    text = (folder / "dump/metrics.jsonl").read_text()
+    assert text.count("loss_metrics/global_avg_loss") == 10
+    found = {}
+    for step, entry in read_metrics(folder / "dump").items():
+        if values := {k: v for k, v in entry.items() if k.startswith("selection/")}:
+            found[step] = values
+    return found
+
+
+def validation_losses(run: Run) -> dict[str, float]:
+    """Validation loss by step, as the log has it."""
+    found = re.findall(r"validate step: +(\d+).*?loss: +([\d.]+)", run.log)
+    return {step: float(loss) for step, loss in found}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> tuple[dict, Run]:
+    """Settings that start from one seed checkpoint, and their run on one process."""
+    folder = tmp_path_factory.mktemp("one")
+    seed = folder / "seed"
+    Run(folder, {**SETTINGS, "checkpoint.create_seed_checkpoint": True}).succeed()
+    shutil.move(folder / "dump/checkpoint/step-0", seed)
+    shutil.rmtree(folder / "dump/checkpoint")
+    settings = {**SETTINGS, "checkpoint.initial_load_path": seed}
+    return settings, Run(folder, settings).succeed()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*COMPOSITIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_COMPOSITIONS)],
+)
+def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: Path) -> None:
+    settings, expected = one_process
+    processes, changed = {**COMPOSITIONS, **SLOW_COMPOSITIONS}[name]
+    batch = changed.get("training.global_batch_size", settings["training.global_batch_size"])
+    if batch != settings["training.global_batch_size"]:
+        (tmp_path / "one").mkdir()
+        larger = {**settings, "training.global_batch_size": batch}
+        expected = Run(tmp_path / "one", larger).succeed()
+    run = Run(tmp_path, {**settings, **changed}, processes).succeed()
+    data_parallel = name.startswith(("fsdp", "hsdp"))
+    for step, want in expected.steps().items():
+        line = run.steps()[step]
+        tokens = line["tokens_seen"]
+        assert tokens == want["tokens_seen"] == 512 * batch * step
+        for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("maximum_loss", 1e-5)):
+            # The maximum is over ranks that read different text.
+            if key != "maximum_loss" or not data_parallel:
+                value, wanted = float.fromhex(line[key]), float.fromhex(want[key])
+                assert value == pytest.approx(wanted, rel=tolerance), (step, key)
+    assert len(validation_losses(expected)) == 3
+    if not data_parallel:
+        assert validation_losses(run) == pytest.approx(validation_losses(expected), rel=2e-5)
+    if "pp2" in name:
+        assert selection_statistics(tmp_path) == {}
+    elif not data_parallel:
+        statistics = selection_statistics(expected.record_file.parent)
+        # One of 128 picks, by the rounding of the step between the two passes.
+        assert selection_statistics(tmp_path) == {
+            step: pytest.approx(values, abs=0.01) for step, values in statistics.items()
+        }
+    else:
+        assert list(selection_statistics(tmp_path)) == [2, 4]
+
+
+def test_training_continues_on_another_mesh(one_process, tmp_path: Path) -> None:
+    """One process, then two data-parallel ones, then two that share each sequence."""
+    settings, expected = one_process
+    settings = {**settings, "lr_scheduler.total_steps": 10}
+    Run(tmp_path, {**settings, "training.steps": 3}).succeed()
+    Run(tmp_path, {**settings, "training.steps": 6}, processes=2).succeed()
+    other_batch = Run(tmp_path, {**settings, "training.global_batch_size": 4}, processes=2)
+    assert other_batch.wait() != 0
+    assert "pass --lighthouse.data_streams 2, or" in other_batch.log
+    run = Run(tmp_path, {**settings, **CP2}, processes=2).succeed()
+    for step, want in expected.steps().items():
+        seen = run.steps()[step]["batches"]
+        if 3 < step <= 6:
+            seen = seen + run.steps(rank=1)[step]["batches"]
+        assert seen == want["batches"]
+        loss = float.fromhex(run.steps()[step]["loss"])
+        assert loss == pytest.approx(float.fromhex(want["loss"]), rel=1e-5)

@@ -1,0 +1,350 @@
+"""Ring attention on CPU processes: its result, and the bytes that it sends and holds."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+
+from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig
+from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
+    apply_context_parallel,
+    bytes_sent_per_layer,
+    held_batch,
+)
+from torchtitan.models.llama3_lighthouse.infra.ring_attention import (
+    CPU_BACKWARD,
+    CPU_FORWARD,
+    _Ring,
+    _ring_backward,
+    _ring_forward,
+)
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
+from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
+
+LIGHTHOUSE = LighthouseConfig(3, 2, 96, picks_per_stratum=4)
+BATCH, N, HEADS, HEAD_DIM = 2, 768, 4, 32
+ALL_GATHER = {"context_parallel_rotate_method": "allgather"}
+# Heads of keys and values, and how they go round.
+VARIANTS = [
+    (4, torch.float32, Parallelism()),
+    (2, torch.float32, Parallelism(context_parallel_load_balancer=None)),
+    (1, torch.float32, Parallelism(**ALL_GATHER)),
+    (4, torch.float32, Parallelism(**ALL_GATHER, context_parallel_load_balancer=None)),
+    (2, torch.bfloat16, Parallelism()),
+]
+
+
+class SentBytes(TorchDispatchMode):
+    """Bytes handed to all-to-all, which the seam exchange sends with, and to the ring's hops."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.sent: list[int] = []
+        pass_on = _Ring.pass_on
+
+        def counting(ring: _Ring, tensors: list[torch.Tensor]) -> Callable:
+            self.sent += [tensor.nbytes for tensor in tensors]
+            return pass_on(ring, tensors)
+
+        # Out of the mode's sight, inside an operation.
+        monkeypatch.setattr(_Ring, "pass_on", counting)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            # Look inside: at the collectives that it runs on local tensors.
+            return NotImplemented
+        if "all_to_all_single" in str(function):
+            self.sent.append(args[0].nbytes)
+        return function(*args, **(kwargs or {}))
+
+
+class HeldBytes(TorchDispatchMode):
+    """The most bytes held at any time in other memory than that of ``inputs``."""
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.inputs = {rows.untyped_storage()._cdata for rows in inputs}
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for rows in tree_leaves((args, results)):
+            if isinstance(rows, torch.Tensor):
+                storage = rows.untyped_storage()
+                if storage._cdata not in self.inputs:
+                    self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.held.values()))
+        return results
+
+
+def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> DeviceMesh:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    # Ranks that wait for each other without end would otherwise do so for half an hour.
+    timeout = timedelta(seconds=120)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    return init_device_mesh(device, (world_size,))
+
+
+def worker(rank: int, world_size: int, port: int) -> None:
+    mesh = join_ranks(rank, world_size, port)
+    for key_heads, dtype, config in VARIANTS:
+        check_layer(mesh, key_heads, dtype, config)
+        check_held_batch(mesh, config)
+    check_refusal(mesh)
+    if world_size == 2:
+        check_memory(mesh)
+    dist.destroy_process_group()
+
+
+def check_layer(mesh: DeviceMesh, key_heads: int, dtype: torch.dtype, config: Parallelism) -> None:
+    plain = LighthouseAttention(LIGHTHOUSE, ScaledDotProductAttentionWrapper())
+    ring = LighthouseAttention(LIGHTHOUSE, ScaledDotProductAttentionWrapper())
+    apply_context_parallel([ring], mesh, config)
+    layout = ring.context_parallel
+
+    torch.manual_seed(0)
+    heads = (HEADS, key_heads, key_heads)
+    leaves = [torch.randn(BATCH, N, count, HEAD_DIM).to(dtype).transpose(1, 2) for count in heads]
+    here = layout.take(torch.arange(N), dim=0)
+    results = []
+    for module, part in ((plain, torch.arange(N)), (ring, here)):
+        inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
+        with pytest.MonkeyPatch.context() as monkeypatch, SentBytes(monkeypatch) as counter:
+            out = module(*inputs, enable_gqa=key_heads < HEADS)
+            out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    for value, want in zip(*reversed(results), strict=True):
+        want = want[:, :, here]
+        if dtype == torch.float32:
+            # A small element is a sum of terms as large as its row's others, and rounds as those.
+            assert ((value - want).abs() <= 1e-6 * (1 + want.abs().amax(-1, keepdim=True))).all()
+        error = (value.double() - want).norm() / want.double().norm()
+        assert error < (1e-6 if dtype == torch.float32 else 1e-2), (dtype, error)
+
+    if config.context_parallel_rotate_method == "allgather":
+        return
+    args = LighthouseModelArgs(
+        dim=HEADS * HEAD_DIM, n_heads=HEADS, n_kv_heads=key_heads, lighthouse=LIGHTHOUSE
+    )
+    expected = bytes_sent_per_layer(args, N, layout, dtype)
+    # The last chunk of all has no next one to send to, nor the first one before it to answer.
+    ends = (0 in here) + (N - 1 in here)
+    seams = expected["seam"] * (2 * len(layout.held) - ends) // (2 * len(layout.held))
+    assert sum(counter.sent) == BATCH * (expected["ring"] + seams)
+
+
+def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:
+    """As torchtitan cuts it."""
+    torch.manual_seed(0)
+    inputs, labels = torch.randint(1000, (2, BATCH, N))
+    *want, options = prepare_context_parallel_input(
+        inputs, labels, {}, mesh, torch.device("cpu"), config.context_parallel_load_balancer
+    )
+    for found, rows in zip(
+        held_batch(inputs, labels, mesh, config), (*want, options["positions"]), strict=True
+    ):
+        assert torch.equal(found, rows)
+
+
+def check_refusal(mesh: DeviceMesh) -> None:
+    """Rather than have torch's own ring take over."""
+    attention = Attention("efficient")
+    apply_context_parallel([attention], mesh, Parallelism())
+    with pytest.raises(NotImplementedError, match="ring attention runs .* in bfloat16"):
+        attention(*torch.zeros(3, BATCH, HEADS, N // mesh.size(), HEAD_DIM))
+
+
+def check_memory(mesh: DeviceMesh) -> None:
+    """In keys of one rank; at a million tokens on each, every one more takes 2 GiB."""
+    ring = _Ring(mesh.get_group(), balanced=True, gathers=False)
+    rows = [torch.randn(1, N, HEADS, 64).bfloat16().transpose(1, 2) for _ in range(4)]
+    query, key, value, grad = rows
+
+    def forward(*rows: torch.Tensor, is_causal: bool) -> tuple:
+        return CPU_FORWARD(*rows, 0.0, is_causal)
+
+    def backward(*rows: torch.Tensor, is_causal: bool) -> tuple:
+        return CPU_BACKWARD(*rows, 0.0, is_causal)
+
+    with HeldBytes(rows) as held:
+        out, logsumexp = _ring_forward(forward, ring, query, key, value)
+    # Received keys and values, two outputs, one of them once more in float32.
+    assert held.peak < 6.5 * key.nbytes, held.peak / key.nbytes
+    rows += [out, logsumexp]
+    with HeldBytes(rows) as held:
+        _ring_backward(backward, ring, grad, query, key, value, out, logsumexp)
+    # Half of all gradients at home, received keys and values, gradients of queries for
+    # them, and those of keys and values, as they leave and as the other rank's arrive.
+    assert held.peak < 9 * key.nbytes, held.peak / key.nbytes
+
+
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))]
+)
+def test_ring_equals_one_device_and_sends_what_is_said(world_size: int, free_port: int) -> None:
+    torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
+
+
+def emulate_attention_of_gpus() -> None:
+    """Give the CPU the operations of cuDNN and flash attention, arguments, results and all."""
+    library = torch.library.Library("aten", "IMPL")
+    seed = torch.zeros((), dtype=torch.long)
+
+    def cudnn(query, key, value, bias, with_logsumexp, dropout_p=0.0, is_causal=False,
+              debug=False, *, scale=None):  # fmt: skip
+        out, logsumexp = CPU_FORWARD(query, key, value, dropout_p, is_causal, scale=scale)
+        lengths = query.shape[2], key.shape[2]
+        return out, logsumexp.unsqueeze(-1), None, None, *lengths, seed, seed.clone(), None
+
+    def cudnn_backward(grad, query, key, value, out, logsumexp, seed, offset, bias, starts_q,
+                       starts_k, max_q, max_k, dropout_p, is_causal, *, scale=None):  # fmt: skip
+        assert starts_q is None and starts_k is None and logsumexp.shape == (*out.shape[:3], 1)
+        return CPU_BACKWARD(grad, query, key, value, out, logsumexp.squeeze(-1), dropout_p,
+                            is_causal, scale=scale)  # fmt: skip
+
+    def flash(query, key, value, dropout_p=0.0, is_causal=False, debug=False, *, scale=None):
+        out, logsumexp = CPU_FORWARD(query, key, value, dropout_p, is_causal, scale=scale)
+        lengths = query.shape[2], key.shape[2]
+        random_state = torch.zeros(2, dtype=torch.uint64)
+        return (
+            out,
+            logsumexp,
+            None,
+            None,
+            *lengths,
+            random_state,
+            random_state[0].clone(),
+            torch.empty(0),
+        )
+
+    def flash_backward(grad, query, key, value, out, logsumexp, starts_q, starts_k, max_q, max_k,
+                       dropout_p, is_causal, seed, offset, *, scale=None):  # fmt: skip
+        assert starts_q is None and starts_k is None
+        return CPU_BACKWARD(grad, query, key, value, out, logsumexp, dropout_p, is_causal,
+                            scale=scale)  # fmt: skip
+
+    library.impl("_scaled_dot_product_cudnn_attention", cudnn, "CPU")
+    library.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward, "CPU")
+    library.impl("_scaled_dot_product_flash_attention", flash, "CPU")
+    library.impl("_scaled_dot_product_flash_attention_backward", flash_backward, "CPU")
+    emulations.append(library)
+
+
+emulations: list[torch.library.Library] = []
+
+
+class Attention(torch.nn.Module):
+    """Causal attention by one of torch's operations, which context parallelism can spread."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        aten = torch.ops.aten
+        if self.kind == "cudnn":
+            return aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
+        if self.kind == "flash":
+            return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        if self.kind == "efficient":
+            return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def compiled_worker(
+    rank: int, world_size: int, port: int, kinds: list[str], device: str = "cpu"
+) -> None:
+    mesh = join_ranks(rank, world_size, port, device)
+    if device == "cpu":
+        emulate_attention_of_gpus()
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, N, 2, 64).transpose(1, 2) for _ in range(3)]
+    leaves = [rows.to(device) for rows in leaves]
+    here = ContextParallel(None, rank, world_size).take(torch.arange(N), dim=0)
+
+    def results(function: Callable, part: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        # As a dense layer has its queries, and a Lighthouse layer its keys and values.
+        q, k, v = (x[:, :, part].to(dtype) for x in leaves)
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        inputs = [x.detach().requires_grad_() for x in (q, k.contiguous(), v.contiguous())]
+        out = function(*inputs)
+        out.square().sum().backward()
+        return [out.detach(), *(x.grad for x in inputs)]
+
+    def block(attention: Attention, *inputs: torch.Tensor) -> torch.Tensor:
+        return attention(*(x.sin() for x in inputs)).cos()
+
+    want = results(partial(block, Attention("default")), torch.arange(N), torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for kind in kinds:
+        attention = Attention(kind)
+        apply_context_parallel([attention], mesh, Parallelism())
+        for run in (block, torch.compile(block, fullgraph=True)):
+            storages = {}
+
+            def keep(rows: torch.Tensor, storages=storages) -> torch.Tensor:
+                storage = getattr(rows, "_local_tensor", rows).untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+                return rows
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda rows: rows):
+                found = results(partial(run, attention), here, dtype)
+            # Inputs, their sines, attention's output and its cosine's; nothing that was received.
+            rows = leaves[0].numel() * dtype.itemsize // world_size
+            assert sum(storages.values()) < 9 * rows, (kind, sum(storages.values()) / rows)
+            for value, whole in zip(found, want, strict=True):
+                error = (value - whole[:, :, here]).norm() / whole[:, :, here].norm()
+                assert error < (1e-5 if device == "cpu" else 1e-2), (kind, error)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kinds"),
+    [(2, ["cudnn"]), pytest.param(4, ["default", "cudnn", "flash"], marks=pytest.mark.slow)],
+)
+def test_compiled_ring_equals_one_device(world_size, kinds, free_port: int) -> None:
+    arguments = (world_size, free_port, kinds)
+    torch.multiprocessing.spawn(compiled_worker, arguments, nprocs=world_size)
+
+
+@pytest.mark.gpu
+def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
+    """In bfloat16, against float32."""
+    world_size = torch.cuda.device_count()
+    if world_size < 2:
+        # On a machine with one GPU the other gpu tests run; nothing can cross from it to another.
+        pytest.skip(f"a ring needs two or more GPUs to send between, found {world_size}")
+    arguments = (world_size, free_port, ["cudnn", "flash"], "cuda")
+    torch.multiprocessing.spawn(compiled_worker, arguments, nprocs=world_size)
+
+
+def test_bytes_at_a_million_tokens(config_file="train_configs/paper_530m_1m_cp8.toml") -> None:
+    """As docs/parallelism.md states them."""
+    args = flavors["530M"]
+    args.update_from_config(
+        LighthouseConfigManager().parse_args(["--job.config_file", config_file])
+    )
+    sent = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
+    # 8,192 places a rank, keys and values of 1,024 numbers each: 7 hops of bfloat16 forward and
+    # backward and of float32 gradients.
+    assert sent["ring"] == 8192 * 2048 * 7 * (2 + 2 + 4)
+    # 3 rows of 1,024 numbers after each of 2 chunks, there and back.
+    assert sent["seam"] == 3 * 1024 * 2 * 2 * 2

@@ -1,0 +1,162 @@
+"""The model: a Llama in every respect but what runs inside attention."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+
+from lighthouse import LighthouseAttention, LighthouseConfig, scoring
+from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.model.model import (
+    LighthouseModelArgs,
+    LighthouseTransformer,
+)
+
+N = 256
+METHOD = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, picks_per_stratum=8)
+SIZE = dict(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=320, max_seq_len=N)
+
+
+def build(cls=LighthouseTransformer, args=None):
+    torch.manual_seed(0)
+    args = args or LighthouseModelArgs(**SIZE, lighthouse=METHOD, dense_layers=[0, 3])
+    model = cls(args)
+    with torch.no_grad():
+        model.init_weights()
+    return model
+
+
+def test_state_dict_is_upstreams() -> None:
+    ours, upstream = build(), build(Transformer, TransformerModelArgs(**SIZE))
+    assert list(ours.state_dict()) == list(upstream.state_dict())
+    for name, value in upstream.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("flavor", flavors)
+def test_flavors_have_upstreams_keys(flavor: str) -> None:
+    args = flavors[flavor]
+    with torch.device("meta"):
+        args = LighthouseModelArgs(**{**vars(args), "lighthouse": METHOD, "max_seq_len": N})
+        ours, upstream = LighthouseTransformer(args), Transformer(args)
+    assert list(ours.state_dict()) == list(upstream.state_dict())
+
+
+def test_parameter_counts() -> None:
+    counts = {}
+    for flavor in ("270M", "530M"):
+        with torch.device("meta"):
+            model = Transformer(flavors[flavor])
+        counts[flavor] = sum(p.numel() for p in model.parameters())
+        assert model.layers["0"].feed_forward.w1.weight.shape[0] == 1536
+    assert counts == {"270M": 268_104_704, "530M": 530_117_632}
+
+
+def test_dense_stage_is_upstream_bit_for_bit() -> None:
+    ours, upstream = build(), build(Transformer, TransformerModelArgs(**SIZE))
+    ours.set_stage("dense")
+    tokens = torch.randint(0, 320, (2, N))
+    for model in (ours, upstream):
+        model(tokens).logsumexp(-1).sum().backward()
+    assert torch.equal(ours(tokens), upstream(tokens))
+    for mine, theirs in zip(ours.parameters(), upstream.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_stages_switch_the_right_layers() -> None:
+    model = build()
+    wrapped = [isinstance(b.attention.inner_attention, LighthouseAttention)
+               for b in model.layers.values()]  # fmt: skip
+    assert wrapped == [False, True, True, False]
+    tokens = torch.randint(0, 320, (1, N))
+    lighthouse = model(tokens)
+    model.set_stage("dense")
+    dense = model(tokens)
+    assert not torch.allclose(lighthouse, dense)
+    model.set_stage("lighthouse")
+    assert torch.equal(model(tokens), lighthouse)
+
+
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+def test_neither_state_dict_nor_dense_stage_notice_the_scorer(scorer: str) -> None:
+    method = replace(METHOD, scorer=scorer)
+    norm, other = build(), build(args=LighthouseModelArgs(**SIZE, lighthouse=method))
+    tokens = torch.randint(0, 320, (1, N), generator=torch.Generator().manual_seed(1))
+    # One that scores otherwise, or nothing below would show that it is set.
+    assert not torch.equal(norm(tokens), other(tokens))
+    assert list(norm.state_dict()) == list(other.state_dict())
+    for name, value in norm.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    for model in (norm, other):
+        model.set_stage("dense")
+        model(tokens).logsumexp(-1).sum().backward()
+    assert torch.equal(norm(tokens), other(tokens))
+    for mine, theirs in zip(norm.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_flops_of_the_scorers(monkeypatch) -> None:
+    """The products of "dilated" by torch's counter; a causal mask leaves N / d + 1 of 2 N / d."""
+    config = replace(METHOD, scorer="dilated", dilation=4)
+    norm, dilated, gla = (
+        LighthouseModelArgs(**SIZE, lighthouse=replace(config, scorer=scorer), dense_layers=[0])
+        for scorer in ("norm", "dilated", "gla")
+    )
+    base = norm.flops_per_token(0, N, "lighthouse")
+    monkeypatch.setattr(scoring, "SDPA_BACKENDS", [SDPBackend.MATH])
+    rows = [torch.randn(1, heads, N, 16) for heads in (4, 2, 2)]
+    with FlopCounterMode(display=False) as counter:
+        scoring.position_norms(*rows, config)
+    steps = N // config.dilation
+    unmasked = counter.get_total_flops() / N
+    assert unmasked > 0
+    assert dilated.flops_per_token(0, N, "lighthouse") - base == pytest.approx(
+        3 * unmasked * (steps + 1) / (2 * steps)
+    )
+    # Two passes; a step adds an outer product to a state of D x D and multiplies a row with it.
+    assert gla.flops_per_token(0, N, "lighthouse") - base == 3 * 2 * 4 * (2 + 2) * 16 * 16
+    for args in (dilated, gla):
+        assert args.flops_per_token(0, N, "dense") == norm.flops_per_token(0, N, "dense")
+
+
+def test_residual_stream_has_the_precision_of_autocast() -> None:
+    model = build()
+    seen = []
+    for block in model.layers.values():
+        block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    tokens = torch.randint(0, 320, (1, N))
+    model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+    layers = len(model.layers)
+    assert seen == [torch.float32] * layers + [torch.bfloat16] * layers
+
+
+@pytest.mark.parametrize("stage", ["lighthouse", "dense"])
+def test_flops_count_what_runs(stage: str) -> None:
+    """Against torch's own counter, which sees the products but takes attention as unmasked."""
+    model = build()
+    model.set_stage(stage)
+    for module in model.modules():
+        if isinstance(module, ScaledDotProductAttentionWrapper):
+            # As batched products, which nothing else in the model uses.
+            module.sdpa_backends = [SDPBackend.MATH]
+    args = model.model_args
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(0, 320, (1, N)))
+    counted = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counted.items() if "bmm" in str(op))
+    products = sum(counted.values()) - attention
+    gathered = N // 4 + 2 * 2 * 16
+    lengths = [N] * 4 if stage == "dense" else [N, gathered, gathered, N]
+    assert attention == sum(4 * args.dim * length**2 for length in lengths)
+    causal = sum(4 * args.dim * length * (length + 1) / 2 for length in lengths)
+
+    parameters, flops = args.get_nparams_and_flops(model, N, stage)
+    assert parameters == sum(p.numel() for p in model.parameters())
+    norms = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 1)
+    assert flops == pytest.approx(3 * (products + causal) / N + 6 * norms)

@@ -1,0 +1,97 @@
+"""Every file in train_configs/ is a run that would start, every grid a sweep of such runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse.geometry import PyramidGeometry
+from torchtitan.models.llama3_lighthouse.checks import check_config
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
+from torchtitan.models.llama3_lighthouse.studies.ablations import expand, record_of
+
+CONFIGS = Path(__file__).parents[2] / "train_configs"
+FILES = sorted(CONFIGS.glob("*.toml"))
+# Combinations of each grid, and how many of them the geometry refuses.
+GRIDS = {"topk": (6, 0), "pool": (6, 0), "levels": (6, 0), "scorer": (6, 0), "split": (4, 0),
+         "debug": (9, 3), "books_16k": (8, 0), "passkey_16k": (6, 0)}  # fmt: skip
+
+
+def check_model(config: JobConfig) -> int:
+    """Build it without memory; return S, once every layer is known to be what ``config`` says."""
+    args = flavors[config.model.flavor]
+    args.update_from_config(config)
+    with torch.device("meta"):
+        model = LighthouseTransformer(args)
+    section = config.lighthouse
+    method = LighthouseConfig(
+        section.levels, section.pooling_factor, section.top_k, section.scorer,
+        section.picks_per_stratum, section.dilation, section.entry_score, section.combine,
+    )  # fmt: skip
+    for index, block in model.layers.items():
+        inner = block.attention.inner_attention
+        assert isinstance(inner, LighthouseAttention) == (int(index) not in section.dense_layers)
+        assert getattr(inner, "config", method) == method
+    return args.gathered_length(config.training.seq_len)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
+    line = ["--job.config_file", str(path), "--job.dump_folder", str(tmp_path)]
+    if path.stem.startswith("8b"):
+        with pytest.raises(ValueError, match="--model.hf_assets_path FOLDER"):
+            check_config(LighthouseConfigManager().parse_args(line), flavors)
+        line += ["--model.hf_assets_path", str(tmp_path)]
+    config = LighthouseConfigManager().parse_args(line)
+    check_config(config, flavors)
+    # Attention really runs on a small part of the sequence, in the study on half of it.
+    part = 2 if path.stem == "recovery_books_32k" else 3
+    assert check_model(config) <= config.training.seq_len // part
+    section = config.lighthouse
+    if section.stage == "auto":
+        assert 0 < section.dense_from_step < config.training.steps
+
+
+def test_every_grid_is_known() -> None:
+    assert {path.stem for path in (CONFIGS / "ablations").iterdir()} == set(GRIDS)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grid_expands_to_runs_that_build(name: str, tmp_path: Path) -> None:
+    runs = expand(CONFIGS / f"ablations/{name}.toml", tmp_path, [])
+    refused = [run for run in runs if run.refusal]
+    assert (len(runs), len(refused)) == GRIDS[name]
+    for run in runs:
+        section = run.config.lighthouse
+        for key, value in run.settings.items():
+            assert getattr(section, key.removeprefix("lighthouse.")) == value
+        if run.refusal:
+            assert "training.seq_len" in run.refusal and "top_k" in run.refusal
+            method = LighthouseConfig(section.levels, section.pooling_factor, section.top_k,
+                                      picks_per_stratum=section.picks_per_stratum)  # fmt: skip
+            with pytest.raises(ValueError):
+                PyramidGeometry(method, run.config.training.seq_len)
+        else:
+            assert check_model(run.config) < run.config.training.seq_len
+    # What the trainer reads from the command line is what was checked.
+    assert record_of(LighthouseConfigManager().parse_args(run.arguments)) == record_of(run.config)
+
+
+def test_dense_baseline_differs_in_nothing_but_attention() -> None:
+    lighthouse, dense = (
+        LighthouseConfigManager().parse_args(["--job.config_file", str(path)]).to_dict()
+        for path in FILES
+        if path.stem in ("270m_98k", "270m_98k_dense")
+    )
+    differing = {
+        f"{section}.{key}"
+        for section, values in lighthouse.items()
+        for key, value in values.items()
+        if dense[section][key] != value
+    }
+    assert differing == {
+        "job.config_file", "job.dump_folder", "job.description", "lighthouse.stage",
+    }  # fmt: skip

@@ -1,0 +1,101 @@
+"""What starts a run: the dry run and the Slurm script."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torchtitan.models.llama3 import Transformer
+
+from torchtitan.models.llama3_lighthouse.dry_run import dry_run
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+
+ROOT = Path(__file__).parents[2]
+
+
+def parse(tmp_path: Path, name: str, *line: str):
+    line = ["--job.config_file", str(ROOT / f"train_configs/{name}.toml"), *line]
+    return LighthouseConfigManager().parse_args([*line, "--job.dump_folder", str(tmp_path)])
+
+
+def test_dry_run_of_the_papers_longest(tmp_path: Path) -> None:
+    text = dry_run(parse(tmp_path, "paper_530m_1m_cp8"), 32)
+    assert "32 processes = 1 replicas x 4 FSDP x 8 context x 1 tensor x 1 pipeline parallel" in text
+    assert "4 sequences of 1,048,576 tokens, 4,194,304 tokens a step in 1 passes" in text
+    with torch.device("meta"):
+        total = sum(p.numel() for p in Transformer(flavors["530M"]).parameters())
+    # Every one of them divides by 32.
+    assert f"131,072 tokens a pass in 2 chunks, {total // 32:,} parameters" in text
+    assert "S = 65,536 of 1,048,576 positions, 8,192 on each rank; 32 strata, 2 in each" in text
+
+
+def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
+    line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
+    text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)
+    assert "4 processes = 1 replicas x 2 FSDP x 1 context x 1 tensor x 2 pipeline parallel" in text
+    # Of two stages, the first has the embedding and half of the layers, in two shards.
+    whole, mine = (
+        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters\b", text)
+    )
+    assert 0.2 * whole < mine < 0.3 * whole
+
+
+def test_dry_run_says_what_offloading_needs(tmp_path: Path) -> None:
+    line = ["--activation_checkpoint.offload_inputs"]
+    text = dry_run(parse(tmp_path, "paper_530m_98k", *line), 1)
+    # 30 inputs of 192 MiB, rounded up to 256.
+    assert "needs GPUs (CUDA); a rank pins 7.50 GiB on its host" in text
+
+
+def test_dry_run_of_one_process(tmp_path: Path) -> None:
+    assert "1 processes = 1 replicas x 1 FSDP" in dry_run(parse(tmp_path, "debug_cpu"), 1)
+
+
+@pytest.mark.parametrize(
+    ("processes", "line", "message"),
+    [
+        (12, [], "12 processes do not make up"),
+        (32, ["--lighthouse.top_k", "1024"], "must divide the strata"),
+        (32, ["--training.global_batch_size", "6"], "lighthouse.data_streams = 6 must be"),
+    ],
+)
+def test_dry_run_refuses_what_cannot_run(tmp_path: Path, processes, line, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dry_run(parse(tmp_path, "paper_530m_1m_cp8", *line), processes)
+
+
+def test_slurm_script_launches_every_node(tmp_path: Path) -> None:
+    """With stand-ins for Slurm's commands: two nodes, and a third launch that fails."""
+    shutil.copy(ROOT / "scripts/slurm/train.sbatch", tmp_path)
+    scripts = {
+        "scontrol": '[[ "$1" == requeue ]] && echo "requeued $2" || printf "node1\\nnode2\\n"',
+        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || exit 3; done',
+        "run_train.sh": 'echo "$NODE_RANK/$NNODES $NGPU $MASTER_ADDR $CONFIG_FILE $*"; exit $FAIL',
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7",
+        "CONFIG_FILE": "a.toml", "FAIL": "0",
+    }  # fmt: skip
+
+    def submit(**changed):
+        command = ["bash", "train.sbatch", "--training.steps", "5"]
+        return subprocess.run(
+            command, cwd=tmp_path, env={**environment, **changed}, text=True, capture_output=True
+        )
+
+    done = submit()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{node}/2 8 node1 a.toml --training.steps 5" for node in (0, 1)
+    ]
+    failed = submit(FAIL="1")
+    assert failed.returncode != 0 and "requeued 7" in failed.stdout
+    assert "requeued" not in submit(FAIL="1", SLURM_RESTART_COUNT="3").stdout

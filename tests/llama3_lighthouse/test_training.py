@@ -1,0 +1,237 @@
+"""Whole training runs: stages, resume, non-finite values, agreement with upstream."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from launch import SMALL, VALIDATED, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_parallelism import validation_losses
+
+from torchtitan.models.llama3_lighthouse.checkpoint import read_record
+from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
+from torchtitan.models.llama3_lighthouse.train import leaves_out_by_itself
+
+# What has to come back the same after a resume, on every rank.
+EXACT = ("stage", "batches", "loss", "maximum_loss", "grad_norm", "tokens_seen")
+
+
+def exact(run: Run, rank: int = 0) -> dict[int, tuple]:
+    return {step: tuple(line[key] for key in EXACT) for step, line in run.steps(rank).items()}
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
+    """12 steps straight equal 5 + kill -9 + resume + stop + resume, across the switch at step 6."""
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    straight.mkdir()
+    interrupted.mkdir()
+    expected = Run(straight, processes=processes).succeed()
+
+    Run(interrupted, processes=processes).crash_after_step(6)
+    assert (interrupted / "dump/checkpoint/step-5/.metadata").is_file()
+    # By torchrun, which is what a scheduler tells to stop.
+    Run(interrupted, processes=processes, torchrun=True).stop_after_step(11)
+    assert (interrupted / "dump/checkpoint/step-10/.metadata").is_file()
+    resumed = Run(interrupted, processes=processes).succeed()
+    assert "Training starts at step 11" in resumed.log
+
+    for rank in range(processes):
+        assert sorted(exact(expected, rank)) == list(range(1, 13))
+        assert exact(resumed, rank) == exact(expected, rank)
+    stages = [line["stage"] for line in expected.steps().values()]
+    assert stages == ["lighthouse"] * 6 + ["dense"] * 6
+    losses = [float.fromhex(line["loss"]) for line in expected.steps().values()]
+    assert losses[-1] < losses[0]
+
+
+def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
+    """Flipping ``stage`` by hand on one checkpoint folder equals ``auto``; the change is logged.
+
+    So does recording selections, to the last bit, which one of them does.
+    """
+    auto, manual = tmp_path / "auto", tmp_path / "manual"
+    auto.mkdir()
+    manual.mkdir()
+    recording = {"lighthouse.log_selection_every": 2, "metrics.enable_tensorboard": True}
+    settings = {**recording, "lighthouse.dense_from_step": 5, "training.steps": 8}
+    expected = Run(auto, settings).succeed()
+    assert "Stage 'lighthouse' begins at step 1: attention runs on 256 of 512" in expected.log
+    assert "Stage 'dense' begins at step 6 after lighthouse" in expected.log
+    Run(manual, {"lighthouse.stage": "lighthouse", "training.steps": 5}).succeed()
+    dense = Run(manual, {"lighthouse.stage": "dense", "training.steps": 8}).succeed()
+    assert exact(dense) == exact(expected)
+
+    board = EventAccumulator(str(next((auto / "dump/tb").iterdir()))).Reload()
+    for name in ("covered", "spread", "spread_lowest", "overlap"):
+        tag = f"selection/level_1/{name}"
+        scalars = {event.step: event.value for event in board.Scalars(tag)}
+        steps = read_metrics(auto / "dump").items()
+        assert scalars == {s: pytest.approx(line[tag]) for s, line in steps if tag in line}
+        assert list(scalars) == [2, 4]
+    assert "selection" not in (manual / "dump/metrics.jsonl").read_text()
+    # The second launch by hand appended to what the first one wrote.
+    assert list(read_metrics(manual / "dump")) == list(range(1, 9))
+
+
+def test_dense_every_trains_single_steps_dense(tmp_path: Path) -> None:
+    """As the dense stage would, and with Lighthouse again after them, in validation too."""
+    rehearsed, switched = tmp_path / "rehearsed", tmp_path / "switched"
+    rehearsed.mkdir()
+    switched.mkdir()
+    settings = VALIDATED | {"checkpoint.interval": 3, "validation.freq": 3}
+    every_third = Run(
+        rehearsed, {**settings, "lighthouse.stage": "lighthouse", "lighthouse.dense_every": 3}
+    ).succeed()
+    assert "Steps that 3 divides train under dense attention" in every_third.log
+    dense = Run(switched, settings).succeed()
+    lines = [list(read_metrics(run / "dump").values()) for run in (rehearsed, switched)]
+    for key in ("loss_metrics/global_avg_loss", "grad_norm", "lighthouse/stage",
+                "lighthouse/gathered_length"):  # fmt: skip
+        ours, theirs = ([line[key] for line in each] for each in lines)
+        assert ours == theirs and len(ours) == 3, key
+    assert [line["lighthouse/stage"] for line in lines[0]] == [1, 1, 0]
+    # Of the same weights, under the attention of either stage.
+    assert validation_losses(every_third)["3"] != validation_losses(dense)["3"]
+    for folder, last in ((rehearsed, 3), (switched, 2)):
+        record = read_record(folder / "dump/checkpoint/step-3")
+        assert record.step - record.dense_steps == last
+
+
+def test_dense_stage_is_upstream_to_the_last_bit(tmp_path: Path) -> None:
+    """Same seed, same text: losses and gradient norms equal torchtitan's own trainer and model."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    settings = {"training.steps": 4, "debug.seed": 7}
+    dense = Run(ours, {**settings, "lighthouse.stage": "dense"}).succeed()
+    upstream = Run(theirs, settings, TRAINER="upstream").succeed()
+    for step in range(1, 5):
+        for key in ("batches", "loss", "grad_norm"):
+            assert dense.steps()[step][key] == upstream.steps()[step][key], (step, key)
+
+
+@pytest.mark.slow
+def test_upstream_continues_our_checkpoint(tmp_path: Path) -> None:
+    """torchtitan's trainer resumes from our folder as our own dense stage does."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        Run(folder, {"training.steps": 5, "lighthouse.stage": "lighthouse"}).succeed()
+    dense = Run(ours, {"training.steps": 7, "lighthouse.stage": "dense"}).succeed()
+    upstream = Run(theirs, {"training.steps": 7}, TRAINER="upstream").succeed()
+    assert "Training starts at step 6" in upstream.log
+    for step in (6, 7):
+        for key in ("batches", "loss", "grad_norm"):
+            assert dense.steps()[step][key] == upstream.steps()[step][key], (step, key)
+
+
+@pytest.mark.parametrize(
+    ("processes", "optimizer"),
+    [
+        (1, "fused"),
+        pytest.param(2, "fused", marks=pytest.mark.slow),
+        pytest.param(2, "foreach", marks=pytest.mark.slow),
+    ],
+)
+def test_non_finite_loss_stops_all_ranks_without_the_optimizer_step(
+    tmp_path: Path, processes: int, optimizer: str
+) -> None:
+    settings = {"optimizer.implementation": optimizer}
+    spoiled = Run(tmp_path, settings, processes=processes, NAN_AT=f"8,{processes - 1}")
+    assert spoiled.wait() != 0
+    assert "step 8 (dense stage): not finite" in spoiled.log
+    assert "The optimizer step was not taken" in spoiled.log
+    assert "weights and optimizer state are as before" in spoiled.log
+    assert spoiled.steps()[7] and 8 not in spoiled.steps()
+    checkpoints = os.listdir(tmp_path / "dump/checkpoint")
+    assert checkpoints == ["step-5"]
+    resumed = Run(tmp_path, settings, processes=processes).succeed()
+    assert "Training starts at step 6" in resumed.log
+
+
+def test_optimizers_that_wait_for_the_check() -> None:
+    weight = torch.zeros(1, requires_grad=True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    fused = torch.optim.AdamW([weight], fused=True)
+    assert leaves_out_by_itself(fused, cpu)
+    # Weights on the host, the loss on a GPU.
+    assert not leaves_out_by_itself(fused, gpu)
+    assert not leaves_out_by_itself(torch.optim.AdamW([weight], foreach=True), cpu)
+
+
+@pytest.mark.slow
+def test_compiled_training_agrees_with_eager(tmp_path: Path) -> None:
+    """fullgraph compilation of every block, through the switch and validation, one run."""
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    eager.mkdir()
+    compiled.mkdir()
+    settings = {
+        "training.steps": 4,
+        "lighthouse.dense_from_step": 2,
+        "activation_checkpoint.mode": "selective",
+        "activation_checkpoint.selective_ac_option": "op",
+        "validation.enable": True,
+        "validation.seq_len": 512,
+        "validation.local_batch_size": 1,
+        "validation.freq": 2,
+        "validation.steps": 2,
+    }
+    reference = Run(eager, settings).succeed()
+    other = Run(compiled, {**settings, "compile.enable": True}).succeed()
+    for step in range(1, 5):
+        expected = float.fromhex(reference.steps()[step]["loss"])
+        assert float.fromhex(other.steps()[step]["loss"]) == pytest.approx(expected, abs=2e-3)
+    assert other.log.count("validate step") == 3
+    assert "recompile_limit" not in other.log
+
+
+@pytest.mark.slow
+def test_everything_fast_errs_as_everything_plain_does(tmp_path: Path) -> None:
+    """20 steps in bfloat16 against float32, through both stages: chunked loss, compiled blocks and
+    checkpointing that keeps little err no more than whole logits, eager blocks and none do."""
+    settings = {
+        "training.steps": 20,
+        "lighthouse.dense_from_step": 12,
+        "lighthouse.loss": "whole",
+        # AdamW's first steps divide gradients that are nothing but rounding by themselves; without
+        # these two the losses would tell how such noise grows.
+        "optimizer.lr": 2e-4,
+        "optimizer.eps": 1e-6,
+    }
+    plain = settings | {"training.mixed_precision_param": "bfloat16"}
+    fast = plain | {
+        "lighthouse.loss": "chunked",
+        "compile.enable": True,
+        "activation_checkpoint.mode": "lighthouse",
+        "activation_checkpoint.keep_products": ("wo", "w1"),
+        "training.dataloader.num_workers": 1,
+    }
+    losses = {}
+    for name, each in {"exact": settings, "plain": plain, "fast": fast}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        # Stock attention has no float32 kernel of its own on a GPU; the exact run takes the CPU.
+        environment = {"CUDA_VISIBLE_DEVICES": ""} if name == "exact" else {}
+        steps = Run(folder, each, **environment).succeed().steps()
+        losses[name] = [float.fromhex(steps[step]["loss"]) for step in range(1, 21)]
+    errors = {
+        name: [abs(a / b - 1) for a, b in zip(losses[name], losses["exact"], strict=True)]
+        for name in ("plain", "fast")
+    }
+    assert 0 < max(errors["fast"]) < 1.5 * max(errors["plain"])
+
+
+def test_small_is_small() -> None:
+    """The tests' configuration lets Lighthouse do real work: S well below N."""
+    from lighthouse import LighthouseConfig
+    from lighthouse.geometry import PyramidGeometry
+
+    method = LighthouseConfig(
+        levels=SMALL["lighthouse.levels"],
+        pooling_factor=SMALL["lighthouse.pooling_factor"],
+        top_k=SMALL["lighthouse.top_k"],
+        picks_per_stratum=SMALL["lighthouse.picks_per_stratum"],
+    )
+    assert PyramidGeometry(method, SMALL["training.seq_len"]).gathered_length == 256

@@ -1,0 +1,105 @@
+"""Compile every kernel, as its launcher would launch it, for GPUs that need not be there.
+
+Run by test_kernels.py in a process of its own, without Triton's interpreter. Tensors are on the
+meta device: they have shapes and no memory.
+"""
+
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from lighthouse.kernels import gather, pooling, scoring, selection
+from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
+
+# Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
+SHARED_MEMORY = 99 * 1024
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+            torch.int64: "*i64"}  # fmt: skip
+# L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
+CASES = [
+    (3, 4, 98304, 1, 8, 8, 128, 128, 12, torch.bfloat16),
+    (3, 2, 131072, 2, 6, 2, 192, 128, 64, torch.float32),
+    (4, 4, 2**22, 1, 32, 8, 256, 128, 3, torch.bfloat16),
+]
+
+
+class Compiler:
+    """Takes the place of a kernel: launching it compiles it."""
+
+    count = 0
+
+    def __init__(self, kernel, capability: int) -> None:
+        self.kernel = kernel
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, num_warps: int, num_stages: int = 3, **constants) -> None:
+        names = self.kernel.arg_names
+        signature = dict.fromkeys(constants, "constexpr")
+        for name, value in zip(names, arguments, strict=False):
+            if isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        signature = {name: signature[name] for name in names}
+        constants = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(self.kernel, signature=signature, constexprs=constants)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        compiled = compile(source, target=self.target, options=options)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SHARED_MEMORY, self.kernel
+        Compiler.count += 1
+
+
+def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> None:
+    def rows(h: int, length: int) -> torch.Tensor:
+        return torch.empty(batch, length, h, d, dtype=dtype, device="meta").transpose(1, 2)
+
+    span = p ** (levels - 1)
+    q, k = rows(heads, n), rows(kv_heads, n)
+    coarsest, a = pooling.pool(q, None, p, levels, 0, 1 / span, p)
+    _, b = pooling.pool(k, None, p, levels, 0, 1 / span, 1)
+    for x, y in ((q, k), (k, q)):
+        scoring.gla_norms(x, y, k, heads, 4)
+    for by_first in (False, True):
+        index, slot = selection.select_from_norms(a, b, levels, p, m, strata, by_first)
+    gathered = gather.gather(q, coarsest, index, None, p, levels, False)
+    gather.spread(gathered, slot, None, n, p, levels, False, False)
+    for uncovered in (None, slot):
+        pooling.pool(q, uncovered, p, levels, span - 1, 1.0, 0)
+        gather.gather(q, coarsest, index, uncovered, p, levels, True)
+        for seam in (None, gathered[:, :, : levels - 1].contiguous()):
+            gather.spread(gathered, slot, seam, n, p, levels, True, uncovered is not None)
+
+
+def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(tokens, vocabulary, dtype=dtype, device="meta")
+    labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+    losses = torch.empty(tokens, device="meta")
+    for flag in (False, True):
+        cross_entropy_kernel.cross_entropy_(logits, labels, losses, flag)
+
+
+def main() -> None:
+    kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
+               (gather, "_gather"), (gather, "_spread"), (scoring, "_gla_norms"),
+               (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
+    originals = [(module, name, getattr(module, name)) for module, name in kernels]
+    for capability in map(int, sys.argv[1:]):
+        for module, name, kernel in originals:
+            setattr(module, name, Compiler(kernel, capability))
+        for case in CASES:
+            launch_all(*case)
+        launch_loss(4096, 128256, torch.bfloat16)
+        launch_loss(77, 300, torch.float32)
+    print(f"compiled {Compiler.count} kernels")
+
+
+if __name__ == "__main__":
+    main()

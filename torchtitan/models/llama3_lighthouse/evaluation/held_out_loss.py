@@ -1,0 +1,189 @@
+"""Held-out loss of a trained model by the length of its context, with confidence intervals."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from ..data.packing import build_validation_dataloader
+from ..data.tokenizer import build_tokenizer
+from ..job_config import JobConfig
+from .inference import TrainedModel, without_output
+
+# Logits of that many positions exist at once, whatever the vocabulary.
+POSITIONS_AT_ONCE = 2048
+# Of the standard normal distribution: 95% lie within.
+NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over sequences; the interval is None for fewer than two of them."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def text_identity(config: JobConfig) -> dict[str, object]:
+    """What the held-out tokens depend on, by configuration key; equal for the same tokens.
+
+    Raises:
+        ValueError: the configuration names no held-out text.
+    """
+    section = config.validation
+    if not section.enable:
+        raise ValueError(
+            "the run had no validation, so which text is held out is not known; pass "
+            "--validation.enable --validation.dataset NAME --validation.seq_len "
+            f"{config.training.seq_len} --validation.local_batch_size 1 --validation.steps BATCHES"
+        )
+    if section.seq_len > config.training.seq_len:
+        raise ValueError(
+            f"validation.seq_len = {section.seq_len} exceeds training.seq_len = "
+            f"{config.training.seq_len}, up to which positions are known; lower it"
+        )
+    sequences = None if section.steps < 0 else section.steps * section.local_batch_size
+    return {
+        "validation.dataset": section.dataset,
+        "validation.dataset_path": section.dataset_path,
+        "validation.seq_len": section.seq_len,
+        "validation.steps times validation.local_batch_size": sequences,
+        "lighthouse.tokenizer": config.lighthouse.tokenizer,
+    }
+
+
+def check_text(config: JobConfig) -> None:
+    """Read the beginning of the held-out text.
+
+    Raises:
+        ValueError: it is not there, or a document is empty or no text.
+    """
+    build_validation_dataloader(1, 0, build_tokenizer(config), config)
+
+
+def held_out_batches(
+    config: JobConfig, tokenizer: BaseTokenizer
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels, int64 [B, N] each: what the trainer validates on with one reader of text.
+
+    Raises:
+        ValueError: the held-out text is not there.
+    """
+    loader = iter(build_validation_dataloader(1, 0, tokenizer, config))
+    for _, (inputs, labels) in zip(_batch_numbers(config), loader, strict=False):
+        yield inputs["input"], labels
+
+
+def _batch_numbers(config: JobConfig) -> range:
+    steps = config.validation.steps
+    return range(2**63 if steps < 0 else steps)
+
+
+@torch.no_grad()
+def losses_by_position(
+    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Loss of every position in nats, float32 [B, N] on the CPU; NaN where there is no label.
+
+    Args:
+        inputs: int64 [B, N].
+        labels: int64 [B, N].
+    """
+    device = next(model.parameters()).device
+    labels = labels.to(device)
+    with without_output(model) as output:
+        hidden = model(inputs.to(device))
+    losses = []
+    for start in range(0, labels.shape[1], POSITIONS_AT_ONCE):
+        chunk = slice(start, start + POSITIONS_AT_ONCE)
+        logits = output(hidden[:, chunk]).float()
+        losses.append(
+            cross_entropy(
+                logits.transpose(1, 2),
+                labels[:, chunk],
+                reduction="none",
+                ignore_index=IGNORE_INDEX,
+            )
+        )
+    return torch.cat(losses, dim=1).masked_fill(labels == IGNORE_INDEX, math.nan).cpu()
+
+
+def context_buckets(seq_len: int, first: int) -> list[tuple[int, int]]:
+    """Ranges (from, to) of tokens of context, both included, that double up to ``seq_len``.
+
+    A position's context is all tokens up to and including its own; the first range is 1 to
+    ``first``.
+
+    Raises:
+        ValueError: ``first`` is no length of at least 1.
+    """
+    if first < 1:
+        raise ValueError(f"the first bucket's length must be at least 1, got {first}")
+    buckets, start, end = [], 1, min(first, seq_len)
+    while start <= seq_len:
+        buckets.append((start, end))
+        start, end = end + 1, min(2 * end, seq_len)
+    return buckets
+
+
+def bucket_means(losses: torch.Tensor, buckets: list[tuple[int, int]]) -> torch.Tensor:
+    """Mean loss of each sequence in each bucket, float64 [B, buckets]; NaN without labels.
+
+    Args:
+        losses: [B, N], NaN where there is no label.
+    """
+    means = [losses[:, start - 1 : end].double().nanmean(dim=1) for start, end in buckets]
+    return torch.stack(means, dim=1)
+
+
+def estimate(values: torch.Tensor) -> Estimate:
+    """Mean of one value a sequence, with its 95% interval: normal, sequences as independent.
+
+    Args:
+        values: [sequences]; NaNs are left out.
+    """
+    values = values[~values.isnan()].double()
+    if len(values) < 2:
+        return Estimate(values.mean().item(), None, None)
+    mean = values.mean().item()
+    half_width = NORMAL_95 * (values.std() / len(values) ** 0.5).item()
+    return Estimate(mean, mean - half_width, mean + half_width)
+
+
+def evaluate(
+    trained: TrainedModel,
+    stage: str,
+    progress: Callable[[int, int | None, float], None] = lambda *arguments: None,
+) -> torch.Tensor:
+    """Loss at every position of every held-out sequence, in nats, float32 [sequences, N].
+
+    Args:
+        stage: the attention, "dense" or "lighthouse".
+        progress: called after every batch with batches done, of how many (None: not known), and
+            the mean loss so far.
+
+    Raises:
+        ValueError: the held-out text is not there or fills no batch.
+    """
+    trained.model.set_stage(stage)
+    steps = trained.config.validation.steps
+    parts, total, count = [], 0.0, 0
+    for inputs, labels in held_out_batches(trained.config, trained.tokenizer):
+        parts.append(losses_by_position(trained.model, inputs, labels))
+        total += parts[-1].nansum(dtype=torch.float64).item()
+        count += parts[-1].isfinite().sum().item()
+        progress(len(parts), None if steps < 0 else steps, total / max(1, count))
+    if not parts:
+        section = trained.config.validation
+        raise ValueError(
+            f"validation.dataset = '{section.dataset}' holds less than one sequence of "
+            f"validation.seq_len = {section.seq_len} tokens; give it more text or lower "
+            "validation.seq_len"
+        )
+    return torch.cat(parts)

@@ -1,0 +1,203 @@
+"""A trained model out of a checkpoint, without a trainer: for evaluation and export."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from ..checkpoint import (
+    CheckpointRecord,
+    check_shapes,
+    checkpoints_in,
+    in_one_process,
+    read_record,
+)
+from ..checks import check_model
+from ..data.tokenizer import build_tokenizer
+from ..job_config import JobConfig, LighthouseConfigManager
+from ..model.flavors import flavors
+from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
+
+
+@dataclass
+class TrainedModel:
+    model: LighthouseTransformer
+    """In evaluation mode, under dense attention; ``set_stage("lighthouse")`` turns Lighthouse on.
+    Maps tokens [B, N] to logits [B, N, vocabulary]."""
+    tokenizer: BaseTokenizer
+    config: JobConfig
+    path: Path
+    record: CheckpointRecord | None
+    """None if the checkpoint has none, as one of torchtitan's own trainer."""
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The step-N folder that ``path`` is, or the last complete one below it.
+
+    Args:
+        path: a step-N folder, a checkpoint folder, or a run's ``job.dump_folder``.
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
+    path = Path(path)
+    if (path / ".metadata").is_file():
+        return path
+    for folder in (path, path / "checkpoint"):
+        complete = [step for step, whole in checkpoints_in(folder).values() if whole]
+        if complete:
+            return _in_dcp_format(complete[-1])
+    if any(path.glob("*.safetensors")):
+        return _in_dcp_format(path)
+    raise ValueError(
+        f"{path} holds no complete checkpoint; pass a step-N folder, a folder of them, or a run's "
+        "job.dump_folder"
+    )
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that wrote a step-N folder."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name == "checkpoint" else folder
+
+
+def _in_dcp_format(path: Path) -> Path:
+    if not (path / ".metadata").is_file():
+        raise ValueError(
+            f"{path} is in Hugging Face's format; scripts/import_hf.py makes a checkpoint of it"
+        )
+    return path
+
+
+def load_trained_model(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_seq_len: int | None = None,
+) -> TrainedModel:
+    """Build the model that a checkpoint is of, and load its weights.
+
+    Args:
+        path: as in ``find_checkpoint``.
+        overrides: flags of the trainer, ``--section.key value``, which win over the configuration
+            in the checkpoint's record; a checkpoint without a record needs
+            ``--job.config_file FILE`` or the like.
+        max_seq_len: longest sequence it will see; default: the ``training.seq_len`` it was
+            trained with.
+
+    Raises:
+        ValueError, TypeError, OSError: there is no such checkpoint, or it is of another model than
+            the configuration says.
+    """
+    path = find_checkpoint(path)
+    record = read_record(path)
+    config, args = read_configuration(path, record, overrides or [])
+    args.max_seq_len = max_seq_len or args.max_seq_len
+    with torch.device("meta"):
+        model = LighthouseTransformer(args)
+    model.to_empty(device=device)
+    with torch.device(device):
+        model.freqs_cis = model._precompute_freqs_cis()
+    if model.freqs_cis.is_cuda:
+        leave_out_math_backend(model)
+    state = model.state_dict()
+    check_shapes(path, state)
+    with in_one_process():
+        dcp.load(state, checkpoint_id=str(path), no_dist=True)
+    model.to(dtype).eval().requires_grad_(False)
+    model.set_stage("dense")
+    return TrainedModel(model, build_tokenizer(config), config, path, record)
+
+
+def recorded_config(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
+    """The configuration that ``load_trained_model`` would use, with nothing loaded.
+
+    Raises:
+        ValueError, TypeError, OSError: as ``load_trained_model``.
+    """
+    path = find_checkpoint(path)
+    return read_configuration(path, read_record(path), overrides or [])[0]
+
+
+def logits_at(model: LighthouseTransformer, tokens: torch.Tensor, positions: slice) -> torch.Tensor:
+    """Logits [B, positions, vocabulary] for tokens [B, N]; those elsewhere are not computed."""
+    with without_output(model) as output:
+        hidden = model(tokens)
+    return output(hidden[:, positions])
+
+
+@contextmanager
+def without_output(model: LighthouseTransformer) -> Iterator[nn.Module]:
+    """Let the model return hidden states, and yield its output projection."""
+    output = model.output
+    model.output = None
+    try:
+        yield output
+    finally:
+        model.output = output
+
+
+def read_configuration(
+    path: Path, record: CheckpointRecord | None, overrides: list[str]
+) -> tuple[JobConfig, LighthouseModelArgs]:
+    """What a checkpoint's run was configured with, and the arguments of its model.
+
+    Args:
+        path: a step-N folder, to be named in messages.
+        overrides: as in ``load_trained_model``.
+
+    Raises:
+        ValueError, TypeError, OSError: there is no configuration, or it breaks a rule.
+    """
+    if record is None and not overrides:
+        raise ValueError(
+            f"{path} has no record of its configuration, as it was not written by Lighthouse's "
+            "trainer; pass that of its run with --job.config_file FILE"
+        )
+    config = parse_over(record and record.config, overrides)
+    return config, model_arguments(config)
+
+
+def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConfig:
+    """``overrides`` over the file that they name, or else over a recorded configuration.
+
+    Raises:
+        ValueError, TypeError, OSError: a value breaks a rule.
+    """
+    try:
+        return _RecordedConfigManager(recorded).parse_args(overrides)
+    except AssertionError as error:
+        # How torchtitan refuses.
+        raise ValueError(str(error)) from None
+
+
+def model_arguments(config: JobConfig) -> LighthouseModelArgs:
+    """The arguments of the model that ``config`` describes, which returns logits.
+
+    Raises:
+        ValueError, TypeError: it breaks a rule.
+    """
+    check_model(config, flavors)
+    args = dataclasses.replace(flavors[config.model.flavor])
+    args.update_from_config(config)
+    args.chunked_loss = False
+    return args
+
+
+class _RecordedConfigManager(LighthouseConfigManager):
+    """Parses the command line over a recorded configuration, or over the file it names."""
+
+    def __init__(self, recorded: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
+        return super()._maybe_load_toml(args) or self.recorded

@@ -1,0 +1,139 @@
+"""A checkpoint as a folder in Hugging Face's format, which needs none of our code."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from ..checkpoint import CheckpointRecord, check_shapes, in_one_process, read_record
+from ..data.tokenizer import build_tokenizer
+from ..evaluation.inference import find_checkpoint, read_configuration
+from ..model.model import LighthouseModelArgs
+from .format import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    adapter,
+    model_state,
+    new_folder,
+    require_safetensors,
+    write_configuration,
+    write_tokenizer,
+)
+
+
+def export_checkpoint(
+    path: str | Path,
+    output: str | Path,
+    overrides: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+    allow_lighthouse: bool = False,
+    max_shard_size: float = 5e9,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Write a checkpoint as ``config.json``, safetensors and the files of its tokenizer.
+
+    Only one file's tensors are in memory at a time.
+
+    Args:
+        path, overrides: as in ``inference.load_trained_model``.
+        output: a folder that is empty or not there.
+        dtype: of the weights; None leaves them as they are stored.
+        allow_lighthouse: whether a checkpoint may be one that was not trained dense at the end.
+        max_shard_size: of a file of weights, in bytes.
+        report: called with lines that say how far it is.
+
+    Raises:
+        ValueError, TypeError, OSError: safetensors is missing; the checkpoint cannot be read, is
+            refused, or is of another model than the configuration says; or ``output`` is in use.
+    """
+    require_safetensors()
+    if not 1 <= max_shard_size < math.inf:
+        raise ValueError(f"files of {max_shard_size} bytes hold no tensors; choose a larger size")
+    path = find_checkpoint(path)
+    record = read_record(path)
+    if not allow_lighthouse:
+        check_dense(path, record)
+    with new_folder(output) as folder:
+        config, args = read_configuration(path, record, overrides or [])
+        tokenizer = build_tokenizer(config)
+        stored = _stored_dtype(path, model_state(args))
+        write_configuration(folder, args, tokenizer, dtype or stored)
+        write_tokenizer(folder, tokenizer, config.model.hf_assets_path)
+        _write_weights(path, folder, args, stored, dtype or stored, max_shard_size, report)
+
+
+def check_dense(path: Path, record: CheckpointRecord | None) -> None:
+    """Check that the steps up to a checkpoint were dense, as attention is in any Llama.
+
+    Raises:
+        ValueError: the last one was Lighthouse's, or it is not known.
+    """
+    last = record.last_lighthouse_step if record else None
+    if last is None:
+        raise ValueError(
+            f"{path} does not say whether its last steps were dense, as a trainer other than "
+            "Lighthouse's wrote it or an earlier part of its run; pass --allow-lighthouse if you "
+            "know that they were"
+        )
+    if record.step and not record.dense_steps:
+        raise ValueError(
+            f"step {record.step} of {path} belongs to the Lighthouse stage, and a Llama has dense "
+            "attention, which most layers have not been trained with: train on with "
+            "--lighthouse.stage dense first, or pass --allow-lighthouse to export it as it is"
+        )
+
+
+def _stored_dtype(path: Path, state: dict[str, torch.Tensor]) -> torch.dtype:
+    check_shapes(path, state)
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    dtypes = {stored[name].properties.dtype for name in state}
+    if len(dtypes) > 1:
+        # Every value of both is one of float32's.
+        return torch.float32
+    return dtypes.pop()
+
+
+def _write_weights(
+    path: Path,
+    folder: Path,
+    args: LighthouseModelArgs,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    max_shard_size: float,
+    report: Callable[[str], None],
+) -> None:
+    """Read, convert and write the tensors of one file after another."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    ours = {name: tensor.to(dtype) for name, tensor in model_state(args).items()}
+    theirs = adapter(args).to_hf(ours)
+    plan = split_torch_state_dict_into_shards(theirs, max_shard_size=int(max_shard_size))
+    for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
+        wanted = adapter(args).from_hf({name: theirs[name] for name in names})
+        state = {name: torch.empty(x.shape, dtype=stored) for name, x in wanted.items()}
+        with in_one_process():
+            dcp.load(state, checkpoint_id=str(path), no_dist=True)
+        shard = {
+            name: tensor.to(dtype).contiguous()
+            for name, tensor in adapter(args).to_hf(state).items()
+        }
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        # safetensors lets nobody but its owner read a file.
+        shutil.copymode(folder / CONFIG_FILE, folder / file)
+        size = sum(tensor.nbytes for tensor in shard.values())
+        report(
+            f"{file} ({number} of {len(plan.filename_to_tensors)}): {len(shard)} tensors, "
+            f"{size / 1e9:.2f} GB"
+        )
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        assert list(plan.filename_to_tensors) == [WEIGHTS_FILE]

@@ -1,0 +1,193 @@
+"""A Llama in Hugging Face's format as a checkpoint of step 0, to train on from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from tokenizers import Tokenizer
+
+from ..checkpoint import CheckpointRecord, in_one_process, write_record
+from ..data.tokenizer import build_tokenizer
+from ..evaluation.inference import model_arguments, parse_over
+from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig
+from ..model.flavors import flavors
+from ..model.model import LighthouseModelArgs
+from .format import (
+    DTYPES,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    adapter,
+    differences,
+    model_state,
+    new_folder,
+    read_architecture,
+    require_safetensors,
+)
+
+
+def import_model(
+    folder: str | Path,
+    output: str | Path,
+    overrides: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Write ``output``/checkpoint/step-0, which a run with that ``job.dump_folder`` starts from.
+
+    All weights are in memory at once.
+
+    Args:
+        folder: ``config.json`` of a Llama of one of our flavors, and its weights as safetensors.
+        output: a folder that is empty or not there.
+        overrides: flags of the trainer, ``--section.key value``, for the checkpoint's record. They
+            win over the file that --job.config_file names, or else over a configuration of the
+            folder's model, length and tokenizer without Lighthouse.
+        dtype: of the weights; None leaves them as they are stored.
+
+    Returns:
+        The step-0 folder.
+
+    Raises:
+        ValueError, TypeError, OSError: safetensors is missing; the folder holds no such model, or
+            does not fit the configuration; or ``output`` is in use.
+    """
+    require_safetensors()
+    folder, output = Path(folder).resolve(), Path(output).resolve()
+    with new_folder(output) as temporary:
+        described, known = read_architecture(folder)
+        flavor = matching_flavor(folder, known)
+        overrides = overrides or []
+        config = parse_over(_own_configuration(folder, output, flavor, described), overrides)
+        if config.model.flavor != flavor:
+            raise ValueError(
+                f"model.flavor = '{config.model.flavor}' but {folder} is of flavor '{flavor}'; "
+                f"pass --model.flavor {flavor}"
+            )
+        args = model_arguments(config)
+        build_tokenizer(config)
+        kind = config.lighthouse.tokenizer
+        report(f"{folder} is of model.flavor '{flavor}', lighthouse.tokenizer '{kind}'")
+        state = _read_weights(folder, args, dtype, report)
+        step = temporary / "checkpoint" / "step-0"
+        write_record(step, CheckpointRecord(0, 0, config.to_dict()))
+        with in_one_process():
+            dcp.save(state, checkpoint_id=str(step), no_dist=True)
+    return output / "checkpoint" / "step-0"
+
+
+def matching_flavor(folder: Path, known: dict[str, Any]) -> str:
+    """The flavor that computes what a folder's model does; ``known`` is its architecture.
+
+    Raises:
+        ValueError: there is none; what the most similar one has otherwise is named.
+    """
+    apart = {name: differences(args, known) for name, args in flavors.items()}
+    closest = min(apart, key=lambda name: len(apart[name]))
+    if not apart[closest]:
+        return closest
+    listed = "; ".join(
+        f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in apart[closest].items()
+    )
+    raise ValueError(
+        f"{folder} fits no model.flavor; the closest is '{closest}', from which it differs: "
+        f"{listed}. Add a flavor to torchtitan/models/llama3_lighthouse/__init__.py"
+    )
+
+
+def _own_configuration(
+    folder: Path, output: Path, flavor: str, described: dict[str, Any]
+) -> dict[str, Any]:
+    """A configuration, by section, for a dense model as ``config.json`` describes it."""
+    config = JobConfig()
+    config.job.dump_folder = str(output)
+    config.model.flavor = flavor
+    config.training.seq_len = described.get("max_position_embeddings", 2048)
+    section = config.lighthouse
+    section.stage = "dense"
+    section.dense_layers = list(range(flavors[flavor].n_layers))
+    # The smallest pyramid, which fits any length; no layer has one.
+    section.levels = section.pooling_factor = section.top_k = section.picks_per_stratum = 2
+    if not _has_byte_tokenizer(folder):
+        section.tokenizer = "hf"
+        config.model.hf_assets_path = str(folder)
+    return config.to_dict()
+
+
+def _has_byte_tokenizer(folder: Path) -> bool:
+    """Whether a folder's tokenizer is the built-in one; so it is taken to be if there is none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return not any((folder / name).is_file() for name in ("vocab.json", "vocab.txt"))
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab()
+    # The library raises no narrower one.
+    except Exception as error:
+        raise ValueError(f"{file} is no tokenizer: {error}; mend or remove it") from None
+    own = Tokenizer.from_file(str(Path(BYTE_TOKENIZER_FOLDER, "tokenizer.json")))
+    return vocabulary == own.get_vocab()
+
+
+def _read_weights(
+    folder: Path,
+    args: LighthouseModelArgs,
+    dtype: torch.dtype | None,
+    report: Callable[[str], None],
+) -> dict[str, torch.Tensor]:
+    """Our state dict of a folder's weights."""
+    from safetensors import SafetensorError, safe_open
+
+    expected = adapter(args).to_hf(model_state(args))
+    found: dict[str, torch.Tensor] = {}
+    files = _weight_files(folder)
+    for number, file in enumerate(files, 1):
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is broken: {error}; download or export it again") from None
+        with opened:
+            names = [name for name in opened.keys() if "rotary_emb" not in name]
+            for name in names:
+                tensor = opened.get_tensor(name)
+                _check_tensor(file, name, tensor, expected)
+                found[name] = tensor.to(dtype or tensor.dtype)
+        report(f"{file.name} ({number} of {len(files)}): {len(names)} tensors")
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors of a Llama, '{missing[0]}' among them; is a "
+            "file of weights missing?"
+        )
+    return {name: tensor.contiguous() for name, tensor in adapter(args).from_hf(found).items()}
+
+
+def _check_tensor(
+    file: Path, name: str, tensor: torch.Tensor, expected: dict[str, torch.Tensor]
+) -> None:
+    if name not in expected:
+        raise ValueError(f"{file} holds '{name}', which no Llama has that can be trained here")
+    if tensor.shape != expected[name].shape:
+        raise ValueError(
+            f"{file}: '{name}' has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)} "
+            "as config.json says"
+        )
+    if tensor.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{file}: '{name}' is stored as {tensor.dtype}; save the model in one of "
+            f"{', '.join(DTYPES)} first"
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX_FILE).is_file():
+        index = json.loads((folder / INDEX_FILE).read_text())
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    else:
+        files = [folder / WEIGHTS_FILE]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(
+            f"{folder} holds no {missing[0]}; weights must be safetensors, as save_pretrained of "
+            "transformers writes them"
+        )
+    return files

@@ -1,0 +1,1 @@
+"""Comparisons of many training runs: grids of settings, and dense against Lighthouse."""
