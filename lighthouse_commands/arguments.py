@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from torchtitan.models.llama3_lighthouse.errors import UserError, UserValueError
+
 
 def command_parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows ``description`` as it is written and takes no shortened flags."""
@@ -34,8 +36,8 @@ def run_command(
     """Run a script's ``command``; a user's mistake ends in one line, an interruption in 130."""
     try:
         command()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (UserError, OSError) as error:
+        sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         print(f"interrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
@@ -48,7 +50,9 @@ def check_plots(no_plots: bool) -> None:
         ValueError: matplotlib is missing.
     """
     if not no_plots and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots")
+        raise UserValueError(
+            "plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots"
+        )
 
 
 def check_device(device: str) -> None:
@@ -62,7 +66,9 @@ def check_device(device: str) -> None:
 
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or device.endswith(":") or (number and not number.isdigit()):
-        raise ValueError(f"--device {device} is not known; use cpu, cuda or cuda:N")
+        raise UserValueError(f"--device {device} is not known; use cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(number or 0) >= count:
-        raise ValueError(f"--device {device}: torch finds {count} CUDA devices; use --device cpu")
+        raise UserValueError(
+            f"--device {device}: torch finds {count} CUDA devices; use --device cpu"
+        )

@@ -38,6 +38,7 @@ from lighthouse_commands.arguments import (
     parse_with_overrides,
     run_command,
 )
+from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.evaluation.held_out_loss import (
     bucket_means,
     check_text,
@@ -77,7 +78,7 @@ def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
     for path, identity in zip(paths[1:], others, strict=True):
         for key, value in identity.items():
             if value != first[key]:
-                raise ValueError(
+                raise UserValueError(
                     f"{paths[0]} and {path} differ in {key}: {first[key]} and {value}; pass it as "
                     "--section.key VALUE for both"
                 )
@@ -88,25 +89,25 @@ def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
 def evaluate_checkpoint(
     path: Path, label: str, overrides: list[str], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A curve for each stage: label, stage, what the checkpoint is, and losses [sequences, N]."""
+    """A curve for each attention: its label, the checkpoint, and losses [sequences, N]."""
     trained = load_trained_model(path, overrides, arguments.device, DTYPES[arguments.dtype])
     record = trained.record
     curves = []
-    for stage in arguments.stages:
+    for attention in arguments.attention:
         shown = 0.0
 
-        def show(batch: int, batches: int | None, loss: float, stage=stage) -> None:
+        def show(batch: int, batches: int | None, loss: float, attention=attention) -> None:
             nonlocal shown
             if time.monotonic() - shown > SECONDS_BETWEEN_LINES or batch == batches:
                 of = f" of {batches}" if batches else ""
-                print(f"{label}, {stage}: batch {batch}{of}, loss {loss:.4f}", flush=True)
+                print(f"{label}, {attention}: batch {batch}{of}, loss {loss:.4f}", flush=True)
                 shown = time.monotonic()
 
         curves.append({
-            "checkpoint": label, "attention": stage, "path": str(path),
+            "checkpoint": label, "attention": attention, "path": str(path),
             "step": record.step if record else None,
             "dense steps": record.dense_steps if record else None,
-            "losses": evaluate(trained, stage, show),
+            "losses": evaluate(trained, attention, show),
         })  # fmt: skip
     return curves
 
@@ -194,8 +195,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = command_parser(__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--stages", nargs="+", choices=["dense", "lighthouse"], default=["dense"],
-                        help="attention to evaluate under; default: dense")  # fmt: skip
+    parser.add_argument("--attention", nargs="+", choices=["dense", "lighthouse"],
+                        default=["dense"], help="to evaluate under; default: dense")  # fmt: skip
     parser.add_argument("--first-bucket", type=int, default=256, help="tokens; default: 256")
     parser.add_argument("--labels", nargs="+", help="name of each checkpoint, in their order")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
@@ -206,7 +207,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     check_device(arguments.device)
     labels, count = arguments.labels, len(arguments.checkpoints)
     if labels and (len(labels) != count or len(set(labels)) != count):
-        raise ValueError(f"--labels must be {count} different names, got {', '.join(labels)}")
+        raise UserValueError(f"--labels must be {count} different names, got {', '.join(labels)}")
     return arguments, overrides
 
 
@@ -217,10 +218,10 @@ def evaluate_checkpoints() -> None:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
     arguments, overrides = parse_arguments()
-    arguments.stages = list(dict.fromkeys(arguments.stages))
+    arguments.attention = list(dict.fromkeys(arguments.attention))
     paths = [find_checkpoint(path) for path in arguments.checkpoints]
     if len(set(paths)) < len(paths):
-        raise ValueError("two of the checkpoints are the same; name each once")
+        raise UserValueError("two of the checkpoints are the same; name each once")
     text = check_same_text(paths, overrides)
     buckets = context_buckets(text["validation.seq_len"], arguments.first_bucket)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ A checkpoint is a step-N folder, a folder of them, or a run's job.dump_folder (i
 see the same prompts, those of one tokenizer to the token. Depth is the needle's: 0% is right after
 BOS, 100% right before the question, if nothing else has to come between.
 
-With --stages dense lighthouse the prompts also run under Lighthouse attention, on sequences padded
-with random alphanumerics to the next length that Lighthouse takes, and plots show both.
+With --attention dense lighthouse the prompts also run under Lighthouse attention, on sequences
+padded with random alphanumerics to the next length that Lighthouse takes, and plots show both.
 
 Further arguments at the end, --section.key value, go to the configuration of every checkpoint; one
 that was not written by Lighthouse's trainer needs --job.config_file FILE.
@@ -55,6 +55,7 @@ from torchtitan.models.llama3_lighthouse.data.retrieval import (
     find_task,
 )
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer, build_tokenizer
+from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.evaluation.inference import (
     find_checkpoint,
     load_trained_model,
@@ -69,7 +70,7 @@ from torchtitan.models.llama3_lighthouse.evaluation.retrieval_accuracy import (
 )
 from torchtitan.models.llama3_lighthouse.model.model import lighthouse_config
 
-STAGES = ("dense", "lighthouse")
+ATTENTIONS = ("dense", "lighthouse")
 # By default, prompts have these parts of the shortest training.seq_len of the checkpoints.
 DEFAULT_PARTS = (8, 4, 2, 1)
 
@@ -98,7 +99,7 @@ def parse_arguments(line: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--depths", nargs="+", type=float, default=list(range(0, 101, 10)),
                         metavar="PERCENT", help="default: 0 10 20 ... 100")  # fmt: skip
     parser.add_argument("--trials", type=int, default=50, help="for each cell; default: 50")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["dense"],
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["dense"],
                         help="attention to run under; default: dense")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the prompts; default: 0")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -129,9 +130,9 @@ def check(
     check_device(arguments.device)
     for name in ("trials", "batch_tokens"):
         if (value := getattr(arguments, name)) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            raise UserValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if outside := [depth for depth in arguments.depths if not 0 <= depth <= 100]:
-        raise ValueError(f"--depths {outside[0]:g} is no depth; give percent from 0 to 100")
+        raise UserValueError(f"--depths {outside[0]:g} is no depth; give percent from 0 to 100")
     tasks = [find_task(name) for name in arguments.tasks]
 
     found = {}
@@ -147,7 +148,7 @@ def check(
                 try:
                     check_length(encoder, task, length)
                 except ValueError as error:
-                    raise ValueError(f"{error} (--lengths, --tasks)") from None
+                    raise UserValueError(f"{error} (--lengths, --tasks)") from None
     arguments.output.mkdir(parents=True, exist_ok=True)
     labels = unique_labels(list(found))
     return [
@@ -181,7 +182,8 @@ class Progress:
         left = passed * (self._total / self._done - 1)
         accuracies = [cell.accuracy for cell in cells]
         print(
-            f"{checkpoint.label}  {cells[0].stage}  {cells[0].task}  {cells[0].length:,} tokens: "
+            f"{checkpoint.label}  {cells[0].attention}  {cells[0].task}  "
+            f"{cells[0].length:,} tokens: "
             f"{statistics.fmean(accuracies):.0%} right ({min(accuracies):.0%} to "
             f"{max(accuracies):.0%} by depth); {self._done / self._total:.0%} done, about "
             f"{left / 60:.0f} min left",
@@ -200,12 +202,12 @@ def evaluate(
 ) -> None:
     """Measure every cell of every checkpoint, and write the tables as they grow."""
     plan = [
-        (stage, find_task(name), length)
-        for stage in arguments.stages
+        (attention, find_task(name), length)
+        for attention in arguments.attention
         for name in arguments.tasks
         for length in arguments.lengths
     ]
-    tokens = sum(sequence_length(t, n, stage, m) for m in methods for stage, t, n in plan)
+    tokens = sum(sequence_length(t, n, attention, m) for m in methods for attention, t, n in plan)
     progress = Progress(tokens * arguments.trials * len(arguments.depths))
     record = {
         "settings": settings_of(arguments, overrides),
@@ -227,7 +229,7 @@ def evaluate_checkpoint(
     plan: Plan,
 ) -> Iterator[list[Cell]]:
     """Yield the cells, one for each depth, of each entry of the plan."""
-    longest = max(sequence_length(task, n, stage, method) for stage, task, n in plan)
+    longest = max(sequence_length(task, n, attention, method) for attention, task, n in plan)
     if longest > checkpoint.trained_length:
         print(f"{checkpoint.label}: sequences of up to {longest:,} tokens are longer than those it "
               f"was trained on, {checkpoint.trained_length:,}")  # fmt: skip
@@ -243,8 +245,8 @@ def evaluate_checkpoint(
         checkpoint.dense_steps = trained.record.dense_steps
     encoder = PromptEncoder(trained.tokenizer)
     is_bytes = isinstance(trained.tokenizer, ByteTokenizer)
-    for stage, task, length in plan:
-        trained.model.set_stage(stage)
+    for attention, task, length in plan:
+        trained.model.use_attention(attention)
         yield [
             measure_cell(
                 lambda tokens, places: logits_at(trained.model, tokens, places),
@@ -253,7 +255,7 @@ def evaluate_checkpoint(
                 length,
                 depth / 100,
                 arguments.trials,
-                stage,
+                attention,
                 method,
                 arguments.seed,
                 arguments.batch_tokens,
@@ -265,7 +267,7 @@ def evaluate_checkpoint(
 
 
 def settings_of(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    names = ("tasks", "lengths", "depths", "trials", "stages", "seed", "dtype", "batch_tokens")
+    names = ("tasks", "lengths", "depths", "trials", "attention", "seed", "dtype", "batch_tokens")
     return {**{name: getattr(arguments, name) for name in names}, "overrides": overrides}
 
 
@@ -287,24 +289,24 @@ def write_tables(output: Path, record: dict[str, Any], checkpoints: list[Evaluat
 
 
 def plot(output: Path, checkpoints: list[Evaluated], task: str) -> None:
-    """Heat maps, depth over length: a row for each checkpoint, a column for each stage."""
+    """Heat maps, depth over length: a row for each checkpoint, a column for each attention."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     cells = [cell for cell in checkpoints[0].cells if cell.task == task]
-    stages = list(dict.fromkeys(cell.stage for cell in cells))
+    attentions = list(dict.fromkeys(cell.attention for cell in cells))
     lengths = sorted({cell.length for cell in cells})
     depths = sorted({cell.depth for cell in cells})
-    width = 2.5 + len(stages) * max(3.0, 0.9 * len(lengths))
+    width = 2.5 + len(attentions) * max(3.0, 0.9 * len(lengths))
     height = 0.5 + len(checkpoints) * (1.3 + 0.35 * len(depths))
-    figure, axes = plt.subplots(len(checkpoints), len(stages), figsize=(width, height),
+    figure, axes = plt.subplots(len(checkpoints), len(attentions), figsize=(width, height),
                                 layout="constrained", squeeze=False)  # fmt: skip
     for checkpoint, row in zip(checkpoints, axes, strict=True):
-        for axis, stage in zip(row, stages, strict=True):
+        for axis, attention in zip(row, attentions, strict=True):
             values = {(c.depth, c.length): c.accuracy for c in checkpoint.cells
-                      if (c.task, c.stage) == (task, stage)}  # fmt: skip
+                      if (c.task, c.attention) == (task, attention)}  # fmt: skip
             grid = [[values[depth, length] for length in lengths] for depth in depths]
             image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             for y, line in enumerate(grid):
@@ -314,7 +316,7 @@ def plot(output: Path, checkpoints: list[Evaluated], task: str) -> None:
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axis.set_yticks(range(len(depths)), [f"{100 * depth:g}" for depth in depths])
             axis.set(xlabel="prompt length (tokens)", ylabel="depth of the needle (%)")
-            axis.set_title(f"{checkpoint.label}\n{stage} attention", fontsize=8)
+            axis.set_title(f"{checkpoint.label}\n{attention} attention", fontsize=8)
     figure.suptitle(task, fontsize=10)
     figure.colorbar(image, ax=axes, label=f"exact match of {cells[0].trials} trials; "
                     f"chance {cells[0].chance:g}")  # fmt: skip

@@ -118,7 +118,7 @@ def test_recording_leaves_the_model_as_it_was(one_rank) -> None:
     assert len(compiled) == graphs
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
-    model.set_stage("dense")
+    model.use_attention("dense")
     assert selection_statistics([], []) == {}
 
 

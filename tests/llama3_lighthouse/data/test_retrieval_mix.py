@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_datasets import config, digest, global_batches, loader, write_jsonl
+from test_packing import config, digest, global_batches, loader, write_jsonl
 from torchtitan.components.loss import IGNORE_INDEX
 
 from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader

@@ -36,7 +36,7 @@ def test_checkpoints_record_what_wrote_them(run: Path) -> None:
 @pytest.mark.parametrize(("step", "stage"), [(2, "lighthouse"), (3, "dense")])
 def test_loaded_model_has_the_validated_loss(run: Path, step: int, stage: str) -> None:
     trained = load_trained_model(run / f"checkpoint/step-{step}")
-    trained.model.set_stage(stage)
+    trained.model.use_attention(stage)
     loader = iter(build_validation_dataloader(1, 0, trained.tokenizer, trained.config))
     losses = []
     for _ in range(3):

@@ -340,7 +340,7 @@ def test_logits_at_places_are_those_of_the_whole_output(checkpoint: Path) -> Non
     tokens = torch.randint(256, (2, 512), generator=torch.Generator().manual_seed(0))
     outputs = {}
     for stage in ("dense", "lighthouse"):
-        model.set_stage(stage)
+        model.use_attention(stage)
         whole = outputs[stage] = model(tokens)
         part = logits_at(model, tokens, slice(300, 303))
         torch.testing.assert_close(part, whole[:, 300:303], rtol=1e-5, atol=1e-5)
@@ -372,7 +372,7 @@ def test_script_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkey
     cells = evaluated["cells"]
     assert len(cells) == 2 * 2 * 2 * 3
     trained = load_trained_model(checkpoint)
-    trained.model.set_stage("lighthouse")
+    trained.model.use_attention("lighthouse")
     expected = measure_cell(
         lambda tokens, places: trained.model(tokens)[:, places],
         BYTES,

@@ -414,9 +414,9 @@ def test_scripts(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     expected = load_trained_model(checkpoint, dtype=torch.bfloat16).model.output.weight
     assert torch.equal(weights, expected)
 
-    with pytest.raises(SystemExit, match="^ValueError: .*is not overwritten"):
+    with pytest.raises(SystemExit, match="^Error: .*is not overwritten"):
         call(export_hf, checkpoint, tmp_path / "exported")
-    with pytest.raises(SystemExit, match="^ValueError: .*holds no config.json"):
+    with pytest.raises(SystemExit, match="^Error: .*holds no config.json"):
         call(import_hf, checkpoint, tmp_path / "other")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(SystemExit, match=r"safetensors.* -e '\.\[export\]'"):

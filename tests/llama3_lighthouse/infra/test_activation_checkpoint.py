@@ -56,7 +56,7 @@ def build(stage: str, impl: str | None, keep_products=None) -> LighthouseTransfo
     if keep_products is not None:
         section = ActivationCheckpoint(mode="lighthouse", keep_products=list(keep_products))
         apply_lighthouse_checkpoint(model, section)
-    model.set_stage(stage)
+    model.use_attention(stage)
     return model
 
 

@@ -58,7 +58,7 @@ def test_parameter_counts() -> None:
 
 def test_dense_stage_is_upstream_bit_for_bit() -> None:
     ours, upstream = build(), build(Transformer, TransformerModelArgs(**SIZE))
-    ours.set_stage("dense")
+    ours.use_attention("dense")
     tokens = torch.randint(0, 320, (2, N))
     for model in (ours, upstream):
         model(tokens).logsumexp(-1).sum().backward()
@@ -74,10 +74,10 @@ def test_stages_switch_the_right_layers() -> None:
     assert wrapped == [False, True, True, False]
     tokens = torch.randint(0, 320, (1, N))
     lighthouse = model(tokens)
-    model.set_stage("dense")
+    model.use_attention("dense")
     dense = model(tokens)
     assert not torch.allclose(lighthouse, dense)
-    model.set_stage("lighthouse")
+    model.use_attention("lighthouse")
     assert torch.equal(model(tokens), lighthouse)
 
 
@@ -92,7 +92,7 @@ def test_neither_state_dict_nor_dense_stage_notice_the_scorer(scorer: str) -> No
     for name, value in norm.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
     for model in (norm, other):
-        model.set_stage("dense")
+        model.use_attention("dense")
         model(tokens).logsumexp(-1).sum().backward()
     assert torch.equal(norm(tokens), other(tokens))
     for mine, theirs in zip(norm.parameters(), other.parameters(), strict=True):
@@ -140,7 +140,7 @@ def test_residual_stream_has_the_precision_of_autocast() -> None:
 def test_flops_count_what_runs(stage: str) -> None:
     """Against torch's own counter, which sees the products but takes attention as unmasked."""
     model = build()
-    model.set_stage(stage)
+    model.use_attention(stage)
     for module in model.modules():
         if isinstance(module, ScaledDotProductAttentionWrapper):
             # As batched products, which nothing else in the model uses.

@@ -18,6 +18,7 @@ from torchtitan.components.checkpoint import DATALOADER, MODEL, TRAIN_STATE, Che
 from torchtitan.tools.logging import logger
 
 from .data.packing import check_dataloader_state
+from .errors import UserFileError, UserValueError
 
 RECORD_FILE = "lighthouse.json"
 
@@ -86,7 +87,7 @@ def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
         shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if shape != tuple(tensor.shape):
             held = f"has shape {shape}" if shape else "is missing"
-            raise ValueError(
+            raise UserValueError(
                 f"checkpoint {path} is of another model: its '{name}' {held}, this run's has "
                 f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
                 "pass another checkpoint folder"
@@ -120,7 +121,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         start = time.monotonic()
         path, complete = checkpoints_in(self.folder).get(curr_step, (None, False))
         if complete:
-            raise FileExistsError(
+            raise UserFileError(
                 f"{path} already holds a complete checkpoint and is not overwritten; "
                 "pass --checkpoint.folder NAME for a new one, or move the old one away"
             )
@@ -150,7 +151,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             return path
         if not complete:
             if self.initial_load_path:
-                raise ValueError(
+                raise UserValueError(
                     f"checkpoint.folder {self.folder} exists but holds no complete checkpoint, and "
                     "checkpoint.initial_load_path is only read when there is no such folder; "
                     f"remove {self.folder} to start from {self.initial_load_path}"
@@ -159,12 +160,12 @@ class LighthouseCheckpointManager(CheckpointManager):
         if step == -1:
             step = complete[-1]
         if step not in complete:
-            raise ValueError(
+            raise UserValueError(
                 f"checkpoint.load_step = {step} is not a complete checkpoint of {self.folder}; "
                 f"it has steps {', '.join(map(str, complete))}"
             )
         if step < complete[-1] and not self.load_only:
-            raise ValueError(
+            raise UserValueError(
                 f"checkpoint.load_step = {step} but {self.folder} goes up to step {complete[-1]}, "
                 "which training on would overwrite; continue in another place with "
                 f"--checkpoint.folder NEW --checkpoint.initial_load_path {existing[step][0]} "
@@ -177,7 +178,7 @@ class LighthouseCheckpointManager(CheckpointManager):
     def _check_fits(self, path: Path, model_only: bool) -> None:
         """Compare the checkpoint's tensors with the model's, and its data state with the loader."""
         if not (path / ".metadata").is_file():
-            raise ValueError(
+            raise UserValueError(
                 f"{path} is not a complete checkpoint (it has no .metadata file); "
                 "pass the path of a step-N folder"
             )

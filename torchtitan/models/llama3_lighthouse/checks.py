@@ -12,6 +12,7 @@ from lighthouse.geometry import PyramidGeometry
 
 from .data.retrieval import TASKS, PromptEncoder, RetrievalMix
 from .data.tokenizer import ByteTokenizer
+from .errors import UserFileError, UserTypeError, UserValueError
 from .infra.pipeline import check_pipeline
 from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Parallelism
 from .model.model import LighthouseModelArgs, lighthouse_config
@@ -42,7 +43,7 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
         ValueError, TypeError: as ``check_config``.
     """
     if config.model.flavor not in flavors:
-        raise ValueError(
+        raise UserValueError(
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
     _check_stages(config)
@@ -56,27 +57,27 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
 def _check_stages(config: JobConfig) -> None:
     section = config.lighthouse
     if section.stage not in STAGES:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.stage = {section.stage!r} is not known; use one of {', '.join(STAGES)}"
         )
     if section.dense_from_step < 0:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.dense_from_step = {section.dense_from_step} must not be negative; "
             "0 trains dense throughout"
         )
     if section.dense_every < 0 or section.dense_every == 1:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.dense_every = {section.dense_every} must be 2 or more, or 0 for no dense "
             "step in the Lighthouse stage; lighthouse.stage = 'dense' trains dense throughout"
         )
     if section.log_selection_every < 0:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.log_selection_every = {section.log_selection_every} must not be negative; "
             "0 logs no selections"
         )
     stages = config.parallelism.pipeline_parallel_degree
     if section.log_selection_every and stages > 1:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.log_selection_every = {section.log_selection_every} needs whole forward "
             f"passes, which parallelism.pipeline_parallel_degree = {stages} cuts into parts; set "
             "it to 0"
@@ -87,19 +88,19 @@ def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
     dense_layers = config.lighthouse.dense_layers
     outside = [layer for layer in dense_layers if not 0 <= layer < n_layers]
     if outside:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.dense_layers = {dense_layers}: {outside} are not layers of model.flavor "
             f"'{config.model.flavor}', which has layers 0 to {n_layers - 1}; name only those"
         )
     if len(set(dense_layers)) != len(dense_layers):
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.dense_layers = {dense_layers} names a layer twice; name each once"
         )
 
 
 def _check_degree(section: Parallelism) -> None:
     if section.context_parallel_degree < 1:
-        raise ValueError(
+        raise UserValueError(
             f"parallelism.context_parallel_degree = {section.context_parallel_degree} must be at "
             "least 1, which is no context parallelism"
         )
@@ -110,7 +111,8 @@ def _check_lengths(config: JobConfig) -> None:
     try:
         method = lighthouse_config(config.lighthouse)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"[lighthouse] {error}") from None
+        kind = UserTypeError if isinstance(error, TypeError) else UserValueError
+        raise kind(f"[lighthouse] {error}") from None
     sections = {"training": config.training}
     if config.validation.enable:
         sections["validation"] = config.validation
@@ -118,19 +120,19 @@ def _check_lengths(config: JobConfig) -> None:
         try:
             PyramidGeometry(method, section.seq_len)
         except ValueError as error:
-            raise ValueError(
+            raise UserValueError(
                 f"{name}.seq_len = {section.seq_len} does not fit [lighthouse]: {error}"
             ) from None
         try:
             check_chunks(method, section.seq_len, chunks_of_a_sequence(config))
         except ValueError as error:
             degree = config.parallelism.context_parallel_degree
-            raise ValueError(
+            raise UserValueError(
                 f"parallelism.context_parallel_degree = {degree} does not fit {name}.seq_len = "
                 f"{section.seq_len} and [lighthouse]: {error}"
             ) from None
     if config.validation.enable and config.validation.seq_len > config.training.seq_len:
-        raise ValueError(
+        raise UserValueError(
             f"validation.seq_len = {config.validation.seq_len} exceeds training.seq_len = "
             f"{config.training.seq_len}, up to which positions are known; lower it"
         )
@@ -144,7 +146,7 @@ def chunks_of_a_sequence(config: JobConfig) -> int:
 
 def _check_tokenizer(config: JobConfig) -> None:
     if config.lighthouse.tokenizer == "hf" and config.model.hf_assets_path == BYTE_TOKENIZER_FOLDER:
-        raise ValueError(
+        raise UserValueError(
             "lighthouse.tokenizer = 'hf' reads the tokenizer from model.hf_assets_path, which is "
             "not set; pass --model.hf_assets_path FOLDER, the folder of its tokenizer.json"
         )
@@ -155,12 +157,12 @@ def _check_passkey_mix(config: JobConfig) -> None:
     rate, tasks = section.passkey_mix, section.passkey_tasks
     # TOML's true would be all of the tokens.
     if isinstance(rate, bool) or not 0 <= rate <= 1:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.passkey_mix = {rate} is the share of training tokens that are retrieval "
             "documents; use one from 0 to 1"
         )
     if not tasks or len(set(tasks)) < len(tasks):
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.passkey_tasks = {tasks} must name one or more of {', '.join(TASKS)}, each "
             "once"
         )
@@ -174,7 +176,7 @@ def _check_parallelism(config: JobConfig, n_layers: int) -> None:
     replicas = section.data_parallel_replicate_degree
     if replicas > 1 and section.data_parallel_shard_degree == section.context_parallel_degree == 1:
         # Losses are shares of the global mean; DDP would average their gradients once more.
-        raise ValueError(
+        raise UserValueError(
             f"parallelism.data_parallel_replicate_degree = {replicas} without sharding means DDP, "
             "which scales gradients wrongly in torchtitan 0.2.2; set "
             f"data_parallel_shard_degree = {replicas} and data_parallel_replicate_degree = 1"
@@ -189,7 +191,7 @@ def _check_validation_in_pipeline(config: JobConfig) -> None:
     for key in ("seq_len", "local_batch_size"):
         expected, given = getattr(config.training, key), getattr(config.validation, key)
         if config.validation.enable and given != expected:
-            raise ValueError(
+            raise UserValueError(
                 f"validation.{key} = {given} must equal training.{key} = {expected} under pipeline "
                 f"parallelism; set it so, or pass --validation.no-enable"
             )
@@ -200,7 +202,7 @@ def _check_compile(config: JobConfig) -> None:
     if tensor_parallel and config.compile.enable and "model" in config.compile.components:
         # torchtitan's own Llama fails in backward there too.
         if Version(torch.__version__) >= Version("2.13"):
-            raise ValueError(
+            raise UserValueError(
                 f"compile.enable = true with parallelism.tensor_parallel_degree = "
                 f"{config.parallelism.tensor_parallel_degree} fails in backward with torchtitan "
                 f"0.2.2 on torch {torch.__version__}; pass --compile.no-enable, install torch "
@@ -210,7 +212,7 @@ def _check_compile(config: JobConfig) -> None:
 
 def _check_optimizer(config: JobConfig) -> None:
     if config.optimizer.early_step_in_backward:
-        raise ValueError(
+        raise UserValueError(
             "optimizer.early_step_in_backward = true steps before gradients are clipped to "
             f"training.max_norm = {config.training.max_norm} and found to be finite, and frees "
             "them before their norm is taken; set it to false"
@@ -220,7 +222,7 @@ def _check_optimizer(config: JobConfig) -> None:
 def _check_loss(config: JobConfig) -> None:
     degree = config.parallelism.tensor_parallel_degree
     if config.lighthouse.loss == "chunked" and degree > 1:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.loss = 'chunked' with parallelism.tensor_parallel_degree = {degree}: "
             "tensor parallelism shards the vocabulary and computes the loss where the shards are; "
             "set lighthouse.loss to 'auto' or 'whole'"
@@ -232,7 +234,7 @@ def _check_offload(config: JobConfig) -> None:
     if not section.offload_inputs:
         return
     if section.mode not in ("lighthouse", "full"):
-        raise ValueError(
+        raise UserValueError(
             "activation_checkpoint.offload_inputs = true is for modes that keep layer inputs and "
             f"repeat layers from them, unlike activation_checkpoint.mode = '{section.mode}'; set "
             "mode to 'lighthouse' or 'full', or offload_inputs to false"
@@ -243,7 +245,7 @@ def _check_offload(config: JobConfig) -> None:
     ):
         degree = getattr(config.parallelism, f"{kind}_parallel_degree")
         if degree > 1:
-            raise ValueError(
+            raise UserValueError(
                 "activation_checkpoint.offload_inputs = true is not supported with "
                 f"parallelism.{kind}_parallel_degree = {degree}, {reason}; set offload_inputs to "
                 "false or the degree to 1"
@@ -260,13 +262,13 @@ def check_device(config: JobConfig, device_type: str) -> None:
     training = config.training
     several = config.parallelism.context_parallel_degree > 1
     if several and device_type == "cuda" and training.mixed_precision_param == "float32":
-        raise ValueError(
+        raise UserValueError(
             "training.mixed_precision_param = 'float32' does not go with context parallelism on "
             "GPUs, where ring attention runs cuDNN's and flash attention, which take no float32; "
             "pass --training.mixed_precision_param bfloat16"
         )
     if config.activation_checkpoint.offload_inputs and device_type != "cuda":
-        raise ValueError(
+        raise UserValueError(
             "activation_checkpoint.offload_inputs = true needs a GPU (CUDA) to offload from, and "
             f"this run is on '{device_type}'; pass --activation_checkpoint.no-offload_inputs"
         )
@@ -279,7 +281,7 @@ def _check_dump_folder(config: JobConfig) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(
+        raise UserFileError(
             f"job.dump_folder = '{folder}' cannot be written to ({error.strerror}); "
             "pass --job.dump_folder FOLDER with one that can"
         ) from None

@@ -16,6 +16,7 @@ from torchtitan.distributed import utils as dist_utils
 
 from .checks import check_config, chunks_of_a_sequence
 from .data.packing import global_batch_size, stream_count
+from .errors import UserError, UserValueError
 from .infra.activation_checkpoint import BEFORE_GATHERING, PRODUCTS
 from .infra.offload import INPUTS_ON_DEVICE
 from .infra.parallelize import parallelize_lighthouse
@@ -89,15 +90,19 @@ def layer_elements(
 
 
 def activation_bytes(
-    args: LighthouseModelArgs, seq_len: int, tokens: int, section: ActivationCheckpoint, stage: str
+    args: LighthouseModelArgs,
+    seq_len: int,
+    tokens: int,
+    section: ActivationCheckpoint,
+    attention: str,
 ) -> float:
-    """Estimate of what a rank with ``tokens`` tokens of a ``seq_len`` keeps in ``stage``.
+    """Estimate of what a rank with ``tokens`` tokens of a ``seq_len`` keeps under ``attention``.
 
     Of the head: ``head_bytes``.
     """
     share = args.gathered_length(seq_len) / seq_len
     dense, lighthouse = layer_elements(args, section, share)
-    lighthouse_layers = args.n_layers - len(args.dense_layers) if stage == "lighthouse" else 0
+    lighthouse_layers = args.n_layers - len(args.dense_layers) if attention == "lighthouse" else 0
     layers = (args.n_layers - lighthouse_layers) * dense + lighthouse_layers * lighthouse
     if section.offload_inputs:
         layers -= max(0, args.n_layers - INPUTS_ON_DEVICE) * args.dim
@@ -122,7 +127,7 @@ def dry_run(config: JobConfig, world_size: int) -> str:
         section.data_parallel_shard_degree > 0
         and world_size != fixed * section.data_parallel_shard_degree
     ):
-        raise ValueError(
+        raise UserValueError(
             f"NGPU x NNODES = {world_size} processes do not make up [parallelism]: "
             "data_parallel_replicate_degree x context_parallel_degree x tensor_parallel_degree x "
             f"pipeline_parallel_degree = {fixed}, data_parallel_shard_degree = "
@@ -155,8 +160,8 @@ def _describe(config: JobConfig, world_size: int) -> str:
         model = LighthouseTransformer(args)
     total, _ = args.get_nparams_and_flops(model, training.seq_len)
     flops = {
-        stage: args.get_nparams_and_flops(model, training.seq_len, stage)[1]
-        for stage in ("lighthouse", "dense")
+        attention: args.get_nparams_and_flops(model, training.seq_len, attention)[1]
+        for attention in ("lighthouse", "dense")
     }
     if dims.pp_enabled:
         _, parts, *_ = pipeline_lighthouse(
@@ -177,12 +182,12 @@ def _describe(config: JobConfig, world_size: int) -> str:
     every = config.lighthouse.dense_every
     strata = args.lighthouse.top_k // args.lighthouse.picks_per_stratum
     memory = {name: mine * size / GIB for name, size in OPTIMIZER_BYTES.items()}
-    for stage in flops:
+    for attention in flops:
         # A rank holds a share of the layers, for as many as all microbatches.
         kept = activation_bytes(
-            args, training.seq_len, tokens // dims.pp, config.activation_checkpoint, stage
+            args, training.seq_len, tokens // dims.pp, config.activation_checkpoint, attention
         )
-        memory[f"activations ({stage}, estimated)"] = kept / GIB
+        memory[f"activations ({attention}, estimated)"] = kept / GIB
     lines = [
         f"{config.job.config_file}: {config.model.flavor}, {total:,} parameters, "
         f"{training.steps:,} steps",
@@ -197,7 +202,8 @@ def _describe(config: JobConfig, world_size: int) -> str:
         f"{gathered // dims.cp:,} on each rank; {strata} strata, {strata // chunks} in each chunk"
         + (f"; every {every}th step dense" if every else ""),
         "memory, GiB   " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items()),
-        "FLOPs/token   " + ", ".join(f"{stage} {count:.3e}" for stage, count in flops.items()),
+        "FLOPs/token   "
+        + ", ".join(f"{attention} {count:.3e}" for attention, count in flops.items()),
     ]
     if config.activation_checkpoint.offload_inputs:
         buffer = args.dim * tokens * ACTIVATION_BYTES
@@ -211,8 +217,8 @@ def main() -> None:
     processes = int(os.environ.get("NGPU", "1")) * int(os.environ.get("NNODES", "1"))
     try:
         print(dry_run(LighthouseConfigManager().parse_args(sys.argv[1:]), processes))
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except UserError as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import typeguard
 from torchtitan.config import ConfigManager
 from torchtitan.config import job_config as upstream
 
+from .errors import UserTypeError, UserValueError
+
 RetrievalTask = Literal["passkey", "long_passkey", "several_keys", "variables"]
 BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 
@@ -182,14 +184,14 @@ def check_toml(config_cls: type, values: dict[str, Any], section: str = "") -> N
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             fix = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}."
-            raise ValueError(f"unknown key '{path}' in the TOML file; {fix}")
+            raise UserValueError(f"unknown key '{path}' in the TOML file; {fix}")
         expected = known[key]
         if is_dataclass(expected):
             if not isinstance(value, dict):
-                raise TypeError(f"'{path}' is a section: write [{path}] in the TOML file")
+                raise UserTypeError(f"'{path}' is a section: write [{path}] in the TOML file")
             check_toml(expected, value, path)
             continue
         try:
             typeguard.check_type(value, expected)
         except typeguard.TypeCheckError as error:
-            raise TypeError(f"{path} = {value!r} in the TOML file: the value {error}") from None
+            raise UserTypeError(f"{path} = {value!r} in the TOML file: the value {error}") from None

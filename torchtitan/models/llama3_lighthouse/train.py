@@ -18,8 +18,11 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import device_module, device_type
 
+# Registers the model with torchtitan.
+from . import train_spec  # noqa: F401
 from .checkpoint import LighthouseCheckpointManager
 from .checks import check_config, check_device
+from .errors import UserError, UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
 from .metrics import whole_loss
@@ -31,7 +34,7 @@ from .stages import attention_at, stage_at
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """A loss or gradient norm is NaN or infinite; the optimizer step was not taken."""
 
 
@@ -61,7 +64,7 @@ class LighthouseTrainer(upstream.Trainer):
 
         vocabulary = self.tokenizer.get_vocab_size()
         if vocabulary > self.model_args.vocab_size:
-            raise ValueError(
+            raise UserValueError(
                 f"the tokenizer has {vocabulary} ids but model.flavor = "
                 f"'{job_config.model.flavor}' has {self.model_args.vocab_size} embeddings; "
                 "choose another model.flavor or lighthouse.tokenizer"
@@ -110,7 +113,7 @@ class LighthouseTrainer(upstream.Trainer):
 
     def _attend(self, attention: str) -> None:
         for model in self.model_parts:
-            model.set_stage(attention)
+            model.use_attention(attention)
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Take one optimizer step.
@@ -299,7 +302,7 @@ def run(config: JobConfig) -> None:
     try:
         if config.checkpoint.create_seed_checkpoint:
             if int(os.environ["WORLD_SIZE"]) != 1 or not config.checkpoint.enable:
-                raise ValueError(
+                raise UserValueError(
                     "checkpoint.create_seed_checkpoint needs checkpoint.enable = true and one "
                     "process (NGPU=1)"
                 )
@@ -312,27 +315,14 @@ def run(config: JobConfig) -> None:
             torch.distributed.destroy_process_group()
 
 
-def _is_users_to_mend(error: Exception) -> bool:
-    """Whether our own code raised ``error``, deliberately, so that its message says it all."""
-    if not isinstance(error, (ValueError, TypeError, OSError, NonFiniteError)):
-        return False
-    traceback = error.__traceback__
-    while traceback.tb_next:
-        traceback = traceback.tb_next
-    raised_in = traceback.tb_frame.f_globals["__name__"]
-    return raised_in == "__main__" or raised_in.startswith((__package__, "lighthouse"))
-
-
 @record
 def main() -> None:
     """Parse the command line and train; a user's mistake ends in one message and exit code 1."""
     init_logger()
     try:
         run(LighthouseConfigManager().parse_args(sys.argv[1:]))
-    except Exception as error:
-        if not _is_users_to_mend(error):
-            raise
-        message = f"{type(error).__name__}: {error}"
+    except UserError as error:
+        message = str(error)
         logger.error(message)
         # torchrun closes with what it finds here; else with how to turn tracebacks on.
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

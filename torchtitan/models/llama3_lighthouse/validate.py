@@ -14,6 +14,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
 from .data.packing import build_validation_dataloader
+from .errors import UserValueError
 from .infra.context_parallel import held_batch
 from .infra.pipeline import loss_over_microbatches
 from .job_config import JobConfig
@@ -97,7 +98,7 @@ class LighthouseValidator(BaseValidator):
 
         total_tokens = dist_utils.dist_sum(tokens, self.loss_mesh)
         if total_tokens == 0:
-            raise ValueError(
+            raise UserValueError(
                 f"validation.dataset = '{self.job_config.validation.dataset}' holds less than one "
                 f"batch of validation.seq_len = {self.job_config.validation.seq_len} tokens on "
                 "some rank; give it more text or lower validation.seq_len"

@@ -18,6 +18,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from ..errors import UserValueError
 from ..job_config import JobConfig
 from .retrieval import PromptEncoder, RetrievalMix
 from .text_sources import TextSource, find_source
@@ -144,13 +145,13 @@ class TextStream:
             problem = "is empty"
         else:
             problem = f"has a 'text' of type {type(text).__name__}, not a string"
-        raise ValueError(
+        raise UserValueError(
             f"{self._key}.dataset: document {number} of stream {self.number} (both counted from "
             f"0) {problem}; remove or mend it"
         )
 
-    def _no_document(self) -> ValueError:
-        return ValueError(
+    def _no_document(self) -> UserValueError:
+        return UserValueError(
             f"{self._key}.dataset has no document for stream {self.number} (counted from 0); give "
             "it more documents, or deal it to fewer streams by lighthouse.data_streams"
         )
@@ -167,7 +168,7 @@ class TextStream:
             try:
                 document = next(documents, None)
             except Exception as error:
-                raise ValueError(
+                raise UserValueError(
                     f"{self._key}.dataset cannot be read past document {number} of stream "
                     f"{self.number}: {error}; mend or remove the file"
                 ) from error
@@ -269,7 +270,7 @@ class PackedTextDataloader(ParallelAwareDataloader):
         identity = pickle.loads(state_dict["identity"])
         for key, value in self._identity.items():
             if identity.get(key) != value:
-                raise ValueError(
+                raise UserValueError(
                     f"the checkpoint's position in the data is for {key} = {identity.get(key)}, "
                     f"this run has {value}; restore that, or {START_OVER}"
                 )
@@ -293,15 +294,15 @@ def check_dataloader_state(checkpoint: str | Path, stream_count: int) -> None:
     if saved == 0:
         raise _no_position(f"checkpoint {checkpoint}")
     if saved != stream_count:
-        raise ValueError(
+        raise UserValueError(
             f"checkpoint {checkpoint} holds the position of {saved} streams of text, this run "
             f"deals it to {stream_count}, the sequences of its global batch; pass "
             f"--lighthouse.data_streams {saved}, or {START_OVER}"
         )
 
 
-def _no_position(holder: str) -> ValueError:
-    return ValueError(f"{holder} holds no position in the data; {START_OVER}")
+def _no_position(holder: str) -> UserValueError:
+    return UserValueError(f"{holder} holds no position in the data; {START_OVER}")
 
 
 def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
@@ -321,7 +322,7 @@ def stream_count(job_config: JobConfig, dp_world_size: int) -> int:
     batch = global_batch_size(job_config, dp_world_size)
     streams = job_config.lighthouse.data_streams or batch
     if streams < 1 or streams % dp_world_size or batch % streams:
-        raise ValueError(
+        raise UserValueError(
             f"lighthouse.data_streams = {streams} must be a multiple of the data-parallel degree "
             f"{dp_world_size} and divide the global batch of {batch} sequences"
         )
@@ -340,7 +341,7 @@ def _build(
 ) -> PackedTextDataloader:
     section = getattr(job_config, key)
     if section.dataloader.num_workers > 1:
-        raise ValueError(
+        raise UserValueError(
             f"{key}.dataloader.num_workers = {section.dataloader.num_workers}: documents are "
             "packed in one sequence, by 1 worker at most; use 0 or 1"
         )

@@ -20,6 +20,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..errors import UserValueError
+
 ALPHANUMERICS = string.ascii_letters + string.digits
 
 
@@ -40,7 +42,6 @@ class Task:
     """
 
     name: str
-    summary: str
     digits: int = 1
     keys: int = 1
     links: int = 0
@@ -54,10 +55,14 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("passkey", "a key of one digit"),
-        Task("long_passkey", "a key of five digits", digits=5),
-        Task("several_keys", "four named keys of one digit, one of them asked for", keys=4),
-        Task("variables", "two chains of three variables, the end of one asked for", 1, 2, 3),
+        # A key of one digit.
+        Task("passkey"),
+        # A key of five digits.
+        Task("long_passkey", digits=5),
+        # Four named keys of one digit, one of them asked for.
+        Task("several_keys", keys=4),
+        # Two chains of three variables, the end of one asked for.
+        Task("variables", keys=2, links=3),
     )
 }
 
@@ -65,7 +70,7 @@ TASKS = {
 def find_task(name: str) -> Task:
     """Raises: ValueError: there is no such task."""
     if name not in TASKS:
-        raise ValueError(f"task '{name}' is not known; use {', '.join(TASKS)}")
+        raise UserValueError(f"task '{name}' is not known; use {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -120,7 +125,7 @@ class PromptEncoder:
         encoded = {character: self.encode(character) for character in characters}
         for character, ids in encoded.items():
             if len(ids) != 1:
-                raise ValueError(
+                raise UserValueError(
                     f"retrieval prompts need a tokenizer in which '{character}' alone is one "
                     f"token, this one makes {len(ids)} of it; use lighthouse.tokenizer = 'byte'"
                 )
@@ -274,7 +279,7 @@ def check_length(encoder: PromptEncoder, task: Task, length: int) -> None:
     """Raises: ValueError: prompts of ``length`` tokens are too short for the task."""
     shortest = shortest_prompt(encoder, task)
     if length < shortest:
-        raise ValueError(
+        raise UserValueError(
             f"a prompt of {length} tokens is too short for task '{task.name}', which takes "
             f"{shortest}; use a length of at least that"
         )
@@ -297,7 +302,7 @@ def evaluation_prompt(
         ValueError: the prompt is too short for the task, or there is no such depth.
     """
     if not 0 <= depth <= 1:
-        raise ValueError(f"depth = {depth} is none; use one from 0 to 1")
+        raise UserValueError(f"depth = {depth} is none; use one from 0 to 1")
     check_length(encoder, task, length)
     random = _generator("evaluation", seed, task.name, length, float(depth), trial)
     return _draw_prompt(random, encoder, task, length, depth)
@@ -353,7 +358,7 @@ class RetrievalMix:
             self._shortest[task] = shortest_prompt(encoder, task) + self._endings[task]
         self._enough = max(self._shortest.values())
         if length < self._enough:
-            raise ValueError(
+            raise UserValueError(
                 f"lighthouse.passkey_mix = {rate} with passkey_tasks = {list(tasks)} needs "
                 f"training.seq_len of at least {self._enough - 1}, got {length - 1}; raise it, "
                 "leave out longer tasks, or set passkey_mix to 0"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset
 
+from ..errors import UserValueError
+
 # Suffixes of the file kinds that Hugging Face datasets reads as documents.
 FILE_KINDS = {
     ".json": "json",
@@ -42,7 +44,7 @@ def c4(split: str, path: str | None, key: str) -> TextSource:
         try:
             return load_dataset(name, name="en", split=split, streaming=True)
         except Exception as error:
-            raise ValueError(
+            raise UserValueError(
                 f"{key}.dataset = 'c4' cannot be streamed from {name}: {error}; check the network, "
                 f"or use {key}.dataset = 'c4_local' with a folder"
             ) from error
@@ -56,12 +58,12 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     Which files belong to which split is read from their names, as Hugging Face datasets does.
     """
     if not path:
-        raise ValueError(
+        raise UserValueError(
             f"{key}.dataset = 'c4_local' needs a folder; pass --{key}.dataset_path FOLDER"
         )
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(
+        raise UserValueError(
             f"{key}.dataset_path = '{path}' is not a folder; pass --{key}.dataset_path FOLDER "
             "with the folder that holds the text"
         )
@@ -69,7 +71,7 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     kinds = sorted(set(files.values()))
     if len(kinds) != 1:
         found = f"files of {len(kinds)} kinds ({', '.join(kinds)})" if kinds else "no readable file"
-        raise ValueError(
+        raise UserValueError(
             f"{key}.dataset_path = '{path}' holds {found}; give it files of one kind of "
             f"{', '.join(FILE_KINDS)}, the JSON and text ones compressed or not"
         )
@@ -77,12 +79,12 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     try:
         splits = load_dataset(kinds[0], data_dir=str(folder), streaming=True, **options)
     except Exception as error:
-        raise ValueError(
+        raise UserValueError(
             f"{key}.dataset_path = '{path}' cannot be read as {kinds[0]}: {error}; "
             "mend or remove the file"
         ) from error
     if split not in splits:
-        raise ValueError(
+        raise UserValueError(
             f"{key}.dataset_path = '{path}' has no {split} split, only {', '.join(splits)}; "
             f"give it files with '{split}' in their name, or use another {key}.dataset_path"
         )
@@ -121,7 +123,7 @@ def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
         if text:
             texts.append(text)
     if not texts:
-        raise ValueError(
+        raise UserValueError(
             f"{key}.dataset = 'python_stdlib': this interpreter has no source text in {root}; "
             f"use {key}.dataset = 'c4_local' with a folder of your own"
         )
@@ -155,5 +157,7 @@ def find_source(name: str, split: str, path: str | None, key: str) -> TextSource
         ValueError: the source is not known or cannot be opened.
     """
     if name not in SOURCES:
-        raise ValueError(f"{key}.dataset = '{name}' is not known; use one of {', '.join(SOURCES)}")
+        raise UserValueError(
+            f"{key}.dataset = '{name}' is not known; use one of {', '.join(SOURCES)}"
+        )
     return SOURCES[name](split, path, key)

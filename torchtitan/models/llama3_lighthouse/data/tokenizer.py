@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 
+from ..errors import UserValueError
 from ..job_config import JobConfig
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
@@ -107,10 +108,10 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     if kind == "byte":
         return ByteTokenizer()
     if kind != "hf":
-        raise ValueError(f"lighthouse.tokenizer = {kind!r} is not known; use 'byte' or 'hf'")
+        raise UserValueError(f"lighthouse.tokenizer = {kind!r} is not known; use 'byte' or 'hf'")
     folder = Path(job_config.model.hf_assets_path)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-        raise ValueError(
+        raise UserValueError(
             f"model.hf_assets_path = '{folder}' holds no tokenizer.json; "
             "pass --model.hf_assets_path FOLDER with the tokenizer's files"
         )

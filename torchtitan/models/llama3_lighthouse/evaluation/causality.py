@@ -29,6 +29,7 @@ from lighthouse_commands.arguments import (
 )
 
 from ..data.packing import build_validation_dataloader
+from ..errors import UserValueError
 from .held_out_loss import check_text, estimate
 from .inference import (
     TrainedModel,
@@ -73,7 +74,7 @@ def losses(
     for number in range(batches):
         batch = next(loader, None)
         if batch is None:
-            raise ValueError(f"the held-out split holds {number} batches; pass fewer --batches")
+            raise UserValueError(f"the held-out split holds {number} batches; pass fewer --batches")
         tokens, labels = batch[0]["input"].to(device), batch[1].to(device)
         rows, length = torch.arange(len(tokens), device=device), tokens.shape[1]
         for _ in range(positions_each):
@@ -111,13 +112,13 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options, overrides = parse_with_overrides(parser)
     if min(options.batches, options.positions) < 1 or options.batches * options.positions < 2:
-        raise ValueError(
+        raise UserValueError(
             f"--batches {options.batches} and --positions {options.positions} leave no interval; "
             "pass at least 2 of one of them"
         )
     check_device(options.device)
     if options.output.is_dir():
-        raise ValueError(f"--output {options.output} is a folder; name a file in it")
+        raise UserValueError(f"--output {options.output} is a folder; name a file in it")
     return options, overrides
 
 
@@ -139,7 +140,7 @@ def with_text(path: Path, overrides: list[str]) -> list[str]:
     check_text(config)
     span = config.lighthouse.pooling_factor ** (config.lighthouse.levels - 1)
     if config.validation.seq_len < 8 * span:
-        raise ValueError(
+        raise UserValueError(
             f"validation.seq_len = {config.validation.seq_len} has no positions to sample; pass "
             f"at least {8 * span}"
         )
@@ -158,18 +159,18 @@ def evaluate() -> None:
     records = []
     for path, text in zip(paths, texts, strict=True):
         trained = load_trained_model(path, text, options.device)
-        for stage in ("dense", "lighthouse"):
-            trained.model.set_stage(stage)
+        for attention in ("dense", "lighthouse"):
+            trained.model.use_attention(attention)
             with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
                 found = losses(trained, options.batches, options.positions, options.device)
             summary = summarise(found)
             if not records:
-                print(f"| checkpoint | stage | {' | '.join(FUTURES)} |\n|---|---|---|---|---|")
-            records.append({"checkpoint": str(trained.path), "stage": stage, **summary})
+                print(f"| checkpoint | attention | {' | '.join(FUTURES)} |\n|---|---|---|---|---|")
+            records.append({"checkpoint": str(trained.path), "attention": attention, **summary})
             cells = [f"{summary[FUTURES[0]]['loss']:.3f}"]
             cells += ["{loss:.3f} ({difference:+.3f} ± {interval:.3f})".format(**summary[name])
                       for name in FUTURES[1:]]  # fmt: skip
-            print(f"| {trained.path} | {stage} | {' | '.join(cells)} |", flush=True)
+            print(f"| {trained.path} | {attention} | {' | '.join(cells)} |", flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(records, indent=1) + "\n")
 

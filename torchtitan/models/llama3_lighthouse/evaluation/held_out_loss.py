@@ -12,6 +12,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..data.packing import build_validation_dataloader
 from ..data.tokenizer import build_tokenizer
+from ..errors import UserValueError
 from ..job_config import JobConfig
 from .inference import TrainedModel, without_output
 
@@ -38,13 +39,13 @@ def text_identity(config: JobConfig) -> dict[str, object]:
     """
     section = config.validation
     if not section.enable:
-        raise ValueError(
+        raise UserValueError(
             "the run had no validation, so which text is held out is not known; pass "
             "--validation.enable --validation.dataset NAME --validation.seq_len "
             f"{config.training.seq_len} --validation.local_batch_size 1 --validation.steps BATCHES"
         )
     if section.seq_len > config.training.seq_len:
-        raise ValueError(
+        raise UserValueError(
             f"validation.seq_len = {section.seq_len} exceeds training.seq_len = "
             f"{config.training.seq_len}, up to which positions are known; lower it"
         )
@@ -124,7 +125,7 @@ def context_buckets(seq_len: int, first: int) -> list[tuple[int, int]]:
         ValueError: ``first`` is no length of at least 1.
     """
     if first < 1:
-        raise ValueError(f"the first bucket's length must be at least 1, got {first}")
+        raise UserValueError(f"the first bucket's length must be at least 1, got {first}")
     buckets, start, end = [], 1, min(first, seq_len)
     while start <= seq_len:
         buckets.append((start, end))
@@ -158,20 +159,20 @@ def estimate(values: torch.Tensor) -> Estimate:
 
 def evaluate(
     trained: TrainedModel,
-    stage: str,
+    attention: str,
     progress: Callable[[int, int | None, float], None] = lambda *arguments: None,
 ) -> torch.Tensor:
     """Loss at every position of every held-out sequence, in nats, float32 [sequences, N].
 
     Args:
-        stage: the attention, "dense" or "lighthouse".
+        attention: the attention, "dense" or "lighthouse".
         progress: called after every batch with batches done, of how many (None: not known), and
             the mean loss so far.
 
     Raises:
         ValueError: the held-out text is not there or fills no batch.
     """
-    trained.model.set_stage(stage)
+    trained.model.use_attention(attention)
     steps = trained.config.validation.steps
     parts, total, count = [], 0.0, 0
     for inputs, labels in held_out_batches(trained.config, trained.tokenizer):
@@ -181,7 +182,7 @@ def evaluate(
         progress(len(parts), None if steps < 0 else steps, total / max(1, count))
     if not parts:
         section = trained.config.validation
-        raise ValueError(
+        raise UserValueError(
             f"validation.dataset = '{section.dataset}' holds less than one sequence of "
             f"validation.seq_len = {section.seq_len} tokens; give it more text or lower "
             "validation.seq_len"

@@ -21,6 +21,7 @@ from ..checkpoint import (
 )
 from ..checks import check_model
 from ..data.tokenizer import build_tokenizer
+from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
@@ -29,7 +30,7 @@ from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_
 @dataclass
 class TrainedModel:
     model: LighthouseTransformer
-    """In evaluation mode, under dense attention; ``set_stage("lighthouse")`` turns Lighthouse on.
+    """In evaluation mode, under dense attention; ``use_attention("lighthouse")`` turns Lighthouse on.
     Maps tokens [B, N] to logits [B, N, vocabulary]."""
     tokenizer: BaseTokenizer
     config: JobConfig
@@ -56,7 +57,7 @@ def find_checkpoint(path: str | Path) -> Path:
             return _in_dcp_format(complete[-1])
     if any(path.glob("*.safetensors")):
         return _in_dcp_format(path)
-    raise ValueError(
+    raise UserValueError(
         f"{path} holds no complete checkpoint; pass a step-N folder, a folder of them, or a run's "
         "job.dump_folder"
     )
@@ -70,7 +71,7 @@ def run_of(checkpoint: Path) -> Path:
 
 def _in_dcp_format(path: Path) -> Path:
     if not (path / ".metadata").is_file():
-        raise ValueError(
+        raise UserValueError(
             f"{path} is in Hugging Face's format; scripts/import_hf.py makes a checkpoint of it"
         )
     return path
@@ -113,7 +114,7 @@ def load_trained_model(
     with in_one_process():
         dcp.load(state, checkpoint_id=str(path), no_dist=True)
     model.to(dtype).eval().requires_grad_(False)
-    model.set_stage("dense")
+    model.use_attention("dense")
     return TrainedModel(model, build_tokenizer(config), config, path, record)
 
 
@@ -158,7 +159,7 @@ def read_configuration(
         ValueError, TypeError, OSError: there is no configuration, or it breaks a rule.
     """
     if record is None and not overrides:
-        raise ValueError(
+        raise UserValueError(
             f"{path} has no record of its configuration, as it was not written by Lighthouse's "
             "trainer; pass that of its run with --job.config_file FILE"
         )
@@ -176,7 +177,7 @@ def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConf
         return _RecordedConfigManager(recorded).parse_args(overrides)
     except AssertionError as error:
         # How torchtitan refuses.
-        raise ValueError(str(error)) from None
+        raise UserValueError(str(error)) from None
 
 
 def model_arguments(config: JobConfig) -> LighthouseModelArgs:

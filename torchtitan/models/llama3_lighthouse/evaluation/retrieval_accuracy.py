@@ -37,7 +37,7 @@ class Cell:
     """
 
     task: str
-    stage: str
+    attention: str
     length: int
     text_bytes: float
     sequence_length: int
@@ -68,13 +68,15 @@ def fitting_length(config: LighthouseConfig, shortest: int) -> int:
     return PyramidGeometry(config, length).sequence_length
 
 
-def sequence_length(task: Task, length: int, stage: str, config: LighthouseConfig | None) -> int:
+def sequence_length(
+    task: Task, length: int, attention: str, config: LighthouseConfig | None
+) -> int:
     """Tokens that the model is given for a prompt of ``length`` tokens, padding included.
 
     All digits of the answer but the last come after the prompt.
     """
     needed = length + task.digits - 1
-    return fitting_length(config, needed) if stage == "lighthouse" else needed
+    return fitting_length(config, needed) if attention == "lighthouse" else needed
 
 
 @torch.inference_mode()
@@ -85,7 +87,7 @@ def measure_cell(
     length: int,
     depth: float,
     trials: int = 50,
-    stage: str = "dense",
+    attention: str = "dense",
     config: LighthouseConfig | None = None,
     seed: int = 0,
     batch_tokens: int = 65536,
@@ -99,9 +101,9 @@ def measure_cell(
     training; they take part in selection, and no value flows back from them.
 
     Args:
-        predict: the model, in ``stage``.
+        predict: the model, in ``attention``.
         depth: of the needle, 0 to 1.
-        config: of Lighthouse; needed in stage "lighthouse" alone.
+        config: of Lighthouse; needed in attention "lighthouse" alone.
         batch_tokens: tokens in a batch; one sequence at least.
         decode: gives the text of ids, for ``text_bytes``; None: each token but BOS is a byte.
 
@@ -109,7 +111,7 @@ def measure_cell(
         ValueError: the prompt is too short for the task, or the depth is none.
     """
     needed = length + task.digits - 1
-    total = sequence_length(task, length, stage, config)
+    total = sequence_length(task, length, attention, config)
     digit_ids = torch.from_numpy(encoder.digits).long().to(device)
     batch_size = max(1, batch_tokens // total)
     right = np.empty((trials, task.digits), dtype=bool)
@@ -141,7 +143,7 @@ def measure_cell(
     low, high = wilson_interval(correct, trials)
     return Cell(
         task=task.name,
-        stage=stage,
+        attention=attention,
         length=length,
         text_bytes=text_bytes / trials,
         sequence_length=total,

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from ..checkpoint import CheckpointRecord, check_shapes, in_one_process, read_record
 from ..data.tokenizer import build_tokenizer
+from ..errors import UserValueError
 from ..evaluation.inference import find_checkpoint, read_configuration
 from ..model.model import LighthouseModelArgs
 from .format import (
@@ -54,7 +55,9 @@ def export_checkpoint(
     """
     require_safetensors()
     if not 1 <= max_shard_size < math.inf:
-        raise ValueError(f"files of {max_shard_size} bytes hold no tensors; choose a larger size")
+        raise UserValueError(
+            f"files of {max_shard_size} bytes hold no tensors; choose a larger size"
+        )
     path = find_checkpoint(path)
     record = read_record(path)
     if not allow_lighthouse:
@@ -76,13 +79,13 @@ def check_dense(path: Path, record: CheckpointRecord | None) -> None:
     """
     last = record.last_lighthouse_step if record else None
     if last is None:
-        raise ValueError(
+        raise UserValueError(
             f"{path} does not say whether its last steps were dense, as a trainer other than "
             "Lighthouse's wrote it or an earlier part of its run; pass --allow-lighthouse if you "
             "know that they were"
         )
     if record.step and not record.dense_steps:
-        raise ValueError(
+        raise UserValueError(
             f"step {record.step} of {path} belongs to the Lighthouse stage, and a Llama has dense "
             "attention, which most layers have not been trained with: train on with "
             "--lighthouse.stage dense first, or pass --allow-lighthouse to export it as it is"

@@ -13,6 +13,7 @@ import torch
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..data.tokenizer import ByteTokenizer, save_hugging_face_tokenizer
+from ..errors import UserValueError
 from ..model.model import LighthouseModelArgs, LighthouseTransformer
 from ..model.state_dict_adapter import LighthouseStateDictAdapter
 
@@ -39,7 +40,7 @@ def require_safetensors() -> None:
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:
-        raise ValueError(
+        raise UserValueError(
             "safetensors, the format of Hugging Face's weights, is not installed; "
             "run .venv/bin/pip install -e '.[export]'"
         ) from None
@@ -123,25 +124,27 @@ def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: there is none, or it is not a Llama's.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
+        raise UserValueError(
             f"{folder} holds no {CONFIG_FILE}; pass a folder in Hugging Face's format, as "
             "scripts/export_hf.py or save_pretrained of transformers write it"
         )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
+        raise UserValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG_FILE} must hold an object, got {str(config)[:50]}")
+        raise UserValueError(f"{folder / CONFIG_FILE} must hold an object, got {str(config)[:50]}")
     if config.get("model_type") != "llama":
-        raise ValueError(
+        raise UserValueError(
             f"{folder} is a model of type '{config.get('model_type')}', not 'llama'; no other can "
             "be trained here"
         )
     # transformers 5 keeps all that concerns RoPE in one table, 4 in two entries.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: rope_scaling must be an object, got {rope!r}")
+        raise UserValueError(
+            f"{folder / CONFIG_FILE}: rope_scaling must be an object, got {rope!r}"
+        )
     rope = {"rope_type": rope.get("type", "default"), **rope}
     theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     rope.pop("type", None)
@@ -202,7 +205,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     """
     output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
+        raise UserValueError(
             f"{output} is there already and is not overwritten; name a new folder, or move that "
             "one away"
         )

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoint import CheckpointRecord, in_one_process, write_record
 from ..data.tokenizer import build_tokenizer
+from ..errors import UserValueError
 from ..evaluation.inference import model_arguments, parse_over
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig
 from ..model.flavors import flavors
@@ -62,7 +63,7 @@ def import_model(
         overrides = overrides or []
         config = parse_over(_own_configuration(folder, output, flavor, described), overrides)
         if config.model.flavor != flavor:
-            raise ValueError(
+            raise UserValueError(
                 f"model.flavor = '{config.model.flavor}' but {folder} is of flavor '{flavor}'; "
                 f"pass --model.flavor {flavor}"
             )
@@ -91,7 +92,7 @@ def matching_flavor(folder: Path, known: dict[str, Any]) -> str:
     listed = "; ".join(
         f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in apart[closest].items()
     )
-    raise ValueError(
+    raise UserValueError(
         f"{folder} fits no model.flavor; the closest is '{closest}', from which it differs: "
         f"{listed}. Add a flavor to torchtitan/models/llama3_lighthouse/__init__.py"
     )
@@ -125,7 +126,7 @@ def _has_byte_tokenizer(folder: Path) -> bool:
         vocabulary = Tokenizer.from_file(str(file)).get_vocab()
     # The library raises no narrower one.
     except Exception as error:
-        raise ValueError(f"{file} is no tokenizer: {error}; mend or remove it") from None
+        raise UserValueError(f"{file} is no tokenizer: {error}; mend or remove it") from None
     own = Tokenizer.from_file(str(Path(BYTE_TOKENIZER_FOLDER, "tokenizer.json")))
     return vocabulary == own.get_vocab()
 
@@ -146,7 +147,9 @@ def _read_weights(
         try:
             opened = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{file} is broken: {error}; download or export it again") from None
+            raise UserValueError(
+                f"{file} is broken: {error}; download or export it again"
+            ) from None
         with opened:
             names = [name for name in opened.keys() if "rotary_emb" not in name]
             for name in names:
@@ -155,7 +158,7 @@ def _read_weights(
                 found[name] = tensor.to(dtype or tensor.dtype)
         report(f"{file.name} ({number} of {len(files)}): {len(names)} tensors")
     if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(
+        raise UserValueError(
             f"{folder} lacks {len(missing)} tensors of a Llama, '{missing[0]}' among them; is a "
             "file of weights missing?"
         )
@@ -166,14 +169,14 @@ def _check_tensor(
     file: Path, name: str, tensor: torch.Tensor, expected: dict[str, torch.Tensor]
 ) -> None:
     if name not in expected:
-        raise ValueError(f"{file} holds '{name}', which no Llama has that can be trained here")
+        raise UserValueError(f"{file} holds '{name}', which no Llama has that can be trained here")
     if tensor.shape != expected[name].shape:
-        raise ValueError(
+        raise UserValueError(
             f"{file}: '{name}' has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)} "
             "as config.json says"
         )
     if tensor.dtype not in DTYPES.values():
-        raise ValueError(
+        raise UserValueError(
             f"{file}: '{name}' is stored as {tensor.dtype}; save the model in one of "
             f"{', '.join(DTYPES)} first"
         )
@@ -186,7 +189,7 @@ def _weight_files(folder: Path) -> list[Path]:
     else:
         files = [folder / WEIGHTS_FILE]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(
+        raise UserValueError(
             f"{folder} holds no {missing[0]}; weights must be safetensors, as save_pretrained of "
             "transformers writes them"
         )

@@ -6,6 +6,7 @@ from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torchtitan.components.loss import LossFunction
 from torchtitan.distributed import pipeline_parallel as upstream
 
+from ..errors import UserValueError
 from ..job_config import Parallelism
 
 # Each splits layers over ranks, and a batch over time, in its own way; these were tested.
@@ -70,13 +71,13 @@ def check_pipeline(config: Parallelism, local_batch_size: int, n_layers: int) ->
     degree, schedule = config.pipeline_parallel_degree, config.pipeline_parallel_schedule
     if schedule not in SCHEDULES or config.pipeline_parallel_schedule_csv:
         given = config.pipeline_parallel_schedule_csv or schedule
-        raise ValueError(
+        raise UserValueError(
             f"parallelism.pipeline_parallel_schedule = '{given}' is not supported for "
             f"llama3_lighthouse; use one of {', '.join(SCHEDULES)}"
         )
     size = config.pipeline_parallel_microbatch_size
     if local_batch_size % (degree * size):
-        raise ValueError(
+        raise UserValueError(
             f"training.local_batch_size = {local_batch_size} must be a multiple of "
             f"parallelism.pipeline_parallel_degree x pipeline_parallel_microbatch_size = {degree} "
             f"x {size}, so that every stage has a microbatch to work on"
@@ -92,7 +93,7 @@ def check_pipeline(config: Parallelism, local_batch_size: int, n_layers: int) ->
             config.pipeline_parallel_last_stage_less_layers,
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserValueError(
             f"parallelism.pipeline_parallel_degree = {degree} makes {stages} stages by "
             f"'{schedule}', which {n_layers} layers do not fill: {error} Lower it."
         ) from None

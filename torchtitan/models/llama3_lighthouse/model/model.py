@@ -49,7 +49,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         """Length S of the sequence that attention runs on in a Lighthouse layer."""
         return PyramidGeometry(self.lighthouse, seq_len).gathered_length
 
-    def flops_per_token(self, matmul_parameters: int, seq_len: int, stage: str) -> float:
+    def flops_per_token(self, matmul_parameters: int, seq_len: int, attention: str) -> float:
         """FLOPs of forward and backward per token, counting what runs.
 
         A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
@@ -61,7 +61,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         """
         per_pair = 12 * self.dim
         lighthouse_layers = 0
-        if stage == "lighthouse":
+        if attention == "lighthouse":
             lighthouse_layers = self.n_layers - len(self.dense_layers)
         gathered = self.gathered_length(seq_len) if lighthouse_layers else 0
         pairs = (self.n_layers - lighthouse_layers) * seq_len * (seq_len + 1) / 2
@@ -79,12 +79,12 @@ class LighthouseModelArgs(TransformerModelArgs):
         return 2 * 4 * self.dim * steps[self.lighthouse.scorer]
 
     def get_nparams_and_flops(
-        self, model: nn.Module, seq_len: int, stage: str = "dense"
+        self, model: nn.Module, seq_len: int, attention: str = "dense"
     ) -> tuple[int, float]:
-        """Number of parameters, and FLOPs per token of forward and backward in ``stage``."""
+        """Number of parameters, and FLOPs per token of forward and backward in ``attention``."""
         parameters = sum(p.numel() for p in model.parameters())
         embedding = sum(p.numel() for p in model.tok_embeddings.parameters())
-        return parameters, self.flops_per_token(parameters - embedding, seq_len, stage)
+        return parameters, self.flops_per_token(parameters - embedding, seq_len, attention)
 
 
 def leave_out_math_backend(model: nn.Module) -> None:
@@ -113,7 +113,7 @@ def _as_in_autocast(
 
 
 class LighthouseTransformer(upstream.Transformer):
-    """Upstream's Llama 3, its state dict unchanged; ``set_stage`` turns Lighthouse on and off."""
+    """Upstream's Llama 3, its state dict unchanged; ``use_attention`` turns Lighthouse on and off."""
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         with patch.object(upstream, "Attention", RotaryAttention):
@@ -131,8 +131,8 @@ class LighthouseTransformer(upstream.Transformer):
     def _precompute_freqs_cis(self) -> torch.Tensor:
         return table_of(super()._precompute_freqs_cis())
 
-    def set_stage(self, stage: str) -> None:
+    def use_attention(self, attention: str) -> None:
         """Use Lighthouse ("lighthouse") or dense attention ("dense") from the next forward on."""
         for module in self.modules():
             if isinstance(module, LighthouseAttention):
-                module.enabled = stage == "lighthouse"
+                module.enabled = attention == "lighthouse"

@@ -38,6 +38,7 @@ from typing import Any
 from lighthouse_commands.arguments import run_command
 
 from ..checks import check_config
+from ..errors import UserTypeError, UserValueError
 from ..job_config import (
     JobConfig,
     LighthouseConfigManager,
@@ -84,32 +85,34 @@ def read_grid(path: Path) -> tuple[Path, dict[str, Any], list[dict[str, list]]]:
         try:
             tables = tomllib.load(file)
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not TOML: {error}") from None
+            raise UserValueError(f"{path} is not TOML: {error}") from None
     unknown = tables.keys() - {"config", "fixed", "grid"}
     if unknown or not isinstance(tables.get("config"), str):
-        raise ValueError(
+        raise UserValueError(
             f'{path} must hold config = "FILE", [grid] and, if needed, [fixed], nothing else; it '
             f"holds {', '.join(tables) or 'nothing'}"
         )
     base = path.parent / tables["config"]
     if not base.is_file():
-        raise ValueError(f"{path}: config = '{tables['config']}' is no file ({base})")
+        raise UserValueError(f"{path}: config = '{tables['config']}' is no file ({base})")
     grids = tables.get("grid") or [{}]
     grids = grids if isinstance(grids, list) else [grids]
     if not all(isinstance(table, dict) for table in (tables.get("fixed", {}), *grids)):
-        raise TypeError(f"{path}: fixed and grid must be tables; write [fixed] and [grid]")
+        raise UserTypeError(f"{path}: fixed and grid must be tables; write [fixed] and [grid]")
     fixed, grids = flatten(tables.get("fixed", {})), [flatten(grid) for grid in grids]
     for grid in grids:
         if not grid:
-            raise ValueError(f"{path}: [grid] is missing or empty; give it a section.key = [VALUE]")
+            raise UserValueError(
+                f"{path}: [grid] is missing or empty; give it a section.key = [VALUE]"
+            )
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
-                raise TypeError(f"{path}: grid.{key} must be a list of values, got {values!r}")
+                raise UserTypeError(f"{path}: grid.{key} must be a list of values, got {values!r}")
     for key in fixed.keys() & set.intersection(*map(set, grids)):
-        raise ValueError(f"{path}: {key} is in [fixed] and in every [grid]; remove one of them")
+        raise UserValueError(f"{path}: {key} is in [fixed] and in every [grid]; remove one of them")
     bare = [key for each in (fixed, *grids) for key in each if "." not in key]
     if bare:
-        raise ValueError(f"{path}: '{bare[0]}' names no section; write section.{bare[0]}")
+        raise UserValueError(f"{path}: '{bare[0]}' names no section; write section.{bare[0]}")
     return base, fixed, grids
 
 
@@ -121,7 +124,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
     """
     base, fixed, grids = read_grid(path)
     if clash := keys_given(extra) & {key for grid in grids for key in grid}:
-        raise ValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
+        raise UserValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
     check_toml(JobConfig, _nested(fixed))
     common = ["--job.config_file", str(base), *command_line(fixed), *extra]
     # The sweep's folder, for checking makes it and a refused run needs none.
@@ -136,14 +139,14 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
             try:
                 check_config(config, flavors)
                 _check_logging(config)
-            except (ValueError, TypeError) as error:
+            except (UserValueError, UserTypeError) as error:
                 refusal = str(error)
             folder = output / name_of(settings)
             arguments = [*common, *command_line(settings), f"--job.dump_folder={folder}"]
             runs.append(Run(settings, arguments, folder, config, refusal))
     for one, other in itertools.combinations(runs, 2):
         if one.folder == other.folder or record_of(one.config) == record_of(other.config):
-            raise ValueError(
+            raise UserValueError(
                 f"{path}: {one.name} and {other.name} are the same configuration; remove one"
             )
     return runs
@@ -153,7 +156,7 @@ def _check_logging(config: JobConfig) -> None:
     """Raises: ValueError: the steps that are logged do not stand for the others."""
     every, log_freq = config.lighthouse.dense_every, config.metrics.log_freq
     if every and log_freq > 1:
-        raise ValueError(
+        raise UserValueError(
             f"metrics.log_freq = {log_freq} logs steps under another mixture of attention than the "
             f"one that lighthouse.dense_every = {every} makes; pass --metrics.log_freq 1"
         )

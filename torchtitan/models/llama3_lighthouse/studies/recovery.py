@@ -33,6 +33,7 @@ from lighthouse_commands.arguments import command_parser, run_command
 
 from ..checkpoint import checkpoints_in
 from ..checks import check_config
+from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..metrics import METRICS_FILE
 from ..model.flavors import flavors
@@ -74,18 +75,18 @@ def split_steps(splits: list[float], steps: int) -> dict[float, int]:
     found: dict[float, int] = {}
     for split in sorted(splits):
         if not 0 < split < 1:
-            raise ValueError(
+            raise UserValueError(
                 f"--splits {split:g} must lie between 0 and 1: the share of training.steps that "
                 "Lighthouse trains"
             )
         step = round(split * steps)
         if not 0 < step < steps:
-            raise ValueError(
+            raise UserValueError(
                 f"--splits {split:g} of training.steps = {steps} leaves no "
                 f"{'dense' if step else 'Lighthouse'} step; give another split or more steps"
             )
         if step in found.values():
-            raise ValueError(
+            raise UserValueError(
                 f"--splits {split:g} ends the Lighthouse stage at step {step} of {steps}, as "
                 "another one does; remove one of them"
             )
@@ -102,7 +103,7 @@ def check_base(config: JobConfig) -> None:
     check_config(config, flavors)
     steps, validation, checkpoint = config.training.steps, config.validation, config.checkpoint
     if not validation.enable:
-        raise ValueError(
+        raise UserValueError(
             "the study compares held-out losses, but validation.enable = false; pass "
             f"--validation.enable --validation.seq_len {config.training.seq_len} "
             f"--validation.local_batch_size {config.training.local_batch_size} "
@@ -110,7 +111,7 @@ def check_base(config: JobConfig) -> None:
             "--validation.dataset if the text is your own"
         )
     if validation.freq < 1 or steps % validation.freq:
-        raise ValueError(
+        raise UserValueError(
             f"validation.freq = {validation.freq} does not divide training.steps = {steps}, so no "
             "held-out loss would be measured at the end; pass "
             f"--validation.freq {_divisor(steps, validation.freq)}"
@@ -122,7 +123,7 @@ def check_base(config: JobConfig) -> None:
         ("exclude_from_loading", [], checkpoint.exclude_from_loading),
     ):
         if given != value:
-            raise ValueError(
+            raise UserValueError(
                 f"checkpoint.{key} = {given!r}: the study trains from scratch and carries whole "
                 f"checkpoints over; leave it at {value!r}"
             )
@@ -141,23 +142,23 @@ def check_dense_steps(config: JobConfig, lengths: list[int]) -> None:
             down = min(length, last) // freq * freq
             nearest = down if down >= first else -(-first // freq) * freq
             advice = f"pass --dense-steps {nearest}" if nearest <= last else "leave it out"
-            raise ValueError(
+            raise UserValueError(
                 f"--dense-steps {length} must be a multiple of validation.freq = {freq} above "
                 f"lr_scheduler.warmup_steps = {scheduler.warmup_steps} and below training.steps = "
                 f"{steps}, so that its end is validated; {advice}"
             )
         if not _decay_steps(config, length):
-            raise ValueError(
+            raise UserValueError(
                 f"--dense-steps {length} is for a learning rate that decays by then, and "
                 f"lr_scheduler.decay_ratio = {scheduler.decay_ratio:g} gives it no step to; leave "
                 "the flag out: the dense run cut off at equal time is the control"
             )
     if len(set(lengths)) < len(lengths):
-        raise ValueError(
+        raise UserValueError(
             f"--dense-steps {' '.join(map(str, lengths))} names one twice; give each once"
         )
     if lengths and scheduler.total_steps is not None:
-        raise ValueError(
+        raise UserValueError(
             f"lr_scheduler.total_steps = {scheduler.total_steps}, but with --dense-steps each run "
             "decays by its own last step; leave it out"
         )
@@ -194,12 +195,12 @@ def plan(arguments: argparse.Namespace, extra: list[str]) -> list[Track]:
         ValueError, TypeError, OSError: the user's mistakes.
     """
     if not arguments.config.is_file():
-        raise ValueError(f"no such configuration: {arguments.config}; pass a TOML file")
+        raise UserValueError(f"no such configuration: {arguments.config}; pass a TOML file")
     if clash := keys_given(extra) & (SETTINGS.keys() | VARIED):
-        raise ValueError(f"--{min(clash)} is set by the study; leave it out")
+        raise UserValueError(f"--{min(clash)} is set by the study; leave it out")
     if len(set(arguments.seeds)) < len(arguments.seeds) or min(arguments.seeds) < 0:
         seeds = " ".join(map(str, arguments.seeds))
-        raise ValueError(f"--seeds {seeds} must be different numbers from 0 on")
+        raise UserValueError(f"--seeds {seeds} must be different numbers from 0 on")
     output = arguments.output.resolve()
     common = ["--job.config_file", str(arguments.config), *extra, *command_line(SETTINGS)]
     base = LighthouseConfigManager().parse_args([*common, f"--job.dump_folder={output}"])

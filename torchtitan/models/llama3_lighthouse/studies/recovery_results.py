@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserValueError
 from .ablation_results import HELD_OUT_LOSS, LOSS, STAGE, markdown
 from .sweeps import Run, read_metrics
 
@@ -124,7 +125,7 @@ def read_history(track: Track) -> History:
     gaps = [step for step, entry in enumerate(steps, 1) if LOSS not in entry]
     if gaps or HELD_OUT_LOSS not in steps[-1]:
         missing = f"loss of step {gaps[0]}" if gaps else f"held-out loss of step {last}"
-        raise ValueError(
+        raise UserValueError(
             f"{track.runs[-1].folder}: the metrics.jsonl files of {track.name}, seed {track.seed}, "
             f"lack the {missing}; remove the folder to train the run again"
         )

@@ -22,6 +22,7 @@ import torch
 
 from lighthouse_commands.arguments import check_plots, parse_with_overrides
 
+from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..metrics import METRICS_FILE
 
@@ -84,7 +85,7 @@ def parse_sweep(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, li
     for flag in ("processes", "at_once"):
         if getattr(arguments, flag) < 1:
             name = flag.replace("_", "-")
-            raise ValueError(f"--{name} {getattr(arguments, flag)} must be at least 1")
+            raise UserValueError(f"--{name} {getattr(arguments, flag)} must be at least 1")
     arguments.slots = slots_of(arguments.at_once, arguments.processes)
     return arguments, extra
 
@@ -99,7 +100,7 @@ def slots_of(at_once: int, processes: int) -> list[dict[str, str]]:
     if at_once == 1 or gpus == 0:
         return [{}] * at_once
     if at_once * processes > gpus:
-        raise ValueError(
+        raise UserValueError(
             f"--at-once {at_once} with --processes {processes} needs {at_once * processes} GPUs, "
             f"and {gpus} are here; pass fewer of either"
         )
@@ -234,7 +235,7 @@ def begin(run: Run) -> bool:
             if before.get(section, {}).get(key, defaults[section][key]) != value
         ]
         if differing:
-            raise ValueError(
+            raise UserValueError(
                 f"{run.folder} holds a run with another {', '.join(differing)}; pass --output "
                 "FOLDER with one of its own, or remove it"
             )
@@ -327,7 +328,7 @@ def lock_folder(output: Path) -> Iterator[TextIO]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserValueError(
                 f"{output} is in use by another sweep, or one that is just ending; wait for it, or "
                 "pass --output FOLDER"
             ) from None
