@@ -30,7 +30,7 @@ from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_
 @dataclass
 class TrainedModel:
     model: LighthouseTransformer
-    """In evaluation mode, under dense attention; ``use_attention("lighthouse")`` turns Lighthouse on.
+    """In evaluation mode, under dense attention; ``use_attention("lighthouse")`` changes that.
     Maps tokens [B, N] to logits [B, N, vocabulary]."""
     tokenizer: BaseTokenizer
     config: JobConfig

@@ -113,7 +113,7 @@ def _as_in_autocast(
 
 
 class LighthouseTransformer(upstream.Transformer):
-    """Upstream's Llama 3, its state dict unchanged; ``use_attention`` turns Lighthouse on and off."""
+    """Upstream's Llama 3, its state dict unchanged; ``use_attention`` chooses its attention."""
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         with patch.object(upstream, "Attention", RotaryAttention):
