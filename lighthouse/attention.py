@@ -13,9 +13,10 @@ from .context_parallel import ONE_DEVICE, ContextParallel
 from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
+from .inputs import checked_selection, chunked
 from .reach import seam_rows
 from .scatter import scatter_back
-from .selection import Selection, checked_selection, chunked, select
+from .selection import Selection, select_entries
 
 
 def lighthouse_attention(
@@ -35,15 +36,15 @@ def lighthouse_attention(
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D]; Hkv divides Hq.
-        sdpa: dense attention for the gathered sequence; called with q, k, v and the keywords
-            ``is_causal``, ``enable_gqa`` and ``scale`` of torch's own.
-        selection: entries to attend over, of tensors of these shapes and this config; by default
-            ``select(q, k, v, config)``.
+        sdpa: dense attention for the gathered sequence; it is called with q, k, v and the keywords
+            ``is_causal``, ``enable_gqa`` and ``scale``, as torch's own.
+        selection: entries to attend over, selected from tensors of these shapes with this config;
+            by default ``select(q, k, v, config)``.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
-        impl: "triton" or "torch" for all but ``sdpa``; by default Triton's kernels on CUDA
+        impl: "triton" or "torch" for everything but ``sdpa``; by default Triton's kernels on CUDA
             tensors and vectorised PyTorch on others.
-        context_parallel: makes N this rank's part of the sequence; ``sdpa`` then has to attend
-            over the parts of all ranks.
+        context_parallel: the chunks on this rank, when N is only its part of the sequence;
+            ``sdpa`` then has to attend over the parts of all ranks.
 
     Returns:
         [B, Hq, N, D]. Zero at the first positions that no selected entry reaches.
@@ -53,12 +54,13 @@ def lighthouse_attention(
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if selection is not None:
-        selection = checked_selection(selection, k, geometry)
+        selection = Selection(*checked_selection(selection, k, geometry))
     if choose_implementation(impl, q) == "triton":
         selection, gathered = _gather_with_kernels(q, k, v, selection, geometry)
         scatter = kernels.scatter_back
     else:
-        selection = selection or select(q, k, v, geometry.config, impl="torch")
+        if selection is None:
+            selection = select_entries(q, k, v, geometry)
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
         scatter = scatter_back
     gathered = [context_parallel.join(rows) for rows in gathered]
@@ -82,8 +84,12 @@ def _gather_with_kernels(
     selection: Selection | None,
     geometry: PyramidGeometry,
 ) -> tuple[Selection, list[torch.Tensor]]:
-    """Select and gather; the read that pools the coarsest level also takes the "norm" scores."""
-    with_norms = selection is None and geometry.config.scorer == "norm"
+    """Select entries unless ``selection`` names them, and gather q, k and v, each [B, H, S, D].
+
+    The kernel that pools the coarsest level reads every row. If the scorer's scores are the norms
+    of these rows, it computes them in the same read.
+    """
+    with_norms = selection is None and kernels.scores_by_pooling(geometry)
     coarsest_q, a = kernels.pool_coarsest(q, geometry, with_norms)
     coarsest_k, b = kernels.pool_coarsest(k, geometry, with_norms)
     coarsest_v, _ = kernels.pool_coarsest(v, geometry, with_norms=False)
@@ -96,18 +102,19 @@ def _gather_with_kernels(
 
 
 class LighthouseAttention(nn.Module):
-    """Lighthouse around a dense inner attention: ``enabled`` says which of the two runs.
+    """Lighthouse attention around a dense inner attention.
 
-    It has no parameters and no buffers, so a model's state dict does not notice it.
+    It has no parameters and no buffers, so it does not change a model's state dict.
 
     Args:
-        config: what selects the entries.
+        config: settings of the method.
         sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``.
         impl: as in ``lighthouse_attention``.
 
     Attributes:
-        context_parallel: as in ``lighthouse_attention``; set it, and an ``sdpa`` that attends over
-            all ranks, to spread sequences over ranks.
+        enabled: whether Lighthouse attention runs; otherwise ``sdpa`` runs alone.
+        context_parallel: as in ``lighthouse_attention``. To spread sequences over ranks, set it
+            together with an ``sdpa`` that attends over all ranks.
     """
 
     def __init__(self, config: LighthouseConfig, sdpa: nn.Module, impl: str | None = None) -> None:
@@ -131,7 +138,8 @@ class LighthouseAttention(nn.Module):
         """Attention output [B, Hq, N, D] for q [B, Hq, N, D] and k, v [B, Hkv, N, D].
 
         Raises:
-            ValueError: enabled and ``is_causal`` is false, or heads differ without ``enable_gqa``.
+            ValueError: Lighthouse attention is enabled, and ``is_causal`` is false or the heads
+                differ without ``enable_gqa``.
         """
         if not self.enabled:
             return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)

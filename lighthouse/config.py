@@ -1,31 +1,40 @@
-"""Configuration of Lighthouse attention."""
+"""Settings of Lighthouse attention, and the rules that each of them keeps."""
 
 from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin
 
-SCORERS = ("norm", "dilated", "gla")
-ENTRY_SCORES = ("max", "first")
-COMBINATIONS = ("sum", "finest")
+Scorer = Literal["norm", "dilated", "gla"]
+EntryScore = Literal["max", "first"]
+Combine = Literal["sum", "finest"]
+
+SCORERS: tuple[str, ...] = get_args(Scorer)
+ENTRY_SCORES: tuple[str, ...] = get_args(EntryScore)
+COMBINATIONS: tuple[str, ...] = get_args(Combine)
+
+# A scorer that attends needs the whole sequence, in steps of the dilation, to score one position.
+ATTENDS: dict[str, bool] = {"norm": False, "dilated": True, "gla": True}
 
 
 @dataclass(frozen=True)
 class LighthouseConfig:
-    """What selects the entries that attention runs on (arXiv 2605.06554, section 3).
+    """The settings that decide which entries attention runs on (arXiv 2605.06554, section 3).
 
     Attributes:
-        levels: levels L of the pyramid, the base sequence included; at least 2.
-        pooling_factor: entries p of one level pooled into one of the next; a power of two.
-        top_k: entries k picked at each pooled level; a multiple of ``picks_per_stratum``.
-        scorer: "norm", "dilated" or "gla".
-        picks_per_stratum: entries m picked in each of the k / m strata of the sequence; even,
-            since half of them are the best queries and half the best keys.
-        dilation: stride of the "dilated" and "gla" scorers.
-        entry_score: how an entry scores by the positions it covers. "max", the paper's: by the
-            largest score among them. It tells the first of them something of the later ones, as
-            outputs at the first depend on whether the entry was picked. "first": by the score of
-            the first, which tells nobody anything new.
-        combine: what a position is given that outputs of several levels reach. "sum", the paper's:
-            their sum. "finest": that of the finest level among them, as dense attention would give
-            it one output.
+        levels: Levels L of the pooling pyramid, the base sequence included; at least 2.
+        pooling_factor: Entries p of one level that the next coarser level pools into one; a power
+            of two.
+        top_k: Entries k picked at each pooled level; a multiple of picks_per_stratum.
+        scorer: How positions are scored: by the norms of q and k ("norm"), or by the norms of what
+            softmax attention ("dilated") or gated linear attention ("gla") returns for them.
+        picks_per_stratum: Entries m picked from each of the k / m strata of the sequence. The
+            number is even: half of the picks are the best queries and half the best keys.
+        dilation: Stride of the positions that the scorers "dilated" and "gla" attend over.
+        entry_score: How an entry is scored by the positions it covers. "max", as in the paper,
+            takes their largest score; outputs at the first of them then depend on the later ones.
+            "first" takes the score of the first position, which reveals nothing later.
+        combine: How the outputs of several levels that reach one position are combined. "sum", as
+            in the paper, adds them. "finest" takes the finest level's output alone, so that each
+            position has one output as in dense attention.
 
     Raises:
         TypeError: a value is not of its type.
@@ -35,21 +44,15 @@ class LighthouseConfig:
     levels: int = 3
     pooling_factor: int = 4
     top_k: int = 1536
-    scorer: str = "norm"
+    scorer: Scorer = "norm"
     picks_per_stratum: int = 128
     dilation: int = 4
-    entry_score: str = "max"
-    combine: str = "sum"
+    entry_score: EntryScore = "max"
+    combine: Combine = "sum"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            # bool is an int to isinstance, and never what a count means.
-            if not isinstance(value, field.type) or isinstance(value, bool):
-                raise TypeError(
-                    f"{field.name} must be of type {field.type.__name__}, got {value!r} of type "
-                    f"{type(value).__name__}"
-                )
+        for name, kind in TYPES.items():
+            _check_type(name, getattr(self, name), kind)
         if self.levels < 2:
             raise ValueError(
                 f"levels must be at least 2, got levels = {self.levels}; "
@@ -72,18 +75,47 @@ class LighthouseConfig:
                 f"{self.picks_per_stratum}, got top_k = {self.top_k}; round it to "
                 f"{max(1, round(self.top_k / self.picks_per_stratum)) * self.picks_per_stratum}"
             )
-        if self.scorer not in SCORERS:
-            raise ValueError(
-                f"scorer must be one of {', '.join(SCORERS)}, got scorer = {self.scorer!r}"
-            )
-        if self.entry_score not in ENTRY_SCORES:
-            raise ValueError(
-                f"entry_score must be one of {', '.join(ENTRY_SCORES)}, got entry_score = "
-                f"{self.entry_score!r}"
-            )
-        if self.combine not in COMBINATIONS:
-            raise ValueError(
-                f"combine must be one of {', '.join(COMBINATIONS)}, got combine = {self.combine!r}"
-            )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {name} = {value!r}"
+                )
         if self.dilation < 1:
             raise ValueError(f"dilation must be at least 1, got dilation = {self.dilation}")
+
+    @property
+    def coarsest_span(self) -> int:
+        """Positions p^(L-1) that an entry of the coarsest level covers."""
+        return self.pooling_factor ** (self.levels - 1)
+
+    @property
+    def strata(self) -> int:
+        """Number T = k / m of strata that the sequence is divided into."""
+        return self.top_k // self.picks_per_stratum
+
+    @property
+    def scorer_attends(self) -> bool:
+        """Whether the scorer runs an attention over the whole sequence."""
+        return ATTENDS[self.scorer]
+
+
+# Read from the annotations once: torch.compile does not trace the functions of typing. A setting
+# with choices is of type str.
+CHOICES: dict[str, tuple[str, ...]] = {
+    setting.name: get_args(setting.type)
+    for setting in fields(LighthouseConfig)
+    if get_origin(setting.type) is Literal
+}
+TYPES: dict[str, Any] = {
+    setting.name: str if setting.name in CHOICES else setting.type
+    for setting in fields(LighthouseConfig)
+}
+
+
+def _check_type(name: str, value: object, kind: type) -> None:
+    # isinstance takes a bool for an int, but a count is never a bool.
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be of type {kind.__name__}, got {value!r} of type {type(value).__name__}"
+        )

@@ -1,10 +1,12 @@
 """The sequence spread over ranks in chunks (context parallelism), exactly as on one device.
 
-Strata are contiguous and equal, so that a chunk with its share of them selects by itself what the
-whole would select there. Its gathered sequence is dense, and the gathered sequences of all chunks,
-in order, are that of one device: any causal attention over sharded sequences, such as ring
-attention, runs on them. One thing crosses from chunk to chunk: entries that end with a chunk reach
-up to p^l - 1 positions of the next one when outputs are scattered back. These are the seam rows.
+Strata are contiguous and equal. A chunk that holds its share of them therefore selects by itself
+what one device would select there. Its gathered sequence is dense, and the gathered sequences of
+all chunks, in order, are the gathered sequence of one device. Any causal attention over sharded
+sequences, such as ring attention, runs on them.
+
+One thing crosses from chunk to chunk. Entries that end with a chunk reach up to p^l - 1 positions
+of the next chunk when outputs are scattered back. Their outputs are the seam rows.
 
 Shapes: B batch, H heads, W ranks, M chunks on this rank, C positions of a chunk, D head dimension,
 S gathered length of a chunk, L levels.
@@ -19,44 +21,43 @@ from .config import LighthouseConfig
 
 
 def check_chunks(config: LighthouseConfig, sequence_length: int, chunks: int) -> None:
-    """Check that ``chunks`` equal chunks of the sequence select what one device does.
+    """Check that ``chunks`` equal chunks of the sequence select what one device selects.
 
     Raises:
-        ValueError: they do not; the message says which number has to change.
+        ValueError: they would not; the message says which number has to change.
     """
     if chunks == 1:
         return
-    if config.scorer != "norm":
+    if config.scorer_attends:
         raise ValueError(
             f"scorer = {config.scorer!r} attends over the whole sequence to score it, which no "
             "rank holds under context parallelism; use scorer = 'norm' or one rank"
         )
-    span = config.pooling_factor ** (config.levels - 1)
+    span = config.coarsest_span
     if sequence_length % (chunks * span):
         raise ValueError(
             f"the sequence length must be a multiple of {chunks} chunks times "
             f"pooling_factor^(levels - 1) = {span}, that is of {chunks * span}, under context "
             f"parallelism, got {sequence_length}"
         )
-    strata = config.top_k // config.picks_per_stratum
-    if strata % chunks:
+    if config.strata % chunks:
         raise ValueError(
             f"the {chunks} chunks of context parallelism must divide the strata, got top_k / "
-            f"picks_per_stratum = {config.top_k} / {config.picks_per_stratum} = {strata}; use a "
-            f"top_k that is a multiple of {chunks * config.picks_per_stratum}, or fewer ranks"
+            f"picks_per_stratum = {config.top_k} / {config.picks_per_stratum} = {config.strata}; "
+            f"use a top_k that is a multiple of {chunks * config.picks_per_stratum}, or fewer ranks"
         )
 
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """Which chunks of the sequence this rank holds, and how it reaches the others.
+    """Which chunks of the sequence this rank holds, and how it reaches the other ranks.
 
     Attributes:
         group: process group of the W ranks that share a sequence; None if W is 1.
-        rank: this rank's number in it.
+        rank: this rank's number in the group.
         world_size: W.
-        balanced: rank r holds chunks r and 2 W - 1 - r of 2 W, joined, so that causal attention
-            costs all ranks the same; otherwise chunk r of W.
+        balanced: whether rank r holds chunks r and 2 W - 1 - r of 2 W, joined, so that causal
+            attention costs all ranks the same. Otherwise it holds chunk r of W.
     """
 
     group: torch.distributed.ProcessGroup | None
@@ -81,7 +82,7 @@ class ContextParallel:
         return self.held_by(self.rank)
 
     def take(self, rows: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's chunks, joined, of ``rows`` that hold the whole sequence in ``dim``.
+        """This rank's chunks, joined, from ``rows`` that hold the whole sequence in ``dim``.
 
         Raises:
             ValueError: the sequence does not fall into equal chunks.
@@ -98,7 +99,7 @@ class ContextParallel:
         """The configuration of one chunk, for ``local_length`` positions on each rank.
 
         Raises:
-            ValueError: chunks would not select what one device does.
+            ValueError: chunks would not select what one device selects.
         """
         if self.chunks == 1:
             return config
@@ -106,33 +107,42 @@ class ContextParallel:
         return replace(config, top_k=config.top_k // self.chunks)
 
     def split(self, rows: torch.Tensor) -> torch.Tensor:
-        """[B, H, M C, D] as [B M, H, C, D]; without a copy if B is 1 or rows lie [B, N, H, D]."""
+        """[B, H, M C, D] as [B M, H, C, D].
+
+        Nothing is copied if B is 1 or rows lie [B, N, H, D] in memory.
+        """
         held = len(self.held)
         if held == 1:
             return rows
         return rows.unflatten(2, (held, -1)).movedim(2, 1).flatten(0, 1)
 
     def join(self, rows: torch.Tensor) -> torch.Tensor:
-        """[B M, H, C, D] as [B, H, M C, D]; without a copy if rows lie [B, N, H, D]."""
+        """[B M, H, C, D] as [B, H, M C, D].
+
+        Nothing is copied if rows lie [B, N, H, D] in memory.
+        """
         held = len(self.held)
         if held == 1:
             return rows
         return rows.transpose(1, 2).unflatten(0, (-1, held)).flatten(1, 2).transpose(1, 2)
 
     def exchange(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give each chunk the seam rows of the chunk before it, the first one zeros.
+        """Give each chunk the seam rows of the chunk before it, and the first chunk zeros.
 
-        Differentiable; every rank of the group has to call it, and its backward.
+        The exchange is differentiable. Every rank of the group has to call it, and its backward.
 
         Args:
             rows: seam rows of this rank's chunks, [B M, H, L - 1, D].
 
         Returns:
-            Those of the chunks before them, of the same shape.
+            Seam rows of the chunks before them, of the same shape.
         """
+        assert self.group is not None
         rows = rows.unflatten(0, (-1, len(self.held))).transpose(0, 1)
-        sent, sent_to = [], [0] * self.world_size
-        source, received_from = {}, [0] * self.world_size
+        sent: list[int] = []
+        sent_to = [0] * self.world_size
+        source: dict[int, int] = {}
+        received_from = [0] * self.world_size
         for other in range(self.world_size):
             for chunk in self.held_by(other):
                 if chunk - 1 in self.held:
@@ -146,7 +156,7 @@ class ContextParallel:
         incoming = collectives.all_to_all_single_autograd(
             outgoing.contiguous(), received_from, sent_to, self.group
         )
-        # Nothing comes before the first chunk; it takes the last of these.
+        # No chunk comes before the first one. It takes the row of zeros at the end.
         incoming = torch.cat([incoming, torch.zeros_like(rows[:1])])
         seams = [incoming[source.get(chunk, len(source))] for chunk in self.held]
         return torch.stack(seams, dim=1).flatten(0, 1)

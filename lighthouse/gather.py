@@ -1,18 +1,20 @@
 """Pool the base rows and gather the selected entries.
 
-Shapes: B batch, H heads (Hq or Hkv), G query heads per key-value head, N positions, D head
-dimension, S gathered length, P pyramid length.
+Shapes: B batch, H heads (Hq or Hkv), Hkv key-value heads, N positions, D head dimension, S gathered
+length, K rows to take, M rows to take them from.
 """
+
+from typing import Any
 
 import torch
 
 from .geometry import PyramidGeometry
-from .scoring import accumulation_dtype
+from .precision import accumulation_dtype
 from .selection import Selection
 
 
 def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of ``rows`` [B, H, M, D] at ``index`` [B, Hkv, K], H / Hkv heads sharing one index.
+    """Rows of ``rows`` [B, H, M, D] at ``index`` [B, Hkv, K]; H / Hkv heads share one index.
 
     Returns:
         [B, H, K, D].
@@ -25,10 +27,19 @@ def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class _PoolGather(torch.autograd.Function):
-    """Means of base rows at the selected entries; backward gathers too, so nothing is added to."""
+    """Means of base rows at the selected entries.
+
+    Backward gathers too, so that it needs no atomic additions.
+    """
 
     @staticmethod
-    def forward(ctx, rows, index, slot, geometry):
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        index: torch.Tensor,
+        slot: torch.Tensor,
+        geometry: PyramidGeometry,
+    ) -> torch.Tensor:
         ctx.save_for_backward(slot)
         ctx.geometry = geometry
         dtype = accumulation_dtype(rows.dtype)
@@ -39,7 +50,8 @@ class _PoolGather(torch.autograd.Function):
         return take_rows(torch.cat(pyramid, dim=2), index)
 
     @staticmethod
-    def backward(ctx, grad):
+    # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (slot,) = ctx.saved_tensors
         geometry = ctx.geometry
         dtype = accumulation_dtype(grad.dtype)
@@ -50,6 +62,7 @@ class _PoolGather(torch.autograd.Function):
             share = take_included(grad, slot[..., offset : offset + length]).to(dtype) / span
             share = share.repeat_interleave(span, dim=2)
             total = share if total is None else total + share
+        assert total is not None
         return total.to(grad.dtype), None, None, None
 
 

@@ -1,7 +1,11 @@
-"""Which of the two implementations of everything around the dense attention runs."""
+"""The choice between Triton's kernels and vectorised PyTorch."""
+
+from typing import Any
 
 import torch
 
+# The package of kernels, or None without Triton.
+kernels: Any
 try:
     from . import kernels
 except ModuleNotFoundError as missing:
@@ -13,11 +17,11 @@ IMPLEMENTATIONS = ("triton", "torch")
 
 
 def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
-    """ "triton" or "torch", as ``impl`` says or else as the device of ``q`` does.
+    """Choose "triton" or "torch", by ``impl`` or else by the device of ``q``.
 
     Raises:
         ValueError: ``impl`` is not known, or the kernels do not compute such tensors.
-        ImportError: the kernels are called for and Triton is not installed.
+        ImportError: the kernels should run, and Triton is not installed.
     """
     if impl not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got impl = {impl!r}")

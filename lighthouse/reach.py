@@ -1,8 +1,8 @@
-"""Whose outputs reach which positions, within a chunk and from the one before it.
+"""Which outputs reach which positions, within a chunk and from the chunk before it.
 
 The output of entry (l, i) reaches the p^l positions that start at its end. At each level one entry
-can reach position t: number (t - p^l + 1) // p^l, or, where t < p^l - 1, the last of the chunk
-before this one, whose output is a seam row.
+can reach position t: entry (t - p^l + 1) // p^l of this chunk, or, where t < p^l - 1, the last
+entry of the chunk before this one. The output of that last entry is called a seam row.
 
 Shapes: B batch, H query heads, Hkv key-value heads, N positions (of a chunk), D head dimension,
 S gathered length, P pyramid length, L levels.
@@ -13,15 +13,17 @@ from typing import NamedTuple
 import torch
 
 from .geometry import PyramidGeometry
+from .precision import accumulation_dtype
 
 
 class Reach(NamedTuple):
-    """What positions take of one level.
+    """The outputs of one level that positions take.
 
     Attributes:
-        place: of the entry whose output the position takes, int [B, Hkv, N]; -1 for none.
-        seam: whether it takes the level's seam row, bool, [N] or [B, Hkv, N]; None if there is
+        place: place of the entry whose output each position takes, int [B, Hkv, N]; -1 if it takes
             none.
+        seam: whether each position takes the level's seam row, bool, [N] or [B, Hkv, N]; None
+            without a chunk before this one.
     """
 
     place: torch.Tensor
@@ -29,27 +31,22 @@ class Reach(NamedTuple):
 
 
 def reaching(
-    slot: torch.Tensor,
-    positions: torch.Tensor,
-    p: int,
-    levels: int,
-    length: int,
-    finest: bool,
-    with_seam: bool,
+    slot: torch.Tensor, positions: torch.Tensor, geometry: PyramidGeometry, with_seam: bool
 ) -> list[Reach]:
-    """What ``positions`` take of each level, from the base up.
+    """Outputs that ``positions`` take of each level, from the base up.
+
+    With ``combine = "finest"`` a position takes the finest output that reaches it, and no other.
 
     Args:
-        slot: of the selection, int32 [B, Hkv, P].
+        slot: the selection's slot, int32 [B, Hkv, P].
         positions: int64, ascending.
-        length: positions N of the whole chunk.
-        finest: whether a position takes the output of the finest level that reaches it, and not
-            those of all levels.
+        geometry: of the whole chunk.
         with_seam: whether there is a chunk before this one.
     """
-    found, offset, covered = [], 0, None
-    for level in range(levels):
-        span = p**level
+    finest = geometry.config.combine == "finest"
+    found: list[Reach] = []
+    covered: torch.Tensor | None = None
+    for level, (span, offset) in enumerate(zip(geometry.spans, geometry.offsets, strict=True)):
         inside = positions >= span - 1
         entry = ((positions - span + 1) // span).clamp(min=0)
         place = slot[..., offset + entry].masked_fill(~inside, -1)
@@ -61,22 +58,21 @@ def reaching(
             here = place >= 0 if seam is None else (place >= 0) | seam
             covered = here if covered is None else covered | here
         found.append(Reach(place, seam))
-        offset += length // span
     return found
 
 
 def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry) -> torch.Tensor:
     """Outputs of the entries that end with a chunk, at levels 1 to L - 1.
 
-    For an entry that is not included: zero, or, where the finest level counts, the row of the next
-    coarser one, which then stands in its place.
+    An entry that is not included has a row of zeros. With ``combine = "finest"`` it has the row of
+    the next coarser level instead, which takes its place there.
 
-    With such an entry its parent is included, which ends there too. They are therefore the last
-    places of the gathered sequence, in the order of their levels.
+    An included entry's parent is included too, and both end with the chunk. Their outputs are
+    therefore the last rows of the gathered sequence, in the order of their levels.
 
     Args:
         rows: attention outputs, [B, H, S, D].
-        slot: of the selection, int32 [B, Hkv, P].
+        slot: the selection's slot, int32 [B, Hkv, P].
 
     Returns:
         [B, H, L - 1, D].
@@ -84,7 +80,7 @@ def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry)
     finest = geometry.config.combine == "finest"
     count = geometry.config.levels - 1
     last = list(rows[:, :, -count:].unbind(dim=2))
-    # The coarsest is always included.
+    # The loop leaves out the coarsest entry, which is always included.
     for number in range(count - 2, -1, -1):
         level = number + 1
         end = geometry.offsets[level] + geometry.lengths[level] - 1
@@ -96,23 +92,22 @@ def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry)
 
 
 def seam_gradient(
-    grad: torch.Tensor, slot: torch.Tensor, p: int, levels: int, finest: bool
+    grad: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry
 ) -> torch.Tensor:
-    """Gradient of the seam rows that reached a chunk: sums over the positions that took each.
+    """Gradient of a chunk's seam rows: for each row, the sum over the positions that took it.
 
     Args:
-        grad: of the scattered outputs, [B, H, N, D].
-        slot: of the chunk's selection, int32 [B, Hkv, P].
+        grad: gradient of the scattered outputs, [B, H, N, D].
+        slot: slot of the chunk's selection, int32 [B, Hkv, P].
 
     Returns:
         [B, H, L - 1, D].
     """
-    length = grad.shape[2]
-    positions = torch.arange(p ** (levels - 1) - 1, device=grad.device)
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    first = grad[:, :, : len(positions)].to(dtype)
+    positions = torch.arange(geometry.spans[-1] - 1, device=grad.device)
+    first = grad[:, :, : len(positions)].to(accumulation_dtype(grad.dtype))
     sums = []
-    for _, seam in reaching(slot, positions, p, levels, length, finest, with_seam=True)[1:]:
+    for _, seam in reaching(slot, positions, geometry, with_seam=True)[1:]:
+        assert seam is not None
         if seam.ndim > 1:
             seam = seam.repeat_interleave(grad.shape[1] // slot.shape[1], dim=1)
         sums.append((first * seam.unsqueeze(-1)).sum(dim=2))

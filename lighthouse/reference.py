@@ -1,20 +1,24 @@
 """The oracle: Lighthouse attention entry by entry, as the definition reads, with plain autograd.
 
-Slow, meant for comparison in float64. Shares only the configuration and the geometry with the code
-that it judges.
+It is slow, and meant for comparison in float64. It shares only the configuration and the geometry
+with the code that it judges.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, S gathered
 length, P pyramid length.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from .config import LighthouseConfig
 from .geometry import PyramidGeometry
 
-Entry = tuple[int, int]  # level, number within the level
+# An entry is its level and its number within the level.
+Entry = tuple[int, int]
+Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 def lighthouse_attention(
@@ -36,11 +40,11 @@ def lighthouse_attention(
         for head in range(q.shape[1]):
             kv_head = head // group
             entries = [_entry(geometry, i) for i in index[batch, kv_head].tolist()]
-            gathered = [
+            queries, keys, values = (
                 torch.stack([_mean(geometry, rows, entry) for entry in entries])
                 for rows in (q[batch, head], k[batch, kv_head], v[batch, kv_head])
-            ]
-            out = _causal_attention(*gathered, scale)
+            )
+            out = _causal_attention(queries, keys, values, scale)
             heads.append(_scatter_back(geometry, entries, out))
         batches.append(torch.stack(heads))
     return torch.stack(batches)
@@ -73,16 +77,30 @@ def select(
 
 def _scored_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Rows:
     """Rows whose norms score the queries and the keys of one head, each [N, D].
 
-    In the precision that scores are defined in.
+    They are computed in float32, or in float64 for float64 inputs: scores are defined so.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = (rows.to(dtype) for rows in (q, k, v))
-    if config.scorer == "norm":
-        return q, k
-    attend = {"dilated": _causal_attention, "gla": _gated_linear_attention}[config.scorer]
+    return SCORED_ROWS[config.scorer](q, k, v, config)
+
+
+def _rows_themselves(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> Rows:
+    return q, k
+
+
+def _attended_rows(
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+) -> Rows:
+    """Outputs of ``attend`` for q over k and for k over q, one residue class after the other."""
     by_query, by_key = torch.empty_like(q), torch.empty_like(q)
     for residue in range(config.dilation):
         here = slice(residue, None, config.dilation)
@@ -122,20 +140,21 @@ def _entry(geometry: PyramidGeometry, pyramid_index: int) -> Entry:
 
 
 def _end(geometry: PyramidGeometry, entry: Entry) -> int:
-    """Last position that the entry covers."""
+    """The last position that the entry covers."""
     level, number = entry
     return (number + 1) * geometry.spans[level] - 1
 
 
 def _mean(geometry: PyramidGeometry, rows: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """Mean of the base rows [N, D] that the entry covers, [D]."""
+    """Mean [D] of the base rows [N, D] that the entry covers."""
     end = _end(geometry, entry)
     return rows[end - geometry.spans[entry[0]] + 1 : end + 1].mean(dim=0)
 
 
 def _gated_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Simple gated linear attention of one head, [N, D], one step after the other."""
-    # Of the published gate, whose projection never gets a gradient, what is left is sigmoid(0).
+    # The published gate is the sigmoid of a projection that never gets a gradient. Here the
+    # projection is zero.
     decay = math.exp(math.log(1 / (1 + math.exp(0))) / 16)
     state = q.new_zeros(q.shape[-1], q.shape[-1])
     rows = []
@@ -154,12 +173,20 @@ def _causal_attention(
     return scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
 
 
+# For each scorer, the two rows [N, D] whose norms score one head.
+SCORED_ROWS: dict[str, Callable[..., Rows]] = {
+    "norm": _rows_themselves,
+    "dilated": partial(_attended_rows, _causal_attention),
+    "gla": partial(_attended_rows, _gated_linear_attention),
+}
+
+
 def _scatter_back(
     geometry: PyramidGeometry, entries: list[Entry], out: torch.Tensor
 ) -> torch.Tensor:
     """Every entry's output [S, D] over the span of positions from its end on, [N, D].
 
-    Where several levels meet: their sum, or what the lowest of them gives.
+    Where several levels meet, their outputs are added up, or the lowest level's is taken.
     """
     reaching: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(geometry.sequence_length)]
     for entry, row in zip(entries, out, strict=True):

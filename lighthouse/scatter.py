@@ -1,22 +1,32 @@
 """Scatter the outputs of selected entries back to the base sequence.
 
-Shapes: B batch, H query heads, N positions, D head dimension, S gathered length.
+Shapes: B batch, H query heads, Hkv key-value heads, N positions, D head dimension, S gathered
+length, L levels.
 """
+
+from typing import Any
 
 import torch
 
 from .gather import take_included, take_rows
 from .geometry import PyramidGeometry
+from .precision import accumulation_dtype
 from .reach import Reach, reaching, seam_gradient
-from .scoring import accumulation_dtype
 from .selection import Selection
 
 
 class _ScatterBack(torch.autograd.Function):
-    """Each position gathers what reaches it, each place's gradient what it reached."""
+    """Sums of the outputs that reach each position; backward sums over those that each reached."""
 
     @staticmethod
-    def forward(ctx, rows, seam, index, slot, geometry):
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        seam: torch.Tensor | None,
+        index: torch.Tensor,
+        slot: torch.Tensor,
+        geometry: PyramidGeometry,
+    ) -> torch.Tensor:
         ctx.save_for_backward(index, slot)
         ctx.geometry, ctx.with_seam = geometry, seam is not None
         dtype = accumulation_dtype(rows.dtype)
@@ -24,16 +34,20 @@ class _ScatterBack(torch.autograd.Function):
         for level, (place, takes_seam) in enumerate(_reaching(slot, geometry, ctx.with_seam)):
             reach = take_included(rows, place).to(dtype)
             if takes_seam is not None:
+                assert seam is not None
                 takes_seam = _for_heads(takes_seam, rows.shape[1])
                 reach = torch.where(takes_seam, seam[:, :, level - 1 : level].to(dtype), reach)
             total = reach if total is None else total + reach
+        assert total is not None
         return total.to(rows.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
         index, slot = ctx.saved_tensors
         geometry = ctx.geometry
-        config = geometry.config
         dtype = accumulation_dtype(grad.dtype)
         pyramid = []
         for (place, _), length, span in zip(
@@ -43,25 +57,13 @@ class _ScatterBack(torch.autograd.Function):
             reached = torch.nn.functional.pad(took[:, :, span - 1 :], (0, 0, 0, span - 1))
             reached = reached.unflatten(2, (length, span)).sum(dim=3, dtype=dtype)
             pyramid.append(reached.to(grad.dtype))
-        seam = None
-        if ctx.needs_input_grad[1]:
-            seam = seam_gradient(
-                grad, slot, config.pooling_factor, config.levels, config.combine == "finest"
-            )
+        seam = seam_gradient(grad, slot, geometry) if ctx.needs_input_grad[1] else None
         return take_rows(torch.cat(pyramid, dim=2), index), seam, None, None, None
 
 
 def _reaching(slot: torch.Tensor, geometry: PyramidGeometry, with_seam: bool) -> list[Reach]:
-    config, n = geometry.config, geometry.sequence_length
-    return reaching(
-        slot,
-        torch.arange(n, device=slot.device),
-        config.pooling_factor,
-        config.levels,
-        n,
-        config.combine == "finest",
-        with_seam,
-    )
+    positions = torch.arange(geometry.sequence_length, device=slot.device)
+    return reaching(slot, positions, geometry, with_seam)
 
 
 def _for_heads(mask: torch.Tensor, heads: int) -> torch.Tensor:
@@ -81,13 +83,13 @@ def scatter_back(
 
     Entry (l, i) reaches the p^l positions that start at its end. Position t thus receives, for
     each level l with t >= p^l - 1, the output of entry (l, (t - p^l + 1) // p^l) if it is
-    included, and zero if none is. With ``combine = "sum"`` it gets the sum of them, taken in
-    float32 (float64 for float64) and rounded once, with "finest" the one of the lowest level.
+    included. ``combine = "sum"`` adds these outputs up in float32 (float64 for float64) and rounds
+    once; "finest" takes the output of the lowest level. A position that no output reaches is zero.
 
     Args:
         rows: attention outputs, [B, H, S, D].
         seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
-            [B, H, L - 1, D]; none by default.
+            [B, H, L - 1, D]; without them the sequence starts here.
 
     Returns:
         [B, H, N, D].

@@ -1,17 +1,21 @@
 """Scores that rank the entries of every level.
 
-Every scorer gives each position two rows, one for it as a query and one as a key, and their L2
-norms are its scores. The "norm" scorer takes q and k themselves, at no cost. The others take the
-outputs of an attention of q over k, and of k over q, within each residue class of positions modulo
-the dilation: softmax attention for "dilated", linear attention with a fixed decay for "gla". Query
-heads that share a key-value head each have their own two rows; the largest norm of each kind is the
-score that the group selects by.
+A scorer gives each position two rows, one for it as a query and one for it as a key. The L2 norms
+of these rows are the position's scores. Among the query heads that share a key-value head, the
+largest norm of each kind counts.
+
+The scorer "norm" takes q and k themselves. "dilated" and "gla" take the outputs of an attention of
+q over k, and of k over q, among the positions that are equal modulo the dilation: softmax attention
+for "dilated", linear attention with a fixed decay for "gla".
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, H heads, N positions, D head dimension, d
 dilation.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,34 +23,25 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .config import LighthouseConfig
 from .geometry import PyramidGeometry
+from .precision import SDPA_BACKENDS, accumulation_dtype
 
 Scores = list[tuple[torch.Tensor, torch.Tensor]]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Logarithm to base 2 of what a step of the dilated sequence leaves of "gla"'s state. The published
-# gate, log(sigmoid(x)) / 16 of a projection x that gets no gradient, at x = 0.
+# The decay per step of the dilated sequence, as a logarithm to base 2. The published gate is
+# log(sigmoid(x)) / 16 of a projection x that gets no gradient; here x is 0.
 LOG2_DECAY = -1 / 16
-# Rows that "gla" multiplies at once; any number gives the same up to rounding.
+# "gla" multiplies this many rows at once. The number changes nothing but rounding.
 GLA_CHUNK = 64
-# All linear in the sequence, the fastest first; torch would also fall back to one that holds N x N
-# scores.
-SDPA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision sums are taken in: float32, or float64 for float64 tensors."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.no_grad()
 def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry) -> Scores:
     """Scores of the configured scorer (arXiv 2605.06554, section 3.2).
 
-    A position scores the norms of its two rows, of each the largest in the group of query heads
-    that share a key-value head; an entry scores the maximum over the entries it pools.
+    A position scores the norms of its two rows, each the largest in the group of query heads that
+    share a key-value head. An entry scores the largest over the positions it covers, or, with
+    ``entry_score = "first"``, what the first of them scores.
 
     Args:
         q: [B, Hq, N, D].
@@ -74,19 +69,43 @@ def _entry_scores(scores: torch.Tensor, span: int, entry_score: str) -> torch.Te
 def position_norms(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms of every position's two rows: by query [B, Hq, N], by key [B, Hkv or Hq, N].
+    """Norms of every position's two rows: by query [B, Hq, N], by key [B, Hkv or Hq, N]."""
+    return SCORER_FUNCTIONS[config.scorer].norms(q, k, v, config)
 
-    The outputs of attention are read where they lie, and only their norms brought into order.
+
+def flops_per_position(config: LighthouseConfig, sequence_length: int, heads: int, d: int) -> float:
+    """Floating-point operations of the scorer per position, in one layer.
+
+    Args:
+        heads: query heads Hq.
+        d: head dimension D.
     """
-    if config.scorer == "norm":
-        return _norms(q), _norms(k)
-    attend = {"dilated": dilated_attention, "gla": gated_linear_attention}[config.scorer]
+    return SCORER_FUNCTIONS[config.scorer].flops(config, sequence_length, heads, d)
+
+
+def _norms_of_inputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _norms(q), _norms(k)
+
+
+def _norms_of_outputs(
+    attend: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms of what ``attend`` returns for q over k, and for k over q, each [B, Hq, N].
+
+    The outputs stay in dilated order; only their norms are brought back into that of the sequence.
+    """
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = (rows.repeat_interleave(group, dim=1) for rows in (k, v))
     q, k, v = (dilate(rows, config.dilation) for rows in (q, k, v))
-    outputs = (attend(q, k, v), attend(k, q, v))
-    return tuple(undilate(_norms(rows), config.dilation) for rows in outputs)
+    by_query, by_key = attend(q, k, v), attend(k, q, v)
+    return undilate(_norms(by_query), config.dilation), undilate(_norms(by_key), config.dilation)
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
@@ -96,7 +115,7 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
 def dilate(rows: torch.Tensor, dilation: int) -> torch.Tensor:
     """[B, H, N, D] as [B, d H, N / d, D]; head r H + h holds the positions of residue r of head h.
 
-    Without a copy if rows lie [B, N, H, D].
+    Nothing is copied if rows lie [B, N, H, D] in memory.
     """
     batch, heads, length, d = rows.shape
     rows = rows.transpose(1, 2).reshape(batch, length // dilation, dilation * heads, d)
@@ -112,7 +131,7 @@ def dilated_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
     """Stock causal attention of dilated rows, [B, H, N, D]."""
     backends = SDPA_BACKENDS
     if q.is_cuda and q.dtype == torch.float64:
-        # Nothing else computes it there.
+        # No other backend computes float64 on a GPU.
         backends = [SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
         return scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -135,7 +154,7 @@ def gated_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
     steps = torch.arange(GLA_CHUNK, device=q.device)
     decay = torch.exp2(LOG2_DECAY * torch.arange(GLA_CHUNK + 1, device=q.device, dtype=dtype))
     weights = decay[(steps[:, None] - steps).clamp(min=0)].tril()
-    # What all earlier chunks leave: sum of their decayed outer products of keys and values.
+    # The state sums the decayed outer products of all earlier chunks' keys and values.
     state = q.new_zeros(*q.shape[:2], q.shape[3], q.shape[3])
     outputs = []
     for q_rows, k_rows, v_rows in zip(
@@ -147,3 +166,37 @@ def gated_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
         remaining = decay[n - 1 - steps[:n], None]
         state = decay[n] * state + (k_rows * remaining).mT @ v_rows
     return torch.cat(outputs, dim=2)
+
+
+def _no_flops(config: LighthouseConfig, sequence_length: int, heads: int, d: int) -> float:
+    return 0.0
+
+
+def _dilated_flops(config: LighthouseConfig, sequence_length: int, heads: int, d: int) -> float:
+    """Two passes over (N / d + 1) / 2 earlier positions, 4 D for each pair and head."""
+    return 2 * 4 * heads * d * ((sequence_length / config.dilation + 1) / 2)
+
+
+def _gla_flops(config: LighthouseConfig, sequence_length: int, heads: int, d: int) -> float:
+    """Two passes; each adds to a state of D x D and multiplies with it, 4 D^2 for each head."""
+    return 2 * 4 * heads * d * float(d)
+
+
+class ScorerFunctions(NamedTuple):
+    """One scorer's part of this file.
+
+    Attributes:
+        norms: takes q [B, Hq, N, D], k and v [B, Hkv, N, D] and the configuration; returns the
+            norms of the two rows of each position, [B, Hq, N] and [B, Hkv or Hq, N].
+        flops: takes the configuration, N, Hq and D; returns the operations per position.
+    """
+
+    norms: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    flops: Callable[[LighthouseConfig, int, int, int], float]
+
+
+SCORER_FUNCTIONS: dict[str, ScorerFunctions] = {
+    "norm": ScorerFunctions(_norms_of_inputs, _no_flops),
+    "dilated": ScorerFunctions(partial(_norms_of_outputs, dilated_attention), _dilated_flops),
+    "gla": ScorerFunctions(partial(_norms_of_outputs, gated_linear_attention), _gla_flops),
+}

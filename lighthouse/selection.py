@@ -1,18 +1,20 @@
 """Which entries attention runs on, and in which order.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, S gathered
-length, P pyramid length, T strata, m picks per stratum, C candidates of a stratum.
+length, P pyramid length, T strata, m picks per stratum, C candidates of a stratum, M chunks on this
+rank.
 """
 
 from dataclasses import astuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .config import LighthouseConfig
+from .config import TYPES, LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
+from .inputs import chunked
 from .scoring import Scores, score
 
 
@@ -43,11 +45,11 @@ def select(
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D]; v serves the "dilated" and "gla" scorers.
         impl: "triton" or "torch"; by default Triton's kernels on CUDA tensors.
-        context_parallel: makes N this rank's part of the sequence.
+        context_parallel: the chunks on this rank, when N is only its part of the sequence.
 
     Returns:
-        The selection; under context parallelism one for each chunk on this rank, with indices
-        into its own pyramid, [B M, Hkv, S].
+        The selection. Under context parallelism there is one for each chunk on this rank, with
+        indices into the chunk's own pyramid: index [B M, Hkv, S] and slot [B M, Hkv, P].
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
@@ -55,108 +57,56 @@ def select(
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if choose_implementation(impl, q) == "triton":
         return Selection(*kernels.select_from_norms(*kernels.score(q, k, v, geometry), geometry))
-    # Selection has no gradient; detached, it has no place in the autograd graph either.
+    return select_entries(q, k, v, geometry)
+
+
+def select_entries(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry
+) -> Selection:
+    """Select in vectorised PyTorch, from inputs that were checked and cut into chunks.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D].
+        geometry: of the N positions.
+    """
+    # Selection has no gradient. Detached inputs keep it out of the autograd graph as well.
     return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(geometry.config)))
 
 
-@torch.library.custom_op("lighthouse::select", mutates_args=())
+# An operation takes no configuration. It takes the settings one by one, in their order there.
+_SCHEMA_TYPES = {int: "SymInt", str: "str"}
+_SETTINGS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in TYPES.items())
+
+
+@torch.library.custom_op(
+    "lighthouse::select",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+)
 def _select(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    levels: int,
-    pooling_factor: int,
-    top_k: int,
-    scorer: str,
-    picks_per_stratum: int,
-    dilation: int,
-    entry_score: str,
-    combine: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``select`` as one operation that a compiler neither fuses nor repeats.
+    """Selection as one operation that a compiler neither fuses nor repeats.
 
     Fused into other code, scores may round differently in forward and in a recomputation for
     backward; backward would then go through another selection than forward did.
     """
-    config = LighthouseConfig(
-        levels, pooling_factor, top_k, scorer, picks_per_stratum, dilation, entry_score, combine
-    )
-    geometry = PyramidGeometry(config, q.shape[2])
+    geometry = PyramidGeometry(LighthouseConfig(*settings), q.shape[2])
     index, slot = place(included_entries(score(q, k, v, geometry), geometry), geometry)
     return index, slot
 
 
 @_select.register_fake
-def _(q, k, v, *configuration):
-    geometry = PyramidGeometry(LighthouseConfig(*configuration), q.shape[2])
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    geometry = PyramidGeometry(LighthouseConfig(*settings), q.shape[2])
     shape = k.shape[:2]
     return (
         q.new_empty((*shape, geometry.gathered_length), dtype=torch.int32),
         q.new_empty((*shape, geometry.pyramid_length), dtype=torch.int32),
     )
-
-
-def chunked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    context_parallel: ContextParallel,
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], PyramidGeometry]:
-    """q, k and v as the chunks on this rank, and the geometry of one, once they fit together."""
-    if not isinstance(config, LighthouseConfig):
-        raise TypeError(f"config must be a LighthouseConfig, got {type(config).__name__}")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k and v must be [B, heads, N, D], got {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(
-            f"q must be [B, Hq, N, D] and k and v [B, Hkv, N, D] with the same B, N and D, "
-            f"got {shapes}"
-        )
-    if not k.numel():
-        raise ValueError(f"k and v must not be empty, got {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key-value heads must divide the query heads, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(
-            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
-        )
-    config = context_parallel.per_chunk(config, q.shape[2])
-    q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
-    return (q, k, v), PyramidGeometry(config, q.shape[2])
-
-
-def checked_selection(
-    selection: Selection, k: torch.Tensor, geometry: PyramidGeometry
-) -> Selection:
-    """A selection made elsewhere, once it is known to be of these tensors.
-
-    Raises:
-        TypeError, ValueError: its maps are of another shape, dtype or device.
-    """
-    maps = []
-    for name, given, length in zip(
-        ("index", "slot"),
-        selection,
-        (geometry.gathered_length, geometry.pyramid_length),
-        strict=True,
-    ):
-        shape = (*k.shape[:2], length)
-        if given.dtype != torch.int32:
-            raise TypeError(f"selection.{name} must be int32, got {given.dtype}")
-        if tuple(given.shape) != shape or given.device != k.device:
-            raise ValueError(
-                f"selection.{name} must be of shape {shape} on {k.device}, got "
-                f"{tuple(given.shape)} on {given.device}; it belongs to other tensors or to "
-                "another config"
-            )
-        maps.append(given.contiguous())
-    return Selection(*maps)
 
 
 def included_entries(scores: Scores, geometry: PyramidGeometry) -> list[torch.Tensor]:
@@ -188,6 +138,7 @@ def _coarsest_candidates(
     Strata differ in length by at most one entry; the shorter ones repeat their last.
     """
     n, strata = geometry.lengths[-1], geometry.strata
+    # Computed on the device: a copy of geometry.stratum_bounds would synchronise with the host.
     bounds = torch.arange(strata + 1, device=like.device) * n // strata
     start, end = bounds[:-1, None], bounds[1:, None]
     entries = start + torch.arange(-(-n // strata), device=like.device)
@@ -208,7 +159,7 @@ def _pick(
     Args:
         a, b: scores of one level, [B, Hkv, n].
         candidates: ascending entries of that level, [B, Hkv, T, C].
-        valid: which candidates are not padding, [T, C]; None if all.
+        valid: which candidates are not padding, [T, C]; None if there is no padding.
 
     Returns:
         [B, Hkv, T, m], ascending.
@@ -262,7 +213,7 @@ def place(included: list[torch.Tensor], geometry: PyramidGeometry) -> Selection:
 
     s = geometry.gathered_length
     entries = torch.arange(geometry.pyramid_length, dtype=torch.int32, device=device)
-    # Places are distinct; all that is not included goes to one spare place, cut off below.
+    # Places are distinct. Entries that are not included go to one spare place, cut off below.
     target = torch.where(slot < 0, s, slot).long()
     index = torch.zeros((*slot.shape[:2], s + 1), dtype=torch.int32, device=device)
     index.scatter_(-1, target, entries.expand_as(slot))

@@ -1,1 +1,5 @@
-"""The ``lighthouse`` command. Its modules import torch only to run, so that help comes at once."""
+"""The ``lighthouse`` command.
+
+No module here imports torch or the trainer at its top, so that ``--help`` answers at once and works
+without them.
+"""

@@ -1,74 +1,126 @@
-"""What the commands share: how they end, and what they check before any work."""
+"""Parts that commands share: reading a command line, and arguments that many of them take."""
 
 import argparse
-import importlib.util
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from torchtitan.models.llama3_lighthouse.errors import UserError, UserValueError
+FLAG = re.compile(r"--?[A-Za-z]")
+# A key of the configuration, --section.key, as opposed to a flag of the command itself.
+OVERRIDE = re.compile(r"--[A-Za-z_][\w-]*\.")
+# The trainer's own list is in ``stages``, whose import takes seconds.
+ATTENTIONS = ("dense", "lighthouse")
+OVERRIDES_HELP = (
+    "Configuration keys, --section.key value, come last and win over what the configuration says."
+)
 
 
-def command_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows ``description`` as it is written and takes no shortened flags."""
-    return argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+class CommandError(Exception):
+    """A user's mistake that a command finds before it imports the trainer."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that shows its description as it is written and takes no shortened flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+
+
+def split_overrides(line: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the command's own words and the overrides of a configuration.
+
+    A word that is no flag belongs to the flag before it.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    target = own
+    for word in line:
+        if FLAG.match(word):
+            target = overrides if OVERRIDE.match(word) else own
+        target.append(word)
+    return own, overrides
+
+
+def add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT..., of which there is at least one."""
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a step-N folder, a folder of them or a run's job.dump_folder, of "
+        "which the last complete checkpoint is taken",
     )
 
 
-def parse_with_overrides(
-    parser: argparse.ArgumentParser, line: list[str] | None = None
-) -> tuple[argparse.Namespace, list[str]]:
-    """Parse ``line`` or the command line; what is left, --section.key value, goes to a
-    configuration. Ends the command on any other flag."""
-    arguments, overrides = parser.parse_known_args(line)
-    for word in overrides:
-        if re.match("--?[A-Za-z]", word) and "." not in word:
-            parser.error(f"unknown argument {word}; a configuration takes --section.key value")
-    return arguments, overrides
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--output FOLDER, which has to be given."""
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder to write to"
+    )
 
 
-def run_command(
-    command: Callable[[], None], if_interrupted: str = "the same command goes on from here"
-) -> None:
-    """Run a script's ``command``; a user's mistake ends in one line, an interruption in 130."""
-    try:
-        command()
-    except (UserError, OSError) as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        print(f"interrupted; {if_interrupted}", file=sys.stderr)
-        sys.exit(130)
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, None unless given."""
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu",
+    )
 
 
-def check_plots(no_plots: bool) -> None:
-    """Check that plots can be drawn, if any are wanted.
-
-    Raises:
-        ValueError: matplotlib is missing.
-    """
-    if not no_plots and not importlib.util.find_spec("matplotlib"):
-        raise UserValueError(
-            "plots need matplotlib: pip install -e '.[benchmark]', or pass --no-plots"
-        )
+def add_no_plots(parser: argparse.ArgumentParser) -> None:
+    """--no-plots."""
+    parser.add_argument("--no-plots", action="store_true", help="write tables alone")
 
 
-def check_device(device: str) -> None:
-    """Check that a model can be evaluated on ``device``.
+def add_attention(parser: argparse.ArgumentParser, *default: str) -> None:
+    """--attention, a list without repetitions."""
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        choices=ATTENTIONS,
+        default=list(default),
+        action=WithoutRepetitions,
+        help=f"attention to evaluate under; default: {' '.join(default)}",
+    )
 
-    Raises:
-        ValueError: it is no CPU and no GPU that torch finds.
-    """
-    # Not at the top, for the sake of commands that answer --help.
-    import torch
 
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or device.endswith(":") or (number and not number.isdigit()):
-        raise UserValueError(f"--device {device} is not known; use cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and int(number or 0) >= count:
-        raise UserValueError(
-            f"--device {device}: torch finds {count} CUDA devices; use --device cpu"
-        )
+class WithoutRepetitions(argparse.Action):
+    """Stores a list of values, each once, in the order in which they were given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that train many runs."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of each run, on this machine; default: 1",
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="RUNS",
+        help="runs that train side by side, each on as many GPUs of its own as it "
+        "has processes; default: 1",
+    )
+    parser.add_argument("--list", action="store_true", help="say what would run, and end")
+    add_no_plots(parser)

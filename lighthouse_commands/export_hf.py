@@ -1,31 +1,34 @@
-#!/usr/bin/env python3
 """Write a checkpoint as a folder that Hugging Face's libraries load as an ordinary Llama.
 
-    python scripts/export_hf.py outputs/debug outputs/exported
+    lighthouse export-hf outputs/debug --output outputs/exported
 
-CHECKPOINT is a step-N folder, a folder of those, of which the last is taken, or a run's
-job.dump_folder. OUTPUT gets config.json, generation_config.json, the weights as safetensors and the
-tokenizer, and must be empty or not there.
+The output folder must be empty or not there. It gets config.json, generation_config.json, the
+weights as safetensors, and the tokenizer.
 
-A checkpoint whose last steps were not dense is refused: a Llama has dense attention. Arguments that
-are not known here go to the trainer's configuration, --section.key value; a checkpoint that
-Lighthouse's trainer did not write needs --job.config_file FILE.
+A checkpoint whose last steps were not dense is refused, because a Llama has dense attention. A
+checkpoint that Lighthouse's trainer did not write needs --job.config_file FILE.
 """
 
 import argparse
-import sys
+from pathlib import Path
 
-from lighthouse_commands.arguments import command_parser, parse_with_overrides, run_command
+from .arguments import add_output
+
+SUMMARY = "write a checkpoint in Hugging Face's format"
+IF_INTERRUPTED = "nothing was written"
+DTYPES = ("float32", "bfloat16")
 
 
-def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options of this script, and what is left for the trainer's configuration."""
-    parser = command_parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("output", metavar="OUTPUT")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as stored"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a step-N folder, a folder of them or a run's job.dump_folder, of "
+        "which the last complete checkpoint is taken",
     )
+    add_output(parser)
+    add_stored_dtype(parser)
     parser.add_argument(
         "--allow-lighthouse",
         action="store_true",
@@ -36,21 +39,18 @@ def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="GB",
         type=float,
         default=5.0,
-        help="longest file of weights, in 10^9 bytes; default: 5",
+        help="largest file of weights, in 10^9 bytes; default: 5",
     )
-    return parse_with_overrides(parser, line)
 
 
-def export() -> None:
-    """What the command does.
+def add_stored_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype, None for weights as they are stored."""
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
 
-    Raises:
-        ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
-    """
-    options, overrides = parse(sys.argv[1:])
-    from torchtitan.models.llama3_lighthouse.export import export_checkpoint
 
-    from torchtitan.models.llama3_lighthouse.hugging_face import DTYPES
+def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    from torchtitan.models.llama3_lighthouse.hugging_face.export import export_checkpoint
+    from torchtitan.models.llama3_lighthouse.hugging_face.format import DTYPES
 
     export_checkpoint(
         options.checkpoint,
@@ -62,11 +62,3 @@ def export() -> None:
         report=lambda text: print(text, flush=True),
     )
     print(f"Wrote {options.output}")
-
-
-def main() -> None:
-    run_command(export, "nothing was written")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Make .venv at the repository root and install Lighthouse into it, once per pyproject.toml.
-# Usage: scripts/setup.sh [EXTRA]    an optional extra of pyproject.toml, for example dev
+# Make .venv at the repository root and install Lighthouse with its trainer into it.
+# Nothing is done where that has been done since pyproject.toml last changed.
+# Usage: scripts/setup.sh [EXTRAS]    more extras of pyproject.toml, for example dev or plots,export
 #
 # PYTHON       interpreter to make the environment with (default: python3)
 # TORCH_INDEX  package index for torch on a machine without an accelerator
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extra="${1:-}"
+extras="trainer${1:+,$1}"
 torch_range='torch>=2.11,<2.14'
 torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
-stamp=".venv/.installed-${extra:-base}"
+stamp=".venv/.installed-$extras"
 [[ -f "$stamp" && ! pyproject.toml -nt "$stamp" ]] && exit 0
 
 if [[ "$(uname -s)" != Linux ]]; then
-    echo "Lighthouse trains on Linux: torchtitan 0.2.2 needs triton, which $(uname -s) has no package of;" \
-        "use WSL or a Linux container." >&2
+    echo "Lighthouse trains on Linux: torchtitan 0.2.2 needs triton, and triton has no package for" \
+        "$(uname -s); use WSL or a Linux container." >&2
     exit 1
 fi
 python="${PYTHON:-python3}"
@@ -28,10 +29,10 @@ if [[ ! -x .venv/bin/python ]]; then
     echo "Making .venv with $("$python" --version)"
     "$python" -m venv .venv
 fi
-# Errors alone: pip's warnings speak of its own configuration.
+# Pip's warnings are about its own configuration, so only its errors are shown.
 pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
 
-# The default build of torch brings gigabytes of CUDA, of no use without such a device.
+# The default build of torch brings gigabytes of CUDA, which are useless without an accelerator.
 has_accelerator() { [[ -e /dev/nvidiactl || -e /dev/kfd ]] || nvidia-smi -L >/dev/null 2>&1; }
 has_torch() { .venv/bin/python -c 'import torch' 2>/dev/null; }
 if ! has_accelerator && ! has_torch; then
@@ -44,6 +45,6 @@ if ! has_accelerator && ! has_torch; then
             exit 1
         }
 fi
-echo "Installing Lighthouse${extra:+ with extra '$extra'} into .venv"
-"${pip[@]}" --editable ".${extra:+[$extra]}"
-touch "$stamp"
+echo "Installing Lighthouse with the extras $extras into .venv"
+"${pip[@]}" --editable ".[$extras]"
+touch "$stamp" .venv/.installed-trainer

@@ -1,36 +1,31 @@
-"""Gather rows of selected entries, and its adjoint, which spreads gathered rows over positions.
+"""Gather rows of selected entries.
 
 With w = p^l, the gathered row of entry (l, i) at its place is
 
     mean of rows[i w + r], 0 <= r < w                     pooling (forward of pool-gather)
     sum of rows[(i + 1) w - 1 + r], 0 <= r < w            collecting (backward of scatter-back)
 
-and position t receives the sum over the levels l whose entry is included, or, with FINEST, of the
-lowest of them, of
-
-    gathered[slot(l, t // w)] / w                         backward of pool-gather
-    gathered[slot(l, (t - w + 1) // w)], t >= w - 1       forward of scatter-back
-    seam[l - 1], t < w - 1                                the same, if there is a chunk before
-
 With FINEST, collecting leaves out the rows of positions that a finer level reaches.
 
-The coarsest level, which touches every row, comes ready from ``pooling``. A gathering program owns
-``BLOCK`` places of one head, a spreading one ``BLOCK`` positions; each writes its rows once, after
-summing in float32.
+The coarsest level touches every row; its rows come ready from ``pooling``. One program owns
+``BLOCK`` places of one head, and writes each of their rows once, after summing in float32.
 
 Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length,
 nc coarsest entries.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
-from .launch import covered, own_block, own_block_grid, row_strides, sequence_first
+from ..geometry import PyramidGeometry
+from .launch import covered, define, own_block, own_block_grid, row_strides, sequence_first
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
-GATHER_TILE, GATHER_WARPS = 1024, 4
-SPREAD_TILE, SPREAD_WARPS = 2048, 2
+TILE, WARPS = 1024, 4
 
 
 @triton.jit
@@ -81,53 +76,7 @@ def _gather(
     tl.store(target, total.to(gathered.dtype.element_ty), mask=inside[:, None] & in_columns)
 
 
-@triton.jit
-def _spread(
-    gathered, slot, seam, rows,
-    in_b, in_h, in_s, out_b, out_h, out_n,
-    heads, group, length, pyramid,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr, SEAM: tl.constexpr,
-    FINEST: tl.constexpr,
-):  # fmt: skip
-    batch, head, block = own_block(heads, length, BLOCK)
-    slots = slot + (batch * (heads // group) + head // group) * pyramid
-    source = gathered + batch * in_b + head * in_h
-
-    position = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    inside = position < length
-    in_columns = (column < D)[None, :]
-    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
-    offset = tl.zeros((), dtype=tl.int64)
-    # Positions that take no more.
-    done = inside == 0
-    for level in tl.static_range(LEVELS):
-        span = P**level
-        shifted = position - (span - 1) if SCATTER else position
-        reached = (done == 0) & (shifted >= 0)
-        place = tl.load(slots + offset + shifted // span, mask=reached, other=-1).to(tl.int64)
-        x = tl.load(
-            source + place[:, None] * in_s + column[None, :],
-            mask=(place >= 0)[:, None] & in_columns,
-            other=0.0,
-        ).to(tl.float32)
-        total += x if SCATTER else x * (1.0 / span)
-        if SEAM and level > 0:
-            row = (batch * heads + head) * (LEVELS - 1) + level - 1
-            x = tl.load(seam + row * D + column, mask=column < D, other=0.0).to(tl.float32)
-            before = (done == 0) & (position < span - 1)
-            total += tl.where(before[:, None], x[None, :], 0.0)
-            if FINEST:
-                done = done | before
-        if FINEST:
-            done = done | (place >= 0)
-        offset += length // span
-    target = rows + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
-    tl.store(target, total.to(rows.dtype.element_ty), mask=inside[:, None] & in_columns)
-
-
-def gather(
+def launch_gather(
     rows: torch.Tensor,
     coarsest_rows: torch.Tensor,
     index: torch.Tensor,
@@ -140,10 +89,10 @@ def gather(
 
     Args:
         rows: [B, H, N, D].
-        coarsest_rows: what the coarsest entries gather, [B, H, nc, D] contiguous.
+        coarsest_rows: rows of the coarsest entries, [B, H, nc, D] contiguous.
         index: [B, Hkv, S].
-        slot: [B, Hkv, pyramid length], to collect only of positions that no finer level reaches;
-            None to collect of all.
+        slot: [B, Hkv, pyramid length], to leave out the positions that a finer level reaches; None
+            to leave out none. It serves collecting alone.
         p, levels: pooling factor and levels of the pyramid.
         collect: gather sums from each entry's end on instead of means over it.
 
@@ -155,51 +104,80 @@ def gather(
     s = index.shape[2]
     gathered = sequence_first(rows, s)
     block_d = triton.next_power_of_2(d)
-    block = GATHER_TILE // block_d
+    block = TILE // block_d
     _gather[own_block_grid(batch, heads, s, block)](
         rows, coarsest_rows, index, index if slot is None else slot, gathered, *strides,
         *gathered.stride()[:3], heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
         0 if slot is None else slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect,
-        FINEST=slot is not None, num_warps=GATHER_WARPS,
+        FINEST=slot is not None, num_warps=WARPS,
     )  # fmt: skip
     return gathered
 
 
-def spread(
-    gathered: torch.Tensor,
-    slot: torch.Tensor,
-    seam: torch.Tensor | None,
-    length: int,
+def _fake_gather(
+    rows: torch.Tensor,
+    coarsest_rows: torch.Tensor,
+    index: torch.Tensor,
+    slot: torch.Tensor | None,
     p: int,
     levels: int,
-    scatter: bool,
-    finest: bool,
+    collect: bool,
 ) -> torch.Tensor:
-    """Launch ``_spread``.
+    return sequence_first(rows, index.shape[2])
+
+
+define(
+    "gather(Tensor rows, Tensor coarsest_rows, Tensor index, Tensor? slot, int p, int levels,"
+    " bool collect)"
+    " -> Tensor",
+    launch_gather,
+    _fake_gather,
+)
+
+
+class _PoolGather(torch.autograd.Function):
+    """Gathered means; backward spreads shares, by the operation of ``scatter``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        coarsest_rows: torch.Tensor,
+        index: torch.Tensor,
+        slot: torch.Tensor,
+        p: int,
+        levels: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slot)
+        ctx.constants = rows.shape[2], p, levels
+        return torch.ops.lighthouse.gather(rows, coarsest_rows, index, None, p, levels, False)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # The coarsest rows are made of the others: all of their gradient arrives with those.
+        (slot,) = ctx.saved_tensors
+        grad_rows = torch.ops.lighthouse.spread(grad, slot, None, *ctx.constants, False, False)
+        return grad_rows, None, None, None, None, None
+
+
+def pool_gather(
+    rows: torch.Tensor,
+    coarsest_rows: torch.Tensor,
+    selection: tuple[torch.Tensor, torch.Tensor],
+    geometry: PyramidGeometry,
+) -> torch.Tensor:
+    """Gather as ``lighthouse.gather.pool_gather`` does, given the means of the coarsest level.
 
     Args:
-        gathered: [B, H, S, D].
-        slot: [B, Hkv, pyramid length].
-        seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
-            [B, H, L - 1, D] contiguous; only to scatter.
-        length: positions N to spread over.
-        p, levels: pooling factor and levels of the pyramid.
-        scatter: add outputs from each entry's end on, instead of shares over it.
-        finest: take the lowest level that reaches a position, instead of the sum; only to scatter.
+        rows: [B, H, N, D].
+        coarsest_rows: [B, H, nc, D].
+        selection: index and slot.
 
     Returns:
-        [B, H, N, D], lying in memory as [B, N, H, D].
+        [B, H, S, D]. It lies in memory as [B, S, H, D], so that joined chunks need no copy.
     """
-    gathered, strides = row_strides(gathered)
-    batch, heads, _, d = gathered.shape
-    rows = sequence_first(gathered, length)
-    block_d = triton.next_power_of_2(d)
-    block = SPREAD_TILE // block_d
-    _spread[own_block_grid(batch, heads, length, block)](
-        gathered, slot, slot if seam is None else seam, rows, *strides, *rows.stride()[:3],
-        heads, heads // slot.shape[1], length, slot.shape[2],
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
-        SEAM=seam is not None, FINEST=finest, num_warps=SPREAD_WARPS,
-    )  # fmt: skip
-    return rows
+    config = geometry.config
+    return _PoolGather.apply(rows, coarsest_rows, *selection, config.pooling_factor, config.levels)

@@ -1,15 +1,70 @@
-"""What all launchers share."""
+"""Registration of operations, and the helpers that all launchers share."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_D = 256
 
+# Whether Triton's interpreter runs the kernels, on any device. Triton decides it when a kernel is
+# defined.
+INTERPRETED: bool = knobs.runtime.interpret
 
-def row_strides(rows: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """``rows`` [B, H, N, D] with D contiguous, copied only if it is not, and its other strides."""
+# Bare definitions: the decorators of torch.library cost ten times as much on every call, which
+# at these kernels' speed is most of the time.
+_library = torch.library.Library("lighthouse", "FRAGMENT")
+
+
+def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register the operation ``schema`` of the namespace lighthouse.
+
+    Args:
+        schema: name, arguments and results, as torch.library writes them.
+        function: computes the operation; its first argument is a tensor.
+        fake: returns results of the same shapes, dtypes and strides, without values.
+    """
+    name = schema[: schema.index("(")]
+
+    def run(tensor: torch.Tensor, *arguments: Any) -> Any:
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *arguments)
+
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lighthouse::{name}", fake, lib=_library)
+
+
+def check_supported(q: torch.Tensor) -> None:
+    """Check that the kernels can compute on tensors like ``q`` [B, Hq, N, D].
+
+    Raises:
+        ValueError: the device is not CUDA, the dtype not bf16, fp16 or fp32, or D over 256.
+    """
+    if not q.is_cuda and not INTERPRETED:
+        raise ValueError(f'the Triton kernels need CUDA tensors, got {q.device}; pass impl="torch"')
+    if q.dtype not in DTYPES:
+        raise ValueError(
+            f"the Triton kernels compute bfloat16, float16 and float32, got {q.dtype}; "
+            'pass impl="torch"'
+        )
+    if q.shape[-1] > LARGEST_D:
+        raise ValueError(
+            f"the Triton kernels take a head dimension of at most {LARGEST_D}, got {q.shape[-1]}; "
+            'pass impl="torch"'
+        )
+
+
+def row_strides(rows: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """``rows`` [B, H, N, D] with D contiguous, and the strides of the other dimensions.
+
+    Rows are copied only if D is not contiguous.
+    """
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride()[:3]
@@ -18,7 +73,7 @@ def row_strides(rows: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]
 def sequence_first(rows: torch.Tensor, length: int) -> torch.Tensor:
     """Uninitialised [B, H, length, D] that lies in memory as [B, length, H, D].
 
-    The layout of a model's projections, so that the reshape to [B, length, H * D] is free.
+    A model's projections have this layout: the reshape to [B, length, H * D] then copies nothing.
     """
     batch, heads, _, d = rows.shape
     return rows.new_empty((batch, length, heads, d)).transpose(1, 2)
@@ -26,9 +81,10 @@ def sequence_first(rows: torch.Tensor, length: int) -> torch.Tensor:
 
 @triton.jit
 def own_block(heads, length, BLOCK: tl.constexpr):
-    """Batch, head and block of ``BLOCK`` rows, of ``length``, that this program owns, as int64.
+    """Batch, head and block that this program owns, as int64; ``length`` rows fall into blocks.
 
-    Neighbouring programs share positions across heads, whose rows lie side by side in memory.
+    Neighbouring programs take the same positions of other heads, whose rows lie side by side in
+    memory.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(length, BLOCK)
@@ -37,13 +93,15 @@ def own_block(heads, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def covered(slots, position, inside, length, P: tl.constexpr, FINER: tl.constexpr, span):
-    """Which positions an included entry reaches of the ``FINER`` finest levels, below ``span``.
+    """Whether an included entry of a finer level reaches each position.
 
     Args:
-        slots: of one head, the base level first.
-        position: none below ``span`` - 1, so that none is reached from an earlier chunk.
-        inside: positions to ask for; others are reached by nothing.
-        span: positions that an entry covers of the level that counts as coarser.
+        slots: slots of one head, the base level first.
+        position: positions from ``span`` - 1 on, which no entry of an earlier chunk reaches.
+        inside: positions to ask for; the others count as not reached.
+        FINER: number of finest levels to look at, as far as their entries are shorter than
+            ``span``.
+        span: positions that an entry of the coarser level covers.
     """
     found = inside & (position < 0)
     offset = tl.zeros((), dtype=tl.int64)
@@ -57,5 +115,5 @@ def covered(slots, position, inside, length, P: tl.constexpr, FINER: tl.constexp
 
 
 def own_block_grid(batch: int, heads: int, length: int, block: int) -> tuple[int]:
-    """The grid whose programs ``own_block`` tells apart."""
+    """The grid of programs that divide the rows as ``own_block`` does."""
     return (batch * heads * triton.cdiv(length, block),)

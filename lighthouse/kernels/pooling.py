@@ -5,19 +5,23 @@ For coarsest entry c of span w = p^(L-1), with first row f = c w + shift:
     pooled[c] = scale * sum of rows[f + r],  0 <= r < w         (rows past the end count as zero)
     norms[e]  = max of |rows[e p + r]|_2,    0 <= r < SCORED    (level 1; only without shift)
 
-``scale`` is 1 / w for means. With shift w - 1 and scale 1 these are the sums that scatter-back's
-gradient needs of the coarsest level; with FINEST of positions that no finer level reaches. One
-program owns ``BLOCK`` coarsest entries of one head and writes their pooled rows and norms;
-neighbouring programs share positions across heads, whose rows lie side by side in memory.
+Means take scale 1 / w. The gradient of scatter-back needs sums over the coarsest entries: it takes
+shift w - 1 and scale 1, and with FINEST leaves out the positions that a finer level reaches.
 
-Shapes: B batch, H heads, N positions, D head dimension, n1 entries of level 1, nc coarsest entries.
+One program owns ``BLOCK`` coarsest entries of one head and writes their pooled rows and norms.
+Neighbouring programs take the same positions of other heads, whose rows lie side by side in memory.
+
+Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, n1 entries of level 1,
+nc coarsest entries.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import covered, own_block, own_block_grid, row_strides
+from ..config import LighthouseConfig
+from ..geometry import PyramidGeometry, level_lengths, level_spans
+from .launch import covered, define, own_block, own_block_grid, row_strides
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 2048, 8
@@ -64,7 +68,7 @@ def _pool(
     tl.store(target, (total * scale).to(pooled.dtype.element_ty), mask=inside)
 
 
-def pool(
+def launch_pool(
     rows: torch.Tensor,
     slot: torch.Tensor | None,
     p: int,
@@ -76,23 +80,25 @@ def pool(
     """Launch ``_pool``.
 
     Args:
-        rows: [B, H, N, D], whatever its strides over B, H and N.
-        slot: [B, Hkv, pyramid length], to leave out positions that a finer level reaches; None to
-            leave out none.
+        rows: [B, H, N, D], with any strides over B, H and N.
+        slot: slot of a selection, [B, Hkv, pyramid length], to leave out the positions that a finer
+            level reaches; None to leave out none.
         p, levels: pooling factor and levels of the pyramid.
-        scored: rows, of the p under each entry of level 1, that its norm is the largest of; 0 for
-            no norms.
+        shift, scale: see the formula above.
+        scored: number of rows, among the p under each entry of level 1, whose largest norm is
+            returned; 0 for no norms.
 
     Returns:
         Pooled rows [B, H, nc, D] in the dtype of ``rows``, and norms float32 [B, H, n1], empty if
-        none are asked for.
+        ``scored`` is 0.
     """
-    span = p ** (levels - 1)
+    span = level_spans(p, levels)[-1]
     rows, strides = row_strides(rows)
     batch, heads, length, d = rows.shape
-    coarsest = length // span
+    lengths = level_lengths(length, p, levels)
+    coarsest = lengths[-1]
     pooled = rows.new_empty((batch, heads, coarsest, d))
-    norm_shape = (batch, heads, length // p) if scored else (0,)
+    norm_shape = (batch, heads, lengths[1]) if scored else (0,)
     norms = rows.new_empty(norm_shape, dtype=torch.float32)
     block_d = triton.next_power_of_2(d)
     block = TILE // block_d
@@ -104,3 +110,52 @@ def pool(
         SCORED=scored, FINEST=slot is not None, num_warps=WARPS,
     )  # fmt: skip
     return pooled, norms
+
+
+def _fake_pool(
+    rows: torch.Tensor,
+    slot: torch.Tensor | None,
+    p: int,
+    levels: int,
+    shift: int,
+    scale: float,
+    scored: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, d = rows.shape
+    lengths = level_lengths(length, p, levels)
+    norms = (batch, heads, lengths[1]) if scored else (0,)
+    return (
+        rows.new_empty((batch, heads, lengths[-1], d)),
+        rows.new_empty(norms, dtype=torch.float32),
+    )
+
+
+define(
+    "pool(Tensor rows, Tensor? slot, int p, int levels, SymInt shift, float scale, int scored)"
+    " -> (Tensor, Tensor)",
+    launch_pool,
+    _fake_pool,
+)
+
+
+def scored_rows(config: LighthouseConfig) -> int:
+    """Number of positions that score an entry of level 1, out of the p that it covers."""
+    return config.pooling_factor if config.entry_score == "max" else 1
+
+
+def pool_coarsest(
+    rows: torch.Tensor, geometry: PyramidGeometry, with_norms: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of the coarsest entries and, on request, norms of level 1, in one read of ``rows``.
+
+    Args:
+        rows: [B, H, N, D].
+
+    Returns:
+        [B, H, nc, D] and float32 [B, H, n1]; the latter is empty without ``with_norms``.
+    """
+    config, scale = geometry.config, 1.0 / geometry.spans[-1]
+    scored = scored_rows(config) if with_norms else 0
+    return torch.ops.lighthouse.pool(
+        rows.detach(), None, config.pooling_factor, config.levels, 0, scale, scored
+    )

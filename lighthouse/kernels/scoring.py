@@ -1,11 +1,12 @@
-"""Norms of gated linear attention, without its output ever being written.
+"""Scores of level 1, and a kernel for the norms of gated linear attention.
 
-For the dilated sequences of scorer "gla" (see ``lighthouse.scoring``), with w = 2^LOG2_DECAY:
+The kernel never writes the attention's output. For the dilated sequences of the scorer "gla" (see
+``lighthouse.scoring``), with w = 2^LOG2_DECAY, it computes
 
     norms[t] = | sum over s <= t of w^(t - s) (x_t . y_s) v_s |_2 / sqrt(D)
 
-A row ``WINDOW`` steps back weighs less than rounding does, so there is no state to carry: one
-program owns ``BLOCK`` rows of one residue class of one head and multiplies them with the rows of
+A row ``WINDOW`` steps back weighs less than rounding does, so there is no state to carry. One
+program owns ``BLOCK`` rows of one residue class of one head. It multiplies them with the rows of
 the window before them, tile by tile, accumulating in float32 in a fixed order.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, n1 entries of
@@ -13,18 +14,21 @@ level 1.
 """
 
 import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 
 from .. import scoring
-from ..config import LighthouseConfig
-from .launch import own_block, own_block_grid, row_strides
+from ..config import LighthouseConfig, Scorer
+from ..geometry import PyramidGeometry, level_lengths
+from .launch import INTERPRETED, define, own_block, own_block_grid, row_strides
+from .pooling import pool_coarsest, scored_rows
 
-# Rows of a program, its warps, and loads in flight. In float32, whose tiles go through shared
-# memory whole, less, so that D = 256 fits any GPU since Ampere.
+# Rows of a program, its warps, and loads in flight. Tiles in float32 go through shared memory
+# whole; they are smaller, so that D = 256 fits any GPU since Ampere.
 BLOCK, WARPS, STAGES = 64, 4, 3
 FLOAT32_BLOCK, FLOAT32_STAGES = 16, 1
 # Bits that a weight at the window's end lies below the dtype's own rounding.
@@ -77,7 +81,10 @@ def _gla_norms(
 def gla_norms(
     x: torch.Tensor, y: torch.Tensor, v: torch.Tensor, heads: int, dilation: int
 ) -> torch.Tensor:
-    """Launch ``_gla_norms`` for ``heads`` heads, shared evenly by those of x, y and v [B, H, N, D].
+    """Launch ``_gla_norms`` for ``heads`` heads.
+
+    Args:
+        x, y, v: [B, H, N, D], each with a number of heads H that divides ``heads``.
 
     Returns:
         float32 [B, heads, N].
@@ -88,8 +95,8 @@ def gla_norms(
     full = x.dtype == torch.float32
     block, stages = (FLOAT32_BLOCK, FLOAT32_STAGES) if full else (BLOCK, STAGES)
     window = triton.cdiv(math.ceil(bits / -scoring.LOG2_DECAY), block) * block
-    if knobs.runtime.interpret and x.dtype == torch.bfloat16:
-        # Whose products Triton's interpreter gets wrong.
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        # Triton's interpreter miscomputes bfloat16 products.
         x, y, v = (rows.float() for rows in (x, y, v))
     (x, x_strides), (y, y_strides), (v, v_strides) = map(row_strides, (x, y, v))
     _gla_norms[own_block_grid(batch, heads * dilation, n // dilation, block)](
@@ -101,7 +108,23 @@ def gla_norms(
     return norms
 
 
-def score(
+def _gla_position_norms(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, dilation = q.shape[1], config.dilation
+    return gla_norms(q, k, v, heads, dilation), gla_norms(k, q, v, heads, dilation)
+
+
+# Scorers with a kernel of their own; the others run ``lighthouse.scoring.position_norms``. Each
+# function takes and returns what that function does.
+KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "gla": _gla_position_norms,
+}
+# Scorers whose scores are the norms of q and k, which the pooling kernel takes as it reads them.
+SCORED_BY_POOLING = ("norm",)
+
+
+def launch_score(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -110,23 +133,67 @@ def score(
     p: int,
     scored: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Level-1 scores of a scorer that attends, "dilated" or "gla".
+    """Level-1 scores of a scorer that pooling does not compute.
 
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D].
         p: pooling factor.
-        scored: positions, of the p under each entry, that its score is the largest of.
+        scored: number of positions, among the p under each entry, whose largest score is returned.
 
     Returns:
         float32 [B, Hq, n1] by query and [B, Hkv, n1] by key.
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if scorer == "gla":
-        norms = [gla_norms(x, y, v, heads, dilation) for x, y in ((q, k), (k, q))]
-    else:
-        # Stock attention takes the time; one plain read of its outputs is little beside it.
-        config = LighthouseConfig(scorer=scorer, dilation=dilation)
-        norms = scoring.position_norms(q, k, v, config)
+    config = LighthouseConfig(scorer=cast(Scorer, scorer), dilation=dilation)
+    norms = KERNELS.get(scorer, scoring.position_norms)(q, k, v, config)
     a, b = (x.unflatten(-1, (-1, p))[..., :scored].amax(dim=-1) for x in norms)
-    return a, b.unflatten(1, (kv_heads, -1)).amax(dim=2)
+    return a, b.unflatten(1, (k.shape[1], -1)).amax(dim=2)
+
+
+def _fake_score(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scorer: str,
+    dilation: int,
+    p: int,
+    scored: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    level_one = level_lengths(q.shape[2], p, levels=2)[1]
+    a, b = ((*rows.shape[:2], level_one) for rows in (q, k))
+    return q.new_empty(a, dtype=torch.float32), q.new_empty(b, dtype=torch.float32)
+
+
+define(
+    "score(Tensor q, Tensor k, Tensor v, str scorer, int dilation, int p, int scored)"
+    " -> (Tensor, Tensor)",
+    launch_score,
+    _fake_score,
+)
+
+
+def scores_by_pooling(geometry: PyramidGeometry) -> bool:
+    """Whether ``pool_coarsest`` of q and of k computes the configured scorer's scores."""
+    return geometry.config.scorer in SCORED_BY_POOLING
+
+
+def score(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Level-1 scores of the configured scorer.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D].
+
+    Returns:
+        float32 [B, Hq, n1] by query and [B, Hkv, n1] by key.
+    """
+    config = geometry.config
+    if scores_by_pooling(geometry):
+        a, b = (pool_coarsest(rows, geometry, with_norms=True)[1] for rows in (q, k))
+        return a, b
+    rows = (x.detach() for x in (q, k, v))
+    return torch.ops.lighthouse.score(
+        *rows, config.scorer, config.dilation, config.pooling_factor, scored_rows(config)
+    )

@@ -1,22 +1,25 @@
 """Select entries stratum by stratum, then place them.
 
-Picking. A candidate's key is (bits of its score, reversed position) in one integer: keys are
+Picking. A candidate's key is (bits of its score, reversed position) in one integer. Keys are
 distinct, and a larger key is a larger score or, among equal scores, a lower position. The m/2-th
 largest key is found bit by bit, as the largest threshold that at least m/2 keys reach. One program
-owns one stratum of one head at one level; a stratum of more than ``LARGEST_BLOCK`` candidates is
-read again for every bit.
+owns one stratum of one head at one level. It reads a stratum of more than ``LARGEST_BLOCK``
+candidates again for every bit.
 
-Placing. With the picks of every level at hand, in ascending order, the place of an included entry
-is a sum of ranks in them (see ``lighthouse.selection.place``), found by bisection. One program owns
-the included entries of one stratum of one head, which fill consecutive places.
+Placing. The picks of every level are in ascending order. The place of an included entry is a sum of
+ranks in them (see ``lighthouse.selection.place``), found by bisection. One program owns the
+included entries of one stratum of one head, which fill consecutive places.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, T strata, m picks per stratum, n1 entries of
-level 1, nc coarsest entries, S gathered length.
+level 1, S gathered length.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from ..geometry import PyramidGeometry, length_of_gathered, level_lengths
+from .launch import define
 
 # Candidates that one program keeps on chip; a stratum of the paper's size has 512.
 LARGEST_BLOCK = 8192
@@ -28,8 +31,10 @@ def _score(
     scores, plane, entry, valid, level_one,
     ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of level-1 scores over a group of heads and the first ``SCORED`` of the ``ROWS``
-    entries below ``entry``."""
+    """Largest level-1 score over a group of heads and over entries of level 1 below ``entry``.
+
+    Only the first ``SCORED`` of the ``ROWS`` entries below it count.
+    """
     best = tl.zeros(entry.shape, dtype=tl.float32)
     for head in tl.static_range(GROUP):
         base = scores + (plane * GROUP + head) * level_one
@@ -62,7 +67,10 @@ def _keys(
     ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr, POSITION_BITS: tl.constexpr,
     BY_KEY: tl.constexpr,
 ):  # fmt: skip
-    """Keys of candidates by a, or by b where the key by a misses its threshold; -1 for none."""
+    """Keys of candidates, -1 for those that do not take part.
+
+    Keys are by a; with ``BY_KEY`` by b, for the candidates whose key by a misses its threshold.
+    """
     reverse = (1 << POSITION_BITS) - 1 - position
     score = _score(a, plane, entry, valid, level_one, ROWS, SCORED, GROUP)
     bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
@@ -208,24 +216,23 @@ def _place(
         length = length // P
 
 
-def select_from_norms(
+def launch_selection(
     a: torch.Tensor, b: torch.Tensor, levels: int, p: int, m: int, strata: int, by_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick and place by level-1 scores.
+    """Launch ``_pick`` for every pooled level, then ``_place``.
 
     Args:
         a: float32 [B, Hq, n1], not negative.
         b: float32 [B, Hkv, n1], not negative.
         levels, p, m, strata: levels, pooling factor, picks per stratum and number of strata.
-        by_first: score coarser entries by the first of level 1 below them, not by the largest.
+        by_first: score coarser entries by the first entry of level 1 below them, instead of by the
+            largest.
 
     Returns:
         index int32 [B, Hkv, S] and slot int32 [B, Hkv, pyramid length].
     """
     batch, heads, level_one = b.shape
-    lengths = [level_one * p // p**level for level in range(levels)]
-    coarsest, pyramid = lengths[-1], sum(lengths)
-    gathered = coarsest + (levels - 1) * p * m * strata
+    coarsest, pyramid, gathered = _lengths(level_one, levels, p, m, strata)
     programs = batch * heads * strata
     # picks[l] are those of level l + 1.
     picks = b.new_empty((levels - 1, programs, m), dtype=torch.int32)
@@ -249,3 +256,51 @@ def select_from_norms(
         M=m, P=p, LEVELS=levels, BLOCK=256, BISECTIONS=m.bit_length(), num_warps=8,
     )  # fmt: skip
     return index, slot
+
+
+def _lengths(level_one: int, levels: int, p: int, m: int, strata: int) -> tuple[int, int, int]:
+    """Coarsest entries, entries of the whole pyramid and gathered length, from n1."""
+    lengths = level_lengths(level_one * p, p, levels)
+    return lengths[-1], sum(lengths), length_of_gathered(lengths[-1], p, levels, m * strata)
+
+
+def _fake_select(
+    a: torch.Tensor, b: torch.Tensor, levels: int, p: int, m: int, strata: int, by_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _, pyramid, gathered = _lengths(b.shape[2], levels, p, m, strata)
+    return (
+        b.new_empty((*b.shape[:2], gathered), dtype=torch.int32),
+        b.new_empty((*b.shape[:2], pyramid), dtype=torch.int32),
+    )
+
+
+define(
+    "select_from_norms(Tensor a, Tensor b, int levels, int p, int m, int strata, bool by_first)"
+    " -> (Tensor, Tensor)",
+    launch_selection,
+    _fake_select,
+)
+
+
+def select_from_norms(
+    a: torch.Tensor, b: torch.Tensor, geometry: PyramidGeometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index and slot by level-1 scores.
+
+    Args:
+        a: by query, float32 [B, Hq, n1].
+        b: by key, float32 [B, Hkv, n1].
+
+    Returns:
+        int32 [B, Hkv, S] and [B, Hkv, pyramid length].
+    """
+    config = geometry.config
+    return torch.ops.lighthouse.select_from_norms(
+        a,
+        b,
+        config.levels,
+        config.pooling_factor,
+        config.picks_per_stratum,
+        geometry.strata,
+        config.entry_score == "first",
+    )

@@ -1,63 +1,89 @@
 #!/usr/bin/env python3
 """Time Lighthouse attention against dense SDPA and against SDPA on the gathered sub-sequence.
 
-    python scripts/benchmark_attention.py --cases 98304,3,4,1536 131072,3,4,2048 --plot
+    python scripts/benchmarks/attention.py --cases 98304,3,4,1536 131072,3,4,2048
 
---plot needs the extra "benchmark" (pip install -e '.[benchmark]').
-
-Every case of up to 131,072 positions is checked before it is timed: its error against float32 is
-bounded by that of vectorised PyTorch in the same precision. Variants take turns within one process,
-in an order drawn anew each time, as a hot GPU is a slower one; a figure is the median of the turns
-and its spread half the distance between the quartiles. The host runs ahead of the device, as it
+Every case of up to 131,072 positions is checked before it is timed: its error against float32 may
+not exceed that of vectorised PyTorch in the same precision. Variants take turns within one process,
+in an order drawn anew each time, because a hot GPU is slower. A figure is the median of the turns,
+and its spread is half the distance between the quartiles. The host runs ahead of the device, as it
 does in training.
-Prints a table; writes it, a JSON record with the GPU, versions, git revision and date, and with
---plot latency and memory over the length, to the output folder.
+
+Prints a table. Writes the table, a JSON record and a plot of latency and memory over the length to
+the output folder. The plot needs matplotlib (pip install -e '.[plots]'); --no-plots leaves it out.
 """
 
 import argparse
-import json
-import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from arguments import add_layer_arguments, benchmark_parser, run_benchmark
 from measuring import (
     copy_bandwidth,
     dense,
-    environment,
     forward_and_backward,
     measure,
+    method_of,
+    random_rows,
     relative_error,
+    require_cuda,
+)
+from reporting import (
+    crossover,
+    origin,
+    plot_over_length,
+    table_head,
+    table_row,
+    with_spread,
+    write_report,
 )
 from torch.nn.functional import scaled_dot_product_attention
 
 from lighthouse import LighthouseConfig, Selection, kernels, lighthouse_attention, select
 from lighthouse.geometry import PyramidGeometry
+from torchtitan.models.llama3_lighthouse.environment import environment
+from torchtitan.models.llama3_lighthouse.evaluation.figures import check_plots
 
-SWEEP = ["2048,3,4,128", "4096,3,4,128", "8192,3,4,128", "16384,3,4,256",
-         "32768,3,4,512", "65536,3,4,1024", "98304,3,4,1536", "131072,3,4,2048",
-         "262144,3,4,4096", "524288,3,4,8192", "1048576,4,4,4096"]  # fmt: skip
-# Beyond this length the check, which holds float32 copies, would not fit beside the rest.
+SWEEP = [
+    "2048,3,4,128",
+    "4096,3,4,128",
+    "8192,3,4,128",
+    "16384,3,4,256",
+    "32768,3,4,512",
+    "65536,3,4,1024",
+    "98304,3,4,1536",
+    "131072,3,4,2048",
+    "262144,3,4,4096",
+    "524288,3,4,8192",
+    "1048576,4,4,4096",
+]
+# The check holds float32 copies, which would not fit beside the rest at greater lengths.
 LARGEST_CHECKED = 131072
+FORWARD_PARTS = ("pool q, k, v", "select", "gather q, k, v", "scatter")
+PART_NAMES = (*FORWARD_PARTS, "scatter, backward", "gather, backward")
+STYLES = {"dense": "o-", "lighthouse": "s-", "compiled": "x--", "SDPA on S": "^:"}
 
 
-def exact_dense(q, k, v, enable_gqa, **options) -> torch.Tensor:
+def exact_dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enable_gqa: bool, **options: Any
+) -> torch.Tensor:
     # In float32, torch knows shared heads only in the variant that holds all N x N scores.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, **options)
 
 
-def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, list[float]]:
-    """Errors of output and gradients against float32: the kernels', and vectorised PyTorch's.
+def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tuple[float, float]]:
+    """Errors of output and gradients against float32: of the kernels, and of vectorised PyTorch.
 
     Raises:
-        SystemExit: the former are not about as small.
+        SystemExit: an error of the kernels exceeds PyTorch's by more than a tenth.
     """
     selection = select(*leaves, config)
     grad = torch.randn_like(leaves[0])
 
-    def run(impl, dtype):
+    def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
         sdpa = dense if dtype == torch.bfloat16 else exact_dense
         out = lighthouse_attention(*inputs, config, selection=selection, impl=impl, sdpa=sdpa)
@@ -69,11 +95,13 @@ def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, lis
     for name, value, rough, want in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         errors[name] = error, bound = relative_error(value, want), relative_error(rough, want)
         if not error <= 1.1 * bound:
-            raise SystemExit(f"wrong result: error of {name} is {error}, of PyTorch's {bound}")
+            raise SystemExit(f"wrong result: error of {name} is {error}, PyTorch's is {bound}")
     return errors
 
 
-def parts(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tuple[Callable, int]]:
+def parts(
+    leaves: list[torch.Tensor], config: LighthouseConfig
+) -> dict[str, tuple[Callable[[], object], int]]:
     """Each step around the dense attention, and the bytes that it has to move at least once."""
     q, k, v = leaves
     geometry = PyramidGeometry(config, q.shape[2])
@@ -87,14 +115,16 @@ def parts(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tup
     ]
     gathered = [gather(x) for gather, x in zip(gathers, leaves, strict=True)]
     out = scatter(gathered[0])
-    # Bytes of one position: of q, and of q, k and v.
+    # Bytes that one position has in q, and in q, k and v together.
     row = q.element_size() * q.shape[1] * q.shape[3] * q.shape[0]
     rows = row + 2 * row * k.shape[1] // q.shape[1]
     n, s, coarse = geometry.sequence_length, geometry.gathered_length, geometry.lengths[-1]
-    # Rows below picks of the coarsest level: what finer levels gather lies among them.
+    # Finer levels gather only rows that lie below picks of the coarsest level.
     picked = config.top_k * geometry.spans[-1]
 
-    def adjoint(function, rows, grad):
+    def adjoint(
+        function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, grad: torch.Tensor
+    ) -> Callable[[], object]:
         leaf = rows.detach().requires_grad_()
         result = function(leaf)
         return lambda: torch.autograd.grad(result, leaf, grad, retain_graph=True)
@@ -111,10 +141,7 @@ def parts(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tup
             rows * (picked + coarse + s),
         ),
         "scatter": (lambda: scatter(gathered[0]), row * (s + n)),
-        "scatter, backward": (
-            adjoint(scatter, gathered[0], out),
-            row * (n + s),
-        ),
+        "scatter, backward": (adjoint(scatter, gathered[0], out), row * (n + s)),
         "gather, backward": (
             lambda: [backward() for backward in gather_backwards],
             rows * (s + n),
@@ -122,44 +149,50 @@ def parts(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tup
     }
 
 
-def benchmark(
-    case: str, heads: int, kv_heads: int, d: int, seconds: float, skip_dense: bool
-) -> dict:
-    n, levels, p, top_k = map(int, case.split(","))
-    config = LighthouseConfig(levels, p, top_k)
-    geometry = PyramidGeometry(config, n)
-    torch.manual_seed(0)
-    # As a model hands them over: views of [B, N, H, D].
-    leaves = [
-        torch.randn(1, n, h, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for h in (heads, kv_heads, kv_heads)
-    ]
-    record = {"case": case, "heads": heads, "kv_heads": kv_heads, "D": d,
-              "S": geometry.gathered_length, "N": n}  # fmt: skip
-    if n <= LARGEST_CHECKED:
-        record["error"] = check(leaves, config)
+def whole(
+    leaves: list[torch.Tensor], config: LighthouseConfig, skip_dense: bool
+) -> dict[str, Callable[[], object]]:
+    """Forward, and forward with backward, of each way to compute the whole attention."""
+    q, k, _ = leaves
+    gqa = q.shape[1] != k.shape[1]
 
-    gqa = heads != kv_heads
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return dense(q, k, v, enable_gqa=gqa)
 
-    def lighthouse(q, k, v):
+    def lighthouse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return lighthouse_attention(q, k, v, config, sdpa=dense)
 
-    functions = {"dense": lambda q, k, v: dense(q, k, v, enable_gqa=gqa), "lighthouse": lighthouse,
-                 "compiled": torch.compile(lighthouse, fullgraph=True, dynamic=False)}  # fmt: skip
     torch._dynamo.reset()
-    if skip_dense:
-        del functions["dense"]
-    variants = {}
+    compiled = torch.compile(lighthouse, fullgraph=True, dynamic=False)
+    functions = {} if skip_dense else {"dense": plain}
+    functions |= {"lighthouse": lighthouse, "compiled": compiled}
+    found = {}
     for name, function in functions.items():
-        variants[f"{name}, forward"], variants[f"{name}, both"] = forward_and_backward(
-            function, leaves
-        )
-    # The floor attends over what Lighthouse does: means draw less power than fresh noise.
-    short = []
+        found[f"{name}, forward"], found[f"{name}, both"] = forward_and_backward(function, leaves)
+    # SDPA attends over the rows that Lighthouse gathers: means draw less power than fresh noise.
+    short: list[torch.Tensor] = []
     lighthouse_attention(*leaves, config, sdpa=lambda *rows, **_: short.extend(rows) or rows[0])
-    variants["SDPA on S, forward"], variants["SDPA on S, both"] = forward_and_backward(
-        lambda q, k, v: dense(q, k, v, enable_gqa=gqa), short
-    )
+    found["SDPA on S, forward"], found["SDPA on S, both"] = forward_and_backward(plain, short)
+    return found
+
+
+def benchmark(
+    case: str, heads: int, kv_heads: int, d: int, seconds: float, skip_dense: bool
+) -> dict[str, Any]:
+    """The record of one case."""
+    n, config = method_of(case, "--cases")
+    leaves = random_rows(n, (heads, kv_heads, kv_heads), d)
+    record: dict[str, Any] = {
+        "case": case,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "D": d,
+        "S": PyramidGeometry(config, n).gathered_length,
+        "N": n,
+    }
+    if n <= LARGEST_CHECKED:
+        record["error"] = check(leaves, config)
+    variants = whole(leaves, config, skip_dense)
     steps = parts(leaves, config)
     results = measure({**variants, **{name: run for name, (run, _) in steps.items()}}, seconds)
     for name, (_, moved) in steps.items():
@@ -168,119 +201,119 @@ def benchmark(
     return record
 
 
-def tables(run: dict) -> str:
-    """The run as Markdown: whole attention, then its parts."""
+def whole_row(record: dict[str, Any], mode: str) -> str:
+    """The row of a case's whole attention; ``mode`` is "forward" or "both"."""
+    results = record["results"]
+    cells = {name: results.get(f"{name}, {mode}") for name in STYLES}
+    times = [with_spread(c["ms"], c["spread"], ".4g") if c else "" for c in cells.values()]
+    ours = [cells[name]["ms"] for name in ("lighthouse", "compiled")]
+    plain = cells["dense"]
+    counted = PART_NAMES if mode == "both" else FORWARD_PARTS
+    return table_row(
+        [
+            record["case"],
+            f"{record['heads']}/{record['kv_heads']}",
+            f"{record['S']:,}",
+            "forward" if mode == "forward" else "and backward",
+            *times,
+            ", ".join(f"{plain['ms'] / ms:.1f}x" for ms in ours) if plain else "",
+            ", ".join(f"{ms - cells['SDPA on S']['ms']:.2f}" for ms in ours),
+            f"{sum(results[part]['ms'] for part in counted):.2f}",
+            ", ".join(f"{cells[n]['GiB']:.2f}" for n in ("dense", "lighthouse") if cells[n]),
+        ]
+    )
+
+
+def tables(run: dict[str, Any]) -> str:
+    """The run as Markdown: the whole attention, then its parts."""
+    records = run["records"]
     lines = [
-        f"{run['GPU']}, torch {run['torch']}, triton {run['triton']}, revision {run['revision']}, "
-        f"{run['date']}. bf16, B = 1; copy {run['copy GB/s']:.0f} GB/s. ms, median ± spread.",
+        f"{origin(run)}. bf16, B = 1; copy {run['copy GB/s']:.0f} GB/s. ms, median ± spread.",
         "",
-        "| N, L, p, k | heads | S | | dense | Lighthouse | compiled | SDPA on S | speedup | "
-        "over SDPA on S | sum of parts | GiB: dense, Lighthouse |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *table_head(
+            ["N, L, p, k", "heads", "S", "", "dense", "Lighthouse", "compiled", "SDPA on S"]
+            + ["speedup", "over SDPA on S", "sum of parts", "GiB: dense, Lighthouse"]
+        ),
+        *(whole_row(record, mode) for record in records for mode in ("forward", "both")),
+        "",
+        *table_head(["N, L, p, k", *PART_NAMES]),
     ]
-    for record in run["records"]:
-        for mode in ("forward", "both"):
-            cells = {n: record["results"].get(f"{n}, {mode}") for n in
-                     ("dense", "lighthouse", "compiled", "SDPA on S")}  # fmt: skip
-            text = [f"{c['ms']:.4g} ± {c['spread']:.1g}" if c else "" for c in cells.values()]
-            ours = [cells[name]["ms"] for name in ("lighthouse", "compiled")]
-            dense_ms = cells["dense"]["ms"] if cells["dense"] else math.nan
-            ratios = ", ".join(f"{dense_ms / ms:.1f}x" for ms in ours)
-            over = ", ".join(f"{ms - cells['SDPA on S']['ms']:.2f}" for ms in ours)
-            counted = PART_NAMES if mode == "both" else FORWARD_PARTS
-            parts_ms = sum(record["results"][part]["ms"] for part in counted)
-            memory = ", ".join(
-                f"{cells[n]['GiB']:.2f}" for n in ("dense", "lighthouse") if cells[n]
-            )
-            lines.append(
-                f"| {record['case']} | {record['heads']}/{record['kv_heads']} | {record['S']:,} | "
-                f"{'forward' if mode == 'forward' else 'and backward'} | {' | '.join(text)} | "
-                f"{ratios} | {over} | {parts_ms:.2f} | {memory} |"
-            )
-    lines += ["", "| N, L, p, k | " + " | ".join(PART_NAMES) + " |", "|---" * 7 + "|"]
-    for record in run["records"]:
+    for record in records:
         cells = [record["results"][name] for name in PART_NAMES]
-        text = " | ".join(f"{c['ms']:.3f} ({c['GB/s']:.0f})" for c in cells)
-        lines.append(f"| {record['case']} | {text} |")
-    lines += ["", "Speedup, and what comes on top of SDPA on S: eager, compiled. "
-              "Parts: ms (GB/s of the bytes that have to move, each once)."]  # fmt: skip
+        lines.append(
+            table_row([record["case"], *(f"{c['ms']:.3f} ({c['GB/s']:.0f})" for c in cells)])
+        )
+    lines += [
+        "",
+        "Speedup, and what comes on top of SDPA on S: eager, compiled. "
+        "Parts: ms (GB/s of the bytes that have to move, each once).",
+    ]
     return "\n".join(lines) + "\n"
 
 
-FORWARD_PARTS = ("pool q, k, v", "select", "gather q, k, v", "scatter")
-PART_NAMES = (*FORWARD_PARTS, "scatter, backward", "gather, backward")
-
-
-def crossover(run: dict) -> str:
-    """From which measured length on Lighthouse is the faster one."""
-    wins = {
-        record["N"]: record["results"]["lighthouse, both"]["ms"] < dense["ms"]
-        for record in run["records"]
-        if (dense := record["results"].get("dense, both"))
+def plot(run: dict[str, Any], path: Path) -> None:
+    """Draw latency and memory of forward and backward over the length."""
+    records = run["records"]
+    panels = {
+        label: {
+            name: (
+                style,
+                [
+                    (record["N"], record["results"][f"{name}, both"][key])
+                    for record in records
+                    if f"{name}, both" in record["results"]
+                ],
+            )
+            for name, style in STYLES.items()
+        }
+        for key, label in (("ms", "forward + backward, ms"), ("GiB", "memory, GiB"))
     }
-    slower = [n for n, faster in wins.items() if not faster]
-    first = min((n for n in wins if n > max(slower, default=0)), default=None)
-    if not slower:
-        return f"Lighthouse is faster at every length measured, from N = {min(wins):,} on"
-    return f"Lighthouse is faster from N = {first:,} on" if first else "dense is faster throughout"
+    faster = {
+        record["N"]: record["results"]["lighthouse, both"]["ms"] < plain["ms"]
+        for record in records
+        if (plain := record["results"].get("dense, both"))
+    }
+    title = f"Attention layer, {run['GPU']}, bf16, B = 1. {crossover(faster)}"
+    cases = "   ".join(record["case"] for record in records)
+    plot_over_length(path, title, panels, f"N,L,p,k: {cases}")
 
 
-def plot(run: dict, path: Path) -> None:
-    """Latency and memory of forward and backward over the length, dense and Lighthouse."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5))
-    styles = {"dense": "o-", "lighthouse": "s-", "compiled": "x--", "SDPA on S": "^:"}
-    for axis, key, label in zip(axes, ("ms", "GiB"), ("forward + backward, ms", "memory, GiB"),
-                                strict=True):  # fmt: skip
-        for name, style in styles.items():
-            points = [(r["N"], r["results"][f"{name}, both"][key]) for r in run["records"]
-                      if f"{name}, both" in r["results"]]  # fmt: skip
-            axis.plot(*zip(*sorted(points), strict=True), style, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    cases = "   ".join(record["case"] for record in run["records"])
-    figure.suptitle(f"Attention layer, {run['GPU']}, bf16, B = 1: {crossover(run)}")
-    figure.text(0.5, 0.01, f"N,L,p,k: {cases}", ha="center", fontsize=7)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(path, dpi=120)
+def parse() -> argparse.Namespace:
+    parser = benchmark_parser(__doc__, "attention", with_plots=True)
+    parser.add_argument("--cases", nargs="+", default=SWEEP, metavar="N,L,p,k",
+                        help="default: 11 from 2,048 to 1,048,576 tokens")  # fmt: skip
+    add_layer_arguments(parser, 5.0)
+    parser.add_argument("--skip-dense", action="store_true", help="leave dense attention out")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="+", default=SWEEP, metavar="N,L,p,k")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=None, help="default: as --heads")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=5.0, help="time to measure each case for")
-    parser.add_argument("--skip-dense", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--name", default="attention", help="stem of the files written")
-    parser.add_argument("--plot", action="store_true")
-    parser.add_argument("--revision", help="git revision to record; default: as git says")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("scripts/benchmark_attention.py needs a CUDA device and found none")
-
-    run = environment(arguments.revision)
-    run |= {"copy GB/s": copy_bandwidth(), "records": []}
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = parse()
+    require_cuda()
+    check_plots(not arguments.no_plots)
+    for case in arguments.cases:
+        method_of(case, "--cases")
+    output, name = arguments.output, arguments.name
+    run = environment(arguments.revision) | {"copy GB/s": copy_bandwidth(), "records": []}
     for number, case in enumerate(arguments.cases, 1):
         print(f"case {number} of {len(arguments.cases)}: {case}", flush=True)
         run["records"].append(
-            benchmark(case, arguments.heads, arguments.kv_heads or arguments.heads,
-                      arguments.head_dim, arguments.seconds, arguments.skip_dense)
-        )  # fmt: skip
+            benchmark(
+                case,
+                arguments.heads,
+                arguments.kv_heads or arguments.heads,
+                arguments.head_dim,
+                arguments.seconds,
+                arguments.skip_dense,
+            )
+        )
         torch.cuda.empty_cache()
-        (arguments.output / f"{arguments.name}.json").write_text(json.dumps(run, indent=1) + "\n")
-    (arguments.output / f"{arguments.name}.md").write_text(tables(run))
+        write_report(run, output, name)
+    write_report(run, output, name, tables(run))
     print(tables(run))
-    if arguments.plot:
-        plot(run, arguments.output / f"{arguments.name}.png")
+    if not arguments.no_plots:
+        plot(run, output / f"{name}.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -1,32 +1,32 @@
 #!/usr/bin/env python3
 """Time what stands around attention: the rotary embedding in a layer, and the loss with its head.
 
-    python scripts/benchmark_parts.py --length 98304 --vocabulary 128256
+    python scripts/benchmarks/parts.py --length 98304 --vocabulary 128256
 
 Rotary embedding: one Lighthouse layer of the paper's model, compiled, with torchtitan's complex
 arithmetic and with ours, forward and with backward.
-Loss: output projection and cross-entropy with both gradients, by torchtitan's whole logits where
-they fit, by ours in chunks, and by whichever of torch's linear_cross_entropy, Liger
-(pip install liger-kernel) and cut-cross-entropy (pip install cut-cross-entropy) is there.
+Loss: output projection and cross-entropy with both gradients. Candidates are torchtitan's whole
+logits where they fit, ours in chunks, and those of torch's linear_cross_entropy, Liger
+(pip install liger-kernel) and cut-cross-entropy (pip install cut-cross-entropy) that are installed.
 
-Errors are taken first, against float64 at a shorter length; the script stops if ours exceed those
-of whole logits. Prints tables; writes them and a JSON record to the output folder.
+Errors are taken first, against float64 at a shorter length. The script stops if ours exceed those
+of whole logits. Prints tables, and writes them and a JSON record to the output folder.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-from measuring import environment, forward_and_backward, measure, relative_error
+from arguments import add_seconds, benchmark_parser, run_benchmark
+from measuring import forward_and_backward, measure, relative_error, require_cuda
+from reporting import origin, table_head, table_row, with_spread, write_report
 from torch.nn import functional
 from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.llama3 import Transformer
 
 from lighthouse import LighthouseAttention, LighthouseConfig
+from torchtitan.models.llama3_lighthouse.environment import environment
 from torchtitan.models.llama3_lighthouse.infra.parallelize import RECOMPILE_LIMIT
 from torchtitan.models.llama3_lighthouse.model.flavors import PAPER
 from torchtitan.models.llama3_lighthouse.model.linear_cross_entropy import (
@@ -40,17 +40,20 @@ from torchtitan.models.llama3_lighthouse.model.model import (
 
 DIM = PAPER["dim"]
 METHOD = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536)
-# Of float64 logits 8.4 GB, at the paper's vocabulary.
+# At the paper's vocabulary, float64 logits of this length take 8.4 GB.
 CHECKED_LENGTH = 8192
+# From hidden states [B, N, D], weight [V, D] and labels [B, N] to the sum over tokens.
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def whole_logits(hidden, weight, labels) -> torch.Tensor:
+def whole_logits(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy_loss(functional.linear(hidden, weight), labels)
 
 
-def products_alone(hidden, weight, labels) -> torch.Tensor:
-    """The matrix products of a chunked loss and nothing else: its floor. Not a loss."""
+def products_alone(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """The matrix products of a chunked loss and nothing else: the least time that it can take."""
     chunk = tokens_per_chunk(len(weight), hidden.element_size())
     total = torch.zeros_like(weight, dtype=torch.float32)
     for x in hidden[0].split(chunk):
@@ -61,7 +64,7 @@ def products_alone(hidden, weight, labels) -> torch.Tensor:
 
 
 def candidates(vocabulary: int) -> dict[str, Loss]:
-    """Every loss there is here, by name: the sum over tokens from hidden states, weight, labels."""
+    """Every loss that can run here, by name."""
     chunk = tokens_per_chunk(vocabulary, 2)
     found: dict[str, Loss] = {
         "whole logits, compiled": torch.compile(whole_logits, dynamic=False),
@@ -95,7 +98,11 @@ def candidates(vocabulary: int) -> dict[str, Loss]:
 
 
 def problem(length: int, vocabulary: int, device: str = "cuda") -> list[torch.Tensor]:
-    """Hidden states as a norm leaves them, an output projection as initialised, and labels."""
+    """Hidden states as a norm leaves them, an output projection as initialised, and labels.
+
+    Returns:
+        bf16 [1, N, D] and [V, D], and int64 [1, N].
+    """
     generator = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=generator, device=device)
     hidden = normal(1, length, DIM).bfloat16()
@@ -105,7 +112,9 @@ def problem(length: int, vocabulary: int, device: str = "cuda") -> list[torch.Te
     return [hidden, weight, labels]
 
 
-def gradients(loss: Loss, hidden, weight, labels) -> list[torch.Tensor]:
+def gradients(
+    loss: Loss, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> list[torch.Tensor]:
     """Loss per token and its gradients, as a training step takes them."""
     leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
     value = loss(*leaves, labels) / labels.numel()
@@ -116,11 +125,11 @@ def errors(found: dict[str, Loss], inputs: list[torch.Tensor]) -> dict[str, list
     """Relative error of loss and both gradients of each candidate, against float64.
 
     Raises:
-        SystemExit: ours are not about as small as those of whole logits.
+        SystemExit: errors of ours exceed those of whole logits.
     """
     hidden, weight, labels = inputs
 
-    def in_float64(h, w, y):
+    def in_float64(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy((h @ w.T).flatten(0, 1), y.flatten(), reduction="sum")
 
     exact = gradients(in_float64, hidden.double(), weight.double(), labels)
@@ -129,7 +138,7 @@ def errors(found: dict[str, Loss], inputs: list[torch.Tensor]) -> dict[str, list
         try:
             got = gradients(loss, *inputs)
         except Exception as error:
-            # Another library's failure is a result too.
+            # A failure of another library is a result too.
             if name.startswith(("ours", "whole")):
                 raise
             print(f"{name} fails: {type(error).__name__}: {str(error)[:500]}")
@@ -139,14 +148,18 @@ def errors(found: dict[str, Loss], inputs: list[torch.Tensor]) -> dict[str, list
         ]
     bounds = result["whole logits, compiled"]
     for name in ("ours", "ours, chunks of half a GiB", "ours, chunks of 2 GiB"):
-        # The hidden states' gradient is rounded to bfloat16 before scaling and after it.
+        # The gradient of the hidden states is rounded to bfloat16 twice, before and after scaling.
         for error, bound, factor in zip(result[name], bounds, (1.1, 1.5, 1.1), strict=True):
             if not error <= factor * bound + 1e-6:
-                raise SystemExit(f"wrong result: errors of {name} {result[name]}, whole {bounds}")
+                raise SystemExit(
+                    f"wrong result: errors of {name} are {result[name]}, those of whole logits "
+                    f"are {bounds}"
+                )
     return result
 
 
 def fits(loss: Loss, inputs: list[torch.Tensor]) -> bool:
+    """Whether the GPU has memory for a loss and its gradients."""
     try:
         gradients(loss, *inputs)
     except torch.OutOfMemoryError:
@@ -156,7 +169,8 @@ def fits(loss: Loss, inputs: list[torch.Tensor]) -> bool:
     return True
 
 
-def benchmark_loss(length: int, vocabulary: int, seconds: float) -> dict:
+def benchmark_loss(length: int, vocabulary: int, seconds: float) -> dict[str, Any]:
+    """The record of every loss at one size of the vocabulary."""
     found = candidates(vocabulary)
     error = errors(found, problem(min(length, CHECKED_LENGTH), vocabulary))
     torch.cuda.empty_cache()
@@ -172,8 +186,10 @@ def benchmark_loss(length: int, vocabulary: int, seconds: float) -> dict:
     return {"N": length, "V": vocabulary, "error": error, "results": measure(variants, seconds)}
 
 
-def layer(model_class: type, length: int, positions: torch.Tensor | None) -> Callable:
-    """A compiled Lighthouse layer as a function of its input, with ``model_class``'s embedding."""
+def layer(
+    model_class: type, length: int, positions: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A compiled Lighthouse layer of [B, N, D], with the rotary embedding of ``model_class``."""
     args = LighthouseModelArgs(
         **{**PAPER, "n_layers": 1}, vocab_size=320, max_seq_len=length, lighthouse=METHOD
     )
@@ -190,9 +206,10 @@ def layer(model_class: type, length: int, positions: torch.Tensor | None) -> Cal
     return lambda x: compiled(x, table, None, positions)
 
 
-def benchmark_rotary(length: int, seconds: float) -> dict:
+def benchmark_rotary(length: int, seconds: float) -> dict[str, Any]:
+    """The record of a layer with either rotary embedding."""
     torch._dynamo.reset()
-    # Four layers, each with and without a graph, are graphs of one function.
+    # torch counts all graphs of one function: here four layers, each with and without gradients.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     x = torch.randn(1, length, DIM, device="cuda", dtype=torch.bfloat16)
     positions = torch.arange(length, dtype=torch.int32, device="cuda")[None]
@@ -211,68 +228,68 @@ def benchmark_rotary(length: int, seconds: float) -> dict:
     }
 
 
-def tables(run: dict) -> str:
+def rotary_table(record: dict[str, Any]) -> list[str]:
+    """Lines of Markdown for the rotary embedding."""
+    lines = [
+        f"One compiled Lighthouse layer, N = {record['N']:,}; outputs differ by "
+        f"{record['difference']:.1e}.",
+        "",
+        *table_head(["rotary embedding", "ms", "GiB"]),
+    ]
+    for name, c in record["results"].items():
+        lines.append(table_row([name, with_spread(c["ms"], c["spread"], ".3f"), f"{c['GiB']:.2f}"]))
+    return lines
+
+
+def loss_table(record: dict[str, Any]) -> list[str]:
+    """Lines of Markdown for the losses at one size of the vocabulary."""
+    lines = [
+        f"Loss and both gradients, N = {record['N']:,}, V = {record['V']:,}. Errors relative "
+        f"to float64 at {min(record['N'], CHECKED_LENGTH):,} tokens.",
+        "",
+        *table_head(
+            ["", "ms", "GiB", "error of loss", "of hidden states' gradient", "of weight's gradient"]
+        ),
+    ]
+    for name, c in record["results"].items():
+        error = record["error"].get(name.removesuffix(", both"))
+        cells = [f"{e:.2e}" for e in error] if error else [""] * 3
+        time = with_spread(c["ms"], c["spread"], ".2f")
+        lines.append(table_row([name, time, f"{c['GiB']:.2f}", *cells]))
+    return lines
+
+
+def tables(run: dict[str, Any]) -> str:
     """The run as Markdown."""
     lines = [
-        f"{run['GPU']}, torch {run['torch']}, triton {run['triton']}, revision {run['revision']}, "
-        f"{run['date']}. bf16, B = 1. ms, median ± spread; GiB beyond what was there before.",
+        f"{origin(run)}. bf16, B = 1. ms, median ± spread; GiB beyond what was there before.",
         "",
     ]
     for record in run["rotary"]:
-        lines += [
-            f"One compiled Lighthouse layer, N = {record['N']:,}; outputs differ by "
-            f"{record['difference']:.1e}.",
-            "",
-            "| rotary embedding | ms | GiB |",
-            "|---|---|---|",
-        ]
-        for name, c in record["results"].items():
-            lines.append(f"| {name} | {c['ms']:.3f} ± {c['spread']:.1g} | {c['GiB']:.2f} |")
-        lines.append("")
+        lines += [*rotary_table(record), ""]
     for record in run["loss"]:
-        lines += [
-            f"Loss and both gradients, N = {record['N']:,}, V = {record['V']:,}. Errors relative "
-            f"to float64 at {min(record['N'], CHECKED_LENGTH):,} tokens.",
-            "",
-            "| | ms | GiB | error of loss | of hidden states' gradient | of weight's gradient |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, c in record["results"].items():
-            error = record["error"].get(name.removesuffix(", both"), [])
-            cells = " | ".join(f"{e:.2e}" for e in error) or " | | "
-            lines.append(
-                f"| {name} | {c['ms']:.2f} ± {c['spread']:.1g} | {c['GiB']:.2f} | {cells} |"
-            )
-        lines.append("")
+        lines += [*loss_table(record), ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--length", type=int, default=98304, help="tokens N")
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[320, 128256])
-    parser.add_argument("--seconds", type=float, default=10.0, help="time to measure each case for")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--name", default="parts", help="stem of the files written")
-    parser.add_argument("--revision", help="git revision to record; default: as git says")
+    parser = benchmark_parser(__doc__, "parts")
+    parser.add_argument("--length", type=int, default=98304, help="tokens N; default: 98304")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[320, 128256],
+                        help="sizes of the vocabulary; default: 320 128256")  # fmt: skip
+    add_seconds(parser, 10.0)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("scripts/benchmark_parts.py needs a CUDA device and found none")
+    require_cuda()
 
-    run = {**environment(arguments.revision), "rotary": [], "loss": []}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    record = arguments.output / f"{arguments.name}.json"
+    run: dict[str, Any] = {**environment(arguments.revision), "rotary": [], "loss": []}
     for vocabulary in arguments.vocabulary:
         run["loss"].append(benchmark_loss(arguments.length, vocabulary, arguments.seconds))
-        record.write_text(json.dumps(run, indent=1) + "\n")
+        write_report(run, arguments.output, arguments.name)
         torch.cuda.empty_cache()
     run["rotary"].append(benchmark_rotary(arguments.length, arguments.seconds))
-    record.write_text(json.dumps(run, indent=1) + "\n")
-    record.with_suffix(".md").write_text(tables(run))
+    write_report(run, arguments.output, arguments.name, tables(run))
     print(tables(run))
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -1,29 +1,39 @@
 #!/usr/bin/env python3
 """Time the scorers alone and the attention layer with each of them.
 
-    python scripts/benchmark_scorers.py
+    python scripts/benchmarks/scorers.py
 
-Scores are checked against float64 before anything is timed, at a smaller length. Then, in random
-order as in benchmark_attention.py: each scorer alone, forward as it has no backward; the layer,
-forward and with backward; and what scorers are to be judged by: the two SDPA calls of "dilated",
-and the two calls and norms that "gla" would be with flash-linear-attention, where that is
-installed.
-Writes a table and a JSON record with the GPU, versions, git revision and date to the output folder.
+Scores are checked against float64 at a smaller length before anything is timed. The following then
+take turns in random order, as in attention.py: each scorer alone, forward only, because scores have
+no backward; the layer, forward and with backward; the two SDPA calls that "dilated" makes; and, if
+flash-linear-attention is installed (pip install fla-core), its two calls and the norms that "gla"
+would take with it. The last two show how fast the scorers could be.
+
+Prints a table, and writes it and a JSON record to the output folder.
 """
 
 import argparse
-import json
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from measuring import dense, environment, forward_and_backward, measure, relative_error
+from arguments import add_layer_arguments, benchmark_parser, run_benchmark
+from measuring import (
+    dense,
+    forward_and_backward,
+    measure,
+    method_of,
+    random_rows,
+    relative_error,
+    require_cuda,
+)
+from reporting import origin, table_head, table_row, with_spread, write_report
 
 from lighthouse import LighthouseConfig, kernels, lighthouse_attention, scoring
 from lighthouse.config import SCORERS
 from lighthouse.geometry import PyramidGeometry
+from torchtitan.models.llama3_lighthouse.environment import environment
 
 try:
     from fla.ops.simple_gla import chunk_simple_gla
@@ -31,22 +41,16 @@ except ImportError:
     chunk_simple_gla = None
 
 CHECKED_LENGTH, CHECKED_TOP_K = 8192, 256
-# Of scores against float64, in the norm over all of them: half of what bf16 can tell apart.
+# Largest error of the scores relative to float64: half the distance of neighbours in bf16.
 LARGEST_ERROR = 2**-8
 SDPA_CALLS, FLA = "two SDPA calls of dilated", "gla by flash-linear-attention"
 
 
-def random_rows(length: int, heads: int, kv_heads: int, d: int) -> list[torch.Tensor]:
-    """q, k and v as a model hands them over: views of [B, N, H, D]."""
-    torch.manual_seed(0)
-    return [
-        torch.randn(1, length, h, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for h in (heads, kv_heads, kv_heads)
-    ]
-
-
 def dilated_rows(rows: list[torch.Tensor], dilation: int) -> list[torch.Tensor]:
-    """q, k and v [B, d Hq, N / d, D], shared key-value heads repeated."""
+    """q, k and v [B, d Hq, N / d, D] by residue class of positions modulo the dilation d.
+
+    Shared key-value heads are repeated.
+    """
     group = rows[0].shape[1] // rows[1].shape[1]
     repeats = (1, group, group)
     return [
@@ -56,7 +60,7 @@ def dilated_rows(rows: list[torch.Tensor], dilation: int) -> list[torch.Tensor]:
 
 
 def fla_norms(rows: list[torch.Tensor], dilation: int) -> list[torch.Tensor]:
-    """Position norms of "gla", by flash-linear-attention."""
+    """Position norms of "gla", by flash-linear-attention: by query and by key, [B, Hq, N] each."""
     q, k, v = (x.transpose(1, 2) for x in dilated_rows(rows, dilation))
     decay = torch.full((q.shape[2],), scoring.LOG2_DECAY * math.log(2), device=q.device)
     outputs = [chunk_simple_gla(x, y, v, g_gamma=decay)[0] for x, y in ((q, k), (k, q))]
@@ -68,9 +72,9 @@ def check(heads: int, kv_heads: int, d: int) -> dict[str, list[float]]:
     """Errors of query and key scores against float64.
 
     Raises:
-        SystemExit: one is too large.
+        SystemExit: an error exceeds ``LARGEST_ERROR``.
     """
-    rows = random_rows(CHECKED_LENGTH, heads, kv_heads, d)
+    rows = random_rows(CHECKED_LENGTH, (heads, kv_heads, kv_heads), d)
     errors = {}
     for scorer in SCORERS:
         config = LighthouseConfig(3, 4, CHECKED_TOP_K, scorer)
@@ -84,26 +88,30 @@ def check(heads: int, kv_heads: int, d: int) -> dict[str, list[float]]:
                 for x in fla_norms(rows, config.dilation)
             ]
         for name, scores in found.items():
-            errors[name] = [relative_error(x, y.float())
-                            for x, y in zip(scores, exact, strict=True)]  # fmt: skip
+            errors[name] = [
+                relative_error(x, y.float()) for x, y in zip(scores, exact, strict=True)
+            ]
             if not max(errors[name]) <= LARGEST_ERROR:
-                raise SystemExit(f"wrong result: errors of {name} are {errors[name]}")
+                raise SystemExit(
+                    f"wrong result: errors of {name} are {errors[name]}, at most {LARGEST_ERROR} "
+                    "is allowed"
+                )
     return errors
 
 
-def variants(case: str, heads: int, kv_heads: int, d: int) -> dict[str, Callable]:
+def variants(case: str, heads: int, kv_heads: int, d: int) -> dict[str, Callable[[], object]]:
     """Everything that is timed, by name."""
-    n, levels, p, top_k = map(int, case.split(","))
-    rows = random_rows(n, heads, kv_heads, d)
-    found: dict[str, Callable] = {}
+    n, _ = method_of(case, "--case")
+    rows = random_rows(n, (heads, kv_heads, kv_heads), d)
+    found: dict[str, Callable[[], object]] = {}
     for scorer in SCORERS:
-        config = LighthouseConfig(levels, p, top_k, scorer)
+        _, config = method_of(case, "--case", scorer=scorer)
         geometry = PyramidGeometry(config, n)
         found[f"{scorer}, alone"] = lambda g=geometry: kernels.score(*rows, g)
         layer = lambda q, k, v, c=config: lighthouse_attention(q, k, v, c, sdpa=dense)  # noqa: E731
         found[f"{scorer}, forward"], found[f"{scorer}, both"] = forward_and_backward(layer, rows)
 
-    def sdpa_calls():
+    def sdpa_calls() -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = dilated
         return scoring.dilated_attention(q, k, v), scoring.dilated_attention(k, q, v)
 
@@ -114,25 +122,26 @@ def variants(case: str, heads: int, kv_heads: int, d: int) -> dict[str, Callable
     return found
 
 
-def table(run: dict) -> str:
+def table(run: dict[str, Any]) -> str:
     """The run as Markdown."""
     results = run["results"]
     lines = [
-        f"{run['GPU']}, torch {run['torch']}, cuDNN {run['cudnn']}, triton {run['triton']}, "
-        f"revision {run['revision']}, {run['date']}. bf16, B = 1, N, L, p, k = {run['case']}, "
+        f"{origin(run, with_cudnn=True)}. bf16, B = 1, N, L, p, k = {run['case']}, "
         f"{run['heads']} query and {run['kv_heads']} key-value heads of {run['D']}, dilation 4. "
         "ms, median ± spread.",
         "",
-        "| scorer | alone | layer, forward | and backward | GiB alone | error by query, by key |",
-        "|---|---|---|---|---|---|",
+        *table_head(
+            ["scorer", "alone", "layer, forward", "and backward", "GiB alone"]
+            + ["error by query, by key"]
+        ),
     ]
     for name in (*SCORERS, SDPA_CALLS, FLA):
         if f"{name}, alone" not in results:
             continue
         times = [results.get(f"{name}, {mode}") for mode in ("alone", "forward", "both")]
-        cells = [f"{t['ms']:.4g} ± {t['spread']:.1g}" if t else "" for t in times]
+        cells = [with_spread(t["ms"], t["spread"], ".4g") if t else "" for t in times]
         errors = ", ".join(f"{error:.1e}" for error in run["error"].get(name, []))
-        lines.append(f"| {name} | {' | '.join(cells)} | {times[0]['GiB']:.2f} | {errors} |")
+        lines.append(table_row([name, *cells, f"{times[0]['GiB']:.2f}", errors]))
 
     def ms(name: str) -> float:
         return results[name]["ms"]
@@ -147,26 +156,24 @@ def table(run: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def parse() -> argparse.Namespace:
+    parser = benchmark_parser(__doc__, "scorers")
+    parser.add_argument("--case", default="98304,3,4,1536", metavar="N,L,p,k",
+                        help="default: 98304,3,4,1536")  # fmt: skip
+    add_layer_arguments(parser, 20.0)
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--case", default="98304,3,4,1536", metavar="N,L,p,k")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=None, help="default: as --heads")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=20.0, help="time to measure for")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--name", default="scorers", help="stem of the files written")
-    parser.add_argument("--revision", help="git revision to record; default: as git says")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("scripts/benchmark_scorers.py needs a CUDA device and found none")
+    arguments = parse()
+    require_cuda()
+    for scorer in SCORERS:
+        method_of(arguments.case, "--case", scorer=scorer)
     if chunk_simple_gla is None:
         print("flash-linear-attention is not installed and left out: pip install fla-core")
 
     heads = (arguments.heads, arguments.kv_heads or arguments.heads)
-    run = environment(arguments.revision)
+    run: dict[str, Any] = environment(arguments.revision)
     run |= {
         "case": arguments.case,
         "heads": heads[0],
@@ -175,13 +182,11 @@ def main() -> None:
     }
     run["error"] = check(*heads, arguments.head_dim)
     torch.cuda.empty_cache()
-    run["results"] = measure(variants(arguments.case, *heads, arguments.head_dim),
-                             arguments.seconds)  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{arguments.name}.json").write_text(json.dumps(run, indent=1) + "\n")
-    (arguments.output / f"{arguments.name}.md").write_text(table(run))
+    timed = variants(arguments.case, *heads, arguments.head_dim)
+    run["results"] = measure(timed, arguments.seconds)
+    write_report(run, arguments.output, arguments.name, table(run))
     print(table(run))
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -1,46 +1,46 @@
 """The training benchmark: its cases, its search for the longest length, and one run on a CPU."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import training
+import training_results
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "benchmarks" / "training.py"
 CONFIG = str(ROOT / "train_configs" / "270m_98k.toml")
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    specification = importlib.util.spec_from_file_location("benchmark_training", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def test_arguments_without_a_section_are_refused(capsys) -> None:
+    """An argument for the trainer names a section of its configuration."""
+    with pytest.raises(SystemExit):
+        training.parse([CONFIG, "--stages", "dense"])
+    assert "--stages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["lighthouse+onload", "all", "none:wo"])
-def test_unknown_modes_are_refused(benchmark, mode: str, capsys) -> None:
+def test_unknown_modes_are_refused(mode: str, capsys) -> None:
     with pytest.raises(SystemExit):
-        benchmark.parse([CONFIG, "--modes", mode])
+        training.parse([CONFIG, "--modes", mode])
     assert mode in capsys.readouterr().err
 
 
-def test_cases_become_configurations(benchmark, tmp_path: Path) -> None:
-    """What the trainer would parse is what the case says; other arguments reach it too."""
+def test_cases_become_configurations(tmp_path: Path) -> None:
+    """The trainer parses what the case says; other arguments reach it too."""
     from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 
-    options = benchmark.parse(
-        [CONFIG, "--stages", "dense", "upstream", "--modes", "lighthouse:wo,w1", "full"]
+    options = training.parse(
+        [CONFIG, "--attention", "dense", "upstream", "--modes", "lighthouse:wo,w1", "full"]
         + ["--lengths", "32768,512", "--steps", "4", "--warm-up", "2", "--compile.no-enable"]
     )
-    cases = benchmark.cases_of(options)
+    cases = training.cases_of(options)
     assert [(case["stage"], case["mode"]) for case in cases] == [
         ("dense", "lighthouse:wo,w1"), ("dense", "full"), ("upstream", "full"),
     ]  # fmt: skip
-    line = benchmark.case_arguments(options, cases[0], str(tmp_path))
+    line = training.case_arguments(options, cases[0], str(tmp_path))
     config = LighthouseConfigManager().parse_args(line)
     assert config.lighthouse.stage == "dense" and config.lighthouse.top_k == 512
     assert config.training.seq_len == 32768 and config.training.steps == 6
@@ -50,27 +50,27 @@ def test_cases_become_configurations(benchmark, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [100_000, 98_304, 700_000, 16_384])
-def test_longest_is_found(benchmark, limit: int, monkeypatch) -> None:
-    """Within an eighth, of lengths that have a whole number of strata."""
+def test_longest_is_found(limit: int, monkeypatch) -> None:
+    """The search ends within an eighth; all lengths have a whole number of strata."""
 
     def measure(options, case):
         assert case["N"] / case["k"] == 64 and case["k"] % 128 == 0
         if case["N"] > limit:
-            return case | {"failure": benchmark.OUT_OF_MEMORY}
+            return case | {"failure": training.OUT_OF_MEMORY}
         return case | {"seconds": [1.0], "tokens a step": case["N"], "FLOPs a token": 1,
                        "peak FLOP/s": 1, "reserved GiB": 1.0}  # fmt: skip
 
-    monkeypatch.setattr(benchmark, "measure", measure)
-    options = benchmark.parse([CONFIG, "--find-longest"])
-    (case, _) = benchmark.cases_of(options)[:2]
-    records = benchmark.find_longest(options, case)
+    monkeypatch.setattr(training, "measure", measure)
+    options = training.parse([CONFIG, "--find-longest"])
+    (case, _) = training.cases_of(options)[:2]
+    records = training.find_longest(options, case)
     longest = max((r["N"] for r in records if "failure" not in r), default=0)
     too_long = min(r["N"] for r in records if "failure" in r)
     assert longest <= limit < too_long
     assert too_long - longest <= max(8192, longest // 8)
 
 
-def test_table_compares_best_modes(benchmark) -> None:
+def test_table_compares_best_modes() -> None:
     records = [
         {"stage": stage, "mode": mode, "N": n, "k": n // 64, "S": n, "tokens/s": speed,
          "s a step": 1.0, "spread": 0.1, "MFU": 0.4, "reserved GiB": 2.0}
@@ -85,7 +85,7 @@ def test_table_compares_best_modes(benchmark) -> None:
     run = {"config": "x.toml", "trainer arguments": [], "device": "GPU", "torch": "2",
            "triton": "3", "revision": "r", "date": "d", "steps": 1, "warm-up": 1,
            "records": records}  # fmt: skip
-    text = benchmark.table(run)
+    text = training_results.table(run)
     assert "| lighthouse | full | 16,384, 256 | 16,384 | 40 |" in text
     assert "| 2.50x |" in text and "| out of memory |" in text
     assert "Lighthouse is faster from 16,384 tokens on, dense attention at 8,192." in text
@@ -94,7 +94,7 @@ def test_table_compares_best_modes(benchmark) -> None:
 @pytest.mark.slow
 def test_measures_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(ROOT / "train_configs/debug_cpu.toml")]
-    command += ["--stages", "lighthouse", "upstream", "--modes", "selective", "--steps", "2"]
+    command += ["--attention", "lighthouse", "upstream", "--modes", "selective", "--steps", "2"]
     command += ["--warm-up", "1", "--lengths", "512,64", "--lighthouse.picks_per_stratum", "16"]
     command += ["--lighthouse.pooling_factor", "2", "--output", str(tmp_path), "--revision", "r1"]
     subprocess.run(command, check=True, cwd=tmp_path)
@@ -106,3 +106,4 @@ def test_measures_on_a_cpu(tmp_path: Path) -> None:
     assert lighthouse["losses"][0] == pytest.approx(upstream["losses"][0], abs=0.1)
     assert lighthouse["losses"] != upstream["losses"]
     assert "revision r1" in (tmp_path / "training.md").read_text()
+    assert (tmp_path / "training.png").stat().st_size > 0

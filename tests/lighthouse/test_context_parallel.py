@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from test_against_oracle import output_and_gradients, relative_error
+from attention_cases import output_and_gradients, relative_error
 
 from lighthouse import ContextParallel, LighthouseConfig, lighthouse_attention, select
 from lighthouse.context_parallel import ONE_DEVICE
@@ -20,7 +20,7 @@ def positions(layout: ContextParallel, n: int, rank: int) -> torch.Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """[W, ...] from every rank; gloo has no differentiable one of its own."""
+    """[W, ...] gathered from every rank; gloo has no differentiable operation for it."""
 
     @staticmethod
     def forward(ctx, rows):
@@ -79,7 +79,7 @@ def check(rank, world_size, balanced, levels, heads, impl, **options) -> None:
     for value, want in zip(results, expected, strict=True):
         want = want[:, :, here]
         assert relative_error(value, want) < 1e-6
-        # Right after the seams an error would drown in the norm of the whole.
+        # The norm of the whole would hide an error in the few positions after a seam.
         reach = geometry.spans[-1] - 1
         for start in range(0, len(here), n // layout.chunks):
             after = slice(start, start + reach)
@@ -106,7 +106,7 @@ def test_ranks_together_give_what_one_device_gives(world_size: int, free_port: i
 
 
 def test_one_rank_costs_nothing() -> None:
-    """The same operations in the same order, hence the same bits."""
+    """One rank runs the same operations in the same order, hence gives the same bits."""
     config = LighthouseConfig(3, 2, 16, picks_per_stratum=4)
     leaves = [torch.randn(2, 128, h, 8).transpose(1, 2) for h in (4, 2, 2)]
     grad = torch.randn_like(leaves[0])

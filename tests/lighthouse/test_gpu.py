@@ -1,14 +1,18 @@
-"""The same promises on a CUDA device."""
+"""The attention's promises, kept on a CUDA device."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_against_oracle import output_and_gradients, relative_error
-from test_interface import Dense
-from test_kernels import SCORES, vectorised_selection
-from test_properties import run_twice
+from attention_cases import (
+    SCORES,
+    Dense,
+    output_and_gradients,
+    relative_error,
+    run_twice,
+    vectorised_selection,
+)
 
 from lighthouse import (
     ContextParallel,
@@ -30,7 +34,7 @@ PAPER_LENGTH = 98304
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeated_runs_give_the_same_bits(dtype: torch.dtype) -> None:
-    """Ours everywhere; of the stock attention's backward we ask for its deterministic variant."""
+    """Our operations always repeat; the stock attention's backward does so on request."""
     torch.use_deterministic_algorithms(True)
     try:
         for combine in COMBINATIONS:
@@ -118,7 +122,7 @@ def test_no_host_synchronisation(scorer: str) -> None:
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_scores_at_the_papers_size(scorer: str, kv_heads: int) -> None:
-    """The same bits every time, and within rounding of vectorised PyTorch in float32."""
+    """Scores repeat bit for bit, and differ from PyTorch in float32 by rounding alone."""
     torch.manual_seed(8)
     geometry = PyramidGeometry(replace(PAPER, scorer=scorer), PAPER_LENGTH)
     rows = [
@@ -136,7 +140,7 @@ def test_scores_at_the_papers_size(scorer: str, kv_heads: int) -> None:
 
 @pytest.mark.parametrize("n, top_k", [(PAPER_LENGTH, 1536), (524288, 8192)])
 def test_long_sequences_repeat_bit_for_bit(n: int, top_k: int) -> None:
-    """Stock attention included; at the second length the gathered sequence exceeds 65,535."""
+    """The stock attention repeats too. The second gathered sequence is longer than 65,535."""
     torch.use_deterministic_algorithms(True)
     try:
         run_twice("cuda", torch.bfloat16, n, LighthouseConfig(3, 4, top_k))
@@ -146,7 +150,7 @@ def test_long_sequences_repeat_bit_for_bit(n: int, top_k: int) -> None:
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_strata_of_thousands(kind: str) -> None:
-    """10,922 and 5,461 coarsest entries or one more, beside strata of 85 and of 341."""
+    """Try strata of about 10,922, 5,461, 341 and 85 coarsest entries."""
     torch.manual_seed(6)
     for n, config in (
         # More candidates than one program keeps on chip.
@@ -164,7 +168,7 @@ def test_strata_of_thousands(kind: str) -> None:
 
 
 def test_beyond_two_billion_elements() -> None:
-    """Random positions of a tensor past every 32-bit offset, against sums written out by hand."""
+    """Compare random positions of a tensor past all 32-bit offsets with sums written out here."""
     n, heads, d, levels, p = 2**22, 5, 128, 4, 4
     config = LighthouseConfig(levels, p, 3 * 5504)
     geometry = PyramidGeometry(config, n)
@@ -208,7 +212,7 @@ def test_beyond_two_billion_elements() -> None:
 def test_error_of_the_whole_is_that_of_vectorised_pytorch(
     d: int, entry_score: str, combine: str
 ) -> None:
-    """Both against float64 at the paper's pooling, with the stock attention of this device."""
+    """Compare both with float64, at the paper's pooling, with this device's stock attention."""
     torch.manual_seed(5)
     config = LighthouseConfig(
         3, 4, 256, picks_per_stratum=64, entry_score=entry_score, combine=combine
@@ -231,7 +235,7 @@ def test_error_of_the_whole_is_that_of_vectorised_pytorch(
 
 
 class TwoChunksOnOneRank(ContextParallel):
-    """Everything that context parallelism does, but for other ranks."""
+    """Context parallelism over two chunks without a second rank."""
 
     chunks = 2
 
@@ -251,7 +255,7 @@ def one_rank():
 def test_chunks_and_their_seam_give_what_the_whole_gives(
     one_rank, heads: int, kv_heads: int, combine: str
 ) -> None:
-    """Forward the same bits; backward adds the seam's share after rounding instead of before."""
+    """Forward gives the same bits. Backward adds the seam's share after rounding, not before."""
     torch.manual_seed(7)
     config = replace(PAPER, combine=combine)
     leaves = [

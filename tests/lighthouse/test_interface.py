@@ -2,24 +2,19 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import Dense
 from torch import nn
 
 from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
-from lighthouse.geometry import PyramidGeometry
+from lighthouse.config import SCORERS
+from lighthouse.geometry import PyramidGeometry, fitting_length, length_step
 
 CONFIG = LighthouseConfig(levels=3, pooling_factor=2, top_k=8, picks_per_stratum=4)
 N = 64
-
-
-class Dense(nn.Module):
-    """Stands for torchtitan's wrapper: remembers how it was called."""
-
-    def forward(self, q, k, v, **keywords):
-        self.keywords = keywords
-        return nn.functional.scaled_dot_product_attention(q, k, v, **keywords)
 
 
 def qkv(heads=4, kv_heads=2, n=N):
@@ -63,6 +58,13 @@ def test_module_refuses_what_it_cannot_do() -> None:
         (dict(top_k=0), ValueError, "top_k = 0"),
         (dict(top_k=1.5), TypeError, "top_k.*1.5"),
         (dict(scorer="best"), ValueError, "scorer = 'best'"),
+        (dict(scorer=1), TypeError, "scorer must be of type str, got 1 of type int"),
+        (
+            dict(entry_score="last"),
+            ValueError,
+            "entry_score must be one of max, first, got entry_score = 'last'",
+        ),
+        (dict(combine="mean"), ValueError, "combine must be one of sum, finest, got .*'mean'"),
         (dict(dilation=0), ValueError, "dilation = 0"),
     ],
 )
@@ -79,6 +81,23 @@ def test_configuration_rules(values, error, message) -> None:
 def test_geometry_rules(n: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PyramidGeometry(CONFIG, n)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("shortest", [0, 1, 32, 33, 60, 61, 95])
+def test_fitting_length_is_the_next_that_fits(scorer: str, shortest: int) -> None:
+    config = replace(CONFIG, scorer=scorer, dilation=6)
+
+    def fits(n: int) -> bool:
+        try:
+            PyramidGeometry(config, n)
+        except ValueError:
+            return False
+        return True
+
+    n = fitting_length(config, shortest)
+    assert n == next(length for length in range(shortest, 200) if fits(length))
+    assert n % length_step(config) == 0
 
 
 @pytest.mark.parametrize(

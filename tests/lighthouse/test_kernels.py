@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_against_oracle import output_and_gradients, random_inputs, relative_error
+from attention_cases import (
+    INFINITY,
+    NAN,
+    SCORES,
+    output_and_gradients,
+    random_inputs,
+    relative_error,
+    vectorised_selection,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lighthouse import LighthouseConfig, Selection, lighthouse_attention, reference, select
+from lighthouse import LighthouseConfig, lighthouse_attention, reference, select
 from lighthouse.config import ENTRY_SCORES
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import score
-from lighthouse.selection import included_entries, place
 
 kernels = pytest.importorskip("lighthouse.kernels")
-NAN, INFINITY = float("nan"), float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -42,7 +48,7 @@ CASES = [
     case(levels=4, p=2, m=6, strata=1, extra=3, batch=2, entry_score="first", combine="finest"),
     case(levels=2, p=4, m=2, strata=3, extra=4, tied=True, entry_score="first"),
 ]
-# The least with heads that share keys, for what runs many times.
+# The smallest case whose heads share keys, for tests that run it many times.
 GROUPED = case(kv_heads=2, group=3)
 
 
@@ -54,7 +60,7 @@ def inputs(case, dtype, d):
     "case, d", [*((case, 32) for case in CASES), (CASES[0], 96), (CASES[7], 96)], ids=str
 )
 def test_error_is_that_of_the_precision(case, d) -> None:
-    """Against float64, hardly more error than vectorised PyTorch at this precision."""
+    """The kernels err hardly more than vectorised PyTorch at this precision, against float64."""
     config = case["config"]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         leaves = inputs(case, dtype, d)
@@ -72,7 +78,7 @@ def test_error_is_that_of_the_precision(case, d) -> None:
         )
         for value, plain, want in zip(ours, rough, exact, strict=True):
             assert value.dtype == dtype
-            # To bfloat16 the interpreter truncates where a GPU rounds.
+            # The interpreter truncates to bfloat16 where a GPU rounds.
             factor = 3 if dtype == torch.bfloat16 and DEVICE == "cpu" else 1.5
             assert relative_error(value, want) <= factor * relative_error(plain, want) + 1e-7
 
@@ -93,45 +99,19 @@ def test_norms_and_coarsest_means(case) -> None:
         torch.testing.assert_close(coarsest, means.to(dtype))
 
 
-SCORES = {
-    "random": torch.rand,
-    "tied": lambda *shape: torch.randint(0, 3, shape).float(),
-    "constant": torch.ones,
-    "zero": torch.zeros,
-    "heavy-tailed": lambda *shape: torch.randn(*shape).abs() ** 20,
-    "tiny": lambda *shape: torch.rand(*shape) * 1e-40,
-    "not a number": lambda *shape: torch.rand(*shape).masked_fill(torch.rand(*shape) < 0.2, NAN),
-    "infinite": lambda *shape: torch.rand(*shape).masked_fill(torch.rand(*shape) < 0.2, INFINITY),
-}
-
-
-def vectorised_selection(a, b, geometry: PyramidGeometry) -> Selection:
-    """What vectorised PyTorch selects by level-1 scores a [B, Hq, n1] and b [B, Hkv, n1]."""
-    level = (a.unflatten(1, (b.shape[1], -1)).amax(2), b)
-    scores = [level, level]
-    for length in geometry.lengths[2:]:
-        under = (x.unflatten(-1, (length, -1)) for x in level)
-        by_first = geometry.config.entry_score == "first"
-        level = tuple(x[..., 0] if by_first else x.amax(-1) for x in under)
-        scores.append(level)
-    # The base scores rank nothing; any of the right shape do.
-    scores[0] = (b.new_zeros(*b.shape[:2], geometry.sequence_length),) * 2
-    return place(included_entries(scores, geometry), geometry)
-
-
 @pytest.mark.parametrize(
     "case, block",
     [*((case, 8192) for case in (*CASES[:6], *CASES[7:])), (CASES[5], 16)],
     ids=str,
 )
 def test_selection_is_exact(case, block, monkeypatch) -> None:
-    """Given the same scores, the same entries in the same places; also from strata in chunks."""
-    monkeypatch.setattr(kernels._selection, "LARGEST_BLOCK", block)
+    """The same scores select the same entries in the same places, also in chunks of strata."""
+    monkeypatch.setattr(kernels.selection, "LARGEST_BLOCK", block)
     geometry = PyramidGeometry(case["config"], case["n"])
     torch.manual_seed(case["seed"])
     batch, kv_heads = case["batch"], case["kv_heads"]
     group = case["heads"] // kv_heads
-    # Nothing crosses from one sequence or key-value head to another: each gets scores of its own.
+    # Sequences and key-value heads do not mix, so each gets scores of another kind.
     makers, planes = list(SCORES.values()), batch * kv_heads
     for start in range(0, len(makers), planes):
         a, b = (
@@ -151,7 +131,7 @@ def test_selection_is_exact(case, block, monkeypatch) -> None:
 @pytest.mark.parametrize("value", [NAN, INFINITY])
 @pytest.mark.parametrize("spoiled", ["q", "k", "v"])
 def test_what_is_not_finite_shows(spoiled, value) -> None:
-    """At its coarsest entry or later, and nothing hangs or strays."""
+    """It shows from its coarsest entry on and not before; nothing hangs."""
     each = CASES[0]
     leaves = inputs(each, torch.float32, 32)
     span = each["config"].pooling_factor ** (each["config"].levels - 1)
@@ -162,7 +142,7 @@ def test_what_is_not_finite_shows(spoiled, value) -> None:
     )
     start = position // span * span
     if spoiled != "v":
-        # Values are another matter: the dense attention itself multiplies masked ones by zero.
+        # The dense attention multiplies masked values by zero, so they spread backwards too.
         assert out[:, :, :start].isfinite().all()
     assert not out[:, :, start:].isfinite().all()
     if value is NAN and spoiled != "q":
@@ -173,7 +153,7 @@ def test_what_is_not_finite_shows(spoiled, value) -> None:
 
 
 def test_whole_agrees_with_the_vectorised_code() -> None:
-    """Selection included, on scores without near-ties."""
+    """Selections agree too, on scores without near-ties."""
     for each in CASES[:4]:
         leaves = inputs(each, torch.float32, 32)
         grad = torch.randn_like(leaves[0])
@@ -200,7 +180,7 @@ class Executions(TorchDispatchMode):
 
 @pytest.mark.parametrize("entry_score", ENTRY_SCORES)
 def test_all_around_attention_is_kernels(entry_score: str) -> None:
-    """The same operations of ours, whatever the setting."""
+    """Each setting runs the same of our operations."""
     each = case(entry_score=entry_score)
     with Executions() as executions:
         lighthouse_attention(*inputs(each, torch.float32, 32), each["config"], impl="triton")
@@ -214,7 +194,7 @@ def test_all_around_attention_is_kernels(entry_score: str) -> None:
 
 
 def test_every_element_is_written(monkeypatch) -> None:
-    """Outputs start as NaN and as an index that does not exist; none is left."""
+    """Outputs start as NaN or as an index that does not exist, and none of these is left."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *args, **kwargs):
@@ -274,7 +254,7 @@ ATTENTION = {
 @pytest.mark.parametrize("saved", ["nothing", "attention and selection"])
 def test_checkpointing_repeats_the_same_bits(saved) -> None:
     each = GROUPED
-    # Of one precision in which the stock attention of the device is one operation.
+    # In this precision the device's stock attention is one operation.
     leaves = inputs(each, torch.float32 if DEVICE == "cpu" else torch.bfloat16, 32)
     config, grad = each["config"], torch.randn_like(leaves[0])
     select_op = torch.ops.lighthouse.select_from_norms.default
@@ -302,7 +282,7 @@ def test_checkpointing_repeats_the_same_bits(saved) -> None:
 
 def test_steps_do_not_recompile() -> None:
     each = GROUPED
-    # What other tests compiled of the same function counts as well.
+    # Compilations of this function by other tests count as well.
     torch.compiler.reset()
     compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
     leaves = inputs(each, torch.float32, 32)
@@ -317,7 +297,7 @@ def test_steps_do_not_recompile() -> None:
 
 
 def test_every_kernel_compiles_for_ampere(tmp_path: Path) -> None:
-    """By Triton's compiler, which refuses more than its interpreter and needs no GPU either."""
+    """Triton's compiler refuses more than its interpreter, and needs no GPU either."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     subprocess.run(

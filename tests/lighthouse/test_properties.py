@@ -1,10 +1,11 @@
-"""What must hold for every configuration."""
+"""Properties that hold for every configuration."""
 
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import run_twice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse import LighthouseConfig, lighthouse_attention, select
@@ -99,7 +100,7 @@ def test_coverage(config: LighthouseConfig) -> None:
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("entry_score", ENTRY_SCORES)
 def test_what_entries_score_by(scorer: str, entry_score: str) -> None:
-    """By "first", no entry's score depends on a token after its first; by "max", some do."""
+    """Under "first" no score depends on a token after the entry's first; under "max" some do."""
     config = LighthouseConfig(3, 4, 8, scorer, 4, dilation=2, entry_score=entry_score)
     rows = inputs(config)
     geometry = PyramidGeometry(config, rows[0].shape[2])
@@ -119,7 +120,7 @@ def test_what_entries_score_by(scorer: str, entry_score: str) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS[::4], ids=str)
 def test_values_never_flow_backwards(config: LighthouseConfig) -> None:
-    """With the selection fixed: at every position, no output and no gradient from a later token."""
+    """With a fixed selection, no later token changes an output or sends it a gradient."""
     q, k, v = inputs(config, d=2)
     n = q.shape[2]
     selection = select(q, k, v, config)
@@ -131,7 +132,7 @@ def test_values_never_flow_backwards(config: LighthouseConfig) -> None:
         # [1, 2, N, D, 1, heads, N, D] -> whether output position t feels input position u.
         felt = jacobian.abs().sum(dim=(0, 1, 3, 4, 5, 7)) > 0
         assert not felt.triu(diagonal=1).any(), "qkv"[argument]
-        # And something does arrive, or the check above would be empty.
+        # Some input does arrive at each position, or the check above would be empty.
         assert felt.any(dim=1)[config.pooling_factor ** (config.levels - 1) :].all()
 
     out = attention(q, k, v)
@@ -140,21 +141,6 @@ def test_values_never_flow_backwards(config: LighthouseConfig) -> None:
         for x in spoiled:
             x[:, :, t + 1 :] = 1e3 * torch.randn_like(x[:, :, t + 1 :])
         assert torch.equal(attention(*spoiled)[:, :, : t + 1], out[:, :, : t + 1])
-
-
-def run_twice(device: str, dtype: torch.dtype, n: int, config: LighthouseConfig) -> None:
-    torch.manual_seed(0)
-    leaves = [torch.randn(1, n, h, 64).to(device, dtype) for h in (4, 2, 2)]
-    grad = torch.randn(1, 4, n, 64).to(device, dtype)
-    results = []
-    for _ in range(2):
-        copies = [x.clone().transpose(1, 2).requires_grad_() for x in leaves]
-        selection = select(*copies, config)
-        out = lighthouse_attention(*copies, config, selection=selection)
-        out.backward(grad)
-        results.append([*selection, out, *(x.grad for x in copies)])
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
 
 
 def test_repeated_runs_give_the_same_bits() -> None:

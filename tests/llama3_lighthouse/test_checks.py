@@ -1,6 +1,7 @@
-"""Bad configurations: one message that names the key, the value and the fix."""
+"""Bad configurations end in one message that names the key, the value and the fix."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torchtitan.models.llama3_lighthouse.stages import attention_at, stage_at
 from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer
 
 
-def check(tmp_path: Path, toml: str = "", **settings) -> None:
-    """Parse ``toml`` and ``settings`` as the trainer would, and check the result."""
+def check(tmp_path: Path, toml: str = "", **settings: Any) -> None:
+    """Parse ``toml``, or else ``settings``, as the trainer would, and check the result."""
     line = arguments({"job.dump_folder": tmp_path / "dump", **SMALL, **settings})
     if toml:
         (tmp_path / "config.toml").write_text(toml)
@@ -57,7 +58,7 @@ def test_message_names_key_value_and_fix(tmp_path: Path, key, value, fix) -> Non
     message = str(caught.value)
     assert key.split(".")[1] in message
     shown = list(value) if isinstance(value, tuple) else value
-    # As TOML writes it.
+    # Messages show booleans as TOML writes them.
     shown = str(value).lower() if isinstance(value, bool) else str(shown)
     assert shown in message
     assert fix in message
@@ -78,7 +79,7 @@ def test_pipelines_that_cannot_run_are_refused(tmp_path: Path) -> None:
     for changed, message in (
         ({"parallelism.pipeline_parallel_schedule": "ZBVZeroBubble"}, "'ZBVZeroBubble' is not"),
         ({"parallelism.pipeline_parallel_degree": 16, "training.local_batch_size": 16},
-         "pipeline_parallel_degree = 16 makes 16 stages"),
+         "pipeline_parallel_degree = 16 makes 16 pipeline stages"),
         ({"validation.enable": True, "validation.seq_len": 512},
          "validation.local_batch_size = 8 must equal training.local_batch_size = 2"),
     ):  # fmt: skip
@@ -129,7 +130,7 @@ def test_bad_toml(tmp_path: Path, toml: str, message: str) -> None:
     ],
 )
 def test_process_ends_with_one_message(tmp_path: Path, settings: dict, message: str) -> None:
-    # torchrun closes with the same message.
+    # With torchrun, the log still has one message: torchrun's last lines repeat it.
     run = Run(tmp_path, settings, torchrun=message == "c5")
     assert run.wait() != 0
     errors = [line for line in run.log.splitlines() if " - ERROR - " in line and "root" in line]

@@ -1,4 +1,4 @@
-"""Every file in train_configs/ is a run that would start, every grid a sweep of such runs."""
+"""Every file in train_configs/ is a run that would start; every grid is a sweep of such runs."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from torchtitan.models.llama3_lighthouse.studies.ablations import expand, record
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
-# Combinations of each grid, and how many of them the geometry refuses.
+# Grid -> number of its combinations, and how many of them the geometry refuses.
 GRIDS = {"topk": (6, 0), "pool": (6, 0), "levels": (6, 0), "scorer": (6, 0), "split": (4, 0),
          "debug": (9, 3), "books_16k": (8, 0), "passkey_16k": (6, 0)}  # fmt: skip
 
 
 def check_model(config: JobConfig) -> int:
-    """Build it without memory; return S, once every layer is known to be what ``config`` says."""
+    """Build the model without memory, check that every layer is as ``config`` says, return S."""
     args = flavors[config.model.flavor]
     args.update_from_config(config)
     with torch.device("meta"):
@@ -47,7 +47,7 @@ def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
         line += ["--model.hf_assets_path", str(tmp_path)]
     config = LighthouseConfigManager().parse_args(line)
     check_config(config, flavors)
-    # Attention really runs on a small part of the sequence, in the study on half of it.
+    # Attention runs on a small part of the sequence, and in the study on half of it.
     part = 2 if path.stem == "recovery_books_32k" else 3
     assert check_model(config) <= config.training.seq_len // part
     section = config.lighthouse
@@ -76,7 +76,7 @@ def test_grid_expands_to_runs_that_build(name: str, tmp_path: Path) -> None:
                 PyramidGeometry(method, run.config.training.seq_len)
         else:
             assert check_model(run.config) < run.config.training.seq_len
-    # What the trainer reads from the command line is what was checked.
+    # The trainer reads the same configuration from the command line.
     assert record_of(LighthouseConfigManager().parse_args(run.arguments)) == record_of(run.config)
 
 

@@ -1,4 +1,4 @@
-"""What starts a run: the dry run and the Slurm script."""
+"""The dry run, and the Slurm script that launches a run."""
 
 import os
 import re
@@ -11,13 +11,14 @@ import torch
 from torchtitan.models.llama3 import Transformer
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
-from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 
 ROOT = Path(__file__).parents[2]
 
 
-def parse(tmp_path: Path, name: str, *line: str):
+def parse(tmp_path: Path, name: str, *line: str) -> JobConfig:
+    """The configuration of a file in train_configs/, with overrides."""
     line = ["--job.config_file", str(ROOT / f"train_configs/{name}.toml"), *line]
     return LighthouseConfigManager().parse_args([*line, "--job.dump_folder", str(tmp_path)])
 
@@ -28,16 +29,31 @@ def test_dry_run_of_the_papers_longest(tmp_path: Path) -> None:
     assert "4 sequences of 1,048,576 tokens, 4,194,304 tokens a step in 1 passes" in text
     with torch.device("meta"):
         total = sum(p.numel() for p in Transformer(flavors["530M"]).parameters())
-    # Every one of them divides by 32.
+    # The size of every parameter is a multiple of 32.
     assert f"131,072 tokens a pass in 2 chunks, {total // 32:,} parameters" in text
     assert "S = 65,536 of 1,048,576 positions, 8,192 on each rank; 32 strata, 2 in each" in text
+    # The test of the ring at this size says where these numbers come from.
+    assert "sends 939,524,096 bytes of keys, values and gradients, and 24,576 bytes of" in text
+
+
+def test_dry_run_says_what_ranks_send_only_under_context_parallelism(tmp_path: Path) -> None:
+    """Tensor parallelism halves a rank's heads, and so the bytes that it sends."""
+    sent = []
+    for tensor in (1, 2):
+        line = ["--parallelism.context_parallel_degree", "2",
+                "--parallelism.tensor_parallel_degree", f"{tensor}"]  # fmt: skip
+        text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)
+        (found,) = re.findall(r"sends ([\d,]+) bytes of keys.*, and ([\d,]+) bytes of seam", text)
+        sent.append([int(number.replace(",", "")) for number in found])
+    assert sent[0] == [2 * number for number in sent[1]] and min(sent[1]) > 0
+    assert "bytes" not in dry_run(parse(tmp_path, "debug_cpu"), 2)
 
 
 def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
     line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
     text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)
     assert "4 processes = 1 replicas x 2 FSDP x 1 context x 1 tensor x 2 pipeline parallel" in text
-    # Of two stages, the first has the embedding and half of the layers, in two shards.
+    # The first pipeline stage has the embedding and half of the layers, in two shards.
     whole, mine = (
         int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters\b", text)
     )
@@ -69,7 +85,7 @@ def test_dry_run_refuses_what_cannot_run(tmp_path: Path, processes, line, messag
 
 
 def test_slurm_script_launches_every_node(tmp_path: Path) -> None:
-    """With stand-ins for Slurm's commands: two nodes, and a third launch that fails."""
+    """Stand-ins for Slurm's commands launch on two nodes; a later launch fails and is requeued."""
     shutil.copy(ROOT / "scripts/slurm/train.sbatch", tmp_path)
     scripts = {
         "scontrol": '[[ "$1" == requeue ]] && echo "requeued $2" || printf "node1\\nnode2\\n"',
@@ -85,7 +101,7 @@ def test_slurm_script_launches_every_node(tmp_path: Path) -> None:
         "CONFIG_FILE": "a.toml", "FAIL": "0",
     }  # fmt: skip
 
-    def submit(**changed):
+    def submit(**changed: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "train.sbatch", "--training.steps", "5"]
         return subprocess.run(
             command, cwd=tmp_path, env={**environment, **changed}, text=True, capture_output=True

@@ -1,16 +1,19 @@
-"""What is logged of selections, against counts written out one by one."""
+"""The logged statistics of selections against counts of single entries; metrics and their file."""
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_model import METHOD, N, build
+from small_model import METHOD, N, build
 
 from lighthouse import LighthouseAttention, reference
 from lighthouse.geometry import PyramidGeometry
 from torchtitan.models.llama3_lighthouse import metrics
+from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
 from torchtitan.models.llama3_lighthouse.selection_statistics import (
     selection_statistics,
     selections,
@@ -21,14 +24,14 @@ PICKS = METHOD.picks_per_stratum
 
 
 @pytest.fixture
-def one_rank():
+def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield
     dist.destroy_process_group()
 
 
-def by_oracle(model, tokens) -> list[torch.Tensor]:
-    """Pyramid slots that the oracle gives each Lighthouse layer, [B, Hkv, P]."""
+def by_oracle(model: LighthouseTransformer, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The slots that the oracle gives each Lighthouse layer, [B, Hkv, P]."""
     slots = []
 
     def record(module, rows, options):
@@ -96,7 +99,7 @@ def test_statistics_are_what_counting_gives(one_rank) -> None:
 
 
 def test_recording_leaves_the_model_as_it_was(one_rank) -> None:
-    """No hook, no gradient, no random number, and compiled blocks neither run nor recompile."""
+    """It leaves no hook or gradient, draws no random number, and compiles nothing."""
     model = build()
     tokens = torch.randint(0, 320, (1, N), generator=torch.Generator().manual_seed(1))
     compiled = []
@@ -122,11 +125,11 @@ def test_recording_leaves_the_model_as_it_was(one_rank) -> None:
     assert selection_statistics([], []) == {}
 
 
-def test_metrics_survive_a_line_cut_off(tmp_path) -> None:
+def test_metrics_survive_a_line_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "deep/metrics.jsonl"
     first = metrics.JSONLinesLogger(path)
     first.log({"loss": 1.5}, 3)
-    # Written at once, not when it is closed.
+    # The line is in the file before the file is closed.
     assert path.read_text() == '{"step": 3, "loss": 1.5}\n'
     first.close()
     with path.open("a") as file:
@@ -141,7 +144,7 @@ def test_metrics_survive_a_line_cut_off(tmp_path) -> None:
 def test_the_rank_that_upstream_logs_from_writes(
     tmp_path, monkeypatch, pipeline, logging_rank
 ) -> None:
-    """The first one, or the first one of the last pipeline stage."""
+    """Upstream logs from the first rank, or from the first rank of the last pipeline stage."""
     monkeypatch.setattr(metrics.MetricsProcessor, "__init__", lambda self, *_: None)
     dims = SimpleNamespace(pp_enabled=pipeline > 1, pp=pipeline, world_size=8)
     config = SimpleNamespace(
@@ -159,7 +162,7 @@ def test_the_rank_that_upstream_logs_from_writes(
 
 
 def test_validation_inside_a_log_interval_leaves_it_whole(monkeypatch) -> None:
-    """Two steps of 10 s and 100 tokens, 7 s of validation between them."""
+    """Here are two steps of 10 s and 100 tokens each, with 7 s of validation between them."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock.now)
     processor = metrics.LighthouseMetricsProcessor.__new__(metrics.LighthouseMetricsProcessor)

@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import SMALL, VALIDATED, Run
+from launch import SMALL, VALIDATED, Run, validation_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_parallelism import validation_losses
 
 from torchtitan.models.llama3_lighthouse.checkpoint import read_record
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
-from torchtitan.models.llama3_lighthouse.train import leaves_out_by_itself
+from torchtitan.models.llama3_lighthouse.train import skips_non_finite_steps
 
-# What has to come back the same after a resume, on every rank.
+# The numbers that have to be the same after a resume, on every rank.
 EXACT = ("stage", "batches", "loss", "maximum_loss", "grad_norm", "tokens_seen")
 
 
-def exact(run: Run, rank: int = 0) -> dict[int, tuple]:
+def exact(run: Run, rank: int = 0) -> dict[int, tuple[object, ...]]:
     return {step: tuple(line[key] for key in EXACT) for step, line in run.steps(rank).items()}
 
 
@@ -31,7 +30,7 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
 
     Run(interrupted, processes=processes).crash_after_step(6)
     assert (interrupted / "dump/checkpoint/step-5/.metadata").is_file()
-    # By torchrun, which is what a scheduler tells to stop.
+    # A scheduler tells torchrun to stop, so this launch uses torchrun.
     Run(interrupted, processes=processes, torchrun=True).stop_after_step(11)
     assert (interrupted / "dump/checkpoint/step-10/.metadata").is_file()
     resumed = Run(interrupted, processes=processes).succeed()
@@ -49,7 +48,7 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
 def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
     """Flipping ``stage`` by hand on one checkpoint folder equals ``auto``; the change is logged.
 
-    So does recording selections, to the last bit, which one of them does.
+    One of the two runs records selections, which must not change a bit of it.
     """
     auto, manual = tmp_path / "auto", tmp_path / "manual"
     auto.mkdir()
@@ -71,12 +70,12 @@ def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
         assert scalars == {s: pytest.approx(line[tag]) for s, line in steps if tag in line}
         assert list(scalars) == [2, 4]
     assert "selection" not in (manual / "dump/metrics.jsonl").read_text()
-    # The second launch by hand appended to what the first one wrote.
+    # The second launch by hand appended to the metrics of the first.
     assert list(read_metrics(manual / "dump")) == list(range(1, 9))
 
 
 def test_dense_every_trains_single_steps_dense(tmp_path: Path) -> None:
-    """As the dense stage would, and with Lighthouse again after them, in validation too."""
+    """Such a step equals one of the dense stage; after it Lighthouse is back, also to validate."""
     rehearsed, switched = tmp_path / "rehearsed", tmp_path / "switched"
     rehearsed.mkdir()
     switched.mkdir()
@@ -92,7 +91,7 @@ def test_dense_every_trains_single_steps_dense(tmp_path: Path) -> None:
         ours, theirs = ([line[key] for line in each] for each in lines)
         assert ours == theirs and len(ours) == 3, key
     assert [line["lighthouse/stage"] for line in lines[0]] == [1, 1, 0]
-    # Of the same weights, under the attention of either stage.
+    # The weights are the same, but each run validates under the attention of its stage.
     assert validation_losses(every_third)["3"] != validation_losses(dense)["3"]
     for folder, last in ((rehearsed, 3), (switched, 2)):
         record = read_record(folder / "dump/checkpoint/step-3")
@@ -100,7 +99,8 @@ def test_dense_every_trains_single_steps_dense(tmp_path: Path) -> None:
 
 
 def test_dense_stage_is_upstream_to_the_last_bit(tmp_path: Path) -> None:
-    """Same seed, same text: losses and gradient norms equal torchtitan's own trainer and model."""
+    """With the same seed and text, losses and gradient norms equal those of torchtitan's trainer
+    and model."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
     theirs.mkdir()
@@ -155,15 +155,15 @@ def test_optimizers_that_wait_for_the_check() -> None:
     weight = torch.zeros(1, requires_grad=True)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     fused = torch.optim.AdamW([weight], fused=True)
-    assert leaves_out_by_itself(fused, cpu)
-    # Weights on the host, the loss on a GPU.
-    assert not leaves_out_by_itself(fused, gpu)
-    assert not leaves_out_by_itself(torch.optim.AdamW([weight], foreach=True), cpu)
+    assert skips_non_finite_steps(fused, cpu)
+    # Here weights are on the host and the loss is on a GPU.
+    assert not skips_non_finite_steps(fused, gpu)
+    assert not skips_non_finite_steps(torch.optim.AdamW([weight], foreach=True), cpu)
 
 
 @pytest.mark.slow
 def test_compiled_training_agrees_with_eager(tmp_path: Path) -> None:
-    """fullgraph compilation of every block, through the switch and validation, one run."""
+    """One run with every block compiled as one graph, through the switch and validation."""
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     eager.mkdir()
     compiled.mkdir()
@@ -189,14 +189,16 @@ def test_compiled_training_agrees_with_eager(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_everything_fast_errs_as_everything_plain_does(tmp_path: Path) -> None:
-    """20 steps in bfloat16 against float32, through both stages: chunked loss, compiled blocks and
-    checkpointing that keeps little err no more than whole logits, eager blocks and none do."""
+    """Chunked loss, compiled blocks and activation checkpointing err no more than their absence.
+
+    The error is that of 20 steps in bfloat16 against float32, through both stages.
+    """
     settings = {
         "training.steps": 20,
         "lighthouse.dense_from_step": 12,
         "lighthouse.loss": "whole",
-        # AdamW's first steps divide gradients that are nothing but rounding by themselves; without
-        # these two the losses would tell how such noise grows.
+        # AdamW's first steps divide gradients by their own size, even those that are only rounding.
+        # Without these two settings the losses would show how such noise grows.
         "optimizer.lr": 2e-4,
         "optimizer.eps": 1e-6,
     }
@@ -212,7 +214,7 @@ def test_everything_fast_errs_as_everything_plain_does(tmp_path: Path) -> None:
     for name, each in {"exact": settings, "plain": plain, "fast": fast}.items():
         folder = tmp_path / name
         folder.mkdir()
-        # Stock attention has no float32 kernel of its own on a GPU; the exact run takes the CPU.
+        # Stock attention has no float32 kernel on a GPU, so the exact run takes the CPU.
         environment = {"CUDA_VISIBLE_DEVICES": ""} if name == "exact" else {}
         steps = Run(folder, each, **environment).succeed().steps()
         losses[name] = [float.fromhex(steps[step]["loss"]) for step in range(1, 21)]
@@ -224,7 +226,7 @@ def test_everything_fast_errs_as_everything_plain_does(tmp_path: Path) -> None:
 
 
 def test_small_is_small() -> None:
-    """The tests' configuration lets Lighthouse do real work: S well below N."""
+    """In the tests' configuration Lighthouse does real work: S is well below N."""
     from lighthouse import LighthouseConfig
     from lighthouse.geometry import PyramidGeometry
 

@@ -10,7 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from lighthouse.kernels import gather, pooling, scoring, selection
+from lighthouse.kernels import gather, pooling, scatter, scoring, selection
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
@@ -63,19 +63,19 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
 
     span = p ** (levels - 1)
     q, k = rows(heads, n), rows(kv_heads, n)
-    coarsest, a = pooling.pool(q, None, p, levels, 0, 1 / span, p)
-    _, b = pooling.pool(k, None, p, levels, 0, 1 / span, 1)
+    coarsest, a = pooling.launch_pool(q, None, p, levels, 0, 1 / span, p)
+    _, b = pooling.launch_pool(k, None, p, levels, 0, 1 / span, 1)
     for x, y in ((q, k), (k, q)):
         scoring.gla_norms(x, y, k, heads, 4)
     for by_first in (False, True):
-        index, slot = selection.select_from_norms(a, b, levels, p, m, strata, by_first)
-    gathered = gather.gather(q, coarsest, index, None, p, levels, False)
-    gather.spread(gathered, slot, None, n, p, levels, False, False)
+        index, slot = selection.launch_selection(a, b, levels, p, m, strata, by_first)
+    gathered = gather.launch_gather(q, coarsest, index, None, p, levels, False)
+    scatter.launch_spread(gathered, slot, None, n, p, levels, False, False)
     for uncovered in (None, slot):
-        pooling.pool(q, uncovered, p, levels, span - 1, 1.0, 0)
-        gather.gather(q, coarsest, index, uncovered, p, levels, True)
+        pooling.launch_pool(q, uncovered, p, levels, span - 1, 1.0, 0)
+        gather.launch_gather(q, coarsest, index, uncovered, p, levels, True)
         for seam in (None, gathered[:, :, : levels - 1].contiguous()):
-            gather.spread(gathered, slot, seam, n, p, levels, True, uncovered is not None)
+            scatter.launch_spread(gathered, slot, seam, n, p, levels, True, uncovered is not None)
 
 
 def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
@@ -88,7 +88,7 @@ def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
 
 def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
-               (gather, "_gather"), (gather, "_spread"), (scoring, "_gla_norms"),
+               (gather, "_gather"), (scatter, "_spread"), (scoring, "_gla_norms"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     for capability in map(int, sys.argv[1:]):

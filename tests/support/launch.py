@@ -1,8 +1,9 @@
-"""Start training processes for tests, and read what they recorded."""
+"""Starts training processes for tests, and reads what they recorded."""
 
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -11,18 +12,22 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-# A trainer takes longer to import than most tests train. One process imports it, and every rank is
-# forked from that; not with a GPU, whose driver is of no use in a fork once it was asked anything.
+if TYPE_CHECKING:
+    import pytest
+
+# Importing the trainer takes longer than most tests train. One process imports it, and every rank
+# is a fork of that process. With a GPU that fails: once used, its driver does not work in forks.
 CAN_FORK = not torch.cuda.is_available()
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torchtitan.models.llama3_lighthouse.train", "torchtitan.train"])
 SCRIPT = Path(__file__).with_name("training_process.py")
 
-# Both stages at the smallest size at which all parts of the method do something: S is half of N.
+# Both stages, at the smallest size at which all parts of the method do something. S is half of N.
 SMALL = {
     "model.flavor": "debugmodel",
     "lighthouse.dense_from_step": 6,
@@ -30,7 +35,7 @@ SMALL = {
     "lighthouse.pooling_factor": 2,
     "lighthouse.top_k": 32,
     "lighthouse.picks_per_stratum": 16,
-    "lighthouse.dense_layers": (0, 5),
+    "lighthouse.dense_layers": [0, 5],
     "training.seq_len": 512,
     "training.local_batch_size": 1,
     "training.steps": 12,
@@ -43,7 +48,7 @@ SMALL = {
     "activation_checkpoint.mode": "none",
 }
 
-# Three steps, of which the first two are Lighthouse's; each validated, the last two saved.
+# Three steps, the first two in the Lighthouse stage. All are validated, and the last two are saved.
 VALIDATED = {
     "lighthouse.dense_from_step": 2,
     "training.steps": 3,
@@ -56,22 +61,24 @@ VALIDATED = {
 }
 
 
-def arguments(settings: dict) -> list[str]:
+def arguments(settings: dict[str, Any]) -> list[str]:
     """Settings as command-line arguments of the trainer."""
-    line = []
-    for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        if isinstance(value, bool):
-            line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
-        elif isinstance(value, tuple):
-            line += [f"--{key}", *map(str, value)]
-        else:
-            line += [f"--{key}", str(value)]
-    return line
+    # Here, because every fork of a trainer imports this module and would import that one too.
+    from torchtitan.models.llama3_lighthouse.studies.settings import command_line
+
+    return command_line(settings)
 
 
-def exit_code_of(main: Callable[[], None], monkeypatch, *line: object) -> int | str | None:
-    """Run a script's ``main`` on the command line ``line``; the code or message it ends with."""
+def run_ranks(worker: Callable[..., None], *arguments: object, processes: int) -> None:
+    """Run ``worker(rank, *arguments)`` in a process for each rank, and wait for all of them."""
+    method = "forkserver" if CAN_FORK else "spawn"
+    torch.multiprocessing.start_processes(worker, arguments, processes, start_method=method)
+
+
+def exit_code_of(
+    main: Callable[[], None], monkeypatch: "pytest.MonkeyPatch", *line: object
+) -> int | str | None:
+    """Run a command's ``main`` on the command line ``line``; return its exit code or message."""
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
     try:
         main()
@@ -81,23 +88,25 @@ def exit_code_of(main: Callable[[], None], monkeypatch, *line: object) -> int | 
 
 
 def _train(line: list[str], log_file: Path, environment: dict[str, str]) -> None:
-    """In a fork: what ``python training_process.py`` does."""
+    """Do in a fork what ``python training_process.py`` does."""
     with log_file.open("a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    # A fork server's children would ask it for workers of their own; no other process does.
+    # A child of the fork server starts further processes from that server; other processes do not.
     multiprocessing.set_start_method(None, force=True)
     sys.argv = [str(SCRIPT), *line]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 class Forks:
-    """What torchrun starts, without it: a process for each rank, which end together."""
+    """One process for each rank, without torchrun. When one fails, all end."""
 
-    def __init__(self, line: list[str], processes: int, log_file: Path, environment: dict) -> None:
+    def __init__(
+        self, line: list[str], processes: int, log_file: Path, environment: dict[str, str]
+    ) -> None:
         environment = {
             **environment, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port()),
@@ -135,11 +144,24 @@ class Forks:
 
 
 class Run:
-    """One launch of a training process; ``settings`` override those of ``SMALL``."""
+    """One launch of training processes.
+
+    Args:
+        folder: takes the log, the record and the trainer's own files.
+        settings: override those of ``SMALL``.
+        processes: number of ranks.
+        torchrun: start them by torchrun rather than as forks.
+        environment: further environment variables.
+    """
 
     def __init__(
-        self, folder: Path, settings: dict | None = None, processes=1, torchrun=False, **environment
-    ):
+        self,
+        folder: Path,
+        settings: dict[str, Any] | None = None,
+        processes: int = 1,
+        torchrun: bool = False,
+        **environment: str,
+    ) -> None:
         self.record_file = folder / "record"
         self.processes = processes
         self.lines_before = len(self.lines(0))
@@ -169,7 +191,7 @@ class Run:
         return self.log_file.read_text()
 
     def wait(self, timeout: float = 300) -> int:
-        """Exit code, once it has ended."""
+        """Wait for all processes to end; return the exit code."""
         return self.process.wait(timeout)
 
     def succeed(self) -> "Run":
@@ -193,17 +215,18 @@ class Run:
         deadline = time.monotonic() + timeout
         while not any(line["step"] >= step for line in self.lines(0)[self.lines_before :]):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                # One that lives on would keep the tests from ending.
+                # A process that lives on would keep the tests from ending.
                 self.process.kill()
                 raise AssertionError(self.log[-6000:])
             time.sleep(0.02)
 
-    def all_lines(self) -> list[dict]:
-        """The lines of all ranks, each rank's last one at the end."""
+    def all_lines(self) -> list[dict[str, Any]]:
+        """The records of all ranks, and then each rank's last one again."""
         ranks = [self.lines(rank) for rank in range(self.processes)]
         return sum(ranks, []) + [lines[-1] for lines in ranks]
 
-    def lines(self, rank: int) -> list[dict]:
+    def lines(self, rank: int) -> list[dict[str, Any]]:
+        """The records of one rank, in the order in which they were written."""
         path = Path(f"{self.record_file}-{rank}")
         if not path.exists():
             return []
@@ -211,6 +234,12 @@ class Run:
         text = path.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def steps(self, rank: int = 0) -> dict[int, dict]:
-        """What each step recorded; of a step that ran twice, the last time."""
+    def steps(self, rank: int = 0) -> dict[int, dict[str, Any]]:
+        """The record of each step; for a step that ran twice, that of the last time."""
         return {line["step"]: line for line in self.lines(rank)}
+
+
+def validation_losses(run: Run) -> dict[str, float]:
+    """The validation losses in a run's log, by step."""
+    found = re.findall(r"validate step: +(\d+).*?loss: +([\d.]+)", run.log)
+    return {step: float(loss) for step, loss in found}

@@ -1,15 +1,17 @@
-"""A training process that tests can watch and disturb; launched by ``launch.py``.
+"""A training process that tests can watch and disturb. ``launch.py`` starts it.
 
-Every step appends one JSON line to ``RECORD_FILE``-rank: the step, the stage, the loss and the
-gradient norm as exact hexadecimal floats, and a hash of each microbatch. ``TRAINER=upstream`` runs
-torchtitan's own trainer and model on the same data. ``NAN_AT=step,rank`` spoils one loss.
-``ANY_DEVICE=1`` lets what needs a GPU go without.
+Every step appends one JSON line to ``RECORD_FILE``-rank: the step, the stage, losses and gradient
+norm as exact hexadecimal floats, and a hash of each microbatch. Environment variables change what
+it does: ``TRAINER=upstream`` runs torchtitan's own trainer and model on the same data,
+``NAN_AT=step,rank`` makes one loss NaN, and ``ANY_DEVICE=1`` skips the check for a GPU.
 """
 
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -23,26 +25,34 @@ RANK = int(os.environ["RANK"])
 
 
 class Recording:
-    """Mixed into a trainer: writes down what each step saw and gave."""
+    """Mixed into a trainer, records the data and the results of each step."""
 
-    def batch_generator(self, data_iterable):
-        self.batches = []
+    def batch_generator(
+        self, data_iterable: Iterable
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        self.batches: list[str] = []
         for input_dict, labels in super().batch_generator(data_iterable):
             digest = hashlib.sha256(input_dict["input"].numpy().tobytes())
             digest.update(labels.numpy().tobytes())
             self.batches.append(digest.hexdigest())
             yield input_dict, labels
 
-    def forward_backward_step(self, **arguments):
+    def forward_backward_step(self, **arguments: Any) -> torch.Tensor:
         loss = super().forward_backward_step(**arguments)
         if os.environ.get("NAN_AT") == f"{self.step},{RANK}":
             loss = loss * float("nan")
         return loss
 
-    def train_step(self, data_iterator):
+    def train_step(self, data_iterator: Iterator) -> None:
         log = self.metrics_processor.log
 
-        def recording_log(step, average_loss, maximum_loss, grad_norm, extra_metrics=None):
+        def recording_log(
+            step: int,
+            average_loss: float,
+            maximum_loss: float,
+            grad_norm: float,
+            extra_metrics: dict[str, Any],
+        ) -> None:
             self.logged = {
                 "loss": float(average_loss).hex(),
                 "maximum_loss": float(maximum_loss).hex(),

@@ -1,54 +1,17 @@
-"""Packing, splitting over ranks, and resuming any number of times, for every kind of text."""
+"""Packing, dealing to ranks, and resuming any number of times, for every kind of text."""
 
-import gzip
-import hashlib
 import itertools
-import json
-import lzma
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from text_data import config, digest, global_batches, loader, write_jsonl
 
 from torchtitan.models.llama3_lighthouse.data import text_sources
-from torchtitan.models.llama3_lighthouse.data.packing import (
-    build_dataloader,
-    build_validation_dataloader,
-)
-from torchtitan.models.llama3_lighthouse.data.tokenizer import BOS_ID, EOS_ID, ByteTokenizer
+from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
+from torchtitan.models.llama3_lighthouse.data.tokenizer import BOS_ID, EOS_ID
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
-
-
-def config(dataset="c4_local", path=None, seq_len=64, batch_size=2, workers=0) -> JobConfig:
-    job = JobConfig()
-    for section in (job.training, job.validation):
-        section.dataset, section.dataset_path = dataset, path and str(path)
-        section.seq_len, section.local_batch_size = seq_len, batch_size
-        section.dataloader.num_workers = workers
-    return job
-
-
-def loader(job: JobConfig, rank=0, ranks=1, build=build_dataloader):
-    return build(ranks, rank, ByteTokenizer(), job)
-
-
-def digest(batch) -> str:
-    inputs, labels = batch
-    return hashlib.sha256(inputs["input"].numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-
-
-def write_jsonl(folder: Path, documents: dict[str, list]) -> Path:
-    """Files of JSON lines, by name; compressed as the name's ending says."""
-    folder.mkdir(parents=True, exist_ok=True)
-    openers = {".gz": gzip.open, ".xz": lzma.open}
-    for name, texts in documents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with openers.get(Path(name).suffix, open)(folder / name, "wt") as file:
-            file.writelines(
-                json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)
-            )
-    return folder
 
 
 @pytest.fixture
@@ -70,7 +33,7 @@ def test_packing_predicts_every_token_once(folder: Path) -> None:
     expected = []
     for text in texts:
         expected += [BOS_ID, *text.encode(), EOS_ID]
-    # Beyond its end the text begins again.
+    # The text begins again after its end.
     assert stream == (expected * 2)[: len(stream)]
 
 
@@ -98,12 +61,14 @@ def stdlib_or(folder: Path, dataset: str) -> Path | None:
         ("c4_local", 0, 1, 1),
         ("c4_local", 1, 2, 0),
         ("c4_local", 1, 2, 1),
-        # Another source of the same reader, and a large one: opening it is what takes long.
+        # One case is enough for this large source, which takes long to open.
         ("python_stdlib", 1, 2, 1),
     ],
 )
-def test_resuming_twice_changes_nothing(folder, dataset, rank, ranks, workers) -> None:
-    """Through the end of the text too: 60 batches are more than the folder holds."""
+def test_resuming_twice_changes_nothing(
+    folder: Path, dataset: str, rank: int, ranks: int, workers: int
+) -> None:
+    """60 batches are more than the folder holds, so they go through the end of its text too."""
     seq_len = 64 if dataset == "c4_local" else 4096
     job = config(dataset, stdlib_or(folder, dataset), seq_len, workers=workers)
     straight = [digest(b) for b in itertools.islice(loader(job, rank, ranks), 60)]
@@ -131,7 +96,7 @@ def test_resume_continues_at_every_batch(folder: Path) -> None:
 
 
 def test_resuming_twice_within_one_document(folder: Path) -> None:
-    """Nothing is read between the resumes, as the first of them left enough to hand out."""
+    """No document is read between the resumes: the buffer holds enough sequences."""
     job = config(path=folder, seq_len=16, batch_size=1)
     job.training.global_batch_size = 4
     for stop in range(1, 20, 3):
@@ -303,21 +268,8 @@ def test_streams_that_cannot_be_shared_are_refused(folder: Path, streams, batch)
         loader(job, 0, 4)
 
 
-def global_batches(job: JobConfig, ranks: int, count: int, state: dict | None):
-    """Digests of ``count`` global batches read by ``ranks`` ranks, and their position after it."""
-    loaders = [loader(job, rank, ranks) for rank in range(ranks)]
-    for each in loaders if state else []:
-        each.load_state_dict(state)
-    readers = [iter(each) for each in loaders]
-    share = job.training.global_batch_size // ranks
-    batches = [
-        [digest(next(reader)) for reader in readers for _ in range(share)] for _ in range(count)
-    ]
-    return batches, {k: v for each in loaders for k, v in each.state_dict().items()}
-
-
 def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
-    """Through two changes of their number, each batch in one piece or in parts."""
+    """The number of ranks changes twice, and with it how many parts a batch is in."""
     job = config(path=folder, seq_len=16, batch_size=1)
     job.training.global_batch_size = 4
     straight, _ = global_batches(job, 1, 30, None)

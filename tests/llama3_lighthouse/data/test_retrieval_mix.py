@@ -1,29 +1,30 @@
-"""Retrieval documents among the text: their share, their form, and what they leave untouched."""
+"""Retrieval documents among the text: their share, their form, and the text around them."""
 
 import re
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from test_packing import config, digest, global_batches, loader, write_jsonl
+from text_data import config, digest, global_batches, loader, write_jsonl
 from torchtitan.components.loss import IGNORE_INDEX
 
 from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.data.retrieval import (
     TASKS,
     PromptEncoder,
-    RetrievalMix,
     evaluation_prompt,
 )
+from torchtitan.models.llama3_lighthouse.data.retrieval_mix import RetrievalMix
 from torchtitan.models.llama3_lighthouse.data.tokenizer import BOS_ID, EOS_ID, ByteTokenizer
-from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, RetrievalTask
 
 SEQ_LEN = 256
-# Those that end a document, with their answers.
+# The questions that end a document, with their answers.
 QUESTIONS = re.compile(r"(?: [A-Z]{2} = \d){2}$|(?: The pass key (?:of [A-Z]{2} )?is \d+)+$")
-# A space is in every retrieval document and in no document of the text.
+# Every retrieval document has a space, and no document of the text has one.
 SPACE = ord(" ")
 
 
@@ -51,6 +52,11 @@ def is_retrieval(sequence: torch.Tensor) -> bool:
     return bool((sequence == SPACE).any())
 
 
+def test_tasks_are_those_of_the_configuration() -> None:
+    """``lighthouse.passkey_tasks`` takes exactly the tasks that exist, in the same order."""
+    assert tuple(TASKS) == get_args(RetrievalTask)
+
+
 @pytest.mark.parametrize("rate", [0.03, 0.1, 0.5, 0.9, 1.0])
 def test_share_is_reached_in_every_stretch_and_every_batch(folder: Path, rate: float) -> None:
     taken = np.array([is_retrieval(each) for each in sequences(mixed(folder, rate), 800)])
@@ -62,7 +68,7 @@ def test_share_is_reached_in_every_stretch_and_every_batch(folder: Path, rate: f
 
 
 def test_answers_alone_are_labels(folder: Path) -> None:
-    """As the generator says, of the same tokens; of text all are."""
+    """Retrieval documents have the tokens and labels of the mix; in text every token is a label."""
     mix = RetrievalMix(PromptEncoder(ByteTokenizer()), 0.5, SEQ_LEN + 1, streams=8)
     drawn = 0
     for number, (inputs, labels) in enumerate(islice(loader(mixed(folder, 0.5)), 80)):
@@ -81,7 +87,7 @@ def test_text_is_delayed_and_left_whole(folder: Path) -> None:
     plain = [digest_of(each) for each in sequences(mixed(folder, 0.0, batch_size=1), 400)]
     rest = [each for each in sequences(mixed(folder, 0.3), 400) if not is_retrieval(each)]
     assert len(rest) == 280
-    # Streams are delayed each by itself; compare theirs.
+    # Each stream is delayed by itself, so the comparison goes stream by stream.
     by_stream = [plain[stream::8] for stream in range(8)]
     found = [by_stream_of(digest_of(each), by_stream) for each in rest]
     for stream in range(8):
@@ -125,7 +131,7 @@ def test_documents_are_whole_answered_and_of_every_kind() -> None:
     assert {kind: kinds.count(kind) > len(kinds) / 8 for kind in TASKS} == dict.fromkeys(
         TASKS, True
     )
-    # As many tokens in short ones as in long ones, by octave; five octaves lie from 40 on.
+    # Every octave of lengths has a like share of the tokens; five octaves lie above 40.
     lengths = np.array(lengths)
     assert lengths.min() < 60 and lengths.max() == 1025
     for shortest in (64, 128, 256, 512):
@@ -134,7 +140,7 @@ def test_documents_are_whole_answered_and_of_every_kind() -> None:
 
 
 def test_tasks_can_be_chosen(folder: Path) -> None:
-    """Only theirs are drawn, and sequences need hold no other."""
+    """Only the chosen tasks are drawn, and sequences may be too short for the others."""
     job = mixed(folder, 1.0, seq_len=63)
     job.lighthouse.passkey_tasks = ["passkey"]
     for inputs, labels in islice(loader(job), 40):
@@ -147,11 +153,11 @@ def test_tasks_can_be_chosen(folder: Path) -> None:
 
 
 def kind_and_check(text: str) -> str:
-    """The task that a document is of, once its answer has been found right."""
+    """The task of a document, after a check that its answers are right."""
     if match := re.search(r"( [A-Z]{2} = \d){2}$", text):
         values = dict(re.findall(r" ([A-Z]{2}) = (\w+);", text))
         answers = dict(re.findall(r" ([A-Z]{2}) = (\d)", match[0]))
-        # The last of each chain is asked for: what no other one is equal to.
+        # The questions name the last variable of each chain, which no other one equals.
         assert answers.keys() == values.keys() - set(values.values())
         for name, answer in answers.items():
             while name in values:
@@ -206,7 +212,7 @@ def test_resume_is_exact_at_every_batch(folder: Path, workers: int) -> None:
 
 
 def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
-    """Through changes of their number, and across the end of the text."""
+    """The number of ranks changes three times, and the text ends in between."""
     job = mixed(folder, 0.4)
     straight, _ = global_batches(job, 1, 90, None)
     changed, state = global_batches(job, 2, 31, None)
@@ -225,7 +231,7 @@ def test_rate_may_change_at_a_resume_and_text_goes_on(folder: Path) -> None:
     goes_on = [batch[0]["input"][0] for batch in islice(later, 40)]
     by_stream = [[digest_of(each[:-1]) for each in plain[stream::8]] for stream in range(8)]
     places = [by_stream_of(digest_of(each), by_stream)[1] for each in goes_on]
-    # 80 sequences, a quarter of them not text: each stream has read 7 or 8 of its own.
+    # A quarter of the 80 sequences were not text: each stream has read 7 or 8 of its own.
     assert set(places[:8]) <= {7, 8} and places[8:16] == [place + 1 for place in places[:8]]
 
 

@@ -1,5 +1,6 @@
-"""The byte tokenizer and its Hugging Face twin read the same ids."""
+"""The byte tokenizer and its files for Hugging Face give the same ids."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ RAW = Tokenizer.from_file(f"{BYTE_TOKENIZER_FOLDER}/tokenizer.json")
 RAW.encode_special_tokens = True
 TRANSFORMERS = AutoTokenizer.from_pretrained(BYTE_TOKENIZER_FOLDER)
 
-# Any text, with names of special tokens, all bytes, and what tokenizers like to split or merge.
+# Any text, names of special tokens, and pieces that other tokenizers split or merge.
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.lists(st.sampled_from([BOS, EOS, "<|pad|>", " ", "  ", "\r\n", "\x00", "é", "don't", "😀"]))
@@ -57,21 +58,21 @@ def test_all_bytes_decode() -> None:
     assert OURS.encode("\ud800") == [ord("?")]
 
 
-def test_shipped_files_are_what_the_code_writes(tmp_path) -> None:
+def test_shipped_files_are_what_the_code_writes(tmp_path: Path) -> None:
     save_hugging_face_tokenizer(tmp_path)
     for file in tmp_path.iterdir():
         with open(f"{BYTE_TOKENIZER_FOLDER}/{file.name}") as shipped:
             assert shipped.read() == file.read_text()
 
 
-def config(kind: str, folder) -> SimpleNamespace:
+def config(kind: str, folder: Path | str) -> SimpleNamespace:
     return SimpleNamespace(
         lighthouse=SimpleNamespace(tokenizer=kind),
         model=SimpleNamespace(hf_assets_path=str(folder)),
     )
 
 
-def test_build(tmp_path) -> None:
+def test_build(tmp_path: Path) -> None:
     assert isinstance(build_tokenizer(config("byte", tmp_path)), ByteTokenizer)
     hugging_face = build_tokenizer(config("hf", BYTE_TOKENIZER_FOLDER))
     assert hugging_face.encode("ab", add_bos=True, add_eos=True) == [BOS_ID, 97, 98, EOS_ID]

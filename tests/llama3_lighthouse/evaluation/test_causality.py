@@ -1,10 +1,11 @@
-"""How much a selection tells of later tokens, on models planted to show it."""
+"""Knowledge of later tokens, measured on planted models that have it or lack it."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lighthouse import LighthouseConfig
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.evaluation.causality import (
     FUTURES,
@@ -30,13 +31,13 @@ def test_what_is_replaced() -> None:
 
 
 def planted(reads_on: bool):
-    """A model that is certain of the next token, read where it stands, or of one and the same."""
+    """A model that reads the next token where it stands, or else always predicts token 0."""
 
     def model(tokens: torch.Tensor) -> torch.Tensor:
         answer = tokens.roll(-1, dims=1) if reads_on else torch.zeros_like(tokens)
         return 20.0 * torch.nn.functional.one_hot(answer, VOCABULARY)
 
-    model.model_args = SimpleNamespace(lighthouse=SimpleNamespace(pooling_factor=4, levels=3))
+    model.model_args = SimpleNamespace(lighthouse=LighthouseConfig(pooling_factor=4, levels=3))
     return model
 
 
@@ -51,7 +52,7 @@ def test_planted_models(reads_on: bool) -> None:
     if not reads_on:
         assert all(each["difference"] == 0 for each in summary.values())
     else:
-        # What it reads lies in the position's own entries, and other text is rarely the same.
+        # The token that it reads lies in the position's own entries. Other text rarely has it.
         assert summary["true text"]["loss"] < 1e-4
         assert summary["other text"]["difference"] > 15
         assert summary["other text later"]["difference"] == 0

@@ -1,4 +1,4 @@
-"""Held-out loss by context: the trainer's own figure, whole buckets, intervals, refusals."""
+"""Held-out loss by context: agreement with the trainer, buckets, intervals, refusals."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import torch
 from launch import VALIDATED, Run, exit_code_of
 from torch.nn.functional import cross_entropy
 
-from lighthouse_commands import evaluate_loss
+from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.evaluation import held_out_loss
 from torchtitan.models.llama3_lighthouse.evaluation.held_out_loss import (
     bucket_means,
@@ -34,8 +34,8 @@ def call(tmp_path: Path, monkeypatch):
     """Run the command; return its rows, or the message that it ends with."""
 
     def command(*line: object) -> list[dict] | str | int:
-        argv = ["evaluate_loss.py", *line, "--output", tmp_path / "out"]
-        if code := exit_code_of(evaluate_loss.main, monkeypatch, *argv):
+        argv = ["lighthouse", "evaluate", "loss", *line, "--output", tmp_path / "out"]
+        if code := exit_code_of(main, monkeypatch, *argv, "--device", "cpu"):
             return code
         with (tmp_path / "out/losses.csv").open() as file:
             return list(csv.DictReader(file))
@@ -45,17 +45,15 @@ def call(tmp_path: Path, monkeypatch):
 
 def test_mean_over_all_positions_is_the_trainers_validation_loss(run, call, tmp_path) -> None:
     steps = [run / "checkpoint/step-2", run / "checkpoint/step-3"]
-    rows = call(*steps, "--stages", "dense", "lighthouse", "--first-bucket", 64)
+    rows = call(*steps, "--attention", "dense", "lighthouse", "--first-bucket", 64)
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     logged = {line["step"]: line.get("validation_metrics/loss") for line in lines}
     assert [row["attention"] for row in rows[::5]] == ["dense", "lighthouse"] * 2
     curves = {(row["checkpoint"], row["attention"]): rows[i : i + 5]
               for i, row in enumerate(rows) if i % 5 == 0}  # fmt: skip
-    for (name, stage), step in {
-        ("dump, step 2", "lighthouse"): 2,
-        ("dump, step 3", "dense"): 3,
-    }.items():  # noqa: E501
-        *buckets, whole = curves[name, stage]
+    trained_under = {("dump, step 2", "lighthouse"): 2, ("dump, step 3", "dense"): 3}
+    for (name, attention), step in trained_under.items():
+        *buckets, whole = curves[name, attention]
         assert float(whole["loss"]) == pytest.approx(logged[step], abs=1e-5)
         counts = [int(row["context to"]) - int(row["context from"]) + 1 for row in buckets]
         assert counts == [64, 64, 128, 256]
@@ -67,12 +65,13 @@ def test_mean_over_all_positions_is_the_trainers_validation_loss(run, call, tmp_
     assert one["minus first"] == ""
     difference = float(other["loss"]) - float(one["loss"])
     assert float(other["minus first"]) == pytest.approx(difference, abs=1e-9)
-    # Sequences differ more than what one more step does to them.
+    # Sequences differ more from one another than one more step changes each of them.
     width = float(other["minus first, high"]) - float(other["minus first, low"])
     assert 0 < width < float(one["high"]) - float(one["low"])
     record = json.loads((tmp_path / "out/losses.json").read_text())
     assert [c["dense steps"] for c in record["checkpoints"]] == [0, 0, 1, 1]
     assert record["text"]["validation.seq_len"] == 512 and len(record["losses"]) == 20
+    assert {"GPU", "torch", "triton", "python", "revision", "date"} <= record.keys()
     assert (tmp_path / "out/losses.png").stat().st_size > 10_000
 
 

@@ -1,4 +1,4 @@
-"""Models out of checkpoints, and what checkpoints record."""
+"""Models loaded from checkpoints, and the records of checkpoints."""
 
 import json
 from pathlib import Path
@@ -33,10 +33,10 @@ def test_checkpoints_record_what_wrote_them(run: Path) -> None:
     assert dense.config["model"]["flavor"] == "debugmodel"
 
 
-@pytest.mark.parametrize(("step", "stage"), [(2, "lighthouse"), (3, "dense")])
-def test_loaded_model_has_the_validated_loss(run: Path, step: int, stage: str) -> None:
+@pytest.mark.parametrize(("step", "attention"), [(2, "lighthouse"), (3, "dense")])
+def test_loaded_model_has_the_validated_loss(run: Path, step: int, attention: str) -> None:
     trained = load_trained_model(run / f"checkpoint/step-{step}")
-    trained.model.use_attention(stage)
+    trained.model.use_attention(attention)
     loader = iter(build_validation_dataloader(1, 0, trained.tokenizer, trained.config))
     losses = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The retrieval test itself: where its prompts put things, and what planted models score."""
+"""Retrieval: where prompts put things, what planted models score, and the command's output."""
 
 import csv
 import itertools
@@ -17,26 +17,26 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from lighthouse import LighthouseAttention, LighthouseConfig
-from lighthouse.geometry import PyramidGeometry
-from lighthouse_commands import evaluate_niah
+from lighthouse.geometry import PyramidGeometry, fitting_length
+from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.checkpoint import RECORD_FILE, CheckpointRecord
 from torchtitan.models.llama3_lighthouse.data.retrieval import (
     TASKS,
     PromptEncoder,
-    RetrievalMix,
     evaluation_prompt,
     shortest_prompt,
 )
+from torchtitan.models.llama3_lighthouse.data.retrieval_mix import RetrievalMix
 from torchtitan.models.llama3_lighthouse.data.tokenizer import (
     BOS_ID,
     PADDED_VOCABULARY_SIZE,
     ByteTokenizer,
     build_tokenizer,
 )
+from torchtitan.models.llama3_lighthouse.evaluation import retrieval_report
 from torchtitan.models.llama3_lighthouse.evaluation.inference import load_trained_model, logits_at
 from torchtitan.models.llama3_lighthouse.evaluation.retrieval_accuracy import (
     Cell,
-    fitting_length,
     measure_cell,
     wilson_interval,
 )
@@ -80,7 +80,7 @@ def text_of(tokens: torch.Tensor | np.ndarray) -> str:
 
 
 def answer_to(text: str) -> str:
-    """What a prompt asks for, found as a reader would."""
+    """The answer to a prompt, found as a reader would find it."""
     question = list(QUESTION.finditer(text))[-1].group()
     if question.endswith("= "):
         name, links = question[1:3], dict(re.findall(r" ([A-Z]{2}) = (\w+);", text))
@@ -108,30 +108,30 @@ def copying(tokens: torch.Tensor, places: slice) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("stage", ["dense", "lighthouse"])
+@pytest.mark.parametrize("attention", ["dense", "lighthouse"])
 @pytest.mark.parametrize("name", TASKS)
-def test_copying_model_scores_one(name: str, stage: str) -> None:
+def test_copying_model_scores_one(name: str, attention: str) -> None:
     for length, depth in ((231, 0.0), (230, 0.4), (400, 1.0)):
         cell = measure_cell(
-            copying, BYTES, TASKS[name], length, depth, 20, stage, METHOD, batch_tokens=2000
+            copying, BYTES, TASKS[name], length, depth, 20, attention, METHOD, batch_tokens=2000
         )
         assert cell.accuracy == cell.digit_accuracy == cell.high == 1.0
         assert cell.low == pytest.approx(wilson_interval(20, 20)[0]) and cell.low < 0.85
         assert (cell.length, cell.text_bytes, cell.depth) == (length, length - 1, depth)
         steps = length + TASKS[name].digits - 1
-        assert cell.sequence_length == (steps if stage == "dense" else -(-steps // 4) * 4)
+        assert cell.sequence_length == (steps if attention == "dense" else -(-steps // 4) * 4)
 
 
 def test_wrong_digit_fails_the_key_and_counts_as_one_digit() -> None:
     def nearly(tokens, places):
         logits = copying(tokens, places)
         logits[:, 3] = logits[:, 3].roll(1, dims=-1)
-        # The answer's digit is right next to the right one, or no digit at all.
+        # The guessed digit is one more than the right one, or no digit at all.
         logits[:, 3, ord("x")] = 9.0
         return logits
 
     cell = measure_cell(nearly, BYTES, TASKS["long_passkey"], 128, 0.5, 200)
-    # A 9 became no digit; ties go to 0, which is wrong too.
+    # A 9 turned into no digit; all ten tie then, and 0 wins, which is wrong too.
     assert cell.accuracy == 0.0 and cell.digit_accuracy == pytest.approx(0.8)
 
 
@@ -150,14 +150,14 @@ def test_guessing_model_scores_a_tenth(name: str) -> None:
         for seed in range(10)
     ]
     assert all(cell.chance == pytest.approx(0.1) for cell in cells)
-    # Of 30 intervals 28.5 on average; fewer than 25 once in 300 times.
+    # On average 28.5 of 30 intervals hold it; fewer than 25 do once in 300 times.
     assert sum(cell.low < 0.1 < cell.high for cell in cells) >= 25
     mean = np.mean([cell.accuracy for cell in cells])
     assert abs(mean - 0.1) < 3 * (0.09 / 1500) ** 0.5
 
 
 def test_wilson_interval_against_its_definition() -> None:
-    """Its bounds are the probabilities from which what was seen is 1.96 deviations away."""
+    """The result lies 1.96 standard deviations from each bound, taken as the true probability."""
     for right, trials in ((0, 50), (5, 50), (31, 60), (50, 50)):
         low, high = wilson_interval(right, trials)
         assert 0 <= low < high <= 1
@@ -228,7 +228,7 @@ def test_prompts_hold_one_answer_and_distractors_that_differ(name: str) -> None:
         filler = QUESTION.sub("", re.sub(r" (?:The pass|[A-Z]{2} =)[^.;]*[.;] ", "", text))
         assert filler.isascii() and filler.isalnum()
     counts = [sum(answer[0] == str(digit) for answer in answers) for digit in range(10)]
-    # Of 200, each digit 20 on average with a deviation of 4.2.
+    # Each digit comes 20 times in 200 on average, with a standard deviation of 4.2.
     assert min(counts) > 5 and max(counts) < 37
 
 
@@ -316,7 +316,7 @@ def test_training_documents_of_a_merging_tokenizer_fill_their_sequences(merging)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """An untrained model's, with the record of a trainer."""
+    """A checkpoint of an untrained model, with the record of a trainer."""
     job = JobConfig()
     job.model.flavor, job.training.seq_len = "debugmodel", 512
     section = job.lighthouse
@@ -339,16 +339,21 @@ def test_logits_at_places_are_those_of_the_whole_output(checkpoint: Path) -> Non
     model = load_trained_model(checkpoint).model
     tokens = torch.randint(256, (2, 512), generator=torch.Generator().manual_seed(0))
     outputs = {}
-    for stage in ("dense", "lighthouse"):
-        model.use_attention(stage)
-        whole = outputs[stage] = model(tokens)
+    for attention in ("dense", "lighthouse"):
+        model.use_attention(attention)
+        whole = outputs[attention] = model(tokens)
         part = logits_at(model, tokens, slice(300, 303))
         torch.testing.assert_close(part, whole[:, 300:303], rtol=1e-5, atol=1e-5)
         assert torch.equal(model(tokens), whole)
     assert not torch.equal(outputs["dense"], outputs["lighthouse"])
 
 
-def test_script_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkeypatch) -> None:
+def evaluate_niah(*line: object) -> None:
+    """Run ``lighthouse evaluate niah``."""
+    main(["evaluate", "niah", *map(str, line)])
+
+
+def test_command_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkeypatch) -> None:
     lighthouse_on = []
 
     def recording(model, tokens, places):
@@ -357,17 +362,17 @@ def test_script_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkey
         lighthouse_on.append([module.enabled for module in modules])
         return logits_at(model, tokens, places)
 
-    monkeypatch.setattr(evaluate_niah, "logits_at", recording)
-    line = [str(checkpoint.parent), "--output", str(tmp_path), "--tasks", "passkey", "variables"]
+    monkeypatch.setattr(retrieval_report, "logits_at", recording)
+    line = [checkpoint.parent, "--output", tmp_path, "--tasks", "passkey", "variables"]
     line += ["--lengths", "100", "200", "--depths", "0", "50", "100", "--trials", "2"]
-    evaluate_niah.main([*line, "--stages", "dense", "lighthouse", "--device", "cpu"])
+    evaluate_niah(*line, "--attention", "dense", "lighthouse", "--device", "cpu")
     record = json.loads((tmp_path / "results.json").read_text())
     (evaluated,) = record["checkpoints"]
     assert (evaluated["step"], evaluated["dense_steps"]) == (8, 2)
     assert evaluated["path"] == str(checkpoint)
     assert record["settings"]["depths"] == [0, 50, 100] and record["date"] and record["torch"]
     assert "revision" in record
-    # A batch for each cell, first all dense ones.
+    # Every cell is one batch, and all dense cells come first.
     assert lighthouse_on == [[False] * 4] * 12 + [[True] * 4] * 12
     cells = evaluated["cells"]
     assert len(cells) == 2 * 2 * 2 * 3
@@ -396,19 +401,19 @@ def test_script_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monkey
 def test_heat_maps_show_every_cell_of_every_checkpoint(tmp_path, monkeypatch) -> None:
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
-    evaluated = [evaluate_niah.Evaluated(name, tmp_path, 8, 2, 200) for name in ("one", "two")]
+    evaluated = [retrieval_report.Evaluated(name, tmp_path, 8, 2, 200) for name in ("one", "two")]
     expected = {}
     for number, each in enumerate(evaluated):
-        for stage in ("dense", "lighthouse"):
-            panel = expected[f"{each.label}\n{stage} attention"] = {}
+        for attention in ("dense", "lighthouse"):
+            panel = expected[f"{each.label}\n{attention} attention"] = {}
             for task, depth, length in itertools.product(TASKS, (1.0, 0.0), (200, 100)):
-                accuracy = (len(panel) + 4 * number + 10 * (stage == "dense")) / 100
-                cell = Cell(task, stage, length, length - 1.0, length, depth, 50, accuracy, 0, 1,
-                            accuracy, 0.1)  # fmt: skip
+                accuracy = (len(panel) + 4 * number + 10 * (attention == "dense")) / 100
+                cell = Cell(task, attention, length, length - 1.0, length, depth, 50, accuracy,
+                            0, 1, accuracy, 0.1)  # fmt: skip
                 each.cells.append(cell)
                 if task == "passkey":
                     panel[f"{100 * depth:g}", str(length)] = f"{accuracy:.0%}"
-    evaluate_niah.plot(tmp_path, evaluated, "passkey")
+    retrieval_report.plot(tmp_path, evaluated, "passkey")
     *panels, _ = figures[0].axes
     found = {}
     for axis in panels:
@@ -427,7 +432,7 @@ def test_heat_maps_show_every_cell_of_every_checkpoint(tmp_path, monkeypatch) ->
     [
         (["--tasks", "passkeys"], "'passkeys' is not known; use passkey, long_passkey"),
         (["--lengths", "30"], "30 tokens is too short for task 'passkey'"),
-        (["--depths", "101"], "--depths 101 is no depth"),
+        (["--depths", "101"], "--depths must lie between 0 and 100 percent, got 101"),
         (["--trials", "0"], "--trials 0 must be at least 1"),
         (["--device", "cuda"], "torch finds 0 CUDA devices; use --device cpu"),
         (["--model.flavor", "7B"], "model.flavor = '7B' is not known"),
@@ -435,18 +440,17 @@ def test_heat_maps_show_every_cell_of_every_checkpoint(tmp_path, monkeypatch) ->
 )
 def test_mistakes_end_with_one_line(checkpoint, tmp_path, monkeypatch, change, message) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    line = [str(checkpoint), "--output", str(tmp_path / "out"), "--trials", "1", *change]
     with pytest.raises(SystemExit) as caught:
-        evaluate_niah.main(line)
+        evaluate_niah(checkpoint, "--output", tmp_path / "out", "--trials", "1", *change)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_checkpoint_and_misspelt_flag(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit, match="holds no complete checkpoint"):
-        evaluate_niah.main([str(tmp_path), "--output", str(tmp_path / "out")])
+        evaluate_niah(tmp_path, "--output", tmp_path / "out")
     with pytest.raises(SystemExit):
-        evaluate_niah.main([str(tmp_path), "--output", str(tmp_path / "out"), "--trails", "3"])
+        evaluate_niah(tmp_path, "--output", tmp_path / "out", "--trails", "3")
     assert "unknown argument --trails" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as Hugging Face folders, what transformers makes of them, and the way back."""
+"""Export to Hugging Face's format, the model that transformers loads, and import."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lighthouse_commands import export_hf, import_hf
+from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.checkpoint import (
     CheckpointRecord,
     read_record,
@@ -71,8 +71,9 @@ def write_checkpoint(folder: Path, last_lighthouse_step: int | None = 2, **chang
 
 
 class Exported(NamedTuple):
+    """A checkpoint at ``path``, its export in ``folder``, and the models that they load as."""
+
     path: Path
-    """Of the checkpoint."""
     folder: Path
     ours: TrainedModel
     theirs: LlamaForCausalLM
@@ -124,7 +125,7 @@ def test_logits_at_far_positions(exported: Exported) -> None:
     actual = logits_at(theirs, tokens, positions)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
-    # Scaling is what makes them so: without it they are others.
+    # The scaling of RoPE matters: without it, logits differ.
     config = LlamaConfig.from_pretrained(exported.folder)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     unscaled = logits_at(load(exported.folder, config=config), tokens, positions)
@@ -188,7 +189,7 @@ def test_round_trip_is_exact(exported: Exported, tmp_path: Path) -> None:
     actual = after.model.state_dict()
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    # What was imported was never Lighthouse's, and can be exported.
+    # An import had no Lighthouse step, so it can be exported.
     export_checkpoint(step, tmp_path / "again")
     first, again = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -316,7 +317,7 @@ def test_export_refuses(checkpoint: Path, tmp_path: Path) -> None:
     flavor = ["--model.flavor", "15M"]
     export_fails("of another model.*set model.flavor", checkpoint, tmp_path / "other", flavor)
     export_fails("choose a larger size", checkpoint, tmp_path / "other", max_shard_size=0)
-    # Nothing half-written stays, in an empty folder of the user's neither.
+    # Nothing half-written stays, not even in an empty folder of the user's.
     (tmp_path / "other").mkdir()
     export_fails("of another model", checkpoint, tmp_path / "other", flavor)
     assert not list((tmp_path / "other").iterdir())
@@ -325,7 +326,7 @@ def test_export_refuses(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def stranger(folder: Path, **changed) -> Path:
-    """A Llama of transformers' own making, of the size of 'debugmodel' unless changed."""
+    """A Llama that transformers made, with the sizes of 'debugmodel' unless ``changed``."""
     sizes = dict(
         vocab_size=320, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=ROPE,
@@ -398,33 +399,33 @@ def test_import_refuses_broken_folders(byte_folder: Path, tmp_path: Path) -> Non
     fails("lacks [0-9]+ tensors of a Llama", folder)
 
 
-def test_scripts(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def call(script, *line) -> None:
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, line)])
-        script.main()
+def test_commands(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def call(command: str, source: Path, output: Path, *line: str) -> None:
+        main([command, str(source), "--output", str(output), *line])
 
     flags = ["--dtype", "bfloat16", "--training.seq_len", "4096", "--max-shard-gb", "0.003"]
-    call(export_hf, checkpoint, tmp_path / "exported", *flags)
+    call("export-hf", checkpoint, tmp_path / "exported", *flags)
     assert "model-00001-of-00004.safetensors (1 of 4): " in capsys.readouterr().out
     config = json.loads((tmp_path / "exported/config.json").read_text())
     assert (config["torch_dtype"], config["max_position_embeddings"]) == ("bfloat16", 4096)
-    call(import_hf, tmp_path / "exported", tmp_path / "run", "--dtype", "float32")
+    call("import-hf", tmp_path / "exported", tmp_path / "run", "--dtype", "float32")
     assert capsys.readouterr().out.endswith(f"Wrote {tmp_path}/run/checkpoint/step-0\n")
     weights = load_trained_model(tmp_path / "run", dtype=torch.bfloat16).model.output.weight
     expected = load_trained_model(checkpoint, dtype=torch.bfloat16).model.output.weight
     assert torch.equal(weights, expected)
 
     with pytest.raises(SystemExit, match="^Error: .*is not overwritten"):
-        call(export_hf, checkpoint, tmp_path / "exported")
+        call("export-hf", checkpoint, tmp_path / "exported")
     with pytest.raises(SystemExit, match="^Error: .*holds no config.json"):
-        call(import_hf, checkpoint, tmp_path / "other")
+        call("import-hf", checkpoint, tmp_path / "other")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(SystemExit, match=r"safetensors.* -e '\.\[export\]'"):
-        call(export_hf, checkpoint, tmp_path / "other")
+        call("export-hf", checkpoint, tmp_path / "other")
 
 
-def run_script(name: str, *line) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"lighthouse_commands.{name}", *map(str, line)]
+def run_command(name: str, source: Path, output: Path, *line: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lighthouse_commands.main", name, str(source)]
+    command += ["--output", str(output), *line]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -439,11 +440,11 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
-    refused = run_script("export_hf", run / "checkpoint/step-1", tmp_path / "exported")
+    refused = run_command("export-hf", run / "checkpoint/step-1", tmp_path / "exported")
     assert refused.returncode == 1
-    (line,) = [line for line in refused.stderr.splitlines() if "export_hf.py" in line]
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("Error: ")]
     assert "--allow-lighthouse" in line
-    done = run_script("export_hf", run, tmp_path / "exported", "--training.seq_len", "1024")
+    done = run_command("export-hf", run, tmp_path / "exported", "--training.seq_len", "1024")
     assert done.returncode == 0, done.stderr
     assert "model.safetensors (1 of 1)" in done.stdout
     assert load(tmp_path / "exported").config.max_position_embeddings == 1024
@@ -455,9 +456,9 @@ def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_from_an_import(run: Path, tmp_path: Path) -> None:
-    """A run in the folder of the import, and one that is pointed to it, take the same steps."""
-    run_script("export_hf", run, tmp_path / "exported")
-    done = run_script("import_hf", tmp_path / "exported", tmp_path / "there/dump")
+    """A run in the import's folder and a run that is pointed to it take the same steps."""
+    run_command("export-hf", run, tmp_path / "exported")
+    done = run_command("import-hf", tmp_path / "exported", tmp_path / "there/dump")
     assert done.returncode == 0, done.stderr
     step = tmp_path / "there/dump/checkpoint/step-0"
     assert str(step) in done.stdout
@@ -468,7 +469,7 @@ def test_training_from_an_import(run: Path, tmp_path: Path) -> None:
     elsewhere.succeed()
     for first, second in zip(there.steps().values(), elsewhere.steps().values(), strict=True):
         assert first["loss"] == second["loss"]
-    # Not those of a model from scratch, which begins at chance.
+    # They differ from the steps of a model from scratch, which begins at chance.
     scratch = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert there.steps()[1]["loss"] != scratch["loss_metrics/global_avg_loss"]
     record = read_record(tmp_path / "there/dump/checkpoint/step-2")

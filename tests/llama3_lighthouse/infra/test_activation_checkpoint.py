@@ -1,73 +1,39 @@
-"""Mode "lighthouse": what is kept, what is repeated, and gradients that do not notice."""
+"""Mode "lighthouse": it keeps and repeats what it says, and gradients stay the same."""
 
 import gc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from small_model import DEVICE, DTYPE, FFN, THREE_LAYERS, N, build_on_device
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lighthouse import LighthouseAttention, LighthouseConfig
-from torchtitan.models.llama3_lighthouse.dry_run import activation_bytes
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     ATTENTION,
     SELECTION,
-    apply_lighthouse_checkpoint,
 )
 from torchtitan.models.llama3_lighthouse.job_config import ActivationCheckpoint
-from torchtitan.models.llama3_lighthouse.model.model import (
-    LighthouseModelArgs,
-    LighthouseTransformer,
-    leave_out_math_backend,
-)
+from torchtitan.models.llama3_lighthouse.memory_estimate import activation_bytes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-N = 256
-METHOD = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, picks_per_stratum=8)
-ARGS = LighthouseModelArgs(
-    dim=64, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=32, vocab_size=320, max_seq_len=N,
-    lighthouse=METHOD, dense_layers=[0],
-)  # fmt: skip
-FFN = 192
 KEPT = [(), ("wo",), ("wo", "w1", "w3"), ("wq", "wk", "wv", "wo", "w1", "w3")]
 MM = torch.ops.aten.mm.default
 
 
-def build(stage: str, impl: str | None, keep_products=None) -> LighthouseTransformer:
-    """A small model; ``keep_products`` None leaves its activations alone."""
-    torch.manual_seed(0)
-    model = LighthouseTransformer(ARGS)
-    with torch.no_grad():
-        model.init_weights()
-    assert model.layers["0"].feed_forward.w1.weight.shape[0] == FFN
-    model.to(DEVICE)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPE)
-    for module in model.modules():
-        if isinstance(module, LighthouseAttention):
-            module.impl = impl
-    leave_out_math_backend(model)
-    if keep_products is not None:
-        section = ActivationCheckpoint(mode="lighthouse", keep_products=list(keep_products))
-        apply_lighthouse_checkpoint(model, section)
-    model.use_attention(stage)
-    return model
-
-
-def loss_of(model) -> torch.Tensor:
+def loss_of(model: nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, ARGS.vocab_size, (1, N), generator=generator)
+    tokens = torch.randint(0, THREE_LAYERS.vocab_size, (1, N), generator=generator)
     return model(tokens.to(DEVICE)).float().logsumexp(-1).sum()
 
 
 def assert_equal_gradients(expected: list, found: list, exact: bool) -> None:
-    """To the last bit if ``exact``, on a CPU: backwards of attention on GPUs add in any order."""
+    """To the last bit if ``exact``, on a CPU; on a GPU, attention's backward adds in any order."""
     for one, other in zip(expected, found, strict=True):
         if exact and DEVICE == "cpu":
             assert torch.equal(one, other)
@@ -76,13 +42,13 @@ def assert_equal_gradients(expected: list, found: list, exact: bool) -> None:
             torch.testing.assert_close(other, one, rtol=0, atol=scale * 8 * torch.finfo(DTYPE).eps)
 
 
-def storages_of(tree) -> dict:
+def storages_of(tree: object) -> dict[int, torch.UntypedStorage]:
     tensors = (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
     return {storage._cdata: storage for storage in (x.untyped_storage() for x in tensors)}
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations, and remembers what they allocate for as long as it lives."""
+    """Counts operations, and keeps track of the memory that they allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,9 +68,9 @@ class Watch(TorchDispatchMode):
         return sum(size for storage, size in self.storages.values() if not storage.expired())
 
 
-def repeated_products(stage: str, keep_products: tuple[str, ...]) -> int:
-    """Matrix products that the backward of the three layers repeats when nothing is pruned."""
-    lighthouse = 2 if stage == "lighthouse" else 0
+def repeated_products(attention: str, keep_products: tuple[str, ...]) -> int:
+    """Matrix products that an eager backward of the three layers repeats."""
+    lighthouse = 2 if attention == "lighthouse" else 0
     names = {"wq", "wk", "wv", "wo", "w1", "w3"}
     kept_in_dense = len(names & set(keep_products))
     kept_in_lighthouse = len({"wo", "w1", "w3"} & set(keep_products))
@@ -112,35 +78,37 @@ def repeated_products(stage: str, keep_products: tuple[str, ...]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("stage", "impl", "keep_products"),
+    ("attention", "impl", "keep_products"),
     [
         *(("lighthouse", "torch", products) for products in KEPT),
         *(("dense", None, products) for products in KEPT),
         pytest.param("lighthouse", "triton", KEPT[1], marks=pytest.mark.slow),
     ],
 )
-def test_gradients_are_the_same_bits_and_attention_runs_once(stage, impl, keep_products) -> None:
-    reference = build(stage, impl)
+def test_gradients_are_the_same_bits_and_attention_runs_once(
+    attention, impl, keep_products
+) -> None:
+    reference = build_on_device(attention, impl)
     loss_of(reference).backward()
-    model = build(stage, impl, keep_products)
+    model = build_on_device(attention, impl, keep_products)
     with Watch() as watch:
         loss_of(model).backward()
     expected, found = ([p.grad for p in m.parameters()] for m in (reference, model))
     assert_equal_gradients(expected, found, exact=True)
     assert sum(watch.count[operation] for operation in ATTENTION) == 3
     selections = sum(watch.count[operation] for operation in SELECTION)
-    assert selections == (2 if stage == "lighthouse" else 0)
-    products = 3 * (3 * 7 + 1) + repeated_products(stage, keep_products)
+    assert selections == (2 if attention == "lighthouse" else 0)
+    products = 3 * (3 * 7 + 1) + repeated_products(attention, keep_products)
     assert watch.count[MM] == products
 
 
 def kept_bytes(
-    layer: int, stage: str, keep_products: tuple[str, ...], itemsize: int = DTYPE.itemsize
+    layer: int, attention: str, keep_products: tuple[str, ...], itemsize: int = DTYPE.itemsize
 ) -> int:
-    """What one layer keeps for backward beside its input."""
+    """Bytes that one layer keeps for backward beside its input."""
     heads, kv_heads, head_dim = 4, 2, 16
     widths = {"wq": 64, "wk": 32, "wv": 32, "wo": 64, "w1": FFN, "w3": FFN}
-    lighthouse = stage == "lighthouse" and layer != 0
+    lighthouse = attention == "lighthouse" and layer != 0
     s = N // 4 + 2 * 2 * 16
     length = s if lighthouse else N
     elements = length * heads * head_dim
@@ -155,32 +123,33 @@ def kept_bytes(
 
 
 def assert_bytes(found: int, expected: int) -> None:
-    """Attention on GPUs also keeps a seed and an offset."""
+    """On a GPU, allow for the seed and the offset that attention keeps as well."""
     assert expected <= found <= expected + (64 if DEVICE == "cuda" else 0)
 
 
-@pytest.mark.parametrize("stage", ["lighthouse", "dense"])
+@pytest.mark.parametrize("attention", ["lighthouse", "dense"])
 @pytest.mark.parametrize("keep_products", [KEPT[0], KEPT[3]])
-def test_eager_keeps_what_it_says(stage: str, keep_products: tuple[str, ...]) -> None:
-    """Between forward and backward, by the storages that live."""
-    model = build(stage, "triton", keep_products)
+def test_eager_keeps_what_it_says(attention: str, keep_products: tuple[str, ...]) -> None:
+    """Between forward and backward, by the memory that is in use."""
+    model = build_on_device(attention, "triton", keep_products)
     for layer in (0, 1):
         x = torch.randn(1, N, 64, device=DEVICE, dtype=DTYPE, requires_grad=True)
         with Watch() as watch:
             out = model.layers[str(layer)](x, model.freqs_cis, None)
-        # Triton's interpreter leaves cycles.
+        # Triton's interpreter leaves reference cycles.
         gc.collect()
         del watch.storages[out.untyped_storage()._cdata]
-        assert_bytes(watch.living_bytes(), kept_bytes(layer, stage, keep_products))
+        assert_bytes(watch.living_bytes(), kept_bytes(layer, attention, keep_products))
 
 
 class Graphs:
-    """A backend for torch.compile that runs nothing compiled and remembers what was cut where."""
+    """A backend for torch.compile that runs graphs uncompiled and remembers where they were cut."""
 
     def __init__(self) -> None:
-        self.forward, self.backward = [], []
+        self.forward: list[torch.fx.Graph] = []
+        self.backward: list[torch.fx.Graph] = []
 
-        def remember(graphs):
+        def remember(graphs: list[torch.fx.Graph]) -> Callable:
             return lambda graph, inputs: graphs.append(graph.graph) or graph.forward
 
         self.backend = aot_autograd(
@@ -189,22 +158,22 @@ class Graphs:
             partition_fn=min_cut_rematerialization_partition,
         )
 
-    def count(self, *operations) -> int:
+    def count(self, *operations: torch._ops.OpOverload) -> int:
         graphs = self.forward + self.backward
         return sum(node.target in operations for graph in graphs for node in graph.nodes)
 
     def saved_bytes(self) -> int:
-        """Of what the forward computed and hands to the backward."""
+        """Bytes that the forward computes and hands to the backward."""
         (graph,) = self.forward
         saved = [node for node in graph.output_node().args[0][1:] if node.op != "placeholder"]
         return sum(value.nbytes for value in (node.meta["val"] for node in saved))
 
 
-@pytest.mark.parametrize("stage", ["lighthouse", "dense"])
+@pytest.mark.parametrize("attention", ["lighthouse", "dense"])
 @pytest.mark.parametrize("keep_products", [pytest.param(KEPT[0], marks=pytest.mark.slow), KEPT[2]])
-def test_compiled_keeps_what_it_says(stage: str, keep_products: tuple[str, ...]) -> None:
+def test_compiled_keeps_what_it_says(attention: str, keep_products: tuple[str, ...]) -> None:
     torch._dynamo.reset()
-    model = build(stage, "triton", keep_products)
+    model = build_on_device(attention, "triton", keep_products)
     block = model.layers["1"]
     graphs = Graphs()
     compiled = torch.compile(block, backend=graphs.backend, fullgraph=True)
@@ -213,14 +182,14 @@ def test_compiled_keeps_what_it_says(stage: str, keep_products: tuple[str, ...])
     weights = torch.randn_like(out)
     (out * weights).sum().backward()
     assert graphs.count(*ATTENTION) == 1
-    assert graphs.count(*SELECTION) == (stage == "lighthouse")
-    repeated = {"wq", "wk", "wv"} if stage == "dense" else set()
+    assert graphs.count(*SELECTION) == (attention == "lighthouse")
+    repeated = {"wq", "wk", "wv"} if attention == "dense" else set()
     repeated = (repeated | {"wo", "w1", "w3"}) - set(keep_products)
     assert graphs.count(MM) == 3 * 7 + len(repeated)
-    assert_bytes(graphs.saved_bytes(), kept_bytes(1, stage, keep_products))
+    assert_bytes(graphs.saved_bytes(), kept_bytes(1, attention, keep_products))
     found = [x.grad, *(parameter.grad for parameter in block.parameters())]
 
-    reference = build(stage, "triton").layers["1"]
+    reference = build_on_device(attention, "triton").layers["1"]
     expected_x = x.detach().requires_grad_()
     (reference(expected_x, model.freqs_cis, None) * weights).sum().backward()
     expected = [expected_x.grad, *(parameter.grad for parameter in reference.parameters())]
@@ -230,11 +199,17 @@ def test_compiled_keeps_what_it_says(stage: str, keep_products: tuple[str, ...])
 @pytest.mark.parametrize("keep_products", KEPT)
 def test_dry_run_counts_the_same(keep_products: tuple[str, ...]) -> None:
     section = ActivationCheckpoint(mode="lighthouse", keep_products=list(keep_products))
-    for stage in ("lighthouse", "dense"):
-        layers = sum(kept_bytes(layer, stage, keep_products, 2) + 2 * N * 64 for layer in range(3))
-        head = 10 * N * ARGS.vocab_size
-        assert activation_bytes(ARGS, N, N, section, stage) == pytest.approx(layers + head)
+    for attention in ("lighthouse", "dense"):
+        layers = sum(
+            kept_bytes(layer, attention, keep_products, 2) + 2 * N * 64 for layer in range(3)
+        )
+        head = 10 * N * THREE_LAYERS.vocab_size
+        assert activation_bytes(THREE_LAYERS, N, N, section, attention) == pytest.approx(
+            layers + head
+        )
         offloaded = replace(section, offload_inputs=True)
-        # Of three layers' inputs, two are on the device at once.
+        # Two of the three layers' inputs are on the device at once.
         layers -= 2 * N * 64
-        assert activation_bytes(ARGS, N, N, offloaded, stage) == pytest.approx(layers + head)
+        assert activation_bytes(THREE_LAYERS, N, N, offloaded, attention) == pytest.approx(
+            layers + head
+        )

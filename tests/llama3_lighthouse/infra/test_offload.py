@@ -1,7 +1,7 @@
-"""Layer inputs in host memory: the same bits, less memory, and copies that no timing can upset."""
+"""Layer inputs in host memory: the same bits, less memory, and no harm from any timing."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -10,9 +10,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from launch import VALIDATED, Run
-from test_activation_checkpoint import ARGS, DEVICE, N, build
-from test_parallelism import validation_losses
+from launch import VALIDATED, Run, validation_losses
+from small_model import DEVICE, THREE_LAYERS, N, build_on_device
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend
@@ -33,13 +33,13 @@ from torchtitan.models.llama3_lighthouse.model.model import (
 )
 
 STEPS, MICROBATCHES = 2, 2
-# Each mode once eager and once compiled would tell no more, and compiling takes long.
+# All four combinations would show no more than these two, and compiling takes long.
 each_mode = pytest.mark.parametrize(("mode", "compiled"), [("lighthouse", True), ("full", False)])
-on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's own tests are harder")
+on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="the tests marked gpu are stricter")
 
 
 @contextmanager
-def offloading(model) -> Iterator[LayerInputOffload]:
+def offloading(model: nn.Module) -> Iterator[LayerInputOffload]:
     layers = model.layers.values()
     before = [(dict(x._forward_pre_hooks), dict(x._forward_hooks)) for x in layers]
     try:
@@ -54,27 +54,29 @@ def offloading(model) -> Iterator[LayerInputOffload]:
                     del hooks[key]
 
 
-def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
+def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens).float().logsumexp(-1).sum()
 
 
 def batches(n: int, vocabulary: int, device: str) -> torch.Tensor:
-    """[STEPS, MICROBATCHES, 1, N]."""
+    """Tokens, [STEPS, MICROBATCHES, 1, N]."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, vocabulary, (STEPS, MICROBATCHES, 1, n), generator=generator)
     return tokens.to(device)
 
 
-def gradients(model, *rows: torch.Tensor) -> list[torch.Tensor]:
-    """Accumulated over a forward and a backward pass of each of ``rows``."""
+def gradients(model: nn.Module, *rows: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients accumulated over a forward and a backward pass for each of ``rows``."""
     model.zero_grad()
     for tokens in rows:
         loss_of(model, tokens).backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def trained(model, tokens: torch.Tensor, after_step=lambda: None) -> list[torch.Tensor]:
-    """Losses and gradients of a few steps, and the weights they end with; puts weights back."""
+def trained(
+    model: nn.Module, tokens: torch.Tensor, after_step: Callable[[], object] = lambda: None
+) -> list[torch.Tensor]:
+    """Losses and gradients of a few steps, and the last weights; then restores the weights."""
     start = [parameter.detach().clone() for parameter in model.parameters()]
     found = []
     for step in tokens:
@@ -96,14 +98,14 @@ def same_bits(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
-def compile_blocks(model, backend: str) -> None:
+def compile_blocks(model: nn.Module, backend: str) -> None:
     for name, block in list(model.layers.items()):
         block = torch.compile(block, backend=backend, fullgraph=True)
         model.layers.register_module(name, block)
 
 
 def small(mode: str, compiled: bool = False) -> LighthouseTransformer:
-    model = build("lighthouse", "torch", ("wo",) if mode == "lighthouse" else None)
+    model = build_on_device("lighthouse", "torch", ("wo",) if mode == "lighthouse" else None)
     if mode == "full":
         section = ActivationCheckpoint(mode="full")
         apply_ac(
@@ -115,33 +117,41 @@ def small(mode: str, compiled: bool = False) -> LighthouseTransformer:
     return model
 
 
+@cache
+def shared(mode: str, compiled: bool) -> LighthouseTransformer:
+    """``small``, compiled once for all tests that leave the model as they found it."""
+    return small(mode, compiled)
+
+
 @on_cpu
 @each_mode
 def test_steps_are_the_same_bits(mode: str, compiled: bool) -> None:
-    """Of accumulated gradients, with a pass without any in between; buffers are made once."""
-    model = small(mode, compiled)
-    tokens = batches(N, ARGS.vocab_size, DEVICE)
+    """With accumulated gradients and passes without gradients between; buffers are made once."""
+    model = shared(mode, compiled)
+    tokens = batches(N, THREE_LAYERS.vocab_size, DEVICE)
     expected = trained(model, tokens)
     buffers = set()
     with offloading(model) as offload:
         found = trained(
             model, tokens, lambda: buffers.add(tuple(x.host.data_ptr() for x in offload.inputs))
         )
-        assert [x.passes for x in offload.inputs] == [STEPS * MICROBATCHES] * ARGS.n_layers
+        assert [x.passes for x in offload.inputs] == [STEPS * MICROBATCHES] * THREE_LAYERS.n_layers
     assert same_bits(expected, found)
     assert len(buffers) == 1
 
 
 @each_mode
 def test_inputs_leave_the_device(mode: str, compiled: bool) -> None:
-    """All but the last layer's, which backward begins with."""
-    model = small(mode, compiled)
+    """All inputs do but the last layer's, which backward begins with."""
+    model = shared(mode, compiled)
     storages = []
-    for layer in model.layers.values():
+    hooks = [
         layer.register_forward_pre_hook(
             lambda layer, arguments: storages.append(StorageWeakRef(arguments[0].untyped_storage()))
         )
-    tokens = batches(N, ARGS.vocab_size, DEVICE)[0, 0]
+        for layer in model.layers.values()
+    ]
+    tokens = batches(N, THREE_LAYERS.vocab_size, DEVICE)[0, 0]
     for offloads, living in ((False, [True, True, True]), (True, [False, False, True])):
         with offloading(model) if offloads else nullcontext():
             storages.clear()
@@ -152,18 +162,20 @@ def test_inputs_leave_the_device(mode: str, compiled: bool) -> None:
             del loss
             gc.collect()
             assert all(storage.expired() for storage in storages)
+    for hook in hooks:
+        hook.remove()
 
 
 @on_cpu
-def test_copies_go_beside_the_layers(monkeypatch) -> None:
-    """By the order in which streams are told to copy and to wait for one another."""
+def test_copies_go_beside_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked by the order in which streams are told to copy and to wait for one another."""
     log: list[str] = []
 
     class Stream:
         def __init__(self, name: str = "copies") -> None:
             self.name = name
 
-        def wait_stream(self, other) -> None:
+        def wait_stream(self, other: "Stream") -> None:
             log.append(f"{self.name} wait for {other.name}")
 
     compute = Stream("compute")
@@ -182,7 +194,7 @@ def test_copies_go_beside_the_layers(monkeypatch) -> None:
     with offloading(model) as offload:
         copy = offload._copy
 
-        def logged(target, source) -> None:
+        def logged(target: torch.Tensor, source: torch.Tensor) -> None:
             copy(target, source)
             to_host, to_device = (
                 [i for i, x in enumerate(offload.inputs) if getattr(x, kind) is target]
@@ -191,7 +203,7 @@ def test_copies_go_beside_the_layers(monkeypatch) -> None:
             log.append(f"save {to_host[0]}" if to_host else f"fetch {to_device[0]}")
 
         offload._copy = logged
-        loss = loss_of(model, batches(N, ARGS.vocab_size, DEVICE)[0, 0])
+        loss = loss_of(model, batches(N, THREE_LAYERS.vocab_size, DEVICE)[0, 0])
         forward, log[:] = log[:], []
         loss.backward()
     before_use, before_copy = "compute wait for copies", "copies wait for compute"
@@ -209,7 +221,7 @@ def test_copies_go_beside_the_layers(monkeypatch) -> None:
 
 def test_a_pass_whose_place_was_taken_has_no_backward() -> None:
     model = small("lighthouse")
-    first, second = batches(N, ARGS.vocab_size, DEVICE)[0]
+    first, second = batches(N, THREE_LAYERS.vocab_size, DEVICE)[0]
     expected = gradients(model, second)
     model.zero_grad()
     with offloading(model):
@@ -241,7 +253,7 @@ def test_sharded_layers_are_offloaded_in_the_precision_that_fsdp_casts_to(reshar
         for part in (*model.layers.values(), model):
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
         use_sum_reductions(model)
-        first, second = batches(N, ARGS.vocab_size, DEVICE)[0]
+        first, second = batches(N, THREE_LAYERS.vocab_size, DEVICE)[0]
         expected = [x.to_local() for x in gradients(model, first, second)]
         with offloading(model) as offload:
             found = [x.to_local() for x in gradients(model, first, second)]
@@ -277,19 +289,19 @@ def of_step(line: dict) -> dict:
     return {key: value for key, value in line.items() if key != "pid"}
 
 
-# On a GPU, large enough for copies and layers to run at once.
+# A model for GPUs, large enough for copies and layers to run at the same time.
 
 GPU_N, GPU_DIM, GPU_LAYERS = 16384, 1024, 8
 INPUT_BYTES = GPU_N * GPU_DIM * 2
-# About 10 ms, in which several layers run, or many copies are made.
+# Clock cycles, about 10 ms: several layers run in that time, or many copies are made.
 LONG = 20_000_000
 
 
 @pytest.fixture
-def repeatable(monkeypatch) -> Iterator[None]:
-    """Deterministic without exception: a mere warning would leave attention's backward as it is.
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deterministic algorithms, as errors: with warnings, attention's backward stays as it is.
 
-    It also fills new memory with NaN, which shows where something is read before it was written.
+    This also fills new memory with NaN, which shows where something is read before it is written.
     """
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=False)
@@ -326,8 +338,8 @@ both = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile
 
 @pytest.mark.gpu
 @both
-def test_steps_on_a_gpu_are_the_same_bits(compiled: bool, repeatable) -> None:
-    """Against two runs without offloading, which have to agree for that to mean anything."""
+def test_steps_on_a_gpu_are_the_same_bits(compiled: bool, repeatable: None) -> None:
+    """Compared with two runs without offloading, which must agree with each other first."""
     model = large(compiled, dense_layers=(0, GPU_LAYERS - 1))
     tokens = batches(GPU_N, 320, "cuda")
     expected = trained(model, tokens)
@@ -348,13 +360,13 @@ def test_steps_on_a_gpu_are_the_same_bits(compiled: bool, repeatable) -> None:
 @pytest.mark.gpu
 @both
 def test_device_memory_is_less_by_the_inputs(compiled: bool) -> None:
-    """Between forward and backward all but one are gone; at the peak, in backward, all but two."""
+    """Between forward and backward one input is left; at the peak, in backward, two are."""
     model = large(compiled)
     tokens = batches(GPU_N, 320, "cuda")[0, 0]
 
     def measure() -> tuple[int, int]:
         for _ in range(2):
-            # Gradients stay, so that each layer's backward needs the same.
+            # Gradients are kept, so that each layer's backward needs the same memory.
             torch.cuda.reset_peak_memory_stats()
             loss = loss_of(model, tokens)
             kept = torch.cuda.memory_stats()["requested_bytes.all.current"]
@@ -367,18 +379,18 @@ def test_device_memory_is_less_by_the_inputs(compiled: bool) -> None:
         kept_less, peak_less = measure()
     assert kept - kept_less == (GPU_LAYERS - 1) * INPUT_BYTES
     saved = GPU_LAYERS - module.INPUTS_ON_DEVICE
-    # One more or less: which moment is the peak may change.
+    # The peak may move to another moment, one input more or less.
     assert abs(peak - peak_less - saved * INPUT_BYTES) <= INPUT_BYTES
 
 
 @contextmanager
-def slow_layers(model, offload: LayerInputOffload) -> Iterator[None]:
-    """The device falls far behind, so that copies which do not wait for it come too early."""
+def slow_layers(model: nn.Module, offload: LayerInputOffload) -> Iterator[None]:
+    """Delay the layers, so that copies which do not wait for them come too early."""
 
-    def sleep(*_) -> None:
+    def sleep(*_: object) -> None:
         torch.cuda._sleep(LONG)
 
-    def after_forward(layer, arguments, out) -> None:
+    def after_forward(layer: nn.Module, arguments: tuple, out: torch.Tensor) -> None:
         sleep()
         if out.requires_grad:
             out.register_hook(sleep)
@@ -392,8 +404,8 @@ def slow_layers(model, offload: LayerInputOffload) -> Iterator[None]:
 
 
 @contextmanager
-def slow_copies(model, offload: LayerInputOffload) -> Iterator[None]:
-    """Copies fall far behind, so that memory not held for them is used again too early."""
+def slow_copies(model: nn.Module, offload: LayerInputOffload) -> Iterator[None]:
+    """Delay the copies, so that memory which is not held for them is reused too early."""
     copy = offload._copy
 
     def slow(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -408,8 +420,8 @@ def slow_copies(model, offload: LayerInputOffload) -> Iterator[None]:
 @pytest.mark.gpu
 @both
 @pytest.mark.parametrize("slow", [slow_layers, slow_copies])
-def test_no_timing_changes_a_bit(compiled: bool, slow, repeatable) -> None:
-    """Nor do passes of other tokens, before and after, that use the same memory."""
+def test_no_timing_changes_a_bit(compiled: bool, slow: Callable, repeatable: None) -> None:
+    """Passes of other tokens before and after, in the same memory, change nothing either."""
     model = large(compiled, dense_layers=(0, GPU_LAYERS - 1))
     rows = batches(GPU_N, 320, "cuda").flatten(0, 1)
     expected = [gradients(model, tokens) for tokens in rows]
@@ -420,13 +432,13 @@ def test_no_timing_changes_a_bit(compiled: bool, slow, repeatable) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("left_out", ["copies wait for compute", "compute waits for copies"])
-def test_leaving_out_a_wait_is_noticed(left_out: str, repeatable) -> None:
-    """The test above would fail: both waits are needed, and it is hard enough to tell."""
+def test_leaving_out_a_wait_is_noticed(left_out: str, repeatable: None) -> None:
+    """Without either wait the test above fails: both are needed, and it is strict enough."""
     model = large(False, dense_layers=(0, GPU_LAYERS - 1))
     rows = batches(GPU_N, 320, "cuda")[0]
     expected = [gradients(model, tokens) for tokens in rows]
     with offloading(model) as offload:
-        # Makes stream and buffers.
+        # Creates the stream and the buffers.
         gradients(model, rows[0])
         if left_out == "copies wait for compute":
             slow, broken = slow_layers, patch.object(offload.copies, "wait_stream", lambda _: None)
@@ -436,6 +448,6 @@ def test_leaving_out_a_wait_is_noticed(left_out: str, repeatable) -> None:
         with slow(model, offload), broken:
             for tokens in rows:
                 found.append(gradients(model, tokens))
-                # No copy may come so late that it hits what the next pass selects.
+                # No copy may come so late that it overwrites what the next pass selects.
                 torch.cuda.synchronize()
     assert not any(map(same_bits, expected, found))

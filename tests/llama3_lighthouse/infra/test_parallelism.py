@@ -1,14 +1,13 @@
-"""The same training on every mesh: what works with what, each against one process.
+"""The same training on every mesh: each composition of parallelisms against one process.
 
-``docs/parallelism.md`` lists these compositions by their names here.
+``docs/guides/parallelism.md`` lists the compositions by the names that they have here.
 """
 
-import re
 import shutil
 from pathlib import Path
 
 import pytest
-from launch import Run
+from launch import Run, validation_losses
 
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 
@@ -17,13 +16,13 @@ SETTINGS = {
     "lighthouse.top_k": 64,
     "lighthouse.picks_per_stratum": 8,
     "lighthouse.dense_from_step": 5,
-    # One Lighthouse layer, early: meshes round differently, and where two candidates score alike
-    # to that rounding they may pick another one. In many layers, some do.
-    "lighthouse.dense_layers": (0, 2, 3, 4, 5),
+    # One Lighthouse layer, and an early one. Meshes round differently: where two candidates' scores
+    # are closer than the rounding, meshes may pick different ones. In many layers, some do.
+    "lighthouse.dense_layers": [0, 2, 3, 4, 5],
     "training.global_batch_size": 2,
     "training.steps": 10,
-    # AdamW's first steps divide gradients that are nothing but rounding by themselves; without
-    # these two the losses would tell how such noise grows.
+    # AdamW's first steps divide each gradient by its own size, even one that is mere rounding.
+    # Without these two settings the losses would show how such noise grows.
     "optimizer.lr": 2e-4,
     "optimizer.eps": 1e-6,
     "checkpoint.interval": 1000,
@@ -36,7 +35,7 @@ SETTINGS = {
 }
 CP2 = {"parallelism.context_parallel_degree": 2}
 TP2 = {"parallelism.tensor_parallel_degree": 2}
-# Two sequences at once, so that each stage has one while the other has the other.
+# Two sequences, so that both pipeline stages have work at the same time.
 PP2 = {
     "lighthouse.log_selection_every": 0,
     "parallelism.pipeline_parallel_degree": 2,
@@ -81,7 +80,7 @@ SLOW_COMPOSITIONS = {
     "cp2-chunked": (2, {**CP2, "lighthouse.loss": "chunked"}),
     "tp2-cp2-lighthouse": (4, {
         **TP2, **CP2, "activation_checkpoint.mode": "lighthouse",
-        "activation_checkpoint.keep_products": ("wo", "w1", "w3"),
+        "activation_checkpoint.keep_products": ["wo", "w1", "w3"],
     }),
     "fsdp2": (2, {}),
     "fsdp2-tp2": (4, TP2),
@@ -100,7 +99,7 @@ SLOW_COMPOSITIONS = {
 
 
 def selection_statistics(folder: Path) -> dict[int, dict[str, float]]:
-    """What was recorded of selections, by step; of a metrics file that one rank alone wrote."""
+    """Recorded statistics of selections, by step, from a metrics file that only one rank wrote."""
     text = (folder / "dump/metrics.jsonl").read_text()
     assert text.count("loss_metrics/global_avg_loss") == 10
     found = {}
@@ -110,15 +109,9 @@ def selection_statistics(folder: Path) -> dict[int, dict[str, float]]:
     return found
 
 
-def validation_losses(run: Run) -> dict[str, float]:
-    """Validation loss by step, as the log has it."""
-    found = re.findall(r"validate step: +(\d+).*?loss: +([\d.]+)", run.log)
-    return {step: float(loss) for step, loss in found}
-
-
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> tuple[dict, Run]:
-    """Settings that start from one seed checkpoint, and their run on one process."""
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Run]:
+    """Settings that start from a seed checkpoint, and a run with them on one process."""
     folder = tmp_path_factory.mktemp("one")
     seed = folder / "seed"
     Run(folder, {**SETTINGS, "checkpoint.create_seed_checkpoint": True}).succeed()
@@ -132,7 +125,9 @@ def one_process(tmp_path_factory) -> tuple[dict, Run]:
     "name",
     [*COMPOSITIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_COMPOSITIONS)],
 )
-def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: Path) -> None:
+def test_ten_steps_equal_those_of_one_process(
+    name: str, one_process: tuple[dict, Run], tmp_path: Path
+) -> None:
     settings, expected = one_process
     processes, changed = {**COMPOSITIONS, **SLOW_COMPOSITIONS}[name]
     batch = changed.get("training.global_batch_size", settings["training.global_batch_size"])
@@ -147,7 +142,7 @@ def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: 
         tokens = line["tokens_seen"]
         assert tokens == want["tokens_seen"] == 512 * batch * step
         for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("maximum_loss", 1e-5)):
-            # The maximum is over ranks that read different text.
+            # The maximum is taken over ranks that read different text.
             if key != "maximum_loss" or not data_parallel:
                 value, wanted = float.fromhex(line[key]), float.fromhex(want[key])
                 assert value == pytest.approx(wanted, rel=tolerance), (step, key)
@@ -158,7 +153,7 @@ def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: 
         assert selection_statistics(tmp_path) == {}
     elif not data_parallel:
         statistics = selection_statistics(expected.record_file.parent)
-        # One of 128 picks, by the rounding of the step between the two passes.
+        # One of 128 picks may differ, by the rounding of the step between the two passes.
         assert selection_statistics(tmp_path) == {
             step: pytest.approx(values, abs=0.01) for step, values in statistics.items()
         }
@@ -166,7 +161,7 @@ def test_ten_steps_equal_those_of_one_process(name: str, one_process, tmp_path: 
         assert list(selection_statistics(tmp_path)) == [2, 4]
 
 
-def test_training_continues_on_another_mesh(one_process, tmp_path: Path) -> None:
+def test_training_continues_on_another_mesh(one_process: tuple[dict, Run], tmp_path: Path) -> None:
     """One process, then two data-parallel ones, then two that share each sequence."""
     settings, expected = one_process
     settings = {**settings, "lr_scheduler.total_steps": 10}

@@ -7,7 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
+from launch import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,7 +38,7 @@ from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
 LIGHTHOUSE = LighthouseConfig(3, 2, 96, picks_per_stratum=4)
 BATCH, N, HEADS, HEAD_DIM = 2, 768, 4, 32
 ALL_GATHER = {"context_parallel_rotate_method": "allgather"}
-# Heads of keys and values, and how they go round.
+# Heads of keys and values, their dtype, and how they go round.
 VARIANTS = [
     (4, torch.float32, Parallelism()),
     (2, torch.float32, Parallelism(context_parallel_load_balancer=None)),
@@ -47,7 +49,7 @@ VARIANTS = [
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes handed to all-to-all, which the seam exchange sends with, and to the ring's hops."""
+    """Bytes that the seam exchange hands to all-to-all, and those that the ring passes on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -58,12 +60,14 @@ class SentBytes(TorchDispatchMode):
             self.sent += [tensor.nbytes for tensor in tensors]
             return pass_on(ring, tensors)
 
-        # Out of the mode's sight, inside an operation.
+        # The mode does not see into the ring's operations.
         monkeypatch.setattr(_Ring, "pass_on", counting)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if DTensor in types:
-            # Look inside: at the collectives that it runs on local tensors.
+            # Let DTensor run its collectives on local tensors, and see those.
             return NotImplemented
         if "all_to_all_single" in str(function):
             self.sent.append(args[0].nbytes)
@@ -71,7 +75,7 @@ class SentBytes(TorchDispatchMode):
 
 
 class HeldBytes(TorchDispatchMode):
-    """The most bytes held at any time in other memory than that of ``inputs``."""
+    """The most bytes held at any time, the memory of ``inputs`` not counted."""
 
     def __init__(self, inputs: list[torch.Tensor]) -> None:
         super().__init__()
@@ -79,7 +83,9 @@ class HeldBytes(TorchDispatchMode):
         self.held: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         results = function(*args, **(kwargs or {}))
         for rows in tree_leaves((args, results)):
             if isinstance(rows, torch.Tensor):
@@ -96,7 +102,7 @@ def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> De
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    # Ranks that wait for each other without end would otherwise do so for half an hour.
+    # Without a timeout, ranks that wait for each other in vain would do so for half an hour.
     timeout = timedelta(seconds=120)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
@@ -134,7 +140,7 @@ def check_layer(mesh: DeviceMesh, key_heads: int, dtype: torch.dtype, config: Pa
     for value, want in zip(*reversed(results), strict=True):
         want = want[:, :, here]
         if dtype == torch.float32:
-            # A small element is a sum of terms as large as its row's others, and rounds as those.
+            # A small element is a sum of large terms, and rounds like the largest of its row.
             assert ((value - want).abs() <= 1e-6 * (1 + want.abs().amax(-1, keepdim=True))).all()
         error = (value.double() - want).norm() / want.double().norm()
         assert error < (1e-6 if dtype == torch.float32 else 1e-2), (dtype, error)
@@ -145,14 +151,14 @@ def check_layer(mesh: DeviceMesh, key_heads: int, dtype: torch.dtype, config: Pa
         dim=HEADS * HEAD_DIM, n_heads=HEADS, n_kv_heads=key_heads, lighthouse=LIGHTHOUSE
     )
     expected = bytes_sent_per_layer(args, N, layout, dtype)
-    # The last chunk of all has no next one to send to, nor the first one before it to answer.
+    # The sequence's last chunk sends no rows forward, and its first chunk no gradients back.
     ends = (0 in here) + (N - 1 in here)
     seams = expected["seam"] * (2 * len(layout.held) - ends) // (2 * len(layout.held))
     assert sum(counter.sent) == BATCH * (expected["ring"] + seams)
 
 
 def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:
-    """As torchtitan cuts it."""
+    """The batch is cut as torchtitan cuts it."""
     torch.manual_seed(0)
     inputs, labels = torch.randint(1000, (2, BATCH, N))
     *want, options = prepare_context_parallel_input(
@@ -165,7 +171,7 @@ def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:
 
 
 def check_refusal(mesh: DeviceMesh) -> None:
-    """Rather than have torch's own ring take over."""
+    """Memory-efficient attention is refused; torch's own ring must not take over."""
     attention = Attention("efficient")
     apply_context_parallel([attention], mesh, Parallelism())
     with pytest.raises(NotImplementedError, match="ring attention runs .* in bfloat16"):
@@ -173,7 +179,7 @@ def check_refusal(mesh: DeviceMesh) -> None:
 
 
 def check_memory(mesh: DeviceMesh) -> None:
-    """In keys of one rank; at a million tokens on each, every one more takes 2 GiB."""
+    """Peak memory, in units of one rank's keys; with a million tokens a rank, a unit is 2 GiB."""
     ring = _Ring(mesh.get_group(), balanced=True, gathers=False)
     rows = [torch.randn(1, N, HEADS, 64).bfloat16().transpose(1, 2) for _ in range(4)]
     query, key, value, grad = rows
@@ -186,13 +192,13 @@ def check_memory(mesh: DeviceMesh) -> None:
 
     with HeldBytes(rows) as held:
         out, logsumexp = _ring_forward(forward, ring, query, key, value)
-    # Received keys and values, two outputs, one of them once more in float32.
+    # Received keys and values, and two outputs, one of which is in float32 as well.
     assert held.peak < 6.5 * key.nbytes, held.peak / key.nbytes
     rows += [out, logsumexp]
     with HeldBytes(rows) as held:
         _ring_backward(backward, ring, grad, query, key, value, out, logsumexp)
-    # Half of all gradients at home, received keys and values, gradients of queries for
-    # them, and those of keys and values, as they leave and as the other rank's arrive.
+    # Half of the gradients computed at home; received keys and values; the queries' gradients for
+    # those; and gradients of keys and values, both those that leave and those that arrive.
     assert held.peak < 9 * key.nbytes, held.peak / key.nbytes
 
 
@@ -200,11 +206,14 @@ def check_memory(mesh: DeviceMesh) -> None:
     "world_size", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))]
 )
 def test_ring_equals_one_device_and_sends_what_is_said(world_size: int, free_port: int) -> None:
-    torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
+    run_ranks(worker, world_size, free_port, processes=world_size)
 
 
 def emulate_attention_of_gpus() -> None:
-    """Give the CPU the operations of cuDNN and flash attention, arguments, results and all."""
+    """Run the operations of cuDNN and flash attention on the CPU, by the CPU's attention.
+
+    They take the arguments of those on GPUs and return results of the same shapes.
+    """
     library = torch.library.Library("aten", "IMPL")
     seed = torch.zeros((), dtype=torch.long)
 
@@ -252,7 +261,7 @@ emulations: list[torch.library.Library] = []
 
 
 class Attention(torch.nn.Module):
-    """Causal attention by one of torch's operations, which context parallelism can spread."""
+    """Causal attention by one of torch's operations, for context parallelism to spread."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -273,6 +282,8 @@ def compiled_worker(
     rank: int, world_size: int, port: int, kinds: list[str], device: str = "cpu"
 ) -> None:
     mesh = join_ranks(rank, world_size, port, device)
+    # A pool of compiling processes takes longer to start than these few kernels to compile.
+    torch._inductor.config.compile_threads = 1
     if device == "cpu":
         emulate_attention_of_gpus()
     torch.manual_seed(0)
@@ -281,7 +292,7 @@ def compiled_worker(
     here = ContextParallel(None, rank, world_size).take(torch.arange(N), dim=0)
 
     def results(function: Callable, part: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        # As a dense layer has its queries, and a Lighthouse layer its keys and values.
+        # Queries lie in memory as a dense layer's do, keys and values as a Lighthouse layer's.
         q, k, v = (x[:, :, part].to(dtype) for x in leaves)
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
         inputs = [x.detach().requires_grad_() for x in (q, k.contiguous(), v.contiguous())]
@@ -307,7 +318,7 @@ def compiled_worker(
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda rows: rows):
                 found = results(partial(run, attention), here, dtype)
-            # Inputs, their sines, attention's output and its cosine's; nothing that was received.
+            # Inputs, their sines, and outputs before and after the cosine; nothing received.
             rows = leaves[0].numel() * dtype.itemsize // world_size
             assert sum(storages.values()) < 9 * rows, (kind, sum(storages.values()) / rows)
             for value, whole in zip(found, want, strict=True):
@@ -320,31 +331,31 @@ def compiled_worker(
     ("world_size", "kinds"),
     [(2, ["cudnn"]), pytest.param(4, ["default", "cudnn", "flash"], marks=pytest.mark.slow)],
 )
-def test_compiled_ring_equals_one_device(world_size, kinds, free_port: int) -> None:
-    arguments = (world_size, free_port, kinds)
-    torch.multiprocessing.spawn(compiled_worker, arguments, nprocs=world_size)
+def test_compiled_ring_equals_one_device(world_size: int, kinds: list[str], free_port: int) -> None:
+    run_ranks(compiled_worker, world_size, free_port, kinds, processes=world_size)
 
 
 @pytest.mark.gpu
 def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
-    """In bfloat16, against float32."""
+    """The ring in bfloat16 against one device in float32."""
     world_size = torch.cuda.device_count()
     if world_size < 2:
-        # On a machine with one GPU the other gpu tests run; nothing can cross from it to another.
+        # The other gpu tests need only one.
         pytest.skip(f"a ring needs two or more GPUs to send between, found {world_size}")
-    arguments = (world_size, free_port, ["cudnn", "flash"], "cuda")
-    torch.multiprocessing.spawn(compiled_worker, arguments, nprocs=world_size)
+    kinds = ["cudnn", "flash"]
+    run_ranks(compiled_worker, world_size, free_port, kinds, "cuda", processes=world_size)
 
 
-def test_bytes_at_a_million_tokens(config_file="train_configs/paper_530m_1m_cp8.toml") -> None:
-    """As docs/parallelism.md states them."""
+def test_bytes_at_a_million_tokens() -> None:
+    """The numbers are those of docs/guides/parallelism.md."""
     args = flavors["530M"]
+    config_file = "train_configs/paper_530m_1m_cp8.toml"
     args.update_from_config(
         LighthouseConfigManager().parse_args(["--job.config_file", config_file])
     )
     sent = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
-    # 8,192 places a rank, keys and values of 1,024 numbers each: 7 hops of bfloat16 forward and
-    # backward and of float32 gradients.
+    # 8,192 places on a rank, with a key and a value of 1,024 numbers each. Each makes 7 hops in
+    # bfloat16 forward, 7 backward, and 7 as a float32 gradient.
     assert sent["ring"] == 8192 * 2048 * 7 * (2 + 2 + 4)
-    # 3 rows of 1,024 numbers after each of 2 chunks, there and back.
+    # 3 rows of 1,024 numbers after each of 2 chunks, forward and backward, in bfloat16.
     assert sent["seam"] == 3 * 1024 * 2 * 2 * 2

@@ -1,9 +1,15 @@
-"""The loss without the logits of all tokens: against float64 and against the whole path."""
+"""The loss in chunks of tokens, against float64 and against the loss of whole logits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from launch import SMALL, arguments
+from small_model import build as build_small
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,8 +18,8 @@ from torchtitan.models.llama3 import Transformer
 
 from lighthouse import LighthouseConfig
 from torchtitan.models.llama3_lighthouse.checks import check_config
-from torchtitan.models.llama3_lighthouse.dry_run import head_bytes
-from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.memory_estimate import head_bytes
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel, linear_cross_entropy
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.loss import build_loss, is_chunked
@@ -27,11 +33,11 @@ B, N, DIM, V, CHUNK = 2, 45, 32, 300, 16
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 COMPILED = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU, not the CPU")
 KERNEL_DEVICES = [pytest.param("cpu", marks=COMPILED), DEVICES[1]]
-# What stands between the model's parameters and its products.
+# Precision of parameters and products; under autocast, parameters are in float32.
 PRECISIONS = ["float32", "bfloat16", "autocast"]
 
 
-def configuration(**settings):
+def configuration(**settings: Any) -> JobConfig:
     return LighthouseConfigManager().parse_args(arguments({**SMALL, **settings}))
 
 
@@ -45,8 +51,10 @@ def problem(device: str, precision: str = "float32") -> tuple[torch.Tensor, ...]
     return hidden, weight, labels.to(device)
 
 
-def exact(hidden, weight, labels, scale: float) -> list[torch.Tensor]:
-    """Loss and both gradients in float64, of the same inputs."""
+def exact(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float
+) -> list[torch.Tensor]:
+    """Loss and both gradients of the same inputs in float64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = (hidden @ weight.T).flatten(0, 1)
     loss = cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
@@ -54,8 +62,8 @@ def exact(hidden, weight, labels, scale: float) -> list[torch.Tensor]:
     return [loss.detach(), hidden.grad, weight.grad]
 
 
-def errors(function, precision: str, device: str) -> list[float]:
-    """Largest error of loss and gradients over the largest value of each."""
+def errors(function: Callable, precision: str, device: str) -> list[float]:
+    """Largest error of the loss and of each gradient, relative to its largest value."""
     hidden, weight, labels = problem(device, precision)
     scale = 1 / 77
     with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
@@ -68,7 +76,7 @@ def errors(function, precision: str, device: str) -> list[float]:
     return [((g - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want, strict=True)]
 
 
-def whole(hidden, weight, labels) -> torch.Tensor:
+def whole(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy_loss(torch.nn.functional.linear(hidden, weight), labels)
 
 
@@ -76,13 +84,13 @@ def whole(hidden, weight, labels) -> torch.Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("chunk", [1, CHUNK, B * N, 1000])
 def test_errors_are_those_of_whole_logits(device: str, precision: str, chunk: int) -> None:
-    def chunked(*inputs):
+    def chunked(*inputs: torch.Tensor) -> torch.Tensor:
         return linear_cross_entropy.linear_cross_entropy(*inputs, chunk)
 
     ours, theirs = errors(chunked, precision, device), errors(whole, precision, device)
     epsilon = torch.finfo(torch.float32).eps
     for mine, plain, factor in zip(ours, theirs, (1.1, 1.5, 1.1), strict=True):
-        # In bfloat16 the hidden states' gradient is rounded before scaling and after it.
+        # The hidden states' gradient in bfloat16 is rounded twice, before scaling and after it.
         assert mine <= factor * plain + 4 * epsilon
 
 
@@ -90,11 +98,13 @@ def test_errors_are_those_of_whole_logits(device: str, precision: str, chunk: in
 @pytest.mark.parametrize("module", [cross_entropy_kernel, linear_cross_entropy])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("differentiate", [True, False])
-def test_rows_against_float64(device: str, module, dtype, differentiate: bool) -> None:
+def test_rows_against_float64(
+    device: str, module: ModuleType, dtype: torch.dtype, differentiate: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens, columns = 5, 4999
     logits = (8 * torch.randn(tokens, columns, generator=generator)).to(device, dtype)
-    # Far from the others, so that the sum is rescaled on the way.
+    # Far above the others, so that the running sum has to be rescaled.
     logits[1, 4500] = 300
     logits[2] -= 1000
     labels = torch.tensor([3, 4998, 0, IGNORE_INDEX, 4097], device=device)
@@ -105,12 +115,12 @@ def test_rows_against_float64(device: str, module, dtype, differentiate: bool) -
     gradient = logits.clone()
     losses = torch.full((tokens,), float("nan"), device=device)
     module.cross_entropy_(gradient, labels, losses, differentiate)
-    # PyTorch's log-sum of the shifted row is rounded to an ulp of 1000.
+    # PyTorch rounds the logsumexp of the row that was shifted to an ulp of 1000.
     close = 1e-4 if module is linear_cross_entropy else 2e-6
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=close)
     assert losses[3] == 0
     if differentiate:
-        # To bfloat16 Triton's interpreter truncates where a GPU rounds.
+        # Triton's interpreter truncates to bfloat16 where a GPU rounds.
         rounding = torch.finfo(dtype).eps / (1 if device == "cpu" else 2) + close
         torch.testing.assert_close(gradient.double(), exact.grad, rtol=rounding, atol=1e-7)
         assert gradient[3].count_nonzero() == 0
@@ -127,13 +137,15 @@ def test_label_beyond_the_vocabulary_gives_no_number(device: str) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest result, and how many matrix products there were."""
+    """Records the elements of the largest result and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = self.products = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         result = function(*args, **(kwargs or {}))
         self.products += "mm" in str(function)
         if isinstance(result, torch.Tensor):
@@ -180,12 +192,7 @@ METHOD = LighthouseConfig(levels=2, pooling_factor=2, top_k=16, picks_per_stratu
 
 
 def build(chunked: bool) -> LighthouseTransformer:
-    torch.manual_seed(0)
-    args = LighthouseModelArgs(**SIZE, lighthouse=METHOD, chunked_loss=chunked)
-    model = LighthouseTransformer(args)
-    with torch.no_grad():
-        model.init_weights()
-    return model
+    return build_small(args=LighthouseModelArgs(**SIZE, lighthouse=METHOD, chunked_loss=chunked))
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -219,7 +226,7 @@ def test_gradients_accumulate_over_microbatches() -> None:
 @pytest.mark.filterwarnings("error:FSDP2-wrapped")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fsdp_gathers_and_reduces_the_weight(dtype: torch.dtype) -> None:
-    """Validation and training by turns, in the groups of torchtitan."""
+    """Validation and training take turns, with FSDP applied to torchtitan's groups of modules."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         loss_function = build_loss(configuration())
@@ -262,7 +269,7 @@ def test_rule(loss: str, vocabulary: int, tensor_parallel: int, expected: bool) 
     assert is_chunked(config, vocabulary) is expected
 
 
-def test_chunks_of_a_sharded_vocabulary_are_refused(tmp_path) -> None:
+def test_chunks_of_a_sharded_vocabulary_are_refused(tmp_path: Path) -> None:
     settings = {"lighthouse.loss": "chunked", "job.dump_folder": tmp_path}
     check_config(configuration(**settings), flavors)
     settings["parallelism.tensor_parallel_degree"] = 2

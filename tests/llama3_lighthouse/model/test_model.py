@@ -1,33 +1,21 @@
-"""The model: a Llama in every respect but what runs inside attention."""
+"""The model is a Llama in every respect but what runs inside attention."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from small_model import METHOD, SIZE, N, build
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
-from lighthouse import LighthouseAttention, LighthouseConfig, scoring
+from lighthouse import LighthouseAttention, scoring
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import (
     LighthouseModelArgs,
     LighthouseTransformer,
 )
-
-N = 256
-METHOD = LighthouseConfig(levels=3, pooling_factor=2, top_k=16, picks_per_stratum=8)
-SIZE = dict(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=320, max_seq_len=N)
-
-
-def build(cls=LighthouseTransformer, args=None):
-    torch.manual_seed(0)
-    args = args or LighthouseModelArgs(**SIZE, lighthouse=METHOD, dense_layers=[0, 3])
-    model = cls(args)
-    with torch.no_grad():
-        model.init_weights()
-    return model
 
 
 def test_state_dict_is_upstreams() -> None:
@@ -56,7 +44,7 @@ def test_parameter_counts() -> None:
     assert counts == {"270M": 268_104_704, "530M": 530_117_632}
 
 
-def test_dense_stage_is_upstream_bit_for_bit() -> None:
+def test_dense_attention_is_upstream_bit_for_bit() -> None:
     ours, upstream = build(), build(Transformer, TransformerModelArgs(**SIZE))
     ours.use_attention("dense")
     tokens = torch.randint(0, 320, (2, N))
@@ -67,7 +55,7 @@ def test_dense_stage_is_upstream_bit_for_bit() -> None:
         assert torch.equal(mine.grad, theirs.grad)
 
 
-def test_stages_switch_the_right_layers() -> None:
+def test_attention_switches_in_the_right_layers() -> None:
     model = build()
     wrapped = [isinstance(b.attention.inner_attention, LighthouseAttention)
                for b in model.layers.values()]  # fmt: skip
@@ -82,11 +70,11 @@ def test_stages_switch_the_right_layers() -> None:
 
 
 @pytest.mark.parametrize("scorer", ["dilated", "gla"])
-def test_neither_state_dict_nor_dense_stage_notice_the_scorer(scorer: str) -> None:
+def test_neither_state_dict_nor_dense_attention_notice_the_scorer(scorer: str) -> None:
     method = replace(METHOD, scorer=scorer)
     norm, other = build(), build(args=LighthouseModelArgs(**SIZE, lighthouse=method))
     tokens = torch.randint(0, 320, (1, N), generator=torch.Generator().manual_seed(1))
-    # One that scores otherwise, or nothing below would show that it is set.
+    # The scorers select differently, so that what is equal below is not equal for want of one.
     assert not torch.equal(norm(tokens), other(tokens))
     assert list(norm.state_dict()) == list(other.state_dict())
     for name, value in norm.state_dict().items():
@@ -99,8 +87,11 @@ def test_neither_state_dict_nor_dense_stage_notice_the_scorer(scorer: str) -> No
         assert torch.equal(mine.grad, theirs.grad)
 
 
-def test_flops_of_the_scorers(monkeypatch) -> None:
-    """The products of "dilated" by torch's counter; a causal mask leaves N / d + 1 of 2 N / d."""
+def test_flops_of_the_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of "dilated" as torch counts them, without the causal mask.
+
+    The mask leaves (N / d + 1) / (2 N / d) of them.
+    """
     config = replace(METHOD, scorer="dilated", dilation=4)
     norm, dilated, gla = (
         LighthouseModelArgs(**SIZE, lighthouse=replace(config, scorer=scorer), dense_layers=[0])
@@ -117,7 +108,7 @@ def test_flops_of_the_scorers(monkeypatch) -> None:
     assert dilated.flops_per_token(0, N, "lighthouse") - base == pytest.approx(
         3 * unmasked * (steps + 1) / (2 * steps)
     )
-    # Two passes; a step adds an outer product to a state of D x D and multiplies a row with it.
+    # Two passes. Each step adds an outer product to a D x D state and multiplies a row with it.
     assert gla.flops_per_token(0, N, "lighthouse") - base == 3 * 2 * 4 * (2 + 2) * 16 * 16
     for args in (dilated, gla):
         assert args.flops_per_token(0, N, "dense") == norm.flops_per_token(0, N, "dense")
@@ -136,27 +127,27 @@ def test_residual_stream_has_the_precision_of_autocast() -> None:
     assert seen == [torch.float32] * layers + [torch.bfloat16] * layers
 
 
-@pytest.mark.parametrize("stage", ["lighthouse", "dense"])
-def test_flops_count_what_runs(stage: str) -> None:
-    """Against torch's own counter, which sees the products but takes attention as unmasked."""
+@pytest.mark.parametrize("attention", ["lighthouse", "dense"])
+def test_flops_count_what_runs(attention: str) -> None:
+    """Against torch's own counter, which counts attention without its causal mask."""
     model = build()
-    model.use_attention(stage)
+    model.use_attention(attention)
     for module in model.modules():
         if isinstance(module, ScaledDotProductAttentionWrapper):
-            # As batched products, which nothing else in the model uses.
+            # This backend runs batched products, which nothing else in the model does.
             module.sdpa_backends = [SDPBackend.MATH]
     args = model.model_args
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(0, 320, (1, N)))
     counted = counter.get_flop_counts()["Global"]
-    attention = sum(n for op, n in counted.items() if "bmm" in str(op))
-    products = sum(counted.values()) - attention
+    batched = sum(n for op, n in counted.items() if "bmm" in str(op))
+    products = sum(counted.values()) - batched
     gathered = N // 4 + 2 * 2 * 16
-    lengths = [N] * 4 if stage == "dense" else [N, gathered, gathered, N]
-    assert attention == sum(4 * args.dim * length**2 for length in lengths)
+    lengths = [N] * 4 if attention == "dense" else [N, gathered, gathered, N]
+    assert batched == sum(4 * args.dim * length**2 for length in lengths)
     causal = sum(4 * args.dim * length * (length + 1) / 2 for length in lengths)
 
-    parameters, flops = args.get_nparams_and_flops(model, N, stage)
+    parameters, flops = args.get_nparams_and_flops(model, N, attention)
     assert parameters == sum(p.numel() for p in model.parameters())
     norms = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 1)
     assert flops == pytest.approx(3 * (products + causal) / N + 6 * norms)

@@ -1,4 +1,6 @@
-"""Rotary embedding: upstream's to the last bit, and one kernel where it is compiled."""
+"""Rotary embedding: equal to upstream's to the last bit, and compiled into one kernel."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,7 +50,7 @@ def positions_like(kind: str) -> torch.Tensor | None:
 @pytest.mark.parametrize("function", [rotate_real, rotate_complex])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["none", "one", "each"])
-def test_equals_upstream_to_the_last_bit(function, dtype: torch.dtype, kind: str) -> None:
+def test_equals_upstream_to_the_last_bit(function: Callable, dtype: torch.dtype, kind: str) -> None:
     ours, theirs = queries_and_keys(dtype), queries_and_keys(dtype)
     positions = positions_like(kind)
     turns = turns_at(TABLE, N, positions)
@@ -72,14 +74,14 @@ def test_table_is_upstreams_memory() -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "each"])
 def test_compiled_is_one_kernel_each_way_within_rounding(device: str, kind: str) -> None:
-    """Against float64; a compiler may contract a product and a sum, which rounds less often."""
+    """Against float64; a compiler may contract a product and a sum, and so round less often."""
     torch._dynamo.reset()
     positions = positions_like(kind)
     if positions is not None:
         positions = positions.to(device)
     frequencies = FREQUENCIES.to(device)
 
-    def rotary(x, table):
+    def rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return rotate(x, turns_at(table, N, positions))
 
     x = queries_and_keys(torch.float32)[0].detach().to(device).requires_grad_()
@@ -98,13 +100,13 @@ def test_compiled_is_one_kernel_each_way_within_rounding(device: str, kind: str)
         (x.grad, grads * angles.conj().unsqueeze(2)),
     ):
         error = (got - torch.view_as_real(exact).flatten(-2)).abs()
-        # Two roundings of half an ulp of something no longer than the pair.
+        # Two roundings, each of at most half an ulp of the pair's length.
         bound = 1.5 * torch.finfo(torch.float32).eps * exact.abs().repeat_interleave(2, dim=-1)
         assert (error <= bound).all()
 
 
 def test_mixed_precision_leaves_the_angles_alone() -> None:
-    """FSDP casts the floating-point arguments of a block; its attention gets every bit."""
+    """FSDP casts a block's floating-point arguments; the table reaches attention bit for bit."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         args = LighthouseModelArgs(

@@ -1,4 +1,4 @@
-"""Sweeps over a grid: what is refused, what is repeated, what comes out."""
+"""Sweeps over a grid: refusals, resumes, tables and plots."""
 
 import csv
 import fcntl
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from launch import exit_code_of
 
-from torchtitan.models.llama3_lighthouse.studies import ablations as run_ablations
+from lighthouse_commands.main import main
+from torchtitan.models.llama3_lighthouse.studies import ablations
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 
 ROOT = Path(__file__).parents[3]
@@ -38,8 +39,8 @@ def call(tmp_path: Path, monkeypatch, capsys):
 
     def run(grid: str, *line: str) -> tuple[str, int | str | None]:
         path.write_text(grid)
-        argv = ["run_ablations.py", path, "--output", tmp_path / "out", *line]
-        code = exit_code_of(run_ablations.main, monkeypatch, *argv)
+        argv = ["lighthouse", "ablations", path, "--output", tmp_path / "out", *line]
+        code = exit_code_of(main, monkeypatch, *argv)
         return capsys.readouterr().out, code
 
     return run
@@ -78,9 +79,10 @@ def test_a_bad_grid_ends_in_one_line(call, grid: str, message: str) -> None:
 def test_a_missing_grid_and_an_overridden_one_end_in_one_line(call, tmp_path, monkeypatch) -> None:
     _, line = call(GRID, "--lighthouse.top_k", "64")
     assert "--lighthouse.top_k would override" in line
-    monkeypatch.setattr(sys, "argv", ["run_ablations.py", str(tmp_path / "none.toml")])
+    _, line = call(GRID, "--lighthouse.top-k", "64")
+    assert "--lighthouse.top_k would override" in line
     with pytest.raises(SystemExit, match="No such file or directory: '.*none.toml'"):
-        run_ablations.main()
+        main(["ablations", str(tmp_path / "none.toml")])
 
 
 def entries(config, first: int, speed: float) -> str:
@@ -122,7 +124,7 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkey
             file.write("\n" + entries(run.config, 1, 100.0))
         return 0
 
-    monkeypatch.setattr(run_ablations, "train", train)
+    monkeypatch.setattr(ablations, "train", train)
     out, code = call(GRID)
     assert code == 130
     assert "skipping top_k=256: training.seq_len = 2048 does not fit" in out
@@ -132,7 +134,7 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkey
     out, code = call(GRID)
     assert "3 runs, 1 of them finished earlier" in out
     assert trained[2:] == ["top_k=128", "dense_from_step=0"]
-    assert code == "1 of 3 runs failed: dense_from_step=0"
+    assert code == "Error: 1 of 3 runs failed: dense_from_step=0"
     out, code = call(GRID)
     assert code is None and trained[4:] == ["dense_from_step=0"]
 
@@ -157,7 +159,7 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkey
     for name in ("loss_curves.png", "loss_and_throughput.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
 
-    # As of a version that did not know the key.
+    # A version that did not know the key wrote such a record.
     record = tmp_path / "out/top_k=64/config.json"
     settings = json.loads(record.read_text())
     del settings["lighthouse"]["dense_every"]
@@ -180,8 +182,8 @@ def test_debug_grid_from_end_to_end(tmp_path: Path, stop: int) -> None:
     text = (ROOT / "train_configs/ablations/debug.toml").read_text()
     text = text.replace("../debug_cpu.toml", str(DEBUG)).replace("[64, 128, 256]", "[64]")
     grid.write_text(text.replace('["norm", "dilated", "gla"]', '["dilated", "gla"]'))
-    module = "torchtitan.models.llama3_lighthouse.studies.ablations"
-    command = [sys.executable, "-m", module, grid, "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "lighthouse_commands.main", "ablations", grid]
+    command += ["--output", tmp_path / "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # In a shell's background job, children ignore what Ctrl-C sends.
     restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
@@ -193,7 +195,7 @@ def test_debug_grid_from_end_to_end(tmp_path: Path, stop: int) -> None:
         time.sleep(0.1)
     first.send_signal(stop)
     assert first.wait(60) == (130 if stop == signal.SIGINT else -stop)
-    # Held by the run until it has ended.
+    # The run holds the lock until it has ended.
     with (tmp_path / "out/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
     assert max(read_metrics(interrupted)) < 12

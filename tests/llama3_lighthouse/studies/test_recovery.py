@@ -1,4 +1,4 @@
-"""Recovery studies: what is refused, what the table says, what a resume mends, a whole one."""
+"""Recovery studies: refusals, tables, plots, resumes, and a whole study."""
 
 import csv
 import fcntl
@@ -15,11 +15,12 @@ import torch
 from launch import exit_code_of
 from matplotlib.figure import Figure
 
+from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
-from torchtitan.models.llama3_lighthouse.studies import recovery as recovery_study
-from torchtitan.models.llama3_lighthouse.studies import sweeps as sweeping
+from torchtitan.models.llama3_lighthouse.studies import recovery, recovery_plan, sweeps
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 from torchtitan.models.llama3_lighthouse.studies.recovery_results import below_from, interpolate
+from torchtitan.models.llama3_lighthouse.studies.settings import command_line, with_settings
 from torchtitan.models.llama3_lighthouse.studies.sweeps import Run
 
 ROOT = Path(__file__).parents[3]
@@ -32,8 +33,7 @@ SMALL = {
 
 
 def line_of(settings: dict) -> list[str]:
-    flags = ["--validation.enable", "--metrics.no-enable_tensorboard"]
-    return flags + [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return ["--validation.enable", "--metrics.no-enable_tensorboard", *command_line(settings)]
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def call(tmp_path: Path, monkeypatch, capsys):
     """Run the command on the debug configuration; return what it printed and its exit code."""
 
     def command(*line: object, config: Path = DEBUG) -> tuple[str, int | str | None]:
-        argv = ["recovery_study.py", config, "--output", tmp_path / "out", *line]
-        code = exit_code_of(recovery_study.main, monkeypatch, *argv)
+        argv = ["lighthouse", "recovery", config, "--output", tmp_path / "out", *line]
+        code = exit_code_of(main, monkeypatch, *argv)
         return capsys.readouterr().out, code
 
     return command
@@ -133,7 +133,7 @@ def write_made_up(run: Run, exist_ok: bool = False) -> None:
 
 @pytest.fixture
 def figures(monkeypatch) -> dict[str, Figure]:
-    """By file, what was plotted."""
+    """Figures that were saved, by the name of their file."""
     found, save = {}, Figure.savefig
 
     def record(figure: Figure, path: Path, **options) -> None:
@@ -148,15 +148,15 @@ def figures(monkeypatch) -> dict[str, Figure]:
 def made_up_study(call, tmp_path, monkeypatch) -> tuple[dict, str]:
     """Rows of the table, by run and seed, and the summary's; no run is left to train."""
     tracks = []
-    plan = recovery_study.plan
+    plan = recovery.plan
 
-    def plan_and_write(arguments, extra):
-        tracks.extend(plan(arguments, extra))
+    def plan_and_write(study, extra):
+        tracks.extend(plan(study, extra))
         for run in {run.folder: run for track in tracks for run in track.runs}.values():
             write_made_up(run)
         return tracks
 
-    monkeypatch.setattr(recovery_study, "plan", plan_and_write)
+    monkeypatch.setattr(recovery, "plan", plan_and_write)
     settings = {**SMALL, "training.steps": 100, "validation.freq": 10, "checkpoint.interval": 20,
                 "lr_scheduler.decay_ratio": 0.2}  # fmt: skip
     out, code = call("--splits", 0.75, 0.5, "--dense-steps", 70, *line_of(settings))
@@ -173,7 +173,7 @@ def made_up_study(call, tmp_path, monkeypatch) -> tuple[dict, str]:
 def expected_row(switch: int, seed: int) -> dict[str, float | str]:
     """Worked out by hand from ``made_up``; windows of 5 steps, 2 of the smoothed loss."""
     shift, slope, tail = 0.1 * seed, SLOPE[seed], 100 - switch
-    # From which dense step on the mean gap of a step and the one before is below 0, by seed.
+    # The dense step from which on the mean gap of it and the step before is below 0, by seed.
     crossed = {0: 18, 1: 34}[seed]
     validated = {(50, 0): 70, (75, 0): 100, (50, 1): 90, (75, 1): None}[switch, seed]
     seconds = switch + 2 * tail
@@ -293,7 +293,7 @@ def check_plots(figures: dict[str, Figure]) -> None:
         ({"checkpoint.interval": 56}, 56),
         ({"checkpoint.interval": 57}, 0),
         ({"lr_scheduler.warmup_steps": 60}, 60),
-        # Those after it, at 60 and 80 and at the end, push it out.
+        # The checkpoints at 60, at 80 and at the end push it out.
         ({"checkpoint.keep_latest_k": 3}, 0),
         ({"checkpoint.keep_latest_k": 4}, 40),
         ({"checkpoint.keep_latest_k": 0}, 40),
@@ -303,12 +303,12 @@ def check_plots(figures: dict[str, Figure]) -> None:
 def test_a_shorter_control_branches_off_a_checkpoint_that_is_kept(changed, start) -> None:
     settings = {"training.steps": 100, "checkpoint.interval": 20, "lr_scheduler.warmup_steps": 4,
                 "lr_scheduler.decay_ratio": 0.2, **changed}  # fmt: skip
-    config = sweeping.with_settings(JobConfig(), settings)
-    assert recovery_study.branching_step(config, 70) == start
+    config = with_settings(JobConfig(), settings)
+    assert recovery_plan.branching_step(config, 70) == start
 
 
 def test_a_shorter_control_whose_checkpoint_is_gone_begins_anew(call, tmp_path) -> None:
-    """And does so again once it did; one that had branched off goes on from where it was."""
+    """It stays with that once it began; one that had branched off goes on from where it was."""
     line = ["--splits", 0.5, "--seeds", 0, "--dense-steps", 12, "--list"]
     line += line_of({**SMALL, "training.steps": 16, "validation.freq": 4,
                      "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.25,
@@ -366,18 +366,18 @@ def test_a_branch_whose_source_failed_is_left_out(call, tmp_path, monkeypatch) -
         write.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return 0
 
-    monkeypatch.setattr(recovery_study, "train", train)
+    monkeypatch.setattr(recovery, "train", train)
     settings = {**SMALL, "training.steps": 16, "validation.freq": 4}
     out, code = call("--splits", 0.5, 0.75, "--seeds", 0, *line_of(settings))
     assert trained == ["dense,seed=0", "lighthouse_to=8,seed=0"]
-    assert code.startswith("4 of 5 runs failed: lighthouse_to=8,seed=0, split=0.5,seed=0")
+    assert code.startswith("Error: 4 of 5 runs failed: lighthouse_to=8,seed=0, split=0.5,seed=0")
     assert "| dense |" in out
 
 
 def test_runs_side_by_side_wait_for_what_they_begin_from(call, tmp_path, monkeypatch) -> None:
     """Two slots: no run begins before its source ended, and both slots are used at once."""
     environments = [{"SLOT": "0"}, {"SLOT": "1"}]
-    monkeypatch.setattr(sweeping, "slots_of", lambda *arguments: environments)
+    monkeypatch.setattr(sweeps, "slots_of", lambda *arguments: environments)
     begun, slots, most = [], set(), 0
 
     def train(run, processes, title, environment, lock):
@@ -392,7 +392,7 @@ def test_runs_side_by_side_wait_for_what_they_begin_from(call, tmp_path, monkeyp
         slots.discard(environment["SLOT"])
         return 0
 
-    monkeypatch.setattr(recovery_study, "train", train)
+    monkeypatch.setattr(recovery, "train", train)
     settings = {**SMALL, "training.steps": 40, "validation.freq": 10}
     out, code = call("--splits", 0.5, 0.75, "--seeds", 0, 1, "--at-once", 2, *line_of(settings))
     assert code is None and most == 2
@@ -410,14 +410,14 @@ def test_runs_side_by_side_get_gpus_of_their_own(monkeypatch, visible) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    names = [slot["CUDA_VISIBLE_DEVICES"] for slot in sweeping.slots_of(2, 2)]
+    names = [slot["CUDA_VISIBLE_DEVICES"] for slot in sweeps.slots_of(2, 2)]
     assert names == (["4,5", "6,7"] if visible else ["0,1", "2,3"])
     # One at a time takes the first of all, as torchrun does.
-    assert sweeping.slots_of(1, 2) == [{}]
+    assert sweeps.slots_of(1, 2) == [{}]
     with pytest.raises(ValueError, match="--at-once 3 with --processes 2 needs 6 GPUs, and 4 are"):
-        sweeping.slots_of(3, 2)
+        sweeps.slots_of(3, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert sweeping.slots_of(3, 2) == [{}, {}, {}]
+    assert sweeps.slots_of(3, 2) == [{}, {}, {}]
 
 
 def fake_checkpoint(run: Run, step: int, whole: bool = True) -> Path:
@@ -428,31 +428,28 @@ def fake_checkpoint(run: Run, step: int, whole: bool = True) -> Path:
 
 
 def test_what_an_interruption_cut_off_is_removed(tmp_path) -> None:
-    settings = ["--splits", 0.5, "--seeds", 0, "--output", tmp_path, DEBUG, "--list"]
-    sys.argv[1:], before = map(str, settings), sys.argv[1:]
-    arguments, _ = recovery_study.parse_arguments()
-    sys.argv[1:] = before
+    study = recovery_plan.Study(DEBUG, tmp_path, splits=[0.5], seeds=[0], dense_steps=[])
     extra = line_of({**SMALL, "training.steps": 16, "validation.freq": 4})
-    dense, split = recovery_study.plan(arguments, extra)
+    dense, split = recovery_plan.plan(study, extra)
     (run,), (source, branch) = dense.runs, split.runs
 
     # Step 4 was validated, step 8 was to be and was not, step 10 need not be.
     four, eight = fake_checkpoint(run, 4), fake_checkpoint(run, 8)
     (run.folder / "metrics.jsonl").write_text('{"step": 4, "validation_metrics/loss": 2.0}\n')
-    recovery_study.remove_cut_off(run)
+    recovery.remove_cut_off(run)
     assert four.exists() and not eight.exists()
-    recovery_study.remove_cut_off(run)
+    recovery.remove_cut_off(run)
     ten = fake_checkpoint(run, 10)
-    recovery_study.remove_cut_off(run)
+    recovery.remove_cut_off(run)
     assert four.exists() and ten.exists()
 
-    # From scratch, a folder with nothing whole in it is of no account; a branch must not see it.
+    # A run from scratch ignores a folder with nothing whole in it; a branch must not see one.
     cut = [fake_checkpoint(each, 10, whole=False) for each in (source, branch)]
     for each in (source, branch):
-        recovery_study.remove_cut_off(each)
+        recovery.remove_cut_off(each)
     assert cut[0].exists() and not (branch.folder / "checkpoint").exists()
     only = fake_checkpoint(branch, 12)
-    recovery_study.remove_cut_off(branch)
+    recovery.remove_cut_off(branch)
     assert not only.exists() and not (branch.folder / "checkpoint").exists()
 
 
@@ -473,9 +470,8 @@ def test_whole_study(tmp_path: Path) -> None:
     """Killed in a branch and taken up; branched models equal those trained in a single run."""
     settings = {**SMALL, "training.steps": 8, "validation.freq": 2, "checkpoint.interval": 1,
                 "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.5}  # fmt: skip
-    module = "torchtitan.models.llama3_lighthouse.studies.recovery"
-    command = [sys.executable, "-m", module, DEBUG, "--output", tmp_path / "out",
-               "--splits", "0.5", "0.75", "--seeds", "0", "1"]  # fmt: skip
+    command = [sys.executable, "-m", "lighthouse_commands.main", "recovery", DEBUG]
+    command += ["--output", tmp_path / "out", "--splits", "0.5", "0.75", "--seeds", "0", "1"]
     command += ["--dense-steps", "6", *line_of(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment)
@@ -486,7 +482,7 @@ def test_whole_study(tmp_path: Path) -> None:
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    # Held by the run until it has ended.
+    # The run holds the lock until it has ended.
     with (tmp_path / "out/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
     done = subprocess.run(command, env=environment, text=True, capture_output=True)

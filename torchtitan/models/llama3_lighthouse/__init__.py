@@ -1,9 +1,9 @@
-"""Llama 3 with Lighthouse attention: what this fork adds to torchtitan.
+"""Llama 3 with Lighthouse attention: everything that this fork adds to torchtitan.
 
-``train_spec`` registers the model; ``train`` is the program that trains it.
+``train`` trains the model; ``train_spec`` registers it with torchtitan.
 """
 
 from .infra.cpu import use_cpu_without_accelerator
 
-# Before any module copies the name of the device from torchtitan.
+# Other modules copy the name of the device from torchtitan when they are imported.
 use_cpu_without_accelerator()

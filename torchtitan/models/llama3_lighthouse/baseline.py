@@ -1,4 +1,4 @@
-"""What ours is held against: torchtitan's own dense Llama 3 in our sizes, reading our data."""
+"""The baseline: torchtitan's own dense Llama 3, in our sizes and on our data."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ NAME = "llama3_upstream"
 
 
 def register_baseline() -> None:
-    """Let ``model.name = "llama3_upstream"`` mean upstream's model in every flavor of ours."""
+    """Register upstream's model, in all our flavors, as ``model.name = "llama3_upstream"``."""
     keys = [field.name for field in dataclasses.fields(llama3.TransformerModelArgs)]
     plain = {
         flavor: llama3.TransformerModelArgs(**{key: getattr(args, key) for key in keys})

@@ -1,10 +1,10 @@
-"""Checkpointing that loses nothing: upstream's manager with its gaps closed."""
+"""Checkpoints: upstream's manager, made to refuse whatever would lose work."""
 
 import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +25,12 @@ RECORD_FILE = "lighthouse.json"
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What a checkpoint's folder says about the run that wrote it, for people and for scripts."""
+    """A note in a checkpoint's folder about the run that wrote it, for people and for scripts."""
 
     step: int
     last_lighthouse_step: int | None
-    """0: no step of the run was Lighthouse's; None: not known, as an earlier part of the run, by
-    another trainer, left no record."""
+    """0: the run had no Lighthouse step. None: unknown, because another trainer, which leaves no
+    such note, trained an earlier part of the run."""
     config: dict[str, Any]
     """The whole configuration, by section."""
 
@@ -41,22 +41,22 @@ class CheckpointRecord:
 
 
 def read_record(path: str | Path) -> CheckpointRecord | None:
-    """The record in a step-N folder; None if it has none, as of torchtitan's own trainer."""
+    """The record in a step-N folder, or None; torchtitan's own trainer writes none."""
     file = Path(path, RECORD_FILE)
     return CheckpointRecord(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def write_record(path: str | Path, record: CheckpointRecord) -> None:
-    """Put ``record`` into a step-N folder, which is made if there is none."""
+    """Put ``record`` into a step-N folder, and make the folder if need be."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / RECORD_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
 
 
 def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
-    """Step -> (path, whether it is complete) of every checkpoint below ``folder``, by step.
+    """Every checkpoint below ``folder``, in order: step -> (path, whether it is complete).
 
-    The metadata is the last file of a save; a folder without it was cut off while being written.
+    A save writes the metadata last, so a folder without metadata was cut off.
     """
     found = {}
     for path in Path(folder).glob("step-*"):
@@ -68,8 +68,8 @@ def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
 
 
 @contextmanager
-def in_one_process() -> Iterator[None]:
-    """Read or write a checkpoint in one process, which is what torch warns of, on purpose."""
+def in_one_process() -> Generator[None]:
+    """Read or write a checkpoint in a single process without torch's warning about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -79,7 +79,7 @@ def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
     """Check that a checkpoint holds every tensor of a model's state dict, in its shape.
 
     Raises:
-        ValueError: it is of another model.
+        ValueError: the checkpoint belongs to another model.
     """
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     for name, tensor in model_state.items():
@@ -95,11 +95,11 @@ def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
 
 
 class LighthouseCheckpointManager(CheckpointManager):
-    """Refuses to overwrite a checkpoint, to load one that does not fit, or to forget the data.
+    """Refuses to overwrite a checkpoint, load one that does not fit, or lose the data's position.
 
-    Every checkpoint gets a ``CheckpointRecord``, for which the trainer sets ``config`` and keeps
-    ``last_lighthouse_step`` up to date. ``on_saved`` is called with the seconds that each save held
-    up training.
+    Every checkpoint gets a ``CheckpointRecord``. The trainer sets ``config`` for it and keeps
+    ``last_lighthouse_step`` up to date. The manager calls ``on_saved`` with the seconds for which
+    each save held up training.
     """
 
     on_saved: Callable[[float], None] | None = None
@@ -109,8 +109,7 @@ class LighthouseCheckpointManager(CheckpointManager):
     def load(self, step: int = -1) -> bool:
         path = self._check_before_load(step) if self.enable else None
         loaded = super().load(step)
-        continues = loaded and self.states[TRAIN_STATE].step > 0
-        if continues:
+        if path is not None and loaded and self.states[TRAIN_STATE].step > 0:
             record = read_record(path)
             self.last_lighthouse_step = record.last_lighthouse_step if record else None
         return loaded
@@ -126,7 +125,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                 "pass --checkpoint.folder NAME for a new one, or move the old one away"
             )
         if dist.get_rank() == 0:
-            # First, so that no complete checkpoint is without it.
+            # The record comes first, so that every complete checkpoint has one.
             self._write_record(curr_step)
         super().save(curr_step, last_step)
         if self.on_saved:
@@ -137,7 +136,12 @@ class LighthouseCheckpointManager(CheckpointManager):
         write_record(self._create_checkpoint_id(step), record)
 
     def _check_before_load(self, step: int) -> Path | None:
-        """The checkpoint that ``load`` will read, None if there is none or it is in HF's format."""
+        """The checkpoint that ``load`` will read; None if there is none or it is in HF's format.
+
+        Raises:
+            ValueError: the checkpoint is missing, incomplete, of another model or data, or older
+                than others that training on would overwrite.
+        """
         existing = checkpoints_in(self.folder)
         complete = [number for number, (_, whole) in existing.items() if whole]
         for path in (path for path, whole in existing.values() if not whole):
@@ -176,7 +180,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         return path
 
     def _check_fits(self, path: Path, model_only: bool) -> None:
-        """Compare the checkpoint's tensors with the model's, and its data state with the loader."""
+        """Check that a checkpoint fits the model and, unless ``model_only``, the data loader."""
         if not (path / ".metadata").is_file():
             raise UserValueError(
                 f"{path} is not a complete checkpoint (it has no .metadata file); "
@@ -187,7 +191,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             check_dataloader_state(path, self.states[DATALOADER].stream_count)
 
     def _purge_stale_checkpoints(self) -> None:
-        """Keep the last ``keep_latest_k`` complete ones; upstream counts cut-off ones too."""
+        """Keep the last ``keep_latest_k`` complete checkpoints; upstream counts all folders."""
         if self.keep_latest_k <= 0 or dist.get_rank() != 0:
             return
         existing = checkpoints_in(self.folder)

@@ -1,7 +1,8 @@
-"""What can be known to be wrong before anything is built."""
+"""Checks of a configuration that need nothing built: one message names key, value and fix."""
 
 import tempfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 from packaging.version import Version
@@ -10,14 +11,15 @@ from lighthouse import ContextParallel
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
-from .data.retrieval import TASKS, PromptEncoder, RetrievalMix
+from .data.retrieval import TASKS, PromptEncoder
+from .data.retrieval_mix import RetrievalMix
 from .data.tokenizer import ByteTokenizer
 from .errors import UserFileError, UserTypeError, UserValueError
 from .infra.pipeline import check_pipeline
-from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Parallelism
+from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Lighthouse, Parallelism
 from .model.model import LighthouseModelArgs, lighthouse_config
 
-STAGES = ("auto", "lighthouse", "dense")
+STAGES: tuple[str, ...] = get_args(get_type_hints(Lighthouse)["stage"])
 
 
 def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
@@ -37,7 +39,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
 
 
 def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
-    """Of ``check_config``, what concerns the model and its input, trained or not.
+    """Check the settings of the model and its input, which evaluation needs too.
 
     Raises:
         ValueError, TypeError: as ``check_config``.
@@ -51,10 +53,11 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
     _check_degree(config.parallelism)
     _check_lengths(config)
     _check_tokenizer(config)
-    _check_passkey_mix(config)
+    _check_retrieval_mix(config)
 
 
 def _check_stages(config: JobConfig) -> None:
+    """Stages, and what is logged during them."""
     section = config.lighthouse
     if section.stage not in STAGES:
         raise UserValueError(
@@ -75,11 +78,11 @@ def _check_stages(config: JobConfig) -> None:
             f"lighthouse.log_selection_every = {section.log_selection_every} must not be negative; "
             "0 logs no selections"
         )
-    stages = config.parallelism.pipeline_parallel_degree
-    if section.log_selection_every and stages > 1:
+    degree = config.parallelism.pipeline_parallel_degree
+    if section.log_selection_every and degree > 1:
         raise UserValueError(
             f"lighthouse.log_selection_every = {section.log_selection_every} needs whole forward "
-            f"passes, which parallelism.pipeline_parallel_degree = {stages} cuts into parts; set "
+            f"passes, which parallelism.pipeline_parallel_degree = {degree} cuts into parts; set "
             "it to 0"
         )
 
@@ -107,41 +110,40 @@ def _check_degree(section: Parallelism) -> None:
 
 
 def _check_lengths(config: JobConfig) -> None:
-    """The method's own rules, with the section of the offending key put before its message."""
+    """The method's own rules; its messages get the section of the key put before them."""
     try:
         method = lighthouse_config(config.lighthouse)
     except (ValueError, TypeError) as error:
         kind = UserTypeError if isinstance(error, TypeError) else UserValueError
         raise kind(f"[lighthouse] {error}") from None
-    sections = {"training": config.training}
+    seq_lens = {"training": config.training.seq_len}
     if config.validation.enable:
-        sections["validation"] = config.validation
-    for name, section in sections.items():
+        seq_lens["validation"] = config.validation.seq_len
+    for name, seq_len in seq_lens.items():
         try:
-            PyramidGeometry(method, section.seq_len)
+            PyramidGeometry(method, seq_len)
         except ValueError as error:
             raise UserValueError(
-                f"{name}.seq_len = {section.seq_len} does not fit [lighthouse]: {error}"
+                f"{name}.seq_len = {seq_len} does not fit [lighthouse]: {error}"
             ) from None
         try:
-            check_chunks(method, section.seq_len, chunks_of_a_sequence(config))
+            check_chunks(method, seq_len, layout_on_rank_0(config.parallelism).chunks)
         except ValueError as error:
             degree = config.parallelism.context_parallel_degree
             raise UserValueError(
                 f"parallelism.context_parallel_degree = {degree} does not fit {name}.seq_len = "
-                f"{section.seq_len} and [lighthouse]: {error}"
+                f"{seq_len} and [lighthouse]: {error}"
             ) from None
     if config.validation.enable and config.validation.seq_len > config.training.seq_len:
         raise UserValueError(
             f"validation.seq_len = {config.validation.seq_len} exceeds training.seq_len = "
-            f"{config.training.seq_len}, up to which positions are known; lower it"
+            f"{config.training.seq_len}, the longest sequence that the model is built for; lower it"
         )
 
 
-def chunks_of_a_sequence(config: JobConfig) -> int:
-    """Chunks that context parallelism cuts a sequence into."""
-    section = config.parallelism
-    return ContextParallel(None, 0, section.context_parallel_degree, section.balanced).chunks
+def layout_on_rank_0(section: Parallelism) -> ContextParallel:
+    """The chunks that context parallelism cuts a sequence into, without a process group."""
+    return ContextParallel(None, 0, section.context_parallel_degree, section.balanced)
 
 
 def _check_tokenizer(config: JobConfig) -> None:
@@ -152,10 +154,10 @@ def _check_tokenizer(config: JobConfig) -> None:
         )
 
 
-def _check_passkey_mix(config: JobConfig) -> None:
+def _check_retrieval_mix(config: JobConfig) -> None:
     section = config.lighthouse
     rate, tasks = section.passkey_mix, section.passkey_tasks
-    # TOML's true would be all of the tokens.
+    # TOML's true would count as 1, that is all of the tokens.
     if isinstance(rate, bool) or not 0 <= rate <= 1:
         raise UserValueError(
             f"lighthouse.passkey_mix = {rate} is the share of training tokens that are retrieval "
@@ -167,7 +169,7 @@ def _check_passkey_mix(config: JobConfig) -> None:
             "once"
         )
     if rate and section.tokenizer == "byte":
-        # Of other tokenizers the lengths of prompts are known once they are read.
+        # Other tokenizers have not been read yet, and lengths of prompts depend on them.
         RetrievalMix(PromptEncoder(ByteTokenizer()), rate, config.training.seq_len + 1, 1, tasks)
 
 
@@ -175,7 +177,7 @@ def _check_parallelism(config: JobConfig, n_layers: int) -> None:
     section = config.parallelism
     replicas = section.data_parallel_replicate_degree
     if replicas > 1 and section.data_parallel_shard_degree == section.context_parallel_degree == 1:
-        # Losses are shares of the global mean; DDP would average their gradients once more.
+        # A rank's loss is its share of the global mean, so gradients must be summed; DDP averages.
         raise UserValueError(
             f"parallelism.data_parallel_replicate_degree = {replicas} without sharding means DDP, "
             "which scales gradients wrongly in torchtitan 0.2.2; set "
@@ -187,7 +189,7 @@ def _check_parallelism(config: JobConfig, n_layers: int) -> None:
 
 
 def _check_validation_in_pipeline(config: JobConfig) -> None:
-    # Stages exchange tensors of one shape, settled in the first step.
+    # Pipeline stages exchange tensors of one shape, which the first step settles.
     for key in ("seq_len", "local_batch_size"):
         expected, given = getattr(config.training, key), getattr(config.validation, key)
         if config.validation.enable and given != expected:
@@ -200,7 +202,7 @@ def _check_validation_in_pipeline(config: JobConfig) -> None:
 def _check_compile(config: JobConfig) -> None:
     tensor_parallel = config.parallelism.tensor_parallel_degree > 1
     if tensor_parallel and config.compile.enable and "model" in config.compile.components:
-        # torchtitan's own Llama fails in backward there too.
+        # torchtitan's own Llama fails in backward under the same settings.
         if Version(torch.__version__) >= Version("2.13"):
             raise UserValueError(
                 f"compile.enable = true with parallelism.tensor_parallel_degree = "
@@ -253,11 +255,11 @@ def _check_offload(config: JobConfig) -> None:
 
 
 def check_device(config: JobConfig, device_type: str) -> None:
-    """Check what depends on the device that will train, such as "cuda" or "cpu".
+    """Check the settings that depend on the device, such as "cuda" or "cpu".
 
     Raises:
-        ValueError: layer inputs are to be offloaded from what is not a CUDA device, or attention
-            over several GPUs is to run in float32.
+        ValueError: layer inputs are to be offloaded from a device other than CUDA, or context
+            parallelism on GPUs is to run in float32.
     """
     training = config.training
     several = config.parallelism.context_parallel_degree > 1

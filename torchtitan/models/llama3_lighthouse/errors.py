@@ -1,8 +1,8 @@
-"""Errors that a user can mend; commands show their message alone, without a traceback."""
+"""Errors that a user can mend; commands print the message without a traceback."""
 
 
 class UserError(Exception):
-    """A mistake of the user's. The message names what was given, the rule and the fix."""
+    """A mistake that the user can mend. The message names the rule, what was given and the fix."""
 
 
 class UserValueError(UserError, ValueError):

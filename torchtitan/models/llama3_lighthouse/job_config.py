@@ -1,13 +1,16 @@
-"""Configuration: torchtitan's, with a [lighthouse] section, and TOML errors that name the key."""
+"""torchtitan's configuration with a [lighthouse] section, and TOML errors that name the key."""
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import typeguard
 from torchtitan.config import ConfigManager
 from torchtitan.config import job_config as upstream
+
+from lighthouse import LighthouseConfig
 
 from .errors import UserTypeError, UserValueError
 
@@ -16,8 +19,8 @@ BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 
 
 @dataclass
-class Lighthouse:
-    """Lighthouse attention and the two stages of training with it."""
+class Schedule:
+    """The steps that train with Lighthouse attention, and those that train dense."""
 
     stage: Literal["auto", "lighthouse", "dense"] = "auto"
     """"auto" trains with Lighthouse up to and including step dense_from_step and with dense
@@ -27,64 +30,54 @@ class Lighthouse:
     """Last step of the Lighthouse stage when stage is "auto". 0 trains dense throughout."""
 
     dense_every: int = 0
-    """Every how many steps of the Lighthouse stage one trains under dense attention, so that the
-    weights stay used to it and the switch costs less. 0: none."""
+    """Within the Lighthouse stage, each step that is a multiple of this number trains under dense
+    attention. The weights then stay used to it, and the switch costs less. 0 turns this off."""
 
-    levels: int = 3
-    """Levels of the pooling pyramid, the base sequence included."""
 
-    pooling_factor: int = 4
-    """Entries of one level that the next coarser level pools into one. A power of two."""
+# The settings of LighthouseConfig with their types, their defaults and, as help texts, the words of
+# its docstring. A command line and a TOML file set one after the other, so they are not frozen.
+Method: Any = make_dataclass(
+    "Method",
+    [(setting.name, setting.type, field(default=setting.default))
+     for setting in fields(LighthouseConfig)],
+    namespace={"__doc__": LighthouseConfig.__doc__},
+)  # fmt: skip
 
-    top_k: int = 1536
-    """Entries picked at each pooled level. A multiple of picks_per_stratum."""
 
-    picks_per_stratum: int = 128
-    """Entries picked from each stratum of the sequence."""
-
-    scorer: Literal["norm", "dilated", "gla"] = "norm"
-    """How entries are scored for selection."""
-
-    dilation: int = 4
-    """Stride of the positions that the "dilated" and "gla" scorers attend within."""
-
-    entry_score: Literal["max", "first"] = "max"
-    """What an entry scores by: the largest score among the positions it covers, as in the paper,
-    which tells earlier ones of later ones; or the score of the first of them."""
-
-    combine: Literal["sum", "finest"] = "sum"
-    """What a position gets where outputs of several levels reach it: their sum, as in the paper, or
-    that of the finest level."""
+@dataclass
+class Lighthouse(Method, Schedule):
+    """Lighthouse attention and the two stages of training with it."""
 
     dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
     """Layers that use dense attention in both stages, counted from 0."""
 
     loss: Literal["auto", "chunked", "whole"] = "auto"
-    """"whole" holds the logits of all tokens; "chunked" computes the loss and its gradients for
-    one chunk of tokens after another; "auto" is "chunked" from a vocabulary of 16,384 on, "whole"
-    below and where tensor parallelism shards the vocabulary."""
+    """"whole" holds the logits of all tokens. "chunked" computes the loss and its gradients for one
+    chunk of tokens after another. "auto" is "chunked" from a vocabulary of 16,384 on, and "whole"
+    below it and where tensor parallelism shards the vocabulary."""
 
     data_streams: int = 0
-    """Streams that the training text is dealt to, document by document; 0: one for each sequence
-    of a global batch. The data-parallel degree must divide it; it must divide the batch."""
+    """Streams that the training text is dealt to, document by document. The data-parallel degree
+    must divide this number, and this number the global batch. 0 gives each sequence of a global
+    batch a stream of its own."""
 
     log_selection_every: int = 0
-    """Steps between records of what Lighthouse layers select, each of which takes two more forward
-    passes over one microbatch. 0: none."""
+    """Steps between records of what Lighthouse layers select. Each record takes two more forward
+    passes over one microbatch. 0 turns them off."""
 
     passkey_mix: float = 0.0
-    """Share of the training tokens that are synthetic retrieval documents, in whole sequences
-    spread evenly over all steps, of which the answers alone count in the loss; the rest is the
-    text, in its order. 0.0: none. 1.0: no text."""
+    """Share of the training tokens that come from synthetic retrieval documents. These fill whole
+    sequences, spread evenly over all steps, and only their answers count in the loss. The other
+    sequences hold the text, in its order. 0.0 means no such documents, 1.0 no text."""
 
     passkey_tasks: list[RetrievalTask] = field(
         default_factory=lambda: list(get_args(RetrievalTask))
     )
-    """What those documents ask for. Small models learn "passkey" first, and all four at once not at
-    all."""
+    """Tasks of the retrieval documents. Small models learn "passkey" first; they do not learn all
+    four at once."""
 
     tokenizer: Literal["byte", "hf"] = "byte"
-    """"byte" is the built-in byte-level tokenizer; "hf" reads model.hf_assets_path."""
+    """"byte" is the built-in byte-level tokenizer; "hf" reads the one in model.hf_assets_path."""
 
 
 @dataclass
@@ -106,18 +99,18 @@ class Validation(upstream.Validation):
 @dataclass
 class Checkpoint(upstream.Checkpoint):
     last_save_model_only: bool = False
-    """Upstream's default drops the optimizer from the last checkpoint, which could then not be
-    continued by the dense stage."""
+    """Whether the last checkpoint holds the weights alone. The dense stage cannot continue such a
+    checkpoint; upstream's default is true."""
 
 
 @dataclass
 class Parallelism(upstream.Parallelism):
     context_parallel_load_balancer: Literal["headtail"] | None = "headtail"
-    """"headtail" gives every rank the same work; None leaves shards contiguous."""
+    """"headtail" gives every rank the same work. None gives each rank one contiguous part."""
 
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "alltoall"
-    """"alltoall" passes keys and values round the ring, one shard at a time; upstream's default,
-    "allgather", holds all of them."""
+    """"alltoall" passes keys and values round the ring, one shard at a time. "allgather" is
+    upstream's default and holds all shards at once."""
 
     @property
     def balanced(self) -> bool:
@@ -127,13 +120,16 @@ class Parallelism(upstream.Parallelism):
 
 @dataclass
 class ActivationCheckpoint(upstream.ActivationCheckpoint):
+    # pyrefly: ignore[bad-override]  This section adds a mode to torchtitan's.
     mode: Literal["lighthouse", "selective", "full", "memory_budget", "none"] = "selective"
-    """"lighthouse" keeps layer inputs, attention outputs, selections and what was gathered, and the
-    products named by keep_products; it repeats the rest. The others are torchtitan's."""
+    """"lighthouse" keeps layer inputs, attention outputs, selections, gathered rows and the
+    products named by keep_products. It computes the rest again. The other modes are
+    torchtitan's."""
 
     keep_products: list[Literal["wq", "wk", "wv", "wo", "w1", "w3"]] = field(default_factory=list)
-    """Linear layers of a block whose outputs mode "lighthouse" also keeps, for more memory and less
-    to repeat. Lighthouse layers do without those of wq, wk and wv and never keep them."""
+    """Linear layers of a block whose outputs mode "lighthouse" also keeps. Each takes memory and
+    saves a computation. Lighthouse layers do not need the outputs of wq, wk and wv, and never keep
+    them."""
 
     offload_inputs: bool = False
     """Keep layer inputs in pinned host memory between forward and backward, copied while layers
@@ -144,7 +140,8 @@ class ActivationCheckpoint(upstream.ActivationCheckpoint):
 @dataclass
 class Debug(upstream.Debug):
     seed: int | None = 0
-    """Upstream's default draws another seed, and so another model, at every launch."""
+    """Seed of the weights and of everything random. Upstream's default, None, draws another seed,
+    and so another model, at every launch."""
 
 
 @dataclass
@@ -160,19 +157,26 @@ class JobConfig(upstream.JobConfig):
 
 
 class LighthouseConfigManager(ConfigManager):
-    """Parses TOML and command line into a ``JobConfig``; the command line wins."""
+    """Parses a TOML file and the command line into a ``JobConfig``; the command line wins."""
 
     def __init__(self) -> None:
         super().__init__(JobConfig)
 
-    def _maybe_add_custom_config(self, args, toml_values):
+    def parse_args(self, args: list[str] | None = None) -> JobConfig:
+        """The configuration of a command line, by default of this process's."""
+        # Upstream returns an object of the class that it was made with, or of a subclass.
+        return cast(JobConfig, super().parse_args(sys.argv[1:] if args is None else args))
+
+    def _maybe_add_custom_config(
+        self, args: list[str], toml_values: dict[str, Any] | None
+    ) -> type[upstream.JobConfig]:
         config_cls = super()._maybe_add_custom_config(args, toml_values)
         check_toml(config_cls, toml_values or {})
         return config_cls
 
 
 def check_toml(config_cls: type, values: dict[str, Any], section: str = "") -> None:
-    """Check that every key of a TOML table exists in ``config_cls`` and has its type.
+    """Check that every key of a TOML table is a field of ``config_cls`` and has that field's type.
 
     Raises:
         ValueError: a key is unknown; the closest known one is suggested.
@@ -186,7 +190,7 @@ def check_toml(config_cls: type, values: dict[str, Any], section: str = "") -> N
             fix = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}."
             raise UserValueError(f"unknown key '{path}' in the TOML file; {fix}")
         expected = known[key]
-        if is_dataclass(expected):
+        if isinstance(expected, type) and is_dataclass(expected):
             if not isinstance(value, dict):
                 raise UserTypeError(f"'{path}' is a section: write [{path}] in the TOML file")
             check_toml(expected, value, path)

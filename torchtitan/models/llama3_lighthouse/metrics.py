@@ -17,18 +17,18 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_module
 
-# In job.dump_folder. Restarts append to it: a step that ran again is there again.
+# Lies in job.dump_folder. Restarts append to it, so a step that ran twice is there twice.
 METRICS_FILE = "metrics.jsonl"
 
 
 def whole_loss(loss: torch.Tensor) -> torch.Tensor:
-    """``loss`` without its graph, summed over the ranks that loss parallelism spreads it over."""
+    """``loss`` without its graph, whole even where loss parallelism spreads it over ranks."""
     loss = loss.detach()
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 class JSONLinesLogger(BaseLogger):
-    """Appends every log entry to a file, one JSON object a line, at once: a crash loses none."""
+    """Appends each log entry to a file at once, one JSON object a line; a crash loses none."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,11 +45,10 @@ class JSONLinesLogger(BaseLogger):
 
 
 class LighthouseMetricsProcessor(MetricsProcessor):
-    """Upstream's processor, told step by step what ran since the last log line.
+    """Upstream's processor with FLOPs per token and seconds averaged over the steps really taken.
 
     A log interval may hold the switch between stages, and the first one is a single step whatever
-    the log frequency, so FLOPs per token and seconds per step are averaged over the steps that
-    were really taken.
+    the log frequency. The trainer therefore reports every step.
     """
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
@@ -62,15 +61,15 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         self._flops_per_token_of_steps: list[float] = []
 
     def start_clock(self) -> None:
-        """Leave out of the throughput what came before training: building and loading."""
+        """Start to measure throughput; building and loading came before and do not count."""
         self.time_last_log = time.perf_counter()
 
     def exclude_from_throughput(self, seconds: float) -> None:
-        """Leave ``seconds`` out of the interval under way; saving a checkpoint is not training."""
+        """Leave ``seconds`` out of the present interval, such as those of saving a checkpoint."""
         self.time_last_log += seconds
 
     def start_validation(self) -> None:
-        """Set the log interval under way aside until ``log_validation``."""
+        """Set the present log interval aside until ``log_validation``."""
         device_module.synchronize()
         now = time.perf_counter()
         self._set_aside = now - self.time_last_log, self.ntokens_since_last_log
@@ -96,6 +95,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         steps = self._flops_per_token_of_steps
+        # pyrefly: ignore[bad-assignment]  Upstream declares an int but only divides by it.
         self.num_flops_per_token = sum(steps) / len(steps)
         seconds = time.perf_counter() - self.time_last_log
         metrics = {"time_metrics/end_to_end(s)": seconds / len(steps), **(extra_metrics or {})}
@@ -104,6 +104,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
 
 
 def build_metrics_processor(
-    job_config: JobConfig, parallel_dims: ParallelDims, model_args=None
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: object = None
 ) -> LighthouseMetricsProcessor:
+    """The metrics processor, from the arguments that torchtitan's trainer gives it."""
     return LighthouseMetricsProcessor(job_config, parallel_dims)

@@ -1,12 +1,12 @@
-"""What Lighthouse layers select, as a few numbers that show whether and how it changes.
+"""Statistics of the selections of Lighthouse layers, to see whether and how they change.
 
 Shapes: B batch, Hkv key-value heads, P pyramid length, n entries of a level, T strata, m picks of a
 stratum.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,29 +17,35 @@ from lighthouse.geometry import PyramidGeometry
 
 
 class Selected(NamedTuple):
-    """What one layer selected: which entries of each level are included, bool [B, Hkv, n]."""
+    """The selection of one layer.
+
+    Attributes:
+        included: for each level, whether each entry is included, bool [B, Hkv, n].
+    """
 
     geometry: PyramidGeometry
     included: tuple[torch.Tensor, ...]
 
     def picks(self, level: int) -> torch.Tensor:
-        """Which entries of a pooled level are picked, that is have their children included.
+        """Whether each entry of a pooled level is picked, bool [B, Hkv, n].
 
-        Returns:
-            bool [B, Hkv, n].
+        An entry is picked if its children are included.
         """
         return self.included[level - 1][..., :: self.geometry.config.pooling_factor]
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[list[Selected]]:
-    """Collect what every Lighthouse layer selects in the forward passes made meanwhile.
+def _recorded(model: nn.Module) -> Generator[list[Selected]]:
+    """Collect the selections of every Lighthouse layer in all forward passes inside the context.
 
-    They run eagerly, without any trace in compiled code, and select once more for the record.
+    These passes run eagerly, so that compiled code stays as it is. Layers select twice in them,
+    once for the record.
     """
     recorded: list[Selected] = []
 
-    def record(module: LighthouseAttention, rows: tuple, options: dict) -> None:
+    def record(
+        module: LighthouseAttention, rows: tuple[torch.Tensor, ...], options: dict[str, Any]
+    ) -> None:
         q, k, v = rows
         layout = module.context_parallel
         slot = select(q, k, v, module.config, impl=module.impl, context_parallel=layout).slot
@@ -59,7 +65,7 @@ def _recorded(model: nn.Module) -> Iterator[list[Selected]]:
 
 @torch.no_grad()
 def selections(model: nn.Module, forward: Callable[[], object]) -> list[Selected]:
-    """What each Lighthouse layer of ``model`` selects in ``forward``, one pass over some text."""
+    """The selection of each Lighthouse layer of ``model`` in ``forward``, one pass over a text."""
     with _recorded(model) as recorded:
         forward()
     return recorded
@@ -72,20 +78,21 @@ def selection_statistics(
 ) -> dict[str, float]:
     """Means over layers, heads, sequences and ranks of two passes over the same text.
 
-    How many entries a head includes at a level, and how many it picks in a stratum, is fixed by the
-    geometry. What depends on the text, by "selection/level_L/NAME":
+    The geometry fixes how many entries a head includes at a level and how many it picks in a
+    stratum. The statistics show the part that depends on the text, as "selection/level_L/NAME":
 
-    - "covered", of all levels but the coarsest, which is included whole: the share of positions
-      whose entry at least one head of the layer includes.
-    - "spread", of pooled levels: how the picks of a stratum lie in it. The distinct groups of p
-      neighbours with a pick among them, over the picks; 1 if no two share a group, 1 / p if groups
-      are picked whole. "spread_lowest" is that of the stratum where they lie closest.
-    - "overlap", of pooled levels: the share of the picks of ``before`` that ``after`` picks too.
+    - "covered", for all levels but the coarsest, which is always included whole: the share of
+      positions whose entry at least one head of the layer includes.
+    - "spread", for pooled levels: how the picks of a stratum lie in it. It is the number of groups
+      of p neighbours that hold a pick, over the number of picks: 1 if no two picks share a group,
+      1 / p if groups are picked whole. "spread_lowest" is the spread of the stratum whose picks
+      lie closest together.
+    - "overlap", for pooled levels: the share of the picks in ``before`` that ``after`` repeats.
 
     Every rank has to call it.
 
     Args:
-        other_heads: the ranks that hold other heads of the same text, this one among them.
+        other_heads: the ranks that hold other heads of the same text, this rank included.
     """
     if not before:
         return {}
@@ -104,6 +111,7 @@ def selection_statistics(
 def _covered(
     layers: list[Selected], other_heads: dist.ProcessGroup | None
 ) -> dict[str, torch.Tensor]:
+    """The statistic "covered" of each level but the coarsest, over heads of all ranks."""
     by_any = torch.stack([torch.cat(layer.included, dim=-1).any(dim=1) for layer in layers])
     by_any = by_any.to(torch.uint8)
     if other_heads is not None:
@@ -113,6 +121,7 @@ def _covered(
 
 
 def _of_layer(before: Selected, after: Selected) -> dict[str, torch.Tensor]:
+    """The statistics of one layer that need no other rank."""
     values: dict[str, torch.Tensor] = {}
     for level in range(1, before.geometry.config.levels):
         picks = before.picks(level)
@@ -125,7 +134,7 @@ def _of_layer(before: Selected, after: Selected) -> dict[str, torch.Tensor]:
 
 
 def _spread(picks: torch.Tensor, geometry: PyramidGeometry, level: int) -> torch.Tensor:
-    """Groups of p neighbours with a pick among them, over picks, of every stratum [B, Hkv, T]."""
+    """Groups of p neighbours that hold a pick, over picks: float64 [B, Hkv, T], by stratum."""
     p = geometry.config.pooling_factor
     scale = geometry.spans[-1] // geometry.spans[level]
     bounds = [bound * scale for bound in geometry.stratum_bounds]

@@ -1,13 +1,24 @@
-"""Which stage a step belongs to, and under which attention it trains."""
+"""The stage of a training step, and the attention that the step uses."""
+
+ATTENTIONS = ("lighthouse", "dense")
 
 
 def stage_at(step: int, stage: str, dense_from_step: int) -> str:
-    """The stage, "lighthouse" or "dense", that trains step number ``step`` (the first is 1)."""
+    """The stage, "lighthouse" or "dense", of step number ``step``; the first step is 1.
+
+    Args:
+        stage: "auto", or the stage of every step.
+        dense_from_step: last step of the Lighthouse stage if ``stage`` is "auto".
+    """
     if stage != "auto":
         return stage
     return "lighthouse" if step <= dense_from_step else "dense"
 
 
 def attention_at(step: int, stage: str, dense_every: int) -> str:
-    """The attention, "lighthouse" or "dense", that step number ``step`` of a stage trains under."""
+    """The attention, "lighthouse" or "dense", that step number ``step`` of a stage uses.
+
+    Args:
+        dense_every: every so many steps, one is dense in either stage; 0: none.
+    """
     return "dense" if dense_every and step % dense_every == 0 else stage

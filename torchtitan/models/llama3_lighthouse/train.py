@@ -7,55 +7,60 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 import torchtitan.train as upstream
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import device_module, device_type
 
-# Registers the model with torchtitan.
+# This import registers the model with torchtitan.
 from . import train_spec  # noqa: F401
 from .checkpoint import LighthouseCheckpointManager
 from .checks import check_config, check_device
 from .errors import UserError, UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
-from .metrics import whole_loss
+from .metrics import LighthouseMetricsProcessor, whole_loss
 from .model.flavors import flavors
-from .model.model import LighthouseTransformer
+from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .selection_statistics import Selected, selection_statistics, selections
-from .stages import attention_at, stage_at
+from .stages import ATTENTIONS, attention_at, stage_at
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class NonFiniteError(UserError, RuntimeError):
-    """A loss or gradient norm is NaN or infinite; the optimizer step was not taken."""
+    """A loss or gradient norm is NaN or infinite; the optimizer took no step."""
 
 
 class LighthouseTrainer(upstream.Trainer):
-    """Upstream's trainer with the stage rule, a non-finite check and metrics true on any mesh.
+    """Upstream's trainer with stages, a non-finite check and metrics that are true on any mesh.
 
     Raises:
         ValueError, TypeError, OSError: from the constructor, for a configuration that cannot
-            work, before any device or process group is touched.
+            work, before it touches a device or process group.
     """
 
     job_config: JobConfig
+    checkpointer: LighthouseCheckpointManager
+    metrics_processor: LighthouseMetricsProcessor
+    model_args: LighthouseModelArgs
+    tokenizer: BaseTokenizer
 
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
         check_device(job_config, device_type)
-        # Of norms under autocast, whose weights are float32: compiled, they are fused regardless.
+        # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         with (
             patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager),
-            # It warns that other ranks do not know the loss; here they do.
+            # Upstream warns that other ranks do not know the loss; here they do.
             patch.object(upstream, "ensure_pp_loss_visible", lambda *arguments: None),
         ):
             super().__init__(job_config)
@@ -69,14 +74,15 @@ class LighthouseTrainer(upstream.Trainer):
                 f"'{job_config.model.flavor}' has {self.model_args.vocab_size} embeddings; "
                 "choose another model.flavor or lighthouse.tokenizer"
             )
-        self.stage: str | None = None
+        # Empty before the first step.
+        self.stage = ""
         seq_len = job_config.training.seq_len
         with torch.device("meta"):
-            # A rank holds all layers of it only without pipeline parallelism.
+            # Under pipeline parallelism no rank holds the whole model.
             whole = LighthouseTransformer(self.model_args)
         self._flops_per_token = {
-            stage: self.model_args.get_nparams_and_flops(whole, seq_len, stage)[1]
-            for stage in ("lighthouse", "dense")
+            attention: self.model_args.get_nparams_and_flops(whole, seq_len, attention)[1]
+            for attention in ATTENTIONS
         }
         self._gathered_length = {
             "lighthouse": self.model_args.gathered_length(seq_len),
@@ -88,14 +94,14 @@ class LighthouseTrainer(upstream.Trainer):
         super().train()
 
     def set_stage(self, step: int) -> None:
-        """Give the model the attention of ``step``'s stage, and say so when it changes."""
+        """Give the model the attention of ``step``'s stage, and log when the stage changes."""
         section = self.job_config.lighthouse
         stage = stage_at(step, section.stage, section.dense_from_step)
         if stage == self.stage:
             return
         came_from = f" after {self.stage}" if self.stage else ""
         self.stage = stage
-        self._attend(stage)
+        self._use_attention(stage)
         seq_len = self.job_config.training.seq_len
         length = self._gathered_length[stage]
         logger.info(
@@ -111,16 +117,16 @@ class LighthouseTrainer(upstream.Trainer):
                 "with dense ones; 'first' gives true ones"
             )
 
-    def _attend(self, attention: str) -> None:
+    def _use_attention(self, attention: str) -> None:
         for model in self.model_parts:
-            model.use_attention(attention)
+            cast(LighthouseTransformer, model).use_attention(attention)
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         """Take one optimizer step.
 
         Raises:
-            NonFiniteError: on every rank, the optimizer step not taken, if any rank's loss or the
-                gradient norm is not finite.
+            NonFiniteError: on every rank, if the loss of any rank or the gradient norm is not
+                finite; the optimizer takes no step.
         """
         self.set_stage(self.step)
         if self.stage == "lighthouse":
@@ -140,8 +146,8 @@ class LighthouseTrainer(upstream.Trainer):
         self.metrics_processor.logger.log(statistics, self.step)
 
     def _selections(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[Selected]:
-        """What the present weights select in one microbatch; not a part of the throughput."""
-        # What was queued before is training.
+        """Selections of the present weights in one microbatch, left out of the throughput."""
+        # Wait first, so that queued training counts as training time.
         device_module.synchronize()
         start = time.perf_counter()
         rows, _, extra_inputs, options = self.post_dataloading_process(
@@ -155,19 +161,20 @@ class LighthouseTrainer(upstream.Trainer):
         return found
 
     def _train_on(self, microbatches: list[Batch]) -> None:
+        """Forward, backward, checks, optimizer step and log line."""
         self.optimizers.zero_grad()
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
 
-        local_tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches)
+        local_tokens = torch.stack([(y != IGNORE_INDEX).sum() for _, y in microbatches]).sum()
         global_tokens = self._sum_over("batch", local_tokens)
         attention = attention_at(self.step, self.stage, self.job_config.lighthouse.dense_every)
         if attention != self.stage:
-            self._attend(attention)
+            self._use_attention(attention)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
-        # What looks at the model between steps, such as validation, sees that of the stage.
+        # Validation and whatever else runs between steps uses the attention of the stage.
         if attention != self.stage:
-            self._attend(self.stage)
-        # Each is a share of the global mean, which is their sum over the ranks of "loss" and "pp".
+            self._use_attention(self.stage)
+        # Each loss is a share; the sum over the ranks of "loss" and "pp" is the global mean.
         loss_share = torch.stack(losses).sum()
 
         grad_norm = dist_utils.clip_grad_norm_(
@@ -177,16 +184,16 @@ class LighthouseTrainer(upstream.Trainer):
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
         )
         failed = self._not_finite(loss_share, grad_norm)
-        # So that the host queues the step without waiting for the device.
-        by_themselves = all(leaves_out_by_itself(x, failed.device) for x in self.optimizers)
-        if by_themselves:
+        # Where optimizers skip steps themselves, the host queues the step without waiting.
+        skipping = all(skips_non_finite_steps(x, failed.device) for x in self.optimizers)
+        if skipping:
             for optimizer in self.optimizers:
                 optimizer.found_inf = failed
         else:
             self._stop_if(failed, loss_share, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
-        if by_themselves:
+        if skipping:
             self._stop_if(failed, loss_share, grad_norm)
         self.lr_schedulers.step()
 
@@ -199,10 +206,14 @@ class LighthouseTrainer(upstream.Trainer):
     ) -> torch.Tensor:
         inputs, labels = self._on_device(inputs, labels)
         if self.parallel_dims.pp_enabled:
+            # pyrefly: ignore[missing-attribute]  infra/pipeline.py adds it to the schedule.
             self.pp_schedule.share_of_mean.tokens = global_tokens
             global_tokens = 1.0
         loss = self.forward_backward_step(
-            input_dict=inputs, labels=labels, global_valid_tokens=global_tokens
+            input_dict=inputs,
+            labels=labels,
+            # pyrefly: ignore[bad-argument-type]  Upstream declares a tensor but only divides by it.
+            global_valid_tokens=global_tokens,
         )
         if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
             return torch.zeros((), device=self.device)
@@ -211,7 +222,7 @@ class LighthouseTrainer(upstream.Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """As upstream, with this rank's part of the sequence cut by ``held_batch``."""
+        """As upstream, but ``held_batch`` takes this rank's part of the sequence."""
         if not self.parallel_dims.cp_enabled:
             return super().post_dataloading_process(input_dict, labels)
         extra_inputs = dict(input_dict)
@@ -224,26 +235,31 @@ class LighthouseTrainer(upstream.Trainer):
         return inputs, labels, extra_inputs, {"positions": positions}
 
     def _on_device(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Batch:
-        # Batches that training.dataloader.pin_memory pinned do not hold up the host.
+        # Batches in pinned memory (training.dataloader.pin_memory) do not hold up the host.
         inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
         return inputs, labels.to(self.device, non_blocking=True)
 
     def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
-        """Sum over the ranks of a mesh: "batch", each of which read other text, "cp", which share
-        a sequence, "loss", both, or "pp", of which one has the loss."""
+        """Sum over the ranks of a mesh.
+
+        Args:
+            mesh: "batch" (ranks that read different text), "cp" (ranks that share a sequence),
+                "loss" (both), or "pp" (pipeline stages, of which the last has the loss).
+        """
         ranks = self.parallel_dims.get_optional_mesh(mesh)
-        # Alone, a count on the host is not worth waiting for the device.
+        # A single rank leaves its counts on the host, which then need not wait for the device.
         return dist_utils.dist_sum(value if ranks is None else value.to(self.device), ranks)
 
     def _not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """1.0 if the loss or the gradient norm of any rank is not finite, otherwise 0.0."""
         finite = torch.isfinite(loss).all() & torch.isfinite(grad_norm).all()
         failed = (~finite).float()
-        # Over all ranks, so that they stop together instead of waiting for one another.
+        # All ranks must agree, so that they stop together instead of waiting for one another.
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
         return failed
 
     def _stop_if(self, failed: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Raise a NonFiniteError if ``failed`` is 1."""
         if failed.item() == 0:
             return
         message = (
@@ -264,12 +280,12 @@ class LighthouseTrainer(upstream.Trainer):
         local_tokens: torch.Tensor,
         global_tokens: float,
         grad_norm: torch.Tensor,
-        learning_rate: float,
+        learning_rate: float | torch.Tensor,
     ) -> None:
         batch_mesh = self.parallel_dims.get_optional_mesh("batch")
         loss_share = loss_share.new_tensor(self._sum_over("pp", loss_share))
         tokens_seen = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
-        # Of the text that this rank and those that share its sequences read.
+        # The ranks that share this rank's sequences hold the rest of their loss.
         share_of_text = self._sum_over("cp", loss_share)
         mean_of_text = share_of_text * global_tokens / local_tokens
         metrics: dict[str, Any] = {
@@ -287,17 +303,18 @@ class LighthouseTrainer(upstream.Trainer):
         )
 
 
-def leaves_out_by_itself(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether it takes no step where ``found_inf``, on ``device``, is 1, as for GradScaler.
+def skips_non_finite_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether the optimizer itself skips steps that are not finite.
 
-    Fused ones do. With weights elsewhere, offloaded to the host, they would not wait for its value.
+    Fused optimizers take no step if ``found_inf``, which GradScaler sets, is 1. Those with weights
+    on the host do not count: they would not wait for the value of ``found_inf`` on ``device``.
     """
     weights_are_on = optimizer.param_groups[0]["params"][0].device.type
     return getattr(optimizer, "_step_supports_amp_scaling", False) and weights_are_on == device.type
 
 
 def run(config: JobConfig) -> None:
-    """Train as ``config`` says, or write the seed checkpoint it asks for."""
+    """Train as ``config`` says, or write a seed checkpoint if it asks for one."""
     trainer = LighthouseTrainer(config)
     try:
         if config.checkpoint.create_seed_checkpoint:
@@ -324,7 +341,7 @@ def main() -> None:
     except UserError as error:
         message = str(error)
         logger.error(message)
-        # torchrun closes with what it finds here; else with how to turn tracebacks on.
+        # torchrun prints this report last; without it, it explains how to get tracebacks.
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             report = {"message": message, "timestamp": int(time.time())}
             Path(error_file).write_text(json.dumps(report))

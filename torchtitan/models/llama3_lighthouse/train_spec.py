@@ -17,6 +17,7 @@ from .validate import build_validator
 
 
 def get_train_spec() -> TrainSpec:
+    """The parts that torchtitan's trainer builds a run from."""
     return TrainSpec(
         model_cls=LighthouseTransformer,
         model_args=flavors,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +25,12 @@ from .metrics import LighthouseMetricsProcessor, whole_loss
 class LighthouseValidator(BaseValidator):
     """Mean loss per token of the first ``validation.steps`` batches of the held-out split.
 
-    Upstream's validator goes on where it last stopped, so that two validations see different
-    text, and hangs when one rank runs out of text before another. This one starts from the
-    beginning each time and stops on all ranks together.
+    Every validation starts at the beginning of the text, and all ranks stop together. Upstream's
+    validator goes on where it last stopped, so that two validations see different text. It also
+    hangs when one rank runs out of text before another.
     """
+
+    job_config: JobConfig
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class LighthouseValidator(BaseValidator):
         self._build_dataloader = lambda: build_validation_dataloader(
             dp_world_size, dp_rank, tokenizer, job_config
         )
-        # Builds one now for its checks: a bad validation set must not surface hours into the run.
+        # Build a loader now for its checks: bad text must not stop a run hours after its start.
         self._build_dataloader()
         self.batch_mesh = parallel_dims.get_optional_mesh("batch")
         self.context_parallel_mesh = parallel_dims.get_optional_mesh("cp")
@@ -61,7 +64,7 @@ class LighthouseValidator(BaseValidator):
         self.pipeline = pp_schedule, pp_has_first_stage, pp_has_last_stage
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs and labels, [B, N] each, until the limit or until any rank has no more."""
+        """Yield inputs and labels, [B, N] each, up to the limit or until a rank has no more."""
         batches = iter(self._build_dataloader())
         steps = 0
         while steps != self.job_config.validation.steps:
@@ -69,15 +72,16 @@ class LighthouseValidator(BaseValidator):
             missing = torch.tensor(float(batch is None), device=device_type)
             if dist_utils.dist_max(missing, self.batch_mesh) > 0:
                 return
+            assert batch is not None
             yield batch[0]["input"].to(device_type), batch[1].to(device_type)
             steps += 1
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Log the held-out loss under the attention of the current stage.
+        """Log the held-out loss under the attention of the present stage.
 
         Raises:
-            ValueError: the held-out split fills no batch.
+            ValueError: the held-out split is shorter than one batch on some rank.
         """
         self.metrics_processor.start_validation()
         for model in model_parts:
@@ -114,11 +118,13 @@ class LighthouseValidator(BaseValidator):
         labels: torch.Tensor,
         options: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """Sum over this rank's tokens; zero on ranks without the last stage of a pipeline."""
+        """Loss summed over this rank's tokens; zero on ranks without the last pipeline stage."""
         schedule, is_first, is_last = self.pipeline
         with self.validation_context():
             if schedule is not None:
-                loss = loss_over_microbatches(schedule, inputs, labels, is_first, is_last, options)
+                loss = loss_over_microbatches(
+                    schedule, inputs, labels, bool(is_first), bool(is_last), options
+                )
             else:
                 (model,) = model_parts
                 with self.maybe_enable_amp:
@@ -126,5 +132,6 @@ class LighthouseValidator(BaseValidator):
         return whole_loss(loss).double()
 
 
-def build_validator(**arguments) -> LighthouseValidator:
+def build_validator(**arguments: Any) -> LighthouseValidator:
+    """The validator, from the arguments that torchtitan's trainer gives it."""
     return LighthouseValidator(**arguments)

@@ -1,200 +1,34 @@
-"""Documents packed into training sequences, with a position that a resume continues exactly."""
+"""The loaders of training and validation, and the position from which they resume exactly.
+
+Documents are dealt to streams (``streams.TextStream``). Every rank reads its share of the streams,
+and a checkpoint holds the position of each stream, whichever rank reads it.
+"""
 
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import IterableDataset as HFDataset
-from datasets.distributed import split_dataset_by_node
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.tools.logging import logger
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
-from .retrieval import PromptEncoder, RetrievalMix
-from .text_sources import TextSource, find_source
-from .tokenizer import ByteTokenizer
+from .retrieval import PromptEncoder
+from .retrieval_mix import RetrievalMix
+from .streams import TextStream, TrainingSequence
+from .text_sources import find_source
 
 START_OVER = (
     "pass --checkpoint.exclude_from_loading dataloader to start the text over on purpose, with "
     "weights and optimizer as saved"
 )
-# Local text that is read ahead when a loader is built, so that bad documents show up at once.
+# So much local text is read ahead when a loader is built, so that bad documents show up at once.
 CHECKED_CHARACTERS = 32 * 2**20
-
-
-class _Documents:
-    """Every ``count``-th document of a dataset from document ``number`` on.
-
-    A dataset that was given a position states another one until it has been read from; this
-    states the one it was given. A long document may span two resumes.
-    """
-
-    def __init__(self, data: HFDataset, number: int, count: int) -> None:
-        self._data = split_dataset_by_node(data, number, count)
-        self._given = None
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for document in self._data:
-            self._given = None
-            yield document
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._given or self._data.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._given = state_dict
-        self._data.load_state_dict(state_dict)
-
-
-class TextStream:
-    """Every ``count``-th document, each between BOS and EOS, cut into sequences.
-
-    A sequence has ``seq_len`` inputs and as many labels, the inputs shifted by one; the next one
-    begins at the last label, so every token of the text is predicted once.
-
-    Args:
-        number: the first document, of those counted from 0.
-        infinite: begin again at the end.
-        key: section of the configuration that asks, for messages.
-        mix: sequences that come between those of text, which it delays and leaves whole.
-    """
-
-    def __init__(
-        self,
-        source: TextSource,
-        tokenizer: BaseTokenizer,
-        seq_len: int,
-        number: int,
-        count: int,
-        infinite: bool,
-        key: str,
-        mix: RetrievalMix | None = None,
-    ) -> None:
-        self.number = number
-        self.sequences = 0
-        self._open = lambda: _Documents(source.open(), number, count)
-        self._data = self._open()
-        self._tokenizer = tokenizer
-        self._seq_len = seq_len
-        self._infinite = infinite
-        self._key = key
-        self._mix = mix
-        self._buffer = np.empty(0, dtype=np.int32)
-        self._epoch = 0
-        self._documents = 0
-
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) from the present position on."""
-        while True:
-            # First what a resumed position still holds.
-            yield from self._cut()
-            for document in self._data:
-                text = self._checked_text(document, self._documents)
-                self._documents += 1
-                self._buffer = np.concatenate([self._buffer, self._encode(text)])
-                yield from self._cut()
-            if self._documents == 0:
-                raise self._no_document()
-            if not self._infinite:
-                return
-            self._epoch += 1
-            self._documents = 0
-            # A stream that is read a second time may begin anywhere once its state was taken.
-            self._data = self._open()
-            logger.info(
-                f"{self._key}.dataset: stream {self.number} has been read whole; "
-                f"beginning epoch {self._epoch}"
-            )
-
-    def _cut(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        while len(self._buffer) > self._seq_len:
-            if self._mix and self._mix.takes(self.number, self.sequences):
-                tokens, in_loss = self._mix.sequence(self.number, self.sequences)
-                window = torch.from_numpy(tokens.astype(np.int64))
-                labels = window.masked_fill(~torch.from_numpy(in_loss), IGNORE_INDEX)
-            else:
-                window = torch.from_numpy(self._buffer[: self._seq_len + 1].astype(np.int64))
-                labels = window
-                self._buffer = self._buffer[self._seq_len :]
-            self.sequences += 1
-            yield {"input": window[:-1]}, labels[1:]
-
-    def _encode(self, text: str) -> np.ndarray:
-        if isinstance(self._tokenizer, ByteTokenizer):
-            return self._tokenizer.encode_array(text, add_bos=True, add_eos=True)
-        ids = self._tokenizer.encode(text, add_bos=True, add_eos=True)
-        return np.array(ids, dtype=np.int32)
-
-    def _checked_text(self, document: dict[str, Any], number: int) -> str:
-        text = document.get("text")
-        if isinstance(text, str) and text:
-            return text
-        if "text" not in document:
-            problem = f"has no 'text', only {', '.join(map(repr, document))}"
-        elif text == "":
-            problem = "is empty"
-        else:
-            problem = f"has a 'text' of type {type(text).__name__}, not a string"
-        raise UserValueError(
-            f"{self._key}.dataset: document {number} of stream {self.number} (both counted from "
-            f"0) {problem}; remove or mend it"
-        )
-
-    def _no_document(self) -> UserValueError:
-        return UserValueError(
-            f"{self._key}.dataset has no document for stream {self.number} (counted from 0); give "
-            "it more documents, or deal it to fewer streams by lighthouse.data_streams"
-        )
-
-    def check_first_documents(self, characters_to_check: int) -> None:
-        """Read ahead from the beginning.
-
-        Raises:
-            ValueError: a document is empty or no text, a file is broken, or there is no document.
-        """
-        characters = number = 0
-        documents = iter(self._open())
-        while characters < characters_to_check:
-            try:
-                document = next(documents, None)
-            except Exception as error:
-                raise UserValueError(
-                    f"{self._key}.dataset cannot be read past document {number} of stream "
-                    f"{self.number}: {error}; mend or remove the file"
-                ) from error
-            if document is None:
-                break
-            characters += len(self._checked_text(document, number))
-            number += 1
-        if number == 0:
-            raise self._no_document()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "sequences": self.sequences,
-            "buffer": self._buffer.copy(),
-            "epoch": self._epoch,
-            "documents": self._documents,
-            "data": self._data.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.sequences = state_dict["sequences"]
-        self._buffer = state_dict["buffer"]
-        self._epoch = state_dict["epoch"]
-        self._documents = state_dict["documents"]
-        self._data = self._open()
-        self._data.load_state_dict(state_dict["data"])
 
 
 class PackedTextDataset(IterableDataset, Stateful):
@@ -203,11 +37,11 @@ class PackedTextDataset(IterableDataset, Stateful):
     def __init__(self, streams: list[TextStream]) -> None:
         self.streams = streams
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Yield ({"input": int64 [seq_len]}, int64 [seq_len]); ends with the first stream."""
+    def __iter__(self) -> Iterator[TrainingSequence]:
+        """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) until a stream has no more."""
         sequences = [iter(stream) for stream in self.streams]
         while True:
-            # Whose turn it is can be told from the streams alone, whichever rank had them before.
+            # The streams' own counts tell whose turn it is, even if another rank read them before.
             counts = [stream.sequences for stream in self.streams]
             sequence = next(sequences[counts.index(min(counts))], None)
             if sequence is None:
@@ -227,12 +61,14 @@ def _state_key(stream: int) -> str:
 
 
 class PackedTextDataloader(ParallelAwareDataloader):
-    """A loader whose position is that of the streams, whichever rank reads them.
+    """A loader whose saved position belongs to the streams, not to the rank that reads them.
 
     Args:
         stream_count: streams of all ranks together.
-        identity: what the position depends on, by the configuration key that sets it.
+        identity: the settings that a saved position depends on, by configuration key.
     """
+
+    dataset: PackedTextDataset
 
     def __init__(
         self,
@@ -241,7 +77,7 @@ class PackedTextDataloader(ParallelAwareDataloader):
         dp_world_size: int,
         stream_count: int,
         identity: dict[str, str],
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
         self.stream_count = stream_count
@@ -251,7 +87,7 @@ class PackedTextDataloader(ParallelAwareDataloader):
         if self.num_workers == 0 or self._iterator is None:
             streams = self.dataset.state_dict()
         else:
-            # The worker reads ahead; this is where it was at the last batch handed out.
+            # The worker reads ahead; its snapshot is of the last batch that it handed out.
             loader_state = StatefulDataLoader.state_dict(self)
             streams = loader_state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
         return {
@@ -260,10 +96,10 @@ class PackedTextDataloader(ParallelAwareDataloader):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where ``state_dict``, which may hold more streams than this rank's, stopped.
+        """Continue from a position, which may hold more streams than this rank reads.
 
         Raises:
-            ValueError: it has no position, or one of other streams or other text.
+            ValueError: the state holds no position, or one in other streams or other text.
         """
         if "identity" not in state_dict:
             raise _no_position("the checkpoint")
@@ -277,17 +113,17 @@ class PackedTextDataloader(ParallelAwareDataloader):
         self.dataset.load_state_dict({
             key: pickle.loads(state) for key, state in state_dict.items() if key != "identity"
         })  # fmt: skip
-        # One that was begun reads from before.
+        # An iterator that has begun would go on from its old position.
         self._iterator = None
 
 
 def check_dataloader_state(checkpoint: str | Path, stream_count: int) -> None:
     """Check that a checkpoint folder holds the position of every stream.
 
-    Distributed checkpoint would name a missing internal key instead.
+    Without this check, torch's error would name an internal key instead.
 
     Raises:
-        ValueError: it holds none, or that of another number of streams.
+        ValueError: the folder holds no position, or the positions of another number of streams.
     """
     stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     saved = sum(key.startswith("dataloader.stream_") for key in stored)
@@ -306,7 +142,7 @@ def _no_position(holder: str) -> UserValueError:
 
 
 def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
-    """Sequences of one optimizer step."""
+    """TrainingSequences of one optimizer step."""
     training = job_config.training
     if training.global_batch_size < 0:
         return training.local_batch_size * dp_world_size
@@ -314,10 +150,13 @@ def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
 
 
 def stream_count(job_config: JobConfig, dp_world_size: int) -> int:
-    """Streams that the training text is dealt to: one for each sequence of a global batch.
+    """Streams that the training text is dealt to.
+
+    By default there is one for each sequence of a global batch.
 
     Raises:
-        ValueError: ranks cannot share them evenly, or they a global batch.
+        ValueError: the streams cannot be shared evenly by the ranks, or a global batch by the
+            streams.
     """
     batch = global_batch_size(job_config, dp_world_size)
     streams = job_config.lighthouse.data_streams or batch
@@ -339,6 +178,12 @@ def _build(
     job_config: JobConfig,
     infinite: bool,
 ) -> PackedTextDataloader:
+    """Loader of this rank's share of the streams.
+
+    Args:
+        key: section of the configuration, "training" or "validation".
+        streams: streams of all ranks together.
+    """
     section = getattr(job_config, key)
     if section.dataloader.num_workers > 1:
         raise UserValueError(
@@ -388,10 +233,11 @@ def build_dataloader(
     job_config: JobConfig,
     infinite: bool = True,
 ) -> PackedTextDataloader:
-    """Loader of ``training.dataset``, over and over.
+    """Loader of ``training.dataset``; begins again at the end of the text.
 
     Raises:
-        ValueError: the text is not there, or a document near its beginning is empty or no text.
+        ValueError: the text cannot be found or read, or a document near its beginning is empty or
+            has no text.
     """
     streams = stream_count(job_config, dp_world_size)
     return _build(
@@ -406,7 +252,11 @@ def build_validation_dataloader(
     job_config: JobConfig,
     infinite: bool = False,
 ) -> PackedTextDataloader:
-    """Loader of the held-out split of ``validation.dataset``; raises as ``build_dataloader``."""
+    """Loader of the held-out split of ``validation.dataset``.
+
+    Raises:
+        ValueError: as ``build_dataloader``.
+    """
     return _build(
         "validation",
         "validation",

@@ -1,16 +1,18 @@
-"""Where training text comes from: every source as a stream of documents with a key ``text``."""
+"""Where training text comes from: every source gives documents, each a row with a ``text``."""
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 
 from ..errors import UserValueError
 
-# Suffixes of the file kinds that Hugging Face datasets reads as documents.
+# Suffix of a file -> name of the reader in Hugging Face datasets.
 FILE_KINDS = {
     ".json": "json",
     ".jsonl": "json",
@@ -23,12 +25,12 @@ COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 
 @dataclass(frozen=True)
 class TextSource:
-    """A stream of documents and what identifies its content.
+    """Documents, and what identifies them.
 
     Attributes:
-        open: a fresh stream over all documents, in the same order every time.
-        fingerprint: changes when the documents do; a saved position is void then.
-        is_local: whether reading ahead costs nothing but time.
+        open: starts at the first document; the order is the same every time.
+        fingerprint: changes when the documents change, which makes saved positions void.
+        is_local: whether the documents can be read ahead without a network.
     """
 
     open: Callable[[], IterableDataset]
@@ -37,10 +39,14 @@ class TextSource:
 
 
 def c4(split: str, path: str | None, key: str) -> TextSource:
-    """English C4, streamed from the Hugging Face hub or from a mirror of it at ``path``."""
+    """English C4, streamed from the Hugging Face hub or from a mirror of it at ``path``.
+
+    Raises:
+        ValueError: from ``open``, if the hub or the mirror cannot be reached.
+    """
     name = path or "allenai/c4"
 
-    def open_stream() -> IterableDataset:
+    def open_documents() -> IterableDataset:
         try:
             return load_dataset(name, name="en", split=split, streaming=True)
         except Exception as error:
@@ -49,13 +55,17 @@ def c4(split: str, path: str | None, key: str) -> TextSource:
                 f"or use {key}.dataset = 'c4_local' with a folder"
             ) from error
 
-    return TextSource(open_stream, name, is_local=False)
+    return TextSource(open_documents, name, is_local=False)
 
 
 def c4_local(split: str, path: str | None, key: str) -> TextSource:
-    """A folder of JSON lines, Parquet, Arrow or text files, streamed from where they lie.
+    """A folder of JSON lines, Parquet, Arrow or text files, read in place.
 
-    Which files belong to which split is read from their names, as Hugging Face datasets does.
+    Hugging Face datasets tells from the names of the files which split each belongs to.
+
+    Raises:
+        ValueError: the folder is missing, holds no files or files of several kinds, cannot be
+            read, or has no such split.
     """
     if not path:
         raise UserValueError(
@@ -75,7 +85,7 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
             f"{key}.dataset_path = '{path}' holds {found}; give it files of one kind of "
             f"{', '.join(FILE_KINDS)}, the JSON and text ones compressed or not"
         )
-    options = {"sample_by": "document"} if kinds == ["text"] else {}
+    options: dict[str, Any] = {"sample_by": "document"} if kinds == ["text"] else {}
     try:
         splits = load_dataset(kinds[0], data_dir=str(folder), streaming=True, **options)
     except Exception as error:
@@ -98,20 +108,18 @@ def _file_kind(path: Path) -> str | None:
 
 
 def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
-    """Source text of the running interpreter's own standard library: real text on any machine.
+    """Source text of the running interpreter's standard library: real text on any machine.
 
-    Tests and installed packages are left out. Files follow one another in the order of a hash of
-    their path, so that neighbours differ; every twentieth by that hash is held out.
+    Tests and installed packages are left out. Files are sorted by a hash of their path, so that
+    neighbours differ. The same hash holds out one file in twenty for validation.
+
+    Raises:
+        ValueError: the interpreter has no source text.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "__pycache__"}
     documents = []
-    for file in root.rglob("*.py"):
-        name = file.relative_to(root)
-        # Installed packages lie in a folder of that ending, whoever distributes the interpreter.
-        if any(part in left_out or part.endswith("-packages") for part in name.parts):
-            continue
-        rank = _digest(name.as_posix())
+    for file in _library_files(root):
+        rank = _digest(file.relative_to(root).as_posix())
         if (int(rank, 16) % 20 == 0) == (split == "validation"):
             documents.append((rank, file))
     texts = []
@@ -127,17 +135,27 @@ def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
             f"{key}.dataset = 'python_stdlib': this interpreter has no source text in {root}; "
             f"use {key}.dataset = 'c4_local' with a folder of your own"
         )
-    return TextSource(
-        lambda: Dataset.from_dict({"text": texts}).to_iterable_dataset(),
-        _digest("\0".join(texts)),
-        is_local=True,
-    )
+    dataset = Dataset.from_dict({"text": texts})
+    return TextSource(dataset.to_iterable_dataset, _digest("\0".join(texts)), is_local=True)
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    """The modules below ``root``, without tests and installed packages."""
+    left_out = {"test", "tests", "idle_test", "__pycache__"}
+    for folder, subfolders, names in os.walk(root):
+        # Every distributor's folder for installed packages ends so: site-packages, dist-packages.
+        # Most files are in there, so it is not even entered.
+        subfolders[:] = [
+            name for name in subfolders if name not in left_out and not name.endswith("-packages")
+        ]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+# ``training.dataset`` or ``validation.dataset`` -> function of split, dataset_path and section.
 SOURCES: dict[str, Callable[[str, str | None, str], TextSource]] = {
     "c4": c4,
     "c4_local": c4_local,
@@ -151,10 +169,10 @@ def find_source(name: str, split: str, path: str | None, key: str) -> TextSource
     Args:
         split: "train" or "validation".
         path: value of ``{key}.dataset_path``.
-        key: section of the configuration that asks, for messages.
+        key: section of the configuration that names the source, for messages.
 
     Raises:
-        ValueError: the source is not known or cannot be opened.
+        ValueError: the source is unknown or cannot be opened.
     """
     if name not in SOURCES:
         raise UserValueError(

@@ -1,4 +1,4 @@
-"""Byte-level tokenizer, and its twin that Hugging Face tools read."""
+"""The byte-level tokenizer, and the same one as a file for Hugging Face's tools."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from ..job_config import JobConfig
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258
-# Rows of the embedding: the ids above, padded to a multiple of 64 that tensor cores like.
+# Rows of the embedding: all ids, padded to a multiple of 64, which suits tensor cores.
 PADDED_VOCABULARY_SIZE = 320
 
 
 class ByteTokenizer(BaseTokenizer):
-    """Ids 0 to 255 are the bytes of UTF-8 text; then BOS, EOS and PAD.
+    """Ids 0 to 255 are the bytes of UTF-8 text; BOS, EOS and PAD follow.
 
-    Names of special tokens that occur in a text are text like any other.
+    A text that contains the name of a special token is encoded as plain text.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ByteTokenizer(BaseTokenizer):
         self.bos_id, self.eos_id, self.pad_id = BOS_ID, EOS_ID, PAD_ID
 
     def encode_array(self, text: str, add_bos: bool, add_eos: bool) -> np.ndarray:
-        """Ids of ``text`` as int32; characters that UTF-8 cannot hold become "?"."""
+        """Ids of ``text``, int32 [tokens]; characters that UTF-8 cannot hold become "?"."""
         text_bytes = np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
         ids = np.empty(len(text_bytes) + add_bos + add_eos, dtype=np.int32)
         ids[add_bos : add_bos + len(text_bytes)] = text_bytes
@@ -42,7 +42,7 @@ class ByteTokenizer(BaseTokenizer):
         return self.encode_array(text, add_bos, add_eos).tolist()
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return bytes(i for i in ids if i < BOS_ID).decode("utf-8", errors="replace")
 
     def get_vocab_size(self) -> int:
@@ -50,10 +50,10 @@ class ByteTokenizer(BaseTokenizer):
 
 
 def byte_symbols() -> list[str]:
-    """The character that stands for each byte in byte-level BPE vocabularies.
+    """The character that stands for each of the 256 bytes in byte-level BPE vocabularies.
 
-    Printable Latin-1 characters stand for themselves, the other bytes, in order, for the
-    characters from U+0100 on.
+    A printable Latin-1 character stands for its own byte. The characters from U+0100 on stand for
+    the other bytes, in their order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     symbols, next_character = [], 0x100
@@ -69,8 +69,8 @@ def byte_symbols() -> list[str]:
 def save_hugging_face_tokenizer(folder: str | Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` with the ids of ``ByteTokenizer``.
 
-    ``transformers`` reads from the latter that names of special tokens within a text are plain
-    text. ``tokenizers`` alone has no such entry in its file: set
+    ``tokenizer_config.json`` tells ``transformers`` that names of special tokens within a text are
+    plain text. ``tokenizer.json`` cannot say so: users of ``tokenizers`` alone have to set
     ``tokenizer.encode_special_tokens = True`` after loading.
     """
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
@@ -102,7 +102,7 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
     """The tokenizer that ``lighthouse.tokenizer`` names.
 
     Raises:
-        ValueError: it is not known, or model.hf_assets_path holds no tokenizer.
+        ValueError: the name is unknown, or model.hf_assets_path holds no tokenizer.
     """
     kind = job_config.lighthouse.tokenizer
     if kind == "byte":

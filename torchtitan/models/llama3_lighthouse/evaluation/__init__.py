@@ -1,1 +1,1 @@
-"""What a trained model is worth: held-out loss, retrieval, and what it knows of later tokens."""
+"""Measurements of trained models: held-out loss, retrieval, and knowledge of later tokens."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -14,11 +13,12 @@ from ..data.packing import build_validation_dataloader
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..job_config import JobConfig
+from ..model.model import LighthouseTransformer
 from .inference import TrainedModel, without_output
 
-# Logits of that many positions exist at once, whatever the vocabulary.
+# Positions whose logits exist at once, which bounds memory for any vocabulary.
 POSITIONS_AT_ONCE = 2048
-# Of the standard normal distribution: 95% lie within.
+# 95% of a standard normal distribution lie within this distance of its mean.
 NORMAL_95 = 1.959964
 
 
@@ -32,7 +32,9 @@ class Estimate:
 
 
 def text_identity(config: JobConfig) -> dict[str, object]:
-    """What the held-out tokens depend on, by configuration key; equal for the same tokens.
+    """The settings that the held-out tokens depend on, by configuration key.
+
+    Two configurations with equal ones are evaluated on the same tokens.
 
     Raises:
         ValueError: the configuration names no held-out text.
@@ -63,7 +65,7 @@ def check_text(config: JobConfig) -> None:
     """Read the beginning of the held-out text.
 
     Raises:
-        ValueError: it is not there, or a document is empty or no text.
+        ValueError: the text is not there, or a document is empty or no text.
     """
     build_validation_dataloader(1, 0, build_tokenizer(config), config)
 
@@ -71,7 +73,7 @@ def check_text(config: JobConfig) -> None:
 def held_out_batches(
     config: JobConfig, tokenizer: BaseTokenizer
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels, int64 [B, N] each: what the trainer validates on with one reader of text.
+    """Yield inputs and labels, int64 [B, N] each, as a trainer with one reader validates on them.
 
     Raises:
         ValueError: the held-out text is not there.
@@ -88,7 +90,7 @@ def _batch_numbers(config: JobConfig) -> range:
 
 @torch.no_grad()
 def losses_by_position(
-    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor
+    model: LighthouseTransformer, inputs: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """Loss of every position in nats, float32 [B, N] on the CPU; NaN where there is no label.
 
@@ -118,11 +120,11 @@ def losses_by_position(
 def context_buckets(seq_len: int, first: int) -> list[tuple[int, int]]:
     """Ranges (from, to) of tokens of context, both included, that double up to ``seq_len``.
 
-    A position's context is all tokens up to and including its own; the first range is 1 to
+    A position's context is every token up to and including its own. The first range is 1 to
     ``first``.
 
     Raises:
-        ValueError: ``first`` is no length of at least 1.
+        ValueError: ``first`` is below 1.
     """
     if first < 1:
         raise UserValueError(f"the first bucket's length must be at least 1, got {first}")
@@ -144,10 +146,10 @@ def bucket_means(losses: torch.Tensor, buckets: list[tuple[int, int]]) -> torch.
 
 
 def estimate(values: torch.Tensor) -> Estimate:
-    """Mean of one value a sequence, with its 95% interval: normal, sequences as independent.
+    """Mean over sequences with its 95% interval: normal, with sequences taken as independent.
 
     Args:
-        values: [sequences]; NaNs are left out.
+        values: one for each sequence, [sequences]; NaNs are left out.
     """
     values = values[~values.isnan()].double()
     if len(values) < 2:
@@ -160,14 +162,14 @@ def estimate(values: torch.Tensor) -> Estimate:
 def evaluate(
     trained: TrainedModel,
     attention: str,
-    progress: Callable[[int, int | None, float], None] = lambda *arguments: None,
+    progress: Callable[[int | None, float], None] = lambda *arguments: None,
 ) -> torch.Tensor:
     """Loss at every position of every held-out sequence, in nats, float32 [sequences, N].
 
     Args:
-        attention: the attention, "dense" or "lighthouse".
-        progress: called after every batch with batches done, of how many (None: not known), and
-            the mean loss so far.
+        attention: "dense" or "lighthouse".
+        progress: called after every batch with the number of all batches (None if it is not
+            known) and the mean loss so far.
 
     Raises:
         ValueError: the held-out text is not there or fills no batch.
@@ -179,7 +181,7 @@ def evaluate(
         parts.append(losses_by_position(trained.model, inputs, labels))
         total += parts[-1].nansum(dtype=torch.float64).item()
         count += parts[-1].isfinite().sum().item()
-        progress(len(parts), None if steps < 0 else steps, total / max(1, count))
+        progress(None if steps < 0 else steps, total / max(1, count))
     if not parts:
         section = trained.config.validation
         raise UserValueError(

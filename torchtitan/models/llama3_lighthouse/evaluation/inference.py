@@ -1,7 +1,7 @@
-"""A trained model out of a checkpoint, without a trainer: for evaluation and export."""
+"""Load the trained model of a checkpoint without a trainer, for evaluation and export."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +29,24 @@ from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_
 
 @dataclass
 class TrainedModel:
+    """A model with what it was trained with.
+
+    Attributes:
+        model: maps tokens [B, N] to logits [B, N, vocabulary]. It is in evaluation mode and under
+            dense attention, which ``use_attention("lighthouse")`` changes.
+        path: the step-N folder.
+        record: what the trainer recorded; None if another trainer wrote the checkpoint.
+    """
+
     model: LighthouseTransformer
-    """In evaluation mode, under dense attention; ``use_attention("lighthouse")`` changes that.
-    Maps tokens [B, N] to logits [B, N, vocabulary]."""
     tokenizer: BaseTokenizer
     config: JobConfig
     path: Path
     record: CheckpointRecord | None
-    """None if the checkpoint has none, as one of torchtitan's own trainer."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The step-N folder that ``path`` is, or the last complete one below it.
+    """The step-N folder at ``path``, or the last complete one below it.
 
     Args:
         path: a step-N folder, a checkpoint folder, or a run's ``job.dump_folder``.
@@ -63,6 +69,31 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
+def checked_device(device: str | None) -> str:
+    """The device to evaluate on: ``device``, or a GPU if there is one.
+
+    Raises:
+        ValueError: ``device`` is neither the CPU nor a GPU that torch finds.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or device.endswith(":") or (number and not number.isdigit()):
+        raise UserValueError(f"--device {device} is not known; use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= count:
+        raise UserValueError(
+            f"--device {device}: torch finds {count} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+def labels_of(paths: list[Path]) -> list[str]:
+    """Short names that tell checkpoints apart: run and step, or the whole path."""
+    short = [f"{run_of(path).name}, {path.name.replace('-', ' ')}" for path in paths]
+    return short if len(set(short)) == len(short) else [str(path) for path in paths]
+
+
 def run_of(checkpoint: Path) -> Path:
     """The folder of the run that wrote a step-N folder."""
     folder = checkpoint.parent
@@ -72,7 +103,7 @@ def run_of(checkpoint: Path) -> Path:
 def _in_dcp_format(path: Path) -> Path:
     if not (path / ".metadata").is_file():
         raise UserValueError(
-            f"{path} is in Hugging Face's format; scripts/import_hf.py makes a checkpoint of it"
+            f"{path} is in Hugging Face's format; lighthouse import-hf makes a checkpoint of it"
         )
     return path
 
@@ -84,19 +115,19 @@ def load_trained_model(
     dtype: torch.dtype = torch.float32,
     max_seq_len: int | None = None,
 ) -> TrainedModel:
-    """Build the model that a checkpoint is of, and load its weights.
+    """Build the model of a checkpoint and load its weights.
 
     Args:
         path: as in ``find_checkpoint``.
         overrides: flags of the trainer, ``--section.key value``, which win over the configuration
-            in the checkpoint's record; a checkpoint without a record needs
+            in the checkpoint's record. A checkpoint without a record needs
             ``--job.config_file FILE`` or the like.
-        max_seq_len: longest sequence it will see; default: the ``training.seq_len`` it was
-            trained with.
+        max_seq_len: longest sequence that the model will see; default: the ``training.seq_len`` it
+            was trained with.
 
     Raises:
-        ValueError, TypeError, OSError: there is no such checkpoint, or it is of another model than
-            the configuration says.
+        ValueError, TypeError, OSError: there is no such checkpoint, or the configuration describes
+            another model.
     """
     path = find_checkpoint(path)
     record = read_record(path)
@@ -129,16 +160,17 @@ def recorded_config(path: str | Path, overrides: list[str] | None = None) -> Job
 
 
 def logits_at(model: LighthouseTransformer, tokens: torch.Tensor, positions: slice) -> torch.Tensor:
-    """Logits [B, positions, vocabulary] for tokens [B, N]; those elsewhere are not computed."""
+    """Logits [B, positions, vocabulary] for tokens [B, N]; no others are computed."""
     with without_output(model) as output:
         hidden = model(tokens)
     return output(hidden[:, positions])
 
 
 @contextmanager
-def without_output(model: LighthouseTransformer) -> Iterator[nn.Module]:
+def without_output(model: LighthouseTransformer) -> Generator[nn.Module, None, None]:
     """Let the model return hidden states, and yield its output projection."""
     output = model.output
+    # pyrefly: ignore[bad-assignment]  # torchtitan's forward skips an output that is None.
     model.output = None
     try:
         yield output
@@ -149,10 +181,10 @@ def without_output(model: LighthouseTransformer) -> Iterator[nn.Module]:
 def read_configuration(
     path: Path, record: CheckpointRecord | None, overrides: list[str]
 ) -> tuple[JobConfig, LighthouseModelArgs]:
-    """What a checkpoint's run was configured with, and the arguments of its model.
+    """The configuration of a checkpoint's run, and the arguments of its model.
 
     Args:
-        path: a step-N folder, to be named in messages.
+        path: a step-N folder, which messages name.
         overrides: as in ``load_trained_model``.
 
     Raises:
@@ -163,12 +195,12 @@ def read_configuration(
             f"{path} has no record of its configuration, as it was not written by Lighthouse's "
             "trainer; pass that of its run with --job.config_file FILE"
         )
-    config = parse_over(record and record.config, overrides)
+    config = parse_over(record.config if record else None, overrides)
     return config, model_arguments(config)
 
 
 def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConfig:
-    """``overrides`` over the file that they name, or else over a recorded configuration.
+    """Apply ``overrides`` to the file that they name, or else to a recorded configuration.
 
     Raises:
         ValueError, TypeError, OSError: a value breaks a rule.
@@ -176,7 +208,7 @@ def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConf
     try:
         return _RecordedConfigManager(recorded).parse_args(overrides)
     except AssertionError as error:
-        # How torchtitan refuses.
+        # torchtitan refuses values by an assertion.
         raise UserValueError(str(error)) from None
 
 

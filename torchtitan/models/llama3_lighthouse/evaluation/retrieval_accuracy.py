@@ -1,8 +1,8 @@
-"""How often a model retrieves what a prompt of ``retrieval`` asks for.
+"""How often a model retrieves what a prompt of ``data.retrieval`` asks for.
 
-The answer's digits are scored in one forward pass, with those before them given: of the logits
-where a digit is due, the largest of the ten digits' own counts. All digits right that way are all
-digits right when the model writes them itself, one by one, out of the ten.
+All digits of the answer are scored in one forward pass, each with the true digits before it given.
+Only the logits of the ten digits count, and the largest one is the model's guess. An answer is
+entirely right in that pass exactly when the model would also write it digit by digit.
 """
 
 import math
@@ -13,12 +13,18 @@ import numpy as np
 import torch
 
 from lighthouse import LighthouseConfig
-from lighthouse.geometry import PyramidGeometry
+from lighthouse.geometry import fitting_length
 
-from ..data.retrieval import PromptEncoder, Task, evaluation_filler, evaluation_prompt
+from ..data.retrieval import (
+    Prompt,
+    PromptEncoder,
+    Task,
+    evaluation_filler,
+    evaluation_prompt,
+)
 from .held_out_loss import NORMAL_95
 
-# Tokens [B, N] and places in them to logits [B, places, vocabulary] there.
+# Takes tokens [B, N] and places in them; gives the logits [B, places, vocabulary] there.
 Predict = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
@@ -27,13 +33,14 @@ class Cell:
     """Accuracy of one model on one task at one length and depth.
 
     Attributes:
-        length: tokens of a prompt, the answer left out.
-        text_bytes: bytes of a prompt's text in UTF-8, a mean over trials.
+        length: tokens of a prompt, without the answer.
+        text_bytes: bytes of a prompt's text in UTF-8, the mean over trials.
         sequence_length: tokens that attention ran over, padding included.
+        depth: of the needle, from 0 to 1.
         accuracy: share of trials with every digit right.
-        low, high: its interval at 95%, by Wilson.
+        low, high: 95% interval of the accuracy, by Wilson.
         digit_accuracy: share of digits that are right.
-        chance: accuracy of one who guesses digits.
+        chance: accuracy of random digits.
     """
 
     task: str
@@ -51,32 +58,35 @@ class Cell:
 
 
 def wilson_interval(right: int, trials: int) -> tuple[float, float]:
-    """Bounds at 95% of a probability, of which ``right`` of ``trials`` were seen (Wilson 1927)."""
+    """95% interval of a probability after ``right`` of ``trials`` (Wilson 1927)."""
     share, square = right / trials, NORMAL_95**2 / trials
     middle = share + square / 2
     spread = NORMAL_95 * math.sqrt((share * (1 - share) + square / 4) / trials)
     low, high = (middle - spread) / (1 + square), (middle + spread) / (1 + square)
-    # Exact where rounding would miss the ends.
+    # At the ends of 0 to 1, rounding would miss the exact bound.
     return 0.0 if right == 0 else low, 1.0 if right == trials else high
-
-
-def fitting_length(config: LighthouseConfig, shortest: int) -> int:
-    """The smallest sequence length of ``shortest`` or more that Lighthouse can select from."""
-    span = config.pooling_factor ** (config.levels - 1)
-    step = span if config.scorer == "norm" else math.lcm(span, config.dilation)
-    length = math.ceil(max(shortest, config.top_k * span) / step) * step
-    return PyramidGeometry(config, length).sequence_length
 
 
 def sequence_length(
     task: Task, length: int, attention: str, config: LighthouseConfig | None
 ) -> int:
-    """Tokens that the model is given for a prompt of ``length`` tokens, padding included.
+    """Tokens that the model reads for a prompt of ``length`` tokens, padding included.
 
-    All digits of the answer but the last come after the prompt.
+    All digits of the answer but the last follow the prompt.
     """
     needed = length + task.digits - 1
-    return fitting_length(config, needed) if attention == "lighthouse" else needed
+    if attention != "lighthouse":
+        return needed
+    assert config is not None, "Lighthouse attention needs its settings"
+    return fitting_length(config, needed)
+
+
+def _rows(
+    encoder: PromptEncoder, prompts: list[Prompt], answers: np.ndarray, padding: list[np.ndarray]
+) -> np.ndarray:
+    """Sequences, int64 [B, N]: each prompt, all digits of its answer but the last, and padding."""
+    parts = [np.stack([prompt.tokens for prompt in prompts]), encoder.digits[answers[:, :-1]]]
+    return np.concatenate([*parts, np.stack(padding)], axis=1).astype(np.int64)
 
 
 @torch.inference_mode()
@@ -96,21 +106,20 @@ def measure_cell(
 ) -> Cell:
     """Ask ``trials`` prompts, the same for every model.
 
-    Under Lighthouse, whose sequence lengths are multiples of p^(L-1) and at least k p^(L-1), random
-    alphanumerics come after the prompt up to the next length that fits, as text comes after text in
-    training; they take part in selection, and no value flows back from them.
+    Lighthouse takes only lengths that are multiples of p^(L-1) and at least k p^(L-1). Under it,
+    random alphanumerics follow the prompt up to the next length that fits, as text follows text in
+    training. They take part in selection, and no value flows back from them.
 
     Args:
-        predict: the model, in ``attention``.
-        depth: of the needle, 0 to 1.
-        config: of Lighthouse; needed in attention "lighthouse" alone.
+        predict: the model, under ``attention``.
+        depth: of the needle, from 0 to 1.
+        config: of Lighthouse; needed only under attention "lighthouse".
         batch_tokens: tokens in a batch; one sequence at least.
-        decode: gives the text of ids, for ``text_bytes``; None: each token but BOS is a byte.
+        decode: gives the text of ids, for ``text_bytes``. None: each token but BOS is a byte.
 
     Raises:
-        ValueError: the prompt is too short for the task, or the depth is none.
+        ValueError: the prompt is too short for the task, or the depth lies outside 0 to 1.
     """
-    needed = length + task.digits - 1
     total = sequence_length(task, length, attention, config)
     digit_ids = torch.from_numpy(encoder.digits).long().to(device)
     batch_size = max(1, batch_tokens // total)
@@ -120,23 +129,14 @@ def measure_cell(
         numbers = range(first, min(first + batch_size, trials))
         prompts = [evaluation_prompt(encoder, task, length, depth, n, seed) for n in numbers]
         answers = np.stack([prompt.answer for prompt in prompts])
-        padding = [
-            evaluation_filler(encoder, total - needed, task, length, depth, n, seed)
-            for n in numbers
-        ]
-        rows = np.concatenate(
-            [
-                np.stack([prompt.tokens for prompt in prompts]),
-                encoder.digits[answers[:, :-1]],
-                np.stack(padding),
-            ],
-            axis=1,
-        )
         for prompt in prompts:
             text = prompt.tokens[len(encoder.bos) :].tolist()
             text_bytes += len(decode(text).encode()) if decode else len(text)
-        tokens = torch.from_numpy(rows.astype(np.int64)).to(device)
-        logits = predict(tokens, slice(length - 1, needed))
+        count = total - (length + task.digits - 1)
+        padding = [evaluation_filler(encoder, count, task, length, depth, n, seed) for n in numbers]
+        rows = _rows(encoder, prompts, answers, padding)
+        tokens = torch.from_numpy(rows).to(device)
+        logits = predict(tokens, slice(length - 1, length + task.digits - 1))
         guesses = logits.index_select(-1, digit_ids).argmax(-1).cpu().numpy()
         right[numbers.start : numbers.stop] = guesses == answers
     correct = int(right.all(1).sum())

@@ -1,1 +1,1 @@
-"""Checkpoints in the format of Hugging Face: out of it, and into it."""
+"""Models in Hugging Face's format: export, import, and the format itself."""

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder in Hugging Face's format, which needs none of our code."""
+"""Write a checkpoint as a folder in Hugging Face's format, which loads without our code."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..checkpoint import CheckpointRecord, check_shapes, in_one_process, read_record
 from ..data.tokenizer import build_tokenizer
@@ -45,9 +46,9 @@ def export_checkpoint(
         path, overrides: as in ``inference.load_trained_model``.
         output: a folder that is empty or not there.
         dtype: of the weights; None leaves them as they are stored.
-        allow_lighthouse: whether a checkpoint may be one that was not trained dense at the end.
-        max_shard_size: of a file of weights, in bytes.
-        report: called with lines that say how far it is.
+        allow_lighthouse: whether to accept a checkpoint that was not trained dense at the end.
+        max_shard_size: largest file of weights, in bytes.
+        report: called with lines that say how far the export is.
 
     Raises:
         ValueError, TypeError, OSError: safetensors is missing; the checkpoint cannot be read, is
@@ -72,13 +73,12 @@ def export_checkpoint(
 
 
 def check_dense(path: Path, record: CheckpointRecord | None) -> None:
-    """Check that the steps up to a checkpoint were dense, as attention is in any Llama.
+    """Check that the last steps before a checkpoint were dense, as a Llama's attention is.
 
     Raises:
-        ValueError: the last one was Lighthouse's, or it is not known.
+        ValueError: the last step was Lighthouse's, or the checkpoint does not say.
     """
-    last = record.last_lighthouse_step if record else None
-    if last is None:
+    if record is None or record.last_lighthouse_step is None:
         raise UserValueError(
             f"{path} does not say whether its last steps were dense, as a trainer other than "
             "Lighthouse's wrote it or an earlier part of its run; pass --allow-lighthouse if you "
@@ -95,9 +95,10 @@ def check_dense(path: Path, record: CheckpointRecord | None) -> None:
 def _stored_dtype(path: Path, state: dict[str, torch.Tensor]) -> torch.dtype:
     check_shapes(path, state)
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    dtypes = {stored[name].properties.dtype for name in state}
+    tensors = [stored[name] for name in state]
+    dtypes = {x.properties.dtype for x in tensors if isinstance(x, TensorStorageMetadata)}
     if len(dtypes) > 1:
-        # Every value of both is one of float32's.
+        # float32 can hold every value of the others.
         return torch.float32
     return dtypes.pop()
 
@@ -128,7 +129,7 @@ def _write_weights(
             for name, tensor in adapter(args).to_hf(state).items()
         }
         save_file(shard, folder / file, metadata={"format": "pt"})
-        # safetensors lets nobody but its owner read a file.
+        # safetensors makes files that only their owner can read.
         shutil.copymode(folder / CONFIG_FILE, folder / file)
         size = sum(tensor.nbytes for tensor in shard.values())
         report(

@@ -1,16 +1,16 @@
-"""What a model is to Hugging Face's libraries: its config.json, its tensors, its tokenizer."""
+"""Hugging Face's format of a model: config.json, tensors and tokenizer."""
 
 import contextlib
 import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from ..data.tokenizer import ByteTokenizer, save_hugging_face_tokenizer
 from ..errors import UserValueError
@@ -36,7 +36,11 @@ TOKENIZER_FILES = (
 
 
 def require_safetensors() -> None:
-    """Raise ``ValueError`` with what to install if the weights' format cannot be handled."""
+    """Check that weights can be read and written.
+
+    Raises:
+        ValueError: safetensors is missing; the message says how to install it.
+    """
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:
@@ -47,13 +51,13 @@ def require_safetensors() -> None:
 
 
 def model_state(args: LighthouseModelArgs) -> dict[str, torch.Tensor]:
-    """The state dict of a model as it is in checkpoints, on the meta device."""
+    """The state dict of a model as checkpoints hold it, on the meta device."""
     with torch.device("meta"):
         return LighthouseTransformer(dataclasses.replace(args, chunked_loss=False)).state_dict()
 
 
 def adapter(args: LighthouseModelArgs) -> LighthouseStateDictAdapter:
-    """Between our tensors and Hugging Face's, whose queries and keys have their rows permuted."""
+    """Converts between our tensors and Hugging Face's, which permute rows of queries and keys."""
     return LighthouseStateDictAdapter(args, None)
 
 
@@ -72,7 +76,7 @@ def architecture(args: LighthouseModelArgs) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": args.norm_eps,
         "rope_theta": float(args.rope_theta),
-        # torchtitan scales the frequencies of every Llama 3 at every length, as Llama 3.1 does.
+        # torchtitan scales the frequencies at every length, as Llama 3.1 does.
         "rope_scaling": {
             "rope_type": "llama3",
             "factor": scaling.scaling_factor,
@@ -87,7 +91,7 @@ def architecture(args: LighthouseModelArgs) -> dict[str, Any]:
 
 
 def special_ids(tokenizer: BaseTokenizer) -> dict[str, int | None]:
-    """Ids of the special tokens, None for what a tokenizer has not."""
+    """Ids of the special tokens; None for one that the tokenizer lacks."""
     return {
         f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")
     }
@@ -107,7 +111,7 @@ def write_configuration(
         "max_position_embeddings": args.max_seq_len,
         "attention_dropout": 0.0,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        # Written out when there is none, as transformers would assume ids.
+        # Missing ids are written as null, because transformers would assume others.
         **ids,
     }
     given = {name: token for name, token in ids.items() if token is not None}
@@ -116,17 +120,19 @@ def write_configuration(
 
 
 def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The ``config.json`` of a folder, and of it what ``architecture`` gives of a model of ours.
+    """Read the ``config.json`` of a folder.
 
-    Entries that are not there have the values that transformers gives them.
+    Returns:
+        Everything in it, and the entries that ``architecture`` gives for our models. Entries that
+        are not there have the values that transformers gives them.
 
     Raises:
-        ValueError: there is none, or it is not a Llama's.
+        ValueError: there is no such file, or it does not describe a Llama.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise UserValueError(
             f"{folder} holds no {CONFIG_FILE}; pass a folder in Hugging Face's format, as "
-            "scripts/export_hf.py or save_pretrained of transformers write it"
+            "lighthouse export-hf or save_pretrained of transformers write it"
         )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
@@ -139,7 +145,7 @@ def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} is a model of type '{config.get('model_type')}', not 'llama'; no other can "
             "be trained here"
         )
-    # transformers 5 keeps all that concerns RoPE in one table, 4 in two entries.
+    # transformers 5 keeps everything about RoPE in one table, transformers 4 in two entries.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserValueError(
@@ -167,7 +173,7 @@ def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def differences(
     args: LighthouseModelArgs, known: dict[str, Any]
 ) -> dict[str, tuple[object, object]]:
-    """Entries in which a folder's architecture is not that of ``args``: (folder's, ours)."""
+    """Entries in which a folder's architecture differs from that of ``args``: (folder's, ours)."""
     return {
         key: (known.get(key), value)
         for key, value in architecture(args).items()
@@ -176,11 +182,11 @@ def differences(
 
 
 def write_tokenizer(folder: Path, tokenizer: BaseTokenizer, assets: str) -> None:
-    """Write the files that ``transformers.AutoTokenizer`` reads the tokenizer of a run from.
+    """Write the files from which ``transformers.AutoTokenizer`` reads the tokenizer of a run.
 
     Args:
-        assets: the run's ``model.hf_assets_path``, which files are copied from unless the
-            tokenizer is the built-in one.
+        assets: the run's ``model.hf_assets_path``. Files are copied from it unless the tokenizer
+            is the built-in one.
     """
     if isinstance(tokenizer, ByteTokenizer):
         save_hugging_face_tokenizer(folder)
@@ -189,16 +195,17 @@ def write_tokenizer(folder: Path, tokenizer: BaseTokenizer, assets: str) -> None
         if Path(assets, name).is_file():
             shutil.copy(Path(assets, name), folder / name)
     if not (folder / "tokenizer.json").is_file():
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     if not (folder / "tokenizer_config.json").is_file():
-        # Else AutoTokenizer takes the model's type for that of its tokenizer.
+        # Without this file, AutoTokenizer would derive the tokenizer's type from the model's.
         content = {"tokenizer_class": "PreTrainedTokenizerFast"}
         (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``output`` if all goes well and is deleted if not.
+def new_folder(output: str | Path) -> Generator[Path, None, None]:
+    """Yield a folder to fill; it becomes ``output`` if all goes well and is deleted if not.
 
     Raises:
         ValueError: ``output`` is there and is not an empty folder.

@@ -1,4 +1,4 @@
-"""A Llama in Hugging Face's format as a checkpoint of step 0, to train on from."""
+"""Make a checkpoint of step 0 out of a Llama in Hugging Face's format, to train on from."""
 
 import json
 from collections.abc import Callable
@@ -44,8 +44,8 @@ def import_model(
         folder: ``config.json`` of a Llama of one of our flavors, and its weights as safetensors.
         output: a folder that is empty or not there.
         overrides: flags of the trainer, ``--section.key value``, for the checkpoint's record. They
-            win over the file that --job.config_file names, or else over a configuration of the
-            folder's model, length and tokenizer without Lighthouse.
+            win over the file that --job.config_file names. Without such a file they win over a
+            dense configuration with the folder's model, length and tokenizer.
         dtype: of the weights; None leaves them as they are stored.
 
     Returns:
@@ -80,10 +80,10 @@ def import_model(
 
 
 def matching_flavor(folder: Path, known: dict[str, Any]) -> str:
-    """The flavor that computes what a folder's model does; ``known`` is its architecture.
+    """The flavor that computes the same as a folder's model; ``known`` is its architecture.
 
     Raises:
-        ValueError: there is none; what the most similar one has otherwise is named.
+        ValueError: there is none; the message says how the most similar one differs.
     """
     apart = {name: differences(args, known) for name, args in flavors.items()}
     closest = min(apart, key=lambda name: len(apart[name]))
@@ -94,7 +94,7 @@ def matching_flavor(folder: Path, known: dict[str, Any]) -> str:
     )
     raise UserValueError(
         f"{folder} fits no model.flavor; the closest is '{closest}', from which it differs: "
-        f"{listed}. Add a flavor to torchtitan/models/llama3_lighthouse/__init__.py"
+        f"{listed}. Add a flavor to torchtitan/models/llama3_lighthouse/model/flavors.py"
     )
 
 
@@ -109,7 +109,7 @@ def _own_configuration(
     section = config.lighthouse
     section.stage = "dense"
     section.dense_layers = list(range(flavors[flavor].n_layers))
-    # The smallest pyramid, which fits any length; no layer has one.
+    # No layer has a pyramid. The smallest one fits any length.
     section.levels = section.pooling_factor = section.top_k = section.picks_per_stratum = 2
     if not _has_byte_tokenizer(folder):
         section.tokenizer = "hf"
@@ -118,13 +118,13 @@ def _own_configuration(
 
 
 def _has_byte_tokenizer(folder: Path) -> bool:
-    """Whether a folder's tokenizer is the built-in one; so it is taken to be if there is none."""
+    """Whether a folder's tokenizer is the built-in one, which it is taken to be without files."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return not any((folder / name).is_file() for name in ("vocab.json", "vocab.txt"))
     try:
         vocabulary = Tokenizer.from_file(str(file)).get_vocab()
-    # The library raises no narrower one.
+    # The library raises no narrower exception.
     except Exception as error:
         raise UserValueError(f"{file} is no tokenizer: {error}; mend or remove it") from None
     own = Tokenizer.from_file(str(Path(BYTE_TOKENIZER_FOLDER, "tokenizer.json")))
@@ -137,7 +137,7 @@ def _read_weights(
     dtype: torch.dtype | None,
     report: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
-    """Our state dict of a folder's weights."""
+    """Read a folder's weights as our state dict."""
     from safetensors import SafetensorError, safe_open
 
     expected = adapter(args).to_hf(model_state(args))

@@ -1,1 +1,1 @@
-"""Devices and parallelisms: what maps the model onto hardware."""
+"""Devices and parallelisms: how the model runs on the hardware it is given."""

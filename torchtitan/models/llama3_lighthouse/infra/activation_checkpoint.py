@@ -1,28 +1,36 @@
-"""Activation checkpointing that keeps what is small and dear: ``mode = "lighthouse"``.
+"""Activation checkpointing that keeps what is small and costly: ``mode = "lighthouse"``.
 
-Of every layer its input is kept, what attention gave, and the selection: in a Lighthouse layer the
-gathered queries, keys and values and the output of attention over them, all of length S, in a dense
-layer the output of attention over N positions. Neither attention nor selection is ever repeated.
-From these backward repeats norms, rotary embedding, scattering and those matrix products that
-``keep_products`` does not name. A kept element of a product saves 2 K FLOPs for 2 bytes, K the
-columns of its weight, so that all are worth the same but w2's, which backward does not need.
+Each layer keeps its input, the output of attention, and the selection. In a dense layer the output
+of attention has N positions. In a Lighthouse layer it has S, and the gathered queries, keys and
+values, which have S as well, are kept with it. Backward then repeats neither attention nor
+selection.
+
+Backward does repeat norms, rotary embedding, scattering, and the matrix products that
+``keep_products`` does not name. One element of a product takes 2 bytes to keep and 2 K FLOPs to
+repeat, where K is the number of the layer's inputs. K is the model's width for every product but
+that of w2, which backward does not need, so all that can be kept are equally worth keeping.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 
 from lighthouse import LighthouseAttention
 from lighthouse.implementation import kernels
 
 from ..job_config import ActivationCheckpoint
 
-# Matrix products of a block, in the order in which it takes them.
+# Matrix products of a block, in the order in which it computes them.
 PRODUCTS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
-# Those that the backward of Lighthouse attention does without, having what was gathered of them.
+# Backward of Lighthouse attention reads the gathered rows instead of these products.
 BEFORE_GATHERING = ("wq", "wk", "wv")
 
 ATTENTION = {
@@ -33,22 +41,23 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 SELECTION = {torch.ops.lighthouse.select.default}
-GATHERING = set()
+GATHERING: set[torch._ops.OpOverload] = set()
 if kernels is not None:
     SELECTION |= {
         torch.ops.lighthouse.score.default,
         torch.ops.lighthouse.select_from_norms.default,
     }
     GATHERING = {torch.ops.lighthouse.gather.default}
-# Of the seam between chunks, a few rows.
+# The few rows that cross the seam between chunks under context parallelism.
 EXCHANGE = {torch.ops._c10d_functional.all_to_all_single.default}
-# Of tensor parallelism, as in upstream's selective mode.
+# Tensor parallelism's reduction, which upstream's selective mode keeps as well.
 REDUCTION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
 def apply_lighthouse_checkpoint(model: nn.Module, section: ActivationCheckpoint) -> None:
     """Checkpoint every block of ``model.layers``, keeping the products that ``section`` names."""
-    for name, block in model.layers.named_children():
+    layers = model.get_submodule("layers")
+    for name, block in layers.named_children():
         wrapped = checkpoint_wrapper(
             block,
             context_fn=contexts_that_keep(block, frozenset(section.keep_products)),
@@ -58,31 +67,40 @@ def apply_lighthouse_checkpoint(model: nn.Module, section: ActivationCheckpoint)
             early_stop=True,
             debug=section.debug,
         )
-        model.layers.register_module(name, wrapped)
+        layers.register_module(name, wrapped)
 
 
-def contexts_that_keep(block: nn.Module, keep_products: frozenset[str]) -> Callable:
-    """The ``context_fn`` of ``torch.utils.checkpoint`` for one block.
+def contexts_that_keep(
+    block: nn.Module, keep_products: frozenset[str]
+) -> Callable[[], tuple[Any, Any]]:
+    """Make the ``context_fn`` of ``torch.utils.checkpoint`` for one block.
 
     Args:
-        keep_products: of ``PRODUCTS``, those kept where backward needs them.
+        keep_products: names from ``PRODUCTS``. Each is kept where backward needs it.
     """
-    inner = block.attention.inner_attention
+    inner = block.get_submodule("attention.inner_attention")
     kept = ATTENTION | SELECTION | GATHERING | EXCHANGE
 
-    def contexts():
+    def contexts() -> tuple[Any, Any]:
         needed = set(keep_products)
         if isinstance(inner, LighthouseAttention) and inner.enabled:
             needed -= set(BEFORE_GATHERING)
+        # Products so far, in the forward pass (False) and in its repetition (True).
         products_seen = {False: 0, True: 0}
 
-        def policy(context, operation, *arguments, **options):
+        def policy(
+            context: SelectiveCheckpointContext,
+            operation: torch._ops.OpOverload,
+            *arguments: Any,
+            **options: Any,
+        ) -> CheckpointPolicy:
             seen = products_seen[context.is_recompute]
             if operation == torch.ops.aten.mm.default:
                 assert seen < len(PRODUCTS), "a block takes more products than its linear layers"
                 products_seen[context.is_recompute] += 1
                 keep = PRODUCTS[seen] in needed
             elif operation in REDUCTION:
+                # The reduction after w2 is not needed, just as w2's product is not.
                 keep = seen < len(PRODUCTS)
             else:
                 keep = operation in kept
@@ -90,6 +108,7 @@ def contexts_that_keep(block: nn.Module, keep_products: frozenset[str]) -> Calla
 
         return create_selective_checkpoint_contexts(policy)
 
-    # Lets the compiler's cache tell graphs apart that differ in nothing but what they keep.
+    # Lets the compiler's cache tell apart graphs that differ only in what they keep.
+    # pyrefly: ignore[missing-attribute]  Functions take attributes; torch looks for this one.
     contexts.cache_hash = f"lighthouse {sorted(keep_products)}"
     return contexts

@@ -15,7 +15,7 @@ from .ring_attention import install_ring_attention, sum_dtype
 
 
 def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
-    """Which chunks of a sequence this rank of ``mesh`` holds."""
+    """The chunks of a sequence that this rank of ``mesh`` holds."""
     return ContextParallel(
         mesh.get_group(),
         mesh.get_local_rank(),
@@ -27,10 +27,10 @@ def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
 def held_batch(
     inputs: torch.Tensor, labels: torch.Tensor, mesh: DeviceMesh, config: Parallelism
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's part of a batch.
+    """Cut this rank's part out of a batch.
 
-    Without the list of a sequence's positions that torch 2.11 makes on the host for it, every
-    time, while the device waits.
+    torchtitan's own function would have torch 2.11 list every position of the sequence on the host,
+    for each batch, while the device waits.
 
     Args:
         inputs, labels: [B, N] each.
@@ -49,9 +49,9 @@ def held_batch(
 def apply_context_parallel(
     attention_modules: list[nn.Module], mesh: DeviceMesh, config: Parallelism
 ) -> None:
-    """Run the dense attention of every module, Lighthouse's inner one too, over ``mesh``."""
+    """Run the dense attention of every module over ``mesh``, that inside Lighthouse included."""
     install_ring_attention()
-    # Upstream reads the key and leaves torch's default, an all-gather, in place.
+    # Upstream reads the key but never sets the method, so that torch would all-gather.
     set_rotate_method(config.context_parallel_rotate_method)
     layout = layout_of(mesh, config)
     _cp_options.enable_load_balance = layout.balanced
@@ -67,17 +67,19 @@ def apply_context_parallel(
 def bytes_sent_per_layer(
     args: LighthouseModelArgs, seq_len: int, layout: ContextParallel, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Bytes that a rank sends in one Lighthouse layer for one sequence, by the ring ("alltoall").
+    """Bytes that one rank sends in one Lighthouse layer for one sequence, with "alltoall".
 
-    Keys and values of S / W places go round forward and again backward, W - 1 hops each, as do
-    their gradients. Of the seam, L - 1 rows of every query head follow each chunk, forward and
-    backward, even to a chunk on the same rank.
+    Keys and values of S / W places go round the ring forward and again backward, W - 1 hops each.
+    Their gradients go round backward. At the seam, L - 1 rows of every query head follow each
+    chunk, forward and backward, even to a chunk on the same rank.
 
     Args:
-        dtype: of q, k and v.
+        seq_len: N.
+        dtype: the dtype of q, k and v.
 
     Returns:
-        "ring" and "seam"; the seam of a rank with neither the first nor the last chunk of all.
+        Bytes by "ring" and by "seam". The seam is that of a rank which holds neither the first nor
+        the last chunk of the sequence; one that does sends less.
     """
     ranks = layout.world_size
     head_dim = args.dim // args.n_heads

@@ -1,14 +1,15 @@
-"""Lets torchtitan run on a machine without an accelerator.
+"""A CPU stand-in for the device that torchtitan looks for.
 
-torchtitan looks for a device once, in ``torchtitan.tools.utils``, falls back to CUDA when there is
-none, and copies the answer into other modules as they are imported. ``use_cpu_without_accelerator``
-puts a CPU stand-in there and wherever it was copied to.
+torchtitan looks for a device once, in ``torchtitan.tools.utils``. When there is none it takes CUDA,
+and other modules copy that answer as they are imported. ``use_cpu_without_accelerator`` puts the
+stand-in there and into every copy.
 """
 
 import resource
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -19,23 +20,23 @@ from torchtitan.tools import utils
 class CPUDevice:
     """The part of ``torch.cuda``'s interface that torchtitan calls, answered for the CPU."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
         return 0
 
-    def get_device_name(self, device=None) -> str:
+    def get_device_name(self, device: object = None) -> str:
         return "CPU"
 
-    def get_device_properties(self, device=None) -> SimpleNamespace:
+    def get_device_properties(self, device: object = None) -> SimpleNamespace:
         return SimpleNamespace(name="CPU", total_memory=psutil.virtual_memory().total)
 
-    def memory_stats(self, device=None) -> dict[str, int]:
+    def memory_stats(self, device: object = None) -> dict[str, int]:
         """Peak resident memory of this process since it started, in bytes.
 
-        The operating system offers no portable way to reset the peak, so unlike on a GPU it never
-        falls between two log lines.
+        Operating systems offer no portable way to reset the peak. Unlike on a GPU, it never falls
+        from one log line to the next.
         """
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # Linux counts in KiB, macOS in bytes.
@@ -47,7 +48,7 @@ class CPUDevice:
             "num_ooms": 0,
         }
 
-    def reset_peak_memory_stats(self, device=None) -> None:
+    def reset_peak_memory_stats(self, device: object = None) -> None:
         pass
 
     def empty_cache(self) -> None:
@@ -57,7 +58,7 @@ class CPUDevice:
 def measure_peak_flops(device_name: str = "CPU", size: int = 1024, repeats: int = 5) -> float:
     """Best observed rate of a float32 matrix product on this CPU, in FLOP/s.
 
-    CPUs have no table of peaks to look up, so MFU is stated against what this one just reached.
+    There is no table of CPUs' peaks, so MFU is stated against the rate that this CPU reaches now.
     """
     a, b = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")
@@ -82,8 +83,8 @@ def use_cpu_without_accelerator() -> None:
 def use_sum_reductions(model: torch.nn.Module) -> None:
     """Make FSDP reduce gradients with plain sums, which gloo supports.
 
-    torchtitan sets a gradient divide factor of one, which FSDP otherwise expresses through NCCL's
-    pre-multiplied sum.
+    torchtitan sets a gradient divide factor of one. FSDP would express it as a pre-multiplied sum,
+    which only NCCL has.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,61 +1,74 @@
 """Layer inputs in host memory between forward and backward: ``offload_inputs``.
 
-Our own, because torch's ``save_on_cpu`` copies on the compute stream, and the compiler's offloading
-ends with a graph, which here is one layer.
+torch has two ways to do this, and neither fits. ``save_on_cpu`` copies on the compute stream, so
+that layers wait for copies. The compiler's offloading works within one graph, and a graph here is
+one layer.
 
-A layer's input goes to the layer's pinned buffer while that layer runs forward, and comes back
-while the layer after it runs backward. One more stream makes all copies, in order, so that a buffer
-is not written before it has been read. Memory on the device is the compute stream's alone, and two
-rules keep it from changing hands early, whatever the timing and without ``record_stream``:
+A layer's input is copied to a pinned host buffer while the layer runs forward. It is copied back
+while the next layer runs backward. A second stream makes all copies, in the order in which they
+were queued, so that a buffer is read before it is written again.
 
-- a copy begins after all work queued before it: what computes its source or last used its target;
-- where a tensor that was copied from is dropped, or one that was copied to is used, the compute
-  stream waits for all copies queued so far.
+Device memory is allocated on the compute stream only. torch may therefore reuse a tensor's memory
+as soon as the tensor is dropped, although a copy of it is still queued. Two rules prevent that,
+whatever the timing and without ``record_stream``:
+
+- A copy begins after all work that the compute stream had queued before it. Its source has been
+  computed by then, and the last use of its target's memory is over.
+- The compute stream waits for all copies queued so far before the source of a copy is dropped, and
+  before the target of a copy is used.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# At most, in backward: the one in use and the one on its way. In forward, one.
+# The most at any time. Backward holds one input in use and one on its way; forward holds one.
 INPUTS_ON_DEVICE = 2
 
 
 @dataclass
 class _Input:
-    """One layer's input, of its latest forward pass."""
+    """The input of one layer in its latest forward pass.
+
+    Attributes:
+        host: pinned buffer, allocated in the first pass and reused in all others.
+        device: the input itself while it is on the device or on its way there, otherwise None.
+        passes: forward passes that have written to ``host``.
+    """
 
     host: torch.Tensor | None = None
-    """Made in the first pass and used in all others."""
     device: torch.Tensor | None = None
-    """While it is there, or on its way there."""
     passes: int = 0
-    """Forward passes that have written to the host."""
 
 
 class LayerInputOffload:
-    """Offloads from now on what backward saves of the inputs of ``layers``.
+    """Offloads the inputs of ``layers`` that autograd saves for backward, from now on.
 
-    A forward pass without gradients changes nothing. One with them overwrites what the last one
-    left on the host, so its backward has to come before the next one's forward.
+    Forward passes without gradients are left alone. A forward pass with gradients overwrites what
+    the one before it left on the host. Each backward therefore has to run before the next forward.
 
     Args:
-        layers: called one after another in this order, with a [B, N, dim] tensor as their first
-            argument, which backward has to save. FSDP, whose hooks may cast it, has to have been
-            applied.
+        layers: called one after another in this order. The first argument of each is a
+            [B, N, dim] tensor that autograd saves for backward. Apply FSDP first, because its hooks
+            may cast that tensor.
 
     Raises:
-        RuntimeError: from a layer's forward, whose input is not saved; from a backward that comes
-            after the next forward.
+        RuntimeError: in a layer's forward, if autograd does not save its input; in a backward that
+            runs after the next forward.
     """
+
+    # Set in the first forward pass, which tells the device.
+    copies: torch.Stream
+    _streams: ModuleType
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self.inputs: list[_Input] = []
-        self.copies = None
+        self._device: torch.device | None = None
         self._hooks: saved_tensors_hooks | None = None
         self._is_saved = False
         for number, layer in enumerate(layers):
@@ -64,12 +77,14 @@ class LayerInputOffload:
             layer.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, number: int, layer: nn.Module, arguments: tuple) -> None:
+        """Start to copy the layer's input out, and catch it when autograd saves it."""
         if not torch.is_grad_enabled():
             return
         x = arguments[0].detach()
-        if self.copies is None:
-            self._device, self._streams = x.device, torch.get_device_module(x.device)
+        if self._device is None:
+            self._streams = torch.get_device_module(x.device)
             self.copies = self._streams.Stream()
+            self._device = x.device
         self._wait_for_copies()
         for earlier in self.inputs:
             earlier.device = None
@@ -84,6 +99,7 @@ class LayerInputOffload:
         self._hooks.__enter__()
 
     def _leave(self, layer: nn.Module, arguments: tuple, output: torch.Tensor | None) -> None:
+        """Stop catching what autograd saves."""
         if self._hooks is None:
             return
         self._hooks.__exit__()
@@ -91,24 +107,28 @@ class LayerInputOffload:
         # There is no output where forward raised an error.
         if output is not None and not self._is_saved:
             raise RuntimeError(
-                "activation_checkpoint.offload_inputs = true: backward does not save the input "
+                "activation_checkpoint.offload_inputs = true: autograd does not save the input "
                 f"{tuple(arguments[0].shape)} of a layer as it is; set it to false"
             )
 
     def _pack(self, number: int, tensor: torch.Tensor) -> torch.Tensor | tuple[int, int]:
+        """Save a layer's input as its number and pass, and any other tensor as it is."""
         mine = self.inputs[number]
-        # Subclasses are those of tracing, without memory.
+        x = mine.device
+        # While a compiler traces, tensors are of subclasses that have no memory.
         if (
             type(tensor) is torch.Tensor
-            and tensor.data_ptr() == mine.device.data_ptr()
-            and (tensor.shape, tensor.stride()) == (mine.device.shape, mine.device.stride())
-            and tensor.dtype == mine.device.dtype
+            and x is not None
+            and tensor.data_ptr() == x.data_ptr()
+            and (tensor.shape, tensor.stride()) == (x.shape, x.stride())
+            and tensor.dtype == x.dtype
         ):
             self._is_saved = True
             return number, mine.passes
         return tensor
 
     def _unpack(self, packed: torch.Tensor | tuple[int, int]) -> torch.Tensor:
+        """Wait for a layer's input, and start to fetch that of the layer before it."""
         if isinstance(packed, torch.Tensor):
             return packed
         number, passes = packed
@@ -118,18 +138,21 @@ class LayerInputOffload:
                 "activation_checkpoint.offload_inputs = true: another forward pass has taken the "
                 "place of this one's layer inputs; run backward before it"
             )
-        self._fetch(number)
+        x = self._fetch(number)
         self._wait_for_copies()
-        x, mine.device = mine.device, None
+        mine.device = None
         if number > 0:
             self._fetch(number - 1)
         return x
 
-    def _fetch(self, number: int) -> None:
+    def _fetch(self, number: int) -> torch.Tensor:
+        """The input of a layer, which may still be on its way to the device."""
         mine = self.inputs[number]
         if mine.device is None:
+            assert mine.host is not None, "forward copies every layer's input to the host"
             mine.device = torch.empty_like(mine.host, device=self._device, pin_memory=False)
             self._copy(mine.device, mine.host)
+        return mine.device
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self.copies.wait_stream(self._streams.current_stream())

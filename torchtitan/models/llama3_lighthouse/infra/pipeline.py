@@ -4,22 +4,25 @@ import torch
 from torch import nn
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torchtitan.components.loss import LossFunction
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import pipeline_parallel as upstream
+from torchtitan.protocols.train_spec import ParallelizeFunction
 
 from ..errors import UserValueError
-from ..job_config import Parallelism
+from ..job_config import JobConfig, Parallelism
+from ..model.model import LighthouseModelArgs
 
-# Each splits layers over ranks, and a batch over time, in its own way; these were tested.
+# Schedules differ in how they split layers over ranks and a batch over time; these were tested.
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B")
 
 
 class ShareOfMean:
-    """A summed loss divided by ``tokens``, before gradients are taken.
+    """Divides a summed loss by ``tokens`` before gradients are taken.
 
     Upstream's schedules take gradients of the sum itself, and divide only the loss that is logged.
 
     Attributes:
-        tokens: of a whole global batch; set anew for each, and 1 for a sum.
+        tokens: tokens of the global batch, to be set for each batch. With 1, the loss stays a sum.
     """
 
     def __init__(self, loss_sum: LossFunction) -> None:
@@ -31,15 +34,27 @@ class ShareOfMean:
 
 
 def pipeline_lighthouse(
-    model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_fn
+    model: nn.Module,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+    device: torch.device,
+    model_args: LighthouseModelArgs,
+    parallelize_fn: ParallelizeFunction,
+    loss_fn: LossFunction,
 ) -> tuple[_PipelineSchedule, list[nn.Module], bool, bool]:
-    """Upstream's stages and schedule; the schedule's ``share_of_mean`` takes the tokens."""
+    """Split ``model`` into upstream's pipeline stages.
+
+    Returns:
+        The schedule, with our ``ShareOfMean`` as its attribute ``share_of_mean``; the model parts
+        on this rank; and whether it has the first pipeline stage, and the last one.
+    """
     share_of_mean = ShareOfMean(loss_fn)
-    schedule, *rest = upstream.pipeline_llm(
+    schedule, model_parts, has_first, has_last = upstream.pipeline_llm(
         model, parallel_dims, job_config, device, model_args, parallelize_fn, share_of_mean
     )
+    # pyrefly: ignore[missing-attribute]  The attribute is ours; torch's class does not declare it.
     schedule.share_of_mean = share_of_mean
-    return schedule, *rest
+    return schedule, model_parts, has_first, has_last
 
 
 def loss_over_microbatches(
@@ -50,8 +65,18 @@ def loss_over_microbatches(
     is_last: bool,
     options: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """Sum of the losses of a forward pass; zero on ranks without the last stage."""
+    """Sum of the losses of a forward pass over all microbatches, without gradients.
+
+    Args:
+        inputs, labels: [B, N] each.
+        is_first, is_last: whether this rank has the first pipeline stage, and the last one.
+        options: further arguments of the model's forward.
+
+    Returns:
+        A float32 scalar, which is zero on ranks without the last pipeline stage.
+    """
     losses: list[torch.Tensor] = []
+    # pyrefly: ignore[missing-attribute]  ``pipeline_lighthouse`` adds it to the schedule.
     schedule.share_of_mean.tokens = 1.0
     schedule.eval(
         *((inputs,) if is_first else ()),
@@ -66,7 +91,7 @@ def check_pipeline(config: Parallelism, local_batch_size: int, n_layers: int) ->
     """Check that upstream can split layers and batches as ``config`` says.
 
     Raises:
-        ValueError: it cannot, or not by a schedule that is known to work.
+        UserValueError: upstream cannot, or the schedule is not one of ``SCHEDULES``.
     """
     degree, schedule = config.pipeline_parallel_degree, config.pipeline_parallel_schedule
     if schedule not in SCHEDULES or config.pipeline_parallel_schedule_csv:
@@ -80,20 +105,20 @@ def check_pipeline(config: Parallelism, local_batch_size: int, n_layers: int) ->
         raise UserValueError(
             f"training.local_batch_size = {local_batch_size} must be a multiple of "
             f"parallelism.pipeline_parallel_degree x pipeline_parallel_microbatch_size = {degree} "
-            f"x {size}, so that every stage has a microbatch to work on"
+            f"x {size}, so that every pipeline stage has a microbatch to work on"
         )
     if config.module_fqns_per_model_part or config.pipeline_parallel_layers_per_stage:
         return
-    stages = degree * (2 if schedule == "Interleaved1F1B" else 1)
+    pipeline_stages = degree * (2 if schedule == "Interleaved1F1B" else 1)
     try:
         upstream.generate_llm_fqn_per_model_part(
-            stages,
+            pipeline_stages,
             n_layers,
             config.pipeline_parallel_first_stage_less_layers,
             config.pipeline_parallel_last_stage_less_layers,
         )
     except ValueError as error:
         raise UserValueError(
-            f"parallelism.pipeline_parallel_degree = {degree} makes {stages} stages by "
-            f"'{schedule}', which {n_layers} layers do not fill: {error} Lower it."
+            f"parallelism.pipeline_parallel_degree = {degree} makes {pipeline_stages} pipeline "
+            f"stages under '{schedule}', and {n_layers} layers do not fill them: {error} Lower it."
         ) from None

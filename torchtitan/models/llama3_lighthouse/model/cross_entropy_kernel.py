@@ -1,9 +1,9 @@
-"""Cross-entropy of rows of logits, and their gradient in the logits' place.
+"""Cross-entropy of rows of logits, and its gradient, written over the logits.
 
     loss = log(sum_j exp(x_j)) - x_label      x_j <- exp(x_j) / sum_i exp(x_i) - (j = label)
 
-One program owns one row: it reads it once for the sum, and reads and writes it once for the
-gradient. Computed in float32; a row whose label is ignored has loss and gradient zero.
+One program owns one row. It reads the row once for the sum, and reads and writes it once more for
+the gradient. It computes in float32. A row whose label is ignored has loss and gradient zero.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torchtitan.components.loss import IGNORE_INDEX
 
 BLOCK, WARPS = 4096, 8
-# Below every logit, and unlike minus infinity it can be subtracted from itself.
+# Lower than every logit. Minus infinity would be too, but minus itself it is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
 
@@ -41,7 +41,7 @@ def _cross_entropy(
         total = total * tl.exp(highest - higher) + tl.exp(x - higher)
         highest = higher
     peak = tl.max(highest, 0)
-    # Relative to the peak, so that nothing is lost where all logits are far from zero.
+    # Relative to the peak, so that no precision is lost where all logits are far from zero.
     log_total = tl.log(tl.sum(total * tl.exp(highest - peak), 0))
     tl.store(losses + row, tl.where(kept, log_total - (at_label - peak), 0.0))
 
@@ -58,12 +58,13 @@ def _cross_entropy(
 def cross_entropy_(
     logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, differentiate: bool
 ) -> None:
-    """Write the loss of every row and, to ``differentiate``, its gradient over the logits.
+    """Write the loss of every row to ``losses``, and its gradient over ``logits`` if asked to.
 
     Args:
-        logits: contiguous [T, V], of at most 32 bits.
+        logits: contiguous [T, V], in float32 or a shorter dtype.
         labels: contiguous int64 [T].
-        losses: contiguous float32 [T], written.
+        losses: contiguous float32 [T].
+        differentiate: whether to replace the logits by the gradient.
     """
     tokens, columns = logits.shape
     _cross_entropy[(tokens,)](

@@ -1,13 +1,16 @@
 """The sizes that ``model.flavor`` names."""
 
+from typing import Any
+
 from ..data.tokenizer import PADDED_VOCABULARY_SIZE
 from .model import LighthouseModelArgs
 
-# Vocabulary of upstream's Llama 3; the paper keeps it although its tokens are bytes.
+# The vocabulary of upstream's Llama 3. The paper keeps it, although its tokens are bytes.
 LLAMA3_VOCABULARY_SIZE = 128256
 
-# The paper's decoder; its FFN width of 1536 is 0.5625 of upstream's 2/3 of 4 times dim.
-PAPER = dict(
+# The paper's decoder. Upstream's FFN width is ffn_dim_multiplier times 2/3 of 4 dim, rounded up to
+# multiple_of: 0.5625 gives the paper's 1536.
+PAPER: dict[str, Any] = dict(
     dim=1024,
     n_layers=30,
     n_heads=8,
@@ -16,8 +19,8 @@ PAPER = dict(
     rope_theta=500000,
 )
 
-# What the studies in docs/ train.
-STUDIED = dict(
+# The small decoder that the studies in docs/studies train.
+STUDIED: dict[str, Any] = dict(
     dim=384,
     n_layers=8,
     n_heads=6,
@@ -26,7 +29,7 @@ STUDIED = dict(
     rope_theta=500000,
 )
 
-flavors = {
+flavors: dict[str, LighthouseModelArgs] = {
     "debugmodel": LighthouseModelArgs(
         dim=256,
         n_layers=6,

@@ -1,27 +1,34 @@
 """Output projection and cross-entropy together, without the logits of all tokens.
 
-Logits are computed for one chunk of tokens after another, in one buffer. Each chunk's gradient
-takes the place of its logits and is multiplied out at once, so that forward computes the loss and
-both gradients in the three products that it takes anyway, and backward only scales them.
+Forward computes the logits of one chunk of tokens after another, in one buffer. It writes each
+chunk's gradient over its logits and multiplies it out at once. Loss and both gradients so take no
+more than the three matrix products that they need in any case, and backward only scales gradients.
 
-torch's own ``linear_cross_entropy`` does the same from torch 2.13 on, but adds up the weight's
-gradient in the weight's precision; Liger's waits for the device twice a step; cut-cross-entropy
-adds in no fixed order.
+Three others do much the same. ``linear_cross_entropy`` of torch 2.13 adds up the weight's gradient
+in the weight's precision. Liger's waits for the device twice a step. cut-cross-entropy adds in no
+fixed order.
 
 Shapes: B batch, N positions, T = B N tokens, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
 
 from . import cross_entropy_kernel
 
-# The buffer's size. Each chunk reads and writes the weight's gradient once, so not too small.
+# Size of the buffer. Each chunk reads and writes the weight's whole gradient, so that small chunks
+# are slow.
 LOGITS_BYTES = 2**30
 
 
 def tokens_per_chunk(vocabulary: int, element_size: int) -> int:
-    """Tokens whose logits fill the buffer: a power of two, for the sake of matrix products."""
+    """Tokens whose logits fit into the buffer, a power of two because that suits matrix products.
+
+    Args:
+        element_size: bytes of one logit.
+    """
     fitting = max(1, LOGITS_BYTES // (vocabulary * element_size))
     return 1 << (fitting.bit_length() - 1)
 
@@ -29,7 +36,7 @@ def tokens_per_chunk(vocabulary: int, element_size: int) -> int:
 def cross_entropy_(
     logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, differentiate: bool
 ) -> None:
-    """The kernel of the same name in PyTorch; computed in the dtype of ``losses``."""
+    """The kernel of the same name in PyTorch. It computes in the dtype of ``losses``."""
     ignored = labels == IGNORE_INDEX
     column = labels.masked_fill(ignored, 0).unsqueeze(1)
     values = logits.to(losses.dtype)
@@ -53,7 +60,15 @@ def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, dtype, chunk, differentiate):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+        differentiate: bool,
+    ) -> torch.Tensor:
         rows, labels = hidden.flatten(0, -2), labels.flatten().contiguous()
         accurate = torch.promote_types(dtype, torch.float32)
         cross_entropy = cross_entropy_kernel.cross_entropy_ if rows.is_cuda else cross_entropy_
@@ -77,7 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_cross_entropy: backward ran before and took the gradients with it; "
@@ -95,14 +111,17 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Sum over all tokens of the cross-entropy of ``hidden @ weight.T``, in float32.
 
-    Products are in the autocast dtype, or else that of ``hidden``, as those of ``nn.Linear``; the
-    gradient of ``weight`` adds up in float32. Backward can run once.
+    Matrix products are in the autocast dtype, or without autocast in that of ``hidden``, as in
+    ``nn.Linear``. The gradient of ``weight`` adds up in float32.
 
     Args:
         hidden: [B, N, dim].
         weight: [V, dim].
         labels: int64 [B, N]; torchtitan's IGNORE_INDEX leaves a token out.
-        chunk: tokens whose logits are held at once; by default as many as fill a GiB.
+        chunk: tokens whose logits are held at once; by default as many as fit into a GiB.
+
+    Raises:
+        RuntimeError: in backward, if it runs a second time.
     """
     device = hidden.device.type
     dtype = hidden.dtype

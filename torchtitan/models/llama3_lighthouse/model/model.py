@@ -1,6 +1,7 @@
 """The Llama-3 model with Lighthouse as the inner attention of most of its layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -11,7 +12,8 @@ from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
-from lighthouse.scoring import SDPA_BACKENDS
+from lighthouse.precision import SDPA_BACKENDS
+from lighthouse.scoring import flops_per_position
 
 from ..job_config import JobConfig, Lighthouse
 from .loss import factored, is_chunked
@@ -19,27 +21,25 @@ from .rotary import RotaryAttention, table_of
 
 
 def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
-    """The method's own configuration, from the [lighthouse] section."""
+    """The method's own configuration, taken from the [lighthouse] section.
+
+    Raises:
+        ValueError, TypeError: a setting breaks a rule of the method.
+    """
     return LighthouseConfig(
-        levels=section.levels,
-        pooling_factor=section.pooling_factor,
-        top_k=section.top_k,
-        scorer=section.scorer,
-        picks_per_stratum=section.picks_per_stratum,
-        dilation=section.dilation,
-        entry_score=section.entry_score,
-        combine=section.combine,
+        **{setting.name: getattr(section, setting.name) for setting in fields(LighthouseConfig)}
     )
 
 
 @dataclass
 class LighthouseModelArgs(TransformerModelArgs):
-    lighthouse: LighthouseConfig | None = None
+    lighthouse: LighthouseConfig = LighthouseConfig()
     dense_layers: list[int] = field(default_factory=list)
     chunked_loss: bool = False
-    """Whether the model returns factors of its logits, for a loss in chunks of tokens."""
+    """Whether the model returns the factors of its logits, for a loss in chunks of tokens."""
 
-    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+    # pyrefly: ignore[bad-override]  The trainer hands over the overlay's configuration.
+    def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = lighthouse_config(job_config.lighthouse)
         self.dense_layers = list(job_config.lighthouse.dense_layers)
@@ -53,11 +53,10 @@ class LighthouseModelArgs(TransformerModelArgs):
         """FLOPs of forward and backward per token, counting what runs.
 
         A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
-        M has M (M + 1) / 2 pairs, each 2 products of 2 D in each head forward and twice that
-        backward; M is S in the Lighthouse layers of the Lighthouse stage and N elsewhere. Scorers
-        that attend do so twice, forward only: over N / d causal positions, or with a state of
-        D x D that each step adds to and multiplies with. Recomputation, pooling and picking are
-        not counted.
+        M has M (M + 1) / 2 pairs. A pair costs 2 products of 2 D in each head forward, and twice
+        that backward. M is S in the Lighthouse layers under Lighthouse attention, and N elsewhere.
+        Scorers run forward only; ``lighthouse.scoring`` counts their operations. Recomputation,
+        pooling and picking are not counted.
         """
         per_pair = 12 * self.dim
         lighthouse_layers = 0
@@ -66,32 +65,28 @@ class LighthouseModelArgs(TransformerModelArgs):
         gathered = self.gathered_length(seq_len) if lighthouse_layers else 0
         pairs = (self.n_layers - lighthouse_layers) * seq_len * (seq_len + 1) / 2
         pairs += lighthouse_layers * gathered * (gathered + 1) / 2
-        scoring = lighthouse_layers * self._scoring_flops_per_token(seq_len)
+        scoring = 0.0
+        if lighthouse_layers:
+            scoring = lighthouse_layers * flops_per_position(
+                self.lighthouse, seq_len, self.n_heads, self.dim // self.n_heads
+            )
         return 6 * matmul_parameters + per_pair * pairs / seq_len + scoring
 
-    def _scoring_flops_per_token(self, seq_len: int) -> float:
-        """Of one layer: two passes of an attention with 4 D per pair and head, or per step."""
-        steps = {
-            "norm": 0.0,
-            "dilated": (seq_len / self.lighthouse.dilation + 1) / 2,
-            "gla": self.dim / self.n_heads,
-        }
-        return 2 * 4 * self.dim * steps[self.lighthouse.scorer]
-
+    # pyrefly: ignore[bad-override]  Upstream divides by the FLOPs; they need not be an int.
     def get_nparams_and_flops(
         self, model: nn.Module, seq_len: int, attention: str = "dense"
     ) -> tuple[int, float]:
         """Number of parameters, and FLOPs per token of forward and backward in ``attention``."""
         parameters = sum(p.numel() for p in model.parameters())
-        embedding = sum(p.numel() for p in model.tok_embeddings.parameters())
+        embedding = sum(p.numel() for p in model.get_submodule("tok_embeddings").parameters())
         return parameters, self.flops_per_token(parameters - embedding, seq_len, attention)
 
 
 def leave_out_math_backend(model: nn.Module) -> None:
-    """Let dense attention run on backends whose memory is linear in the sequence, and no other.
+    """Let dense attention run only on backends whose memory is linear in the sequence.
 
-    Upstream also lists MATH, to which float32 on a GPU falls back without a word, and which fails
-    under context parallelism.
+    Upstream also lists MATH. On a GPU float32 falls back to it silently, and it fails under context
+    parallelism.
     """
     for module in model.modules():
         if isinstance(module, ScaledDotProductAttentionWrapper):
@@ -101,10 +96,11 @@ def leave_out_math_backend(model: nn.Module) -> None:
 def _as_in_autocast(
     module: nn.Module, arguments: tuple[torch.Tensor, ...], embeddings: torch.Tensor
 ) -> torch.Tensor:
-    """Embeddings in the precision of autocast, which leaves them in that of the weights.
+    """Embeddings in the precision of autocast.
 
-    On one GPU, where torchtitan trains under autocast, the residual stream and whatever is kept of
-    it would be in float32: twice the bytes of FSDP's, which casts the weights themselves.
+    Autocast leaves embeddings in the precision of the weights. On one GPU torchtitan trains under
+    autocast, and the residual stream would be in float32. It would take twice the memory that it
+    takes under FSDP, which casts the weights themselves.
     """
     device = embeddings.device.type
     if torch.is_autocast_enabled(device):
@@ -115,6 +111,8 @@ def _as_in_autocast(
 class LighthouseTransformer(upstream.Transformer):
     """Upstream's Llama 3, its state dict unchanged; ``use_attention`` chooses its attention."""
 
+    model_args: LighthouseModelArgs
+
     def __init__(self, model_args: LighthouseModelArgs) -> None:
         with patch.object(upstream, "Attention", RotaryAttention):
             super().__init__(model_args)
@@ -124,9 +122,9 @@ class LighthouseTransformer(upstream.Transformer):
         for index, block in self.layers.items():
             if int(index) in model_args.dense_layers:
                 continue
-            block.attention.inner_attention = LighthouseAttention(
-                model_args.lighthouse, block.attention.inner_attention
-            )
+            dense = block.get_submodule("attention.inner_attention")
+            lighthouse = LighthouseAttention(model_args.lighthouse, dense)
+            block.set_submodule("attention.inner_attention", lighthouse)
 
     def _precompute_freqs_cis(self) -> torch.Tensor:
         return table_of(super()._precompute_freqs_cis())

@@ -1,9 +1,10 @@
-"""Rotary embedding that compiles into one kernel each way.
+"""Rotary embedding that compiles into one kernel for forward and one for backward.
 
-torchtitan multiplies complex numbers, for which inductor generates no code: five passes over
-queries and keys, with copies in float32. Written out in real numbers the product is fused with the
-casts around it; without a compiler the complex product is the one with the fewest passes. Both
-round every product and every sum once, so they differ only where a compiler contracts the two.
+torchtitan multiplies complex numbers, for which inductor generates no code. That takes five passes
+over queries and keys, with copies in float32. Written in real numbers, the product is fused with
+the casts around it. Without a compiler, the complex product takes the fewest passes. Both forms
+round every product and every sum once, so they differ only where a compiler contracts a product and
+a sum into one operation.
 
 Shapes: B batch, N positions, H heads, D head dimension.
 """
@@ -13,22 +14,26 @@ from torchtitan.models.llama3.model.model import Attention
 
 
 def table_of(freqs_cis: torch.Tensor) -> torch.Tensor:
-    """torchtitan's table, complex64 [longest N, D / 2], as cosines and sines of int32 bits.
+    """torchtitan's table, complex64 [longest N, D / 2], as the bits of cosines and sines.
 
-    As bits, because FSDP casts what a block is called with to bfloat16 if it is floating-point.
+    FSDP casts floating-point arguments of a block to bfloat16; it leaves integers alone.
 
     Returns:
-        int32 [longest N, D / 2, 2], on the same memory.
+        int32 [longest N, D / 2, 2], a view of the same memory.
     """
     return torch.view_as_real(freqs_cis).view(torch.int32)
 
 
 def turns_at(table: torch.Tensor, length: int, positions: torch.Tensor | None) -> torch.Tensor:
-    """Cosines and sines of a batch's positions, float32 [B or 1, N, 1, D / 2, 2].
+    """Cosines and sines at a batch's positions.
 
     Args:
         table: from ``table_of``.
+        length: N.
         positions: integers [B or 1, N], or None for 0 to ``length`` - 1.
+
+    Returns:
+        float32 [B or 1, N, 1, D / 2, 2].
     """
     table = table.view(torch.float32)
     rows = table[None, :length] if positions is None else table[positions]
@@ -39,7 +44,7 @@ def rotate_real(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """``rotate`` in real numbers: each pair (a, b) becomes (a c - b s, b c + a s)."""
     pairs = x.float().unflatten(-1, (-1, 2))
     cosine, sine = turns.split(1, dim=-1)
-    # -1 for the first of a pair and 1 for the second.
+    # -1 for the first element of each pair and 1 for the second.
     sign = 2 * torch.arange(2, device=x.device) - 1
     return (pairs * cosine + pairs.flip(-1) * (sine * sign)).flatten(-2).type_as(x)
 
@@ -53,7 +58,7 @@ def rotate_complex(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Turn each pair of neighbouring columns of ``x`` [B, N, H, D] by its position's angle.
 
-    Computed in float32 and rounded to the dtype of ``x`` once.
+    It computes in float32 and rounds to the dtype of ``x`` once.
 
     Args:
         turns: from ``turns_at``.
@@ -62,7 +67,7 @@ def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 class RotaryAttention(Attention):
-    """Upstream's attention of type "sdpa" with this rotary embedding, on a table of bits."""
+    """Upstream's attention of type "sdpa", with this rotary embedding and its table of bits."""
 
     def forward(
         self,
@@ -72,7 +77,7 @@ class RotaryAttention(Attention):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         batch, length, _ = x.shape
-        # Of the heads that tensor parallelism leaves on this rank.
+        # -1: the number of heads on this rank, which tensor parallelism may have divided.
         q, k, v = (
             projection(x).view(batch, length, -1, self.head_dim)
             for projection in (self.wq, self.wk, self.wv)

@@ -1,44 +1,15 @@
-#!/usr/bin/env python3
-"""Train every configuration of a grid, one after the other, and set the results side by side.
+"""Train every configuration of a grid, and set the results side by side."""
 
-    python scripts/run_ablations.py train_configs/ablations/debug.toml
-
-A grid is a TOML file:
-
-    config = "../270m_98k.toml"       # what all runs start from, relative to the grid's file
-
-    [fixed]                           # any section.key, for every run
-    lighthouse.levels = 3
-
-    [grid]                            # any section.key with a list of values: all combinations run
-    lighthouse.top_k = [1536, 2048]
-    lighthouse.pooling_factor = [2, 4]
-
-With several [[grid]] tables, the combinations of each run. Those that do not fit together are
-skipped, with the reason. A run that finished is not repeated when the command is given again; one
-that was interrupted goes on from its last checkpoint, if its configuration saves any. Further
-arguments, --section.key value, go to every run.
-
-Runs use the GPUs that CUDA_VISIBLE_DEVICES leaves visible, so sweeps on other GPUs and in other
-output folders may run at the same time.
-
-Writes to OUTPUT: a folder for each run with its log, its checkpoints and metrics.jsonl; the table
-as results.csv and results.md, after every run; and, unless --no-plots, loss_curves.png and
-loss_and_throughput.png, which needs the extra "benchmark" (pip install -e '.[benchmark]').
-"""
-
-import argparse
 import itertools
 import re
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from lighthouse_commands.arguments import run_command
-
 from ..checks import check_config
 from ..errors import UserTypeError, UserValueError
+from ..evaluation.progress import say
+from ..evaluation.tables import Row
 from ..job_config import (
     JobConfig,
     LighthouseConfigManager,
@@ -46,31 +17,21 @@ from ..job_config import (
 )
 from ..model.flavors import flavors
 from .ablation_results import plot, summarise, write_tables
+from .settings import command_line, flatten, keys_given, nested, record_of, with_settings
 from .sweeps import (
+    Environment,
     Run,
-    command_line,
+    SweepOptions,
     finished,
-    keys_given,
     lock_folder,
-    parse_sweep,
-    record_of,
+    raise_if_failed,
     sweep,
     train,
-    with_settings,
 )
 
 
-def flatten(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested TOML tables as section.key to value."""
-    flat = {}
-    for key, value in tables.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat
-
-
 def name_of(settings: dict[str, Any]) -> str:
-    """A folder's name that tells the combination."""
+    """A folder's name that says which combination it holds."""
     parts = (f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
     return re.sub(r"[^\w.,=-]+", "_", ",".join(parts))
 
@@ -79,7 +40,7 @@ def read_grid(path: Path) -> tuple[Path, dict[str, Any], list[dict[str, list]]]:
     """The base configuration, the fixed settings and the grids of a file.
 
     Raises:
-        ValueError, TypeError, OSError: the file is no grid.
+        ValueError, TypeError, OSError: the file does not describe a grid.
     """
     with path.open("rb") as file:
         try:
@@ -120,20 +81,21 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
     """Every combination of the grids in ``path``, in order, refused ones included.
 
     Raises:
-        ValueError, TypeError, OSError: the file is no grid, or ``extra`` overrides it.
+        ValueError, TypeError, OSError: the file does not describe a grid, or ``extra`` overrides
+            what it varies.
     """
     base, fixed, grids = read_grid(path)
     if clash := keys_given(extra) & {key for grid in grids for key in grid}:
         raise UserValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
-    check_toml(JobConfig, _nested(fixed))
+    check_toml(JobConfig, nested(fixed))
     common = ["--job.config_file", str(base), *command_line(fixed), *extra]
-    # The sweep's folder, for checking makes it and a refused run needs none.
+    # Checking makes the dump folder. It is the sweep's, because a refused run needs none.
     common_config = LighthouseConfigManager().parse_args([*common, f"--job.dump_folder={output}"])
     runs: list[Run] = []
     for grid in grids:
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values, strict=True))
-            check_toml(JobConfig, _nested(settings))
+            check_toml(JobConfig, nested(settings))
             config = with_settings(common_config, settings)
             refusal = None
             try:
@@ -153,7 +115,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
 
 
 def _check_logging(config: JobConfig) -> None:
-    """Raises: ValueError: the steps that are logged do not stand for the others."""
+    """Raises: ValueError: the logged steps do not stand for the others."""
     every, log_freq = config.lighthouse.dense_every, config.metrics.log_freq
     if every and log_freq > 1:
         raise UserValueError(
@@ -162,70 +124,43 @@ def _check_logging(config: JobConfig) -> None:
         )
 
 
-def _nested(settings: dict[str, Any]) -> dict[str, Any]:
-    tables: dict[str, Any] = {}
-    for key, value in settings.items():
-        *sections, name = key.split(".")
-        table = tables
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[name] = value
-    return tables
+def run_grid(grid: Path, options: SweepOptions, extra: list[str]) -> None:
+    """Train what has not finished of a grid, write the tables after every run, and plot.
 
-
-def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("grid", type=Path, help="TOML file of the grid")
-    parser.add_argument("--output", type=Path, help="default: outputs/ablations/NAME_OF_GRID")
-    arguments, extra = parse_sweep(parser)
-    arguments.output = arguments.output or Path("outputs/ablations", arguments.grid.stem)
-    return arguments, extra
-
-
-def run_grid() -> None:
-    """What the command does.
+    Args:
+        grid: the TOML file.
+        extra: overrides for every run.
 
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
+        RunsFailed: some runs failed; the others have finished.
     """
-    arguments, extra = parse_arguments()
-    output = arguments.output
-    runs = expand(arguments.grid, output, extra)
+    slots, output = options.slots(), options.output
+    runs = expand(grid, output, extra)
     for run in runs:
         if run.refusal:
-            print(f"skipping {run.name}: {run.refusal}")
+            say(f"skipping {run.name}: {run.refusal}")
     runs = [run for run in runs if not run.refusal]
     if not runs:
-        sys.exit(f"no combination of {arguments.grid} can run, for the reasons above")
-    if arguments.list:
+        raise UserValueError(f"no combination of {grid} can run, for the reasons above")
+    if options.only_list:
         print("\n".join(run.name for run in runs))
         return
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
 
-    def tabulate() -> list[dict[str, Any]]:
+    def tabulate() -> list[Row]:
         rows = [summarise(run, keys) for run in finished(runs)]
         if rows:
             write_tables(rows, output)
         return rows
 
-    def train_run(run: Run, title: str, environment: dict[str, str]) -> int:
-        return train(run, arguments.processes, title, environment, lock)
+    def train_run(run: Run, title: str, environment: Environment) -> int:
+        return train(run, options.processes, title, environment, lock)
 
     with lock_folder(output) as lock:
-        failed = sweep(runs, train_run, tabulate, arguments.slots)
+        failed = sweep(runs, train_run, tabulate, slots)
     if rows := tabulate():
         print((output / "results.md").read_text())
-        if not arguments.no_plots:
+        if options.plots:
             plot(finished(runs), rows, output)
-    if failed:
-        sys.exit(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
-
-
-def main() -> None:
-    run_command(run_grid)
-
-
-if __name__ == "__main__":
-    main()
+    raise_if_failed(failed, runs)

@@ -1,30 +1,28 @@
-"""Table and plots of a recovery study, from what its runs logged; see recovery_study.py."""
+"""Tables of a recovery study, from what its runs logged."""
 
-import csv
 import statistics
-from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserValueError
-from .ablation_results import HELD_OUT_LOSS, LOSS, STAGE, markdown
+from ..evaluation.tables import Row, columns_of, markdown, write_csv
+from .ablation_results import HELD_OUT_LOSS, LOSS, UNDER_LIGHTHOUSE
 from .sweeps import Run, read_metrics
 
 SECONDS, TOKENS = "time_metrics/end_to_end(s)", "n_tokens_seen"
 # The final loss is the mean over this share of all steps.
 FINAL_SHARE = 0.05
-# Share of all steps that the smoothed training loss is a trailing mean of.
+# The smoothed training loss is a trailing mean over this share of all steps.
 SMOOTHED_SHARE = 0.02
 # Steps on each side of the switch that a loss is averaged over, at most.
 SWITCH_STEPS = 5
 # A step that took more than this many medians of its kind compiled, warmed up or was disturbed.
 SLOW_STEP = 2.0
 NEVER = "never"
-LIGHTHOUSE_STAGE = "Lighthouse stage"
-# Of seeds in a plot.
-MARKERS = "osv^D*"
 NOTES = """
 Losses are in nats per token, on equal text at equal steps; ± is the standard deviation over seeds.
 Columns with * set dense losses against the last losses of the Lighthouse stage, which are not
@@ -38,8 +36,8 @@ class Track:
 
     Attributes:
         split: share of the steps that are Lighthouse's; None: dense from scratch.
-        runs: what trained it, one after the other, each from where the next one starts; runs of
-            other tracks may begin alike.
+        runs: the runs that trained it, one after the other. Each begins from a checkpoint of the
+            one before. Tracks may share their first runs.
         is_shorter: whether it is a dense control of fewer steps than the study's.
     """
 
@@ -70,13 +68,13 @@ class Track:
 
 @dataclass(frozen=True)
 class History:
-    """What a track logged; step s is at index s - 1.
+    """The log of a track; step s is at index s - 1.
 
     Attributes:
         losses: training loss of each step.
         tokens: tokens seen up to and including each step.
         logged_seconds: seconds of each step, as logged.
-        seconds: seconds of training up to and including each step, slow steps counted as the
+        seconds: seconds of training up to and including each step. A slow step counts as the
             median of those under the same attention.
         is_lighthouse: whether each step trained under Lighthouse attention.
         switch: the last step of the Lighthouse stage, 0 if there is none.
@@ -92,16 +90,16 @@ class History:
     held_out: dict[int, float]
 
     def mean_loss(self, first: int, last: int) -> float:
-        """Over steps ``first`` to ``last``, both included."""
+        """Mean training loss over steps ``first`` to ``last``, both included."""
         return statistics.fmean(self.losses[first - 1 : last])
 
     @property
     def window(self) -> int:
-        """Steps that a smoothed training loss is a mean of, at most."""
+        """Most steps that a smoothed training loss is a mean over."""
         return max(1, round(SMOOTHED_SHARE * len(self.losses)))
 
     def smoothed(self) -> list[float]:
-        """Trailing mean of each step over ``window`` steps, at most, of its own stage."""
+        """Trailing mean at each step over at most ``window`` steps of its own stage."""
         starts = [1 if step <= self.switch else self.switch + 1
                   for step in range(1, len(self.losses) + 1)]  # fmt: skip
         return [self.mean_loss(max(start, step - self.window + 1), step)
@@ -116,7 +114,7 @@ def read_history(track: Track) -> History:
     """
     entries: dict[int, dict[str, float]] = {}
     for run in track.runs:
-        # The run before may have gone on past the step that this one begins from.
+        # The run before may have gone on past the checkpoint that this one begins from.
         shared = {step: entry for step, entry in entries.items() if step <= run.start}
         own = read_metrics(run.folder).items()
         entries = shared | {s: entry for s, entry in own if s <= run.config.training.steps}
@@ -130,7 +128,7 @@ def read_history(track: Track) -> History:
             f"lack the {missing}; remove the folder to train the run again"
         )
     logged = [entry[SECONDS] for entry in steps]
-    is_lighthouse = [bool(entry[STAGE]) for entry in steps]
+    is_lighthouse = [bool(entry[UNDER_LIGHTHOUSE]) for entry in steps]
     return History(
         losses=[entry[LOSS] for entry in steps],
         tokens=[round(entry[TOKENS]) for entry in steps],
@@ -145,6 +143,7 @@ def read_history(track: Track) -> History:
 
 
 def _running_total(logged: list[float], kinds: list[bool]) -> list[float]:
+    """Seconds up to and including each step; a slow step counts as the median of its kind."""
     medians = {kind: statistics.median(s for s, of in zip(logged, kinds, strict=True)
                                        if of == kind) for kind in set(kinds)}  # fmt: skip
     total, totals = 0.0, []
@@ -154,18 +153,16 @@ def _running_total(logged: list[float], kinds: list[bool]) -> list[float]:
     return totals
 
 
-def summarise(
-    track: Track, history: History, control: History, shorter: list[History]
-) -> dict[str, Any]:
+def summarise(track: Track, history: History, control: History, shorter: list[History]) -> Row:
     """A row of the table.
 
     Args:
-        control: that of dense training from scratch with the same seed.
-        shorter: those of dense controls of fewer steps with the same seed.
+        control: the history of dense training from scratch with the same seed.
+        shorter: the histories of dense controls of fewer steps with the same seed.
     """
     last = len(history.losses)
     final = max(1, round(FINAL_SHARE * last))
-    row: dict[str, Any] = {
+    row: Row = {
         "run": track.name,
         "seed": track.seed,
         "Lighthouse steps": history.switch,
@@ -182,7 +179,8 @@ def summarise(
     return row
 
 
-def _against_dense(history: History, control: History, shorter: list[History]) -> dict[str, Any]:
+def _against_dense(history: History, control: History, shorter: list[History]) -> Row:
+    """Losses less those of dense training: at equal tokens, at equal time, and decayed."""
     last = len(history.losses)
     own = history.held_out[last]
     equal_tokens = control.held_out[last]
@@ -194,15 +192,15 @@ def _against_dense(history: History, control: History, shorter: list[History]) -
         return history.mean_loss(first, step) - control.mean_loss(first, step)
 
     dense_steps = range(history.switch + 1, last + 1)
-    held_out_gaps = _minus_dense(history, control)
+    held_out_gaps = minus_dense(history, control)
     validated = [step for step in held_out_gaps if step > history.switch]
-    row = {
+    row: Row = {
         "dense, equal tokens": equal_tokens,
         "minus dense, equal tokens": own - equal_tokens,
         "dense, equal time": equal_time,
         "minus dense, equal time": None if equal_time is None else own - equal_time,
     }
-    # The control that decayed and had at least as much time, by as little as possible.
+    # Compare with the decayed control that had just as much time or slightly more.
     slower = [h for h in shorter if h.seconds[-1] >= history.seconds[-1]]
     if slower:
         decayed = min(slower, key=lambda h: h.seconds[-1])
@@ -214,20 +212,21 @@ def _against_dense(history: History, control: History, shorter: list[History]) -
             "minus dense, decayed": own - ended,
         }
     for name, steps, gap in (("train", dense_steps, train_gap),
-                             ("held-out", validated, held_out_gaps.get)):  # fmt: skip
+                             ("held-out", validated, held_out_gaps.__getitem__)):  # fmt: skip
         step = below_from(steps, gap)
         row[f"{name} below dense from step"] = step or NEVER
         row[f"{name} below dense from token"] = history.tokens[step - 1] if step else NEVER
     return row
 
 
-def _minus_dense(history: History, control: History) -> dict[int, float]:
-    """Held-out loss less the control's, at steps that both validated."""
+def minus_dense(history: History, control: History) -> dict[int, float]:
+    """Step to held-out loss less the control's, at steps that both validated."""
     return {step: loss - control.held_out[step] for step, loss in history.held_out.items()
             if step in control.held_out}  # fmt: skip
 
 
-def _at_switch(history: History) -> dict[str, Any]:
+def _at_switch(history: History) -> Row:
+    """How far the training loss rises at the switch, and for how many steps."""
     switch, last = history.switch, len(history.losses)
     pairs = zip(history.losses[:switch], history.is_lighthouse[:switch], strict=True)
     before = statistics.fmean([loss for loss, is_lighthouse in pairs if is_lighthouse]
@@ -245,7 +244,7 @@ def _at_switch(history: History) -> dict[str, Any]:
 
 
 def below_from(steps: range | list[int], gap: Callable[[int], float]) -> int | None:
-    """The step from which on ``gap`` is negative at all of ``steps``, None if not at the last."""
+    """The first of ``steps`` from which on ``gap`` stays negative; None if the last one is not."""
     first = None
     for step in reversed(steps):
         if gap(step) >= 0:
@@ -254,35 +253,31 @@ def below_from(steps: range | list[int], gap: Callable[[int], float]) -> int | N
     return first
 
 
-def interpolate(points: list[tuple[float, float]], x: float) -> float | None:
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
     """The value at ``x`` on straight lines between points in order of x; None outside them."""
-    xs = [point[0] for point in points]
-    if not xs or not xs[0] <= x <= xs[-1]:
+    if not points or not points[0][0] <= x <= points[-1][0]:
         return None
-    right = bisect_left(xs, x)
-    if xs[right] == x:
-        return points[right][1]
-    (x0, y0), (x1, y1) = points[right - 1 : right + 1]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(x, xs, ys))
 
 
-def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def over_seeds(rows: list[Row]) -> list[Row]:
     """For each kind of run, the mean of every column and its standard deviation over seeds.
 
-    A column where some seeds never got there says how many did.
+    Where some seeds never got there, the cell says how many did.
     """
     summary = []
     for name in dict.fromkeys(row["run"] for row in rows):
         group = [row for row in rows if row["run"] == name]
-        result: dict[str, Any] = {"run": name, "seeds": len(group)}
-        for column in _columns(group):
+        result: Row = {"run": name, "seeds": len(group)}
+        for column in _longest_first(group):
             if column in ("run", "seed"):
                 continue
             values = [row.get(column) for row in group]
             reached = [value for value in values if isinstance(value, int | float)]
             if len(reached) == len(values):
-                result[column] = statistics.fmean(values)
-                spread = statistics.stdev(values) if len(values) > 1 else None
+                result[column] = statistics.fmean(reached)
+                spread = statistics.stdev(reached) if len(reached) > 1 else None
                 result[f"{column}, spread"] = spread
             elif NEVER in values:
                 result[column] = f"{len(reached)} of {len(values)} seeds" if reached else NEVER
@@ -290,28 +285,25 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def write_tables(rows: list[dict[str, Any]], output: Path) -> None:
-    """results.csv, a row for each run; summary.csv, over seeds; results.md, both."""
+def write_tables(rows: list[Row], output: Path) -> None:
+    """Write results.csv, a row for each run; summary.csv, over seeds; results.md, both."""
     summary = over_seeds(rows)
-    for name, table in (("results.csv", rows), ("summary.csv", summary)):
-        columns = _columns(table)
-        with (output / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(table)
+    write_csv(rows, output / "results.csv", _longest_first(rows))
+    write_csv(summary, output / "summary.csv", _longest_first(summary))
     shown = [{key: _with_spread(row, key) for key in row if not key.endswith(", spread")}
              for row in summary]  # fmt: skip
-    text = f"{markdown(shown, _columns(shown))}{NOTES}\n{markdown(rows, _columns(rows))}"
+    text = markdown(shown, _longest_first(shown))
+    text += f"{NOTES}\n{markdown(rows, _longest_first(rows))}"
     (output / "results.md").write_text(text)
 
 
-def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    # Those of the longest row first, as dense runs leave out the middle.
-    ordered = sorted(rows, key=len, reverse=True)
-    return list(dict.fromkeys(key for row in ordered for key in row))
+def _longest_first(rows: list[Row]) -> list[str]:
+    """Columns in the order of the longest row, because dense runs leave out the middle."""
+    return columns_of(sorted(rows, key=len, reverse=True))
 
 
-def _with_spread(row: dict[str, Any], key: str) -> Any:
+def _with_spread(row: Row, key: str) -> Any:
+    """A cell of the summary: the mean ± the standard deviation, if there is one."""
     spread, value = row.get(f"{key}, spread"), row[key]
     if isinstance(value, float) and value.is_integer() and not spread:
         return round(value)
@@ -319,128 +311,3 @@ def _with_spread(row: dict[str, Any], key: str) -> Any:
         return value
     digits = 4 if abs(value) < 10 else 1 if abs(value) < 10_000 else 0
     return f"{value:,.{digits}f} ± {spread:,.{digits}f}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Steps of a history that a plot draws as one line.
-
-    Attributes:
-        name: in the legend.
-        steps: the first to the last of them.
-    """
-
-    name: str
-    seed: int
-    history: History
-    steps: range
-
-    @property
-    def is_lighthouse(self) -> bool:
-        return self.name == LIGHTHOUSE_STAGE
-
-
-def parts_of(tracks: list[Track], histories: list[History]) -> list[Part]:
-    """What each model was trained by itself, and once for each seed the stage they share."""
-    parts = []
-    for seed in dict.fromkeys(track.seed for track in tracks):
-        own = [(t, h) for t, h in zip(tracks, histories, strict=True) if t.seed == seed]
-        trunk = max((history for _, history in own), key=lambda history: history.switch)
-        if trunk.switch:
-            parts.append(Part(LIGHTHOUSE_STAGE, seed, trunk, range(1, trunk.switch + 1)))
-        for track, history in own:
-            steps = range(track.runs[-1].start + 1, len(history.losses) + 1)
-            parts.append(Part(track.name, seed, history, steps))
-    return parts
-
-
-def plot(tracks: list[Track], histories: list[History], output: Path) -> None:
-    """loss_over_tokens.png, loss_over_time.png and minus_dense.png."""
-    parts = parts_of(tracks, histories)
-    longest = max(history.seconds[-1] for history in histories)
-    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
-    held_out = [part.history.held_out for part in parts]
-    title = "held-out loss, a marker for each seed; pale: training, trailing mean"
-    for file, label, x_of in (
-        ("loss_over_tokens.png", "tokens, millions", _millions),
-        ("loss_over_time.png", f"training time, {unit}",
-         lambda history: [s / seconds for s in history.seconds]),
-    ):  # fmt: skip
-        labels = (label, "loss, nats per token")
-        _draw(output / file, parts, x_of, held_out, title, labels, _limits(histories), True)
-
-    # A shorter control decays earlier than what it would be compared with at equal tokens.
-    shorter = {track.name for track in tracks if track.is_shorter}
-    compared = [part for part in parts if part.name not in shorter]
-    controls = {track.seed: history for track, history in zip(tracks, histories, strict=True)
-                if track.is_control}  # fmt: skip
-    gaps = [_minus_dense(part.history, controls[part.seed]) for part in compared]
-    title = "held-out loss less that of dense training with the same seed, a marker for each seed"
-    labels = ("tokens, millions", "nats per token")
-    limits = _gap_limits(compared, gaps)
-    _draw(output / "minus_dense.png", compared, _millions, gaps, title, labels, limits, False)
-
-
-def _millions(history: History) -> list[float]:
-    return [n / 1e6 for n in history.tokens]
-
-
-def _draw(
-    path: Path,
-    parts: list[Part],
-    x_of: Callable[[History], list[float]],
-    values: list[dict[int, float]],
-    title: str,
-    labels: tuple[str, str],
-    limits: tuple[float, float],
-    with_training: bool,
-) -> None:
-    """A dot for each of ``values``, step to value, of a part; pale its smoothed training loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(part.name for part in parts if not part.is_lighthouse))
-    seeds = list(dict.fromkeys(part.seed for part in parts))
-    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
-    figure, axis = plt.subplots(figsize=(10, 5.5), layout="constrained")
-    for part, of_part in zip(parts, values, strict=True):
-        colour = "grey" if part.is_lighthouse else palette[names.index(part.name) % len(palette)]
-        x = x_of(part.history)
-        if with_training:
-            smooth, drawn = part.history.smoothed(), slice(part.steps[0] - 1, part.steps[-1])
-            axis.plot(x[drawn], smooth[drawn], color=colour, linewidth=0.8, alpha=0.3)
-        steps = [step for step in part.steps if step in of_part]
-        axis.plot([x[step - 1] for step in steps], [of_part[step] for step in steps],
-                  f"{MARKERS[seeds.index(part.seed) % len(MARKERS)]}-", color=colour,
-                  markerfacecolor="none" if part.is_lighthouse else colour, markersize=4,
-                  linewidth=0.9, label=part.name if part.seed == seeds[0] else None)  # fmt: skip
-    axis.set(xlabel=labels[0], ylabel=labels[1], ylim=limits)
-    axis.set_title(title, fontsize=9)
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _limits(histories: list[History]) -> tuple[float, float]:
-    """The fall of the first steps would flatten all that tells runs apart."""
-    losses = [history.smoothed() for history in histories]
-    low = min(min(*each, *h.held_out.values()) for each, h in zip(losses, histories, strict=True))
-    high = max(max(each[len(each) // 4 :]) for each in losses)
-    high = max(high, *(h.held_out[len(h.losses)] for h in histories))
-    margin = 0.05 * (high - low)
-    return low - margin, high + margin
-
-
-def _gap_limits(parts: list[Part], gaps: list[dict[int, float]]) -> tuple[float, float]:
-    """Just after a switch gaps would flatten all others."""
-    settled = [
-        gap
-        for part, of_part in zip(parts, gaps, strict=True)
-        for step, gap in of_part.items()
-        if not 0 < step - part.history.switch <= 0.1 * len(part.history.losses)
-    ]
-    margin = 0.05 * (max(settled) - min(settled)) + 0.005
-    return min(settled) - margin, max(settled) + margin

@@ -1,7 +1,5 @@
 """Training runs, a few at a time, each in a folder of its own, taken up where they stopped."""
 
-import argparse
-import copy
 import ctypes
 import fcntl
 import json
@@ -11,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,21 +18,57 @@ from typing import Any, TextIO
 
 import torch
 
-from lighthouse_commands.arguments import check_plots, parse_with_overrides
-
-from ..errors import UserValueError
+from ..errors import UserError, UserValueError
+from ..evaluation.figures import check_plots
+from ..evaluation.progress import Progress, say
 from ..job_config import JobConfig
 from ..metrics import METRICS_FILE
+from .settings import record_of
 
 STEP_LINE = re.compile(r"(?<!validate )step: *(\d+) +loss: *(\S+).*?tps: *(\S+)")
 ERROR_LINE = re.compile(r" - ERROR - (.+)")
-SECONDS_BETWEEN_LINES = 10.0
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
-# In a run's folder, once it has trained to its end.
+# This file in a run's folder says that the run trained to its end.
 FINISHED = "finished"
-# What the threads of a sweep wait for, so that the main one can end it.
+# Processes that the threads of a sweep wait for, so that the main thread can end them.
 under_way: set[subprocess.Popen] = set()
+
+Environment = dict[str, str]
+
+
+class RunsFailed(UserError):
+    """Some runs of a sweep failed; their logs say why."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep runs.
+
+    Attributes:
+        output: its folder.
+        processes: training processes of each run.
+        at_once: runs that train side by side.
+        only_list: whether to say what would run, and end.
+    """
+
+    output: Path
+    processes: int = 1
+    at_once: int = 1
+    only_list: bool = False
+    plots: bool = True
+
+    def slots(self) -> list[Environment]:
+        """Check the options, and return the environments of runs that train side by side.
+
+        Raises:
+            ValueError: a number breaks a rule, or plots cannot be drawn.
+        """
+        check_plots(self.plots and not self.only_list)
+        for flag, value in (("processes", self.processes), ("at-once", self.at_once)):
+            if value < 1:
+                raise UserValueError(f"--{flag} {value} must be at least 1")
+        return slots_of(self.at_once, self.processes)
 
 
 @dataclass(frozen=True)
@@ -42,10 +76,10 @@ class Run:
     """One training run of a sweep.
 
     Attributes:
-        settings: section.key to value of what tells it from the others.
+        settings: section.key to value of the settings that tell it from the others.
         arguments: the trainer's command line.
         folder: its job.dump_folder.
-        config: what the command line says.
+        config: the configuration that the command line makes.
         refusal: why it cannot run, or None.
         needs: the run whose checkpoint it begins from, or None.
         start: the step of that checkpoint, 0 from scratch.
@@ -68,29 +102,7 @@ class Run:
         return (self.folder / FINISHED).exists()
 
 
-def parse_sweep(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """Add what every sweep takes, and parse; what is left goes to the runs.
-
-    Raises:
-        ValueError: a value breaks a rule, or plots cannot be drawn.
-    """
-    parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine")
-    parser.add_argument("--at-once", type=int, default=1, metavar="RUNS",
-                        help="that train side by side, each on as many GPUs of its own as it has "
-                        "processes; default: 1")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="only say what would run")
-    parser.add_argument("--no-plots", action="store_true")
-    arguments, extra = parse_with_overrides(parser)
-    check_plots(arguments.no_plots or arguments.list)
-    for flag in ("processes", "at_once"):
-        if getattr(arguments, flag) < 1:
-            name = flag.replace("_", "-")
-            raise UserValueError(f"--{name} {getattr(arguments, flag)} must be at least 1")
-    arguments.slots = slots_of(arguments.at_once, arguments.processes)
-    return arguments, extra
-
-
-def slots_of(at_once: int, processes: int) -> list[dict[str, str]]:
+def slots_of(at_once: int, processes: int) -> list[Environment]:
     """For each of the runs that train side by side, the environment that gives it its GPUs.
 
     Raises:
@@ -110,65 +122,27 @@ def slots_of(at_once: int, processes: int) -> list[dict[str, str]]:
             for first in range(0, at_once * processes, processes)]  # fmt: skip
 
 
-def value_of(config: JobConfig, key: str) -> Any:
-    """The value of section.key."""
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def with_settings(config: JobConfig, settings: dict[str, Any]) -> JobConfig:
-    """A copy of a configuration with other values of section.key."""
-    config = copy.deepcopy(config)
-    for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        setattr(value_of(config, section), name, value)
-    return config
-
-
-def keys_given(arguments: list[str]) -> set[str]:
-    """section.key of every flag of a trainer's command line."""
-    flags = (word[2:].partition("=")[0] for word in arguments if word[:2] == "--")
-    return {flag.replace(".no-", ".") for flag in flags}
-
-
 def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """What every step logged; of a step that ran again after a restart, the last time."""
+    """The log entries of every step; a step that ran again after a restart has its last ones."""
     steps: dict[int, dict[str, float]] = {}
     for line in (folder / METRICS_FILE).read_text().splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            # Cut off by a crash, after which the step ran again.
+            # A crash cut the line off, and the step ran again.
             continue
         steps.setdefault(entry["step"], {}).update(entry)
     return dict(sorted(steps.items()))
 
 
-def command_line(settings: dict[str, Any]) -> list[str]:
-    """``settings`` as the trainer's flags."""
-    line = []
-    for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        if isinstance(value, bool):
-            line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            line += [f"--{key}", *map(str, values)]
-    return line
-
-
-def record_of(config: JobConfig) -> str:
-    """All of a configuration that a run depends on."""
-    return json.dumps({k: v for k, v in config.to_dict().items() if k != "job"}, indent=1)
-
-
 def trainer_command(processes: int, arguments: list[str]) -> list[str]:
-    """Launches the trainer on this machine, the output of the first rank alone, without colours."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes)]
-    command += ["--local-ranks-filter", "0", "--role", "rank", "--tee", "3"]
-    command += ["-m", "torchtitan.models.llama3_lighthouse.train", *arguments]
+    """The command that trains on this machine.
+
+    The command line ``lighthouse train`` is the one place that knows how torchrun is called. It
+    becomes torchrun without a process of its own between.
+    """
+    command = [sys.executable, "-m", "lighthouse_commands.main", "train"]
+    command += ["--processes", str(processes), *arguments]
     return [*command, "--metrics.disable_color_printing"]
 
 
@@ -177,38 +151,31 @@ def end_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def train(run: Run, processes: int, title: str, environment: dict[str, str], lock: TextIO) -> int:
+def train(run: Run, processes: int, title: str, environment: Environment, lock: TextIO) -> int:
     """Train it through torchrun, show how far it is, and return the exit code."""
-    command = trainer_command(processes, run.arguments)
-    shown = 0.0
     with (
         (run.folder / "log.txt").open("a", buffering=1) as log,
         subprocess.Popen(
-            command,
+            trainer_command(processes, run.arguments),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={
-                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-                **os.environ,
-                **environment,
-            },
+            env={**os.environ, **environment},
             preexec_fn=end_with_parent,
-            # Until it has ended it keeps the lock.
+            # The process keeps the lock until it has ended.
             pass_fds=[lock.fileno()],
         ) as process,
+        Progress(title, run.config.training.steps, "steps") as bar,
     ):
+        assert process.stdout is not None
         under_way.add(process)
         try:
             for line in process.stdout:
                 log.write(line)
-                match = STEP_LINE.search(line)
-                if match and time.monotonic() - shown > SECONDS_BETWEEN_LINES:
+                if match := STEP_LINE.search(line):
                     step, loss, speed = match.groups()
-                    print(f"{title}: step {step} of {run.config.training.steps}, loss {loss}, "
-                          f"{speed} tokens/s", flush=True)  # fmt: skip
-                    shown = time.monotonic()
+                    bar.advance(int(step) - bar.n, f"loss {loss}, {speed} tokens/s")
         except BaseException:
             process.terminate()
             raise
@@ -218,7 +185,7 @@ def train(run: Run, processes: int, title: str, environment: dict[str, str], loc
 
 
 def begin(run: Run) -> bool:
-    """Make its folder; whether there is anything left to do in it.
+    """Make its folder, and return whether there is anything left to do in it.
 
     Raises:
         ValueError: the folder holds a run of another configuration.
@@ -244,11 +211,71 @@ def begin(run: Run) -> bool:
     return not run.is_finished
 
 
+class _Sweep:
+    """Runs that wait, train or failed, and the slots that are free."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        train_run: Callable[[Run, str, Environment], int],
+        on_finished: Callable[[], object],
+        slots: Sequence[Environment],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.runs, self.train_run, self.on_finished, self.pool = runs, train_run, on_finished, pool
+        self.waiting = [run for run in runs if begin(run)]
+        self.free = list(slots)
+        self.failed: list[str] = []
+        self.active: dict[Future[int], tuple[Run, Environment, float]] = {}
+        say(f"{len(runs)} runs, {len(runs) - len(self.waiting)} of them finished earlier")
+
+    def title(self, run: Run) -> str:
+        return f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
+
+    def start_ready_runs(self) -> None:
+        """Start what has a slot and whatever it begins from; leave out what will never begin."""
+        for run in list(self.waiting):
+            if not run.needs or run.needs.is_finished:
+                if self.free:
+                    self.waiting.remove(run)
+                    say(f"{self.title(run)}: begins")
+                    slot = self.free.pop(0)
+                    future = self.pool.submit(self.train_run, run, self.title(run), slot)
+                    self.active[future] = run, slot, time.monotonic()
+            elif run.needs.folder not in self.unfinished_folders():
+                self.waiting.remove(run)
+                self.failed.append(run.name)
+                say(f"{self.title(run)}: left out, as it begins from {run.needs.name}", error=True)
+
+    def unfinished_folders(self) -> set[Path]:
+        """Folders of the runs that wait or train."""
+        return {run.folder for run in (*self.waiting, *(each[0] for each in self.active.values()))}
+
+    def wait_for_runs(self) -> None:
+        """Wait until a run ends, and note how it did."""
+        for future in wait(self.active, return_when=FIRST_COMPLETED).done:
+            run, slot, start = self.active.pop(future)
+            self.free.append(slot)
+            self.end(run, future.result(), time.monotonic() - start)
+
+    def end(self, run: Run, code: int, seconds: float) -> None:
+        if code:
+            self.failed.append(run.name)
+            log = run.folder / "log.txt"
+            reasons = ERROR_LINE.findall(log.read_text(errors="replace"))
+            reason = f": {reasons[-1]}" if reasons else ""
+            say(f"{self.title(run)}: failed with exit code {code}{reason}; see {log}", error=True)
+            return
+        (run.folder / FINISHED).touch()
+        self.on_finished()
+        say(f"{self.title(run)}: done in {seconds:.0f} s")
+
+
 def sweep(
-    runs: list[Run],
-    train_run: Callable[[Run, str, dict[str, str]], int],
-    on_finished: Callable[[], None],
-    slots: list[dict[str, str]],
+    runs: Sequence[Run],
+    train_run: Callable[[Run, str, Environment], int],
+    on_finished: Callable[[], object],
+    slots: Sequence[Environment],
 ) -> list[str]:
     """Train what has not finished, and return the names of the runs that failed.
 
@@ -257,69 +284,42 @@ def sweep(
             returns the exit code.
         on_finished: called after every run that finished.
         slots: the environments of those that train at once.
+
+    Raises:
+        ValueError: a folder holds a run of another configuration.
     """
-    waiting = [run for run in runs if begin(run)]
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished earlier", flush=True)
-    failed, free = [], list(slots)
-    active: dict[Future, tuple[Run, dict[str, str], float]] = {}
-
-    def title(run: Run) -> str:
-        return f"[{runs.index(run) + 1}/{len(runs)}] {run.name}"
-
-    def under_training() -> list[Run]:
-        return [run for run, _, _ in active.values()]
-
-    def start_what_can() -> None:
-        for run in list(waiting):
-            if not run.needs or run.needs.is_finished:
-                if free:
-                    waiting.remove(run)
-                    print(f"{title(run)}: begins", flush=True)
-                    slot = free.pop(0)
-                    future = pool.submit(train_run, run, title(run), slot)
-                    active[future] = run, slot, time.monotonic()
-            elif run.needs.folder not in {each.folder for each in (*waiting, *under_training())}:
-                waiting.remove(run)
-                failed.append(run.name)
-                print(f"{title(run)}: left out, as it begins from {run.needs.name}",
-                      file=sys.stderr)  # fmt: skip
-
-    def end(run: Run, code: int, seconds: float) -> None:
-        if code:
-            failed.append(run.name)
-            log = run.folder / "log.txt"
-            reasons = ERROR_LINE.findall(log.read_text(errors="replace"))
-            reason = f": {reasons[-1]}" if reasons else ""
-            print(f"{title(run)}: failed with exit code {code}{reason}; see {log}",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            return
-        (run.folder / FINISHED).touch()
-        on_finished()
-        print(f"{title(run)}: done in {seconds:.0f} s", flush=True)
-
     with ThreadPoolExecutor(len(slots)) as pool:
+        state = _Sweep(runs, train_run, on_finished, slots, pool)
         try:
-            start_what_can()
-            while active:
-                for future in wait(active, return_when=FIRST_COMPLETED).done:
-                    run, slot, start = active.pop(future)
-                    free.append(slot)
-                    end(run, future.result(), time.monotonic() - start)
-                start_what_can()
+            state.start_ready_runs()
+            while state.active:
+                state.wait_for_runs()
+                state.start_ready_runs()
         except BaseException:
             for process in list(under_way):
                 process.terminate()
             raise
-    return failed
+    return state.failed
 
 
-def finished(runs: list[Run]) -> list[Run]:
+def raise_if_failed(failed: list[str], runs: Sequence[Run]) -> None:
+    """Raises: RunsFailed: some of the runs did."""
+    if failed:
+        raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+
+
+def finished(runs: Sequence[Run]) -> list[Run]:
+    """The runs that trained to their end."""
     return [run for run in runs if run.is_finished]
 
 
 @contextmanager
-def lock_folder(output: Path) -> Iterator[TextIO]:
+def lock_folder(output: Path) -> Generator[TextIO, None, None]:
     """Keep other sweeps out of ``output``, an existing folder.
+
+    A run that inherits the file keeps the lock until it has ended, even if the sweep is killed.
+    filelock cannot be used here: it unlocks when it is released, for every process that inherited
+    the file, and not only when the last of them closes it.
 
     Raises:
         ValueError: another one is in it.

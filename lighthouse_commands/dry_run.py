@@ -1,0 +1,35 @@
+"""Check a configuration and say what each process would hold and do. Needs no GPU.
+
+lighthouse dry-run train_configs/paper_530m_1m_cp8.toml --processes 8 --nodes 4
+"""
+
+import argparse
+
+from .launch import check_count, gpus_here
+from .train import add_configuration, trainer_arguments
+
+SUMMARY = "check a configuration and say what each process would hold"
+IF_INTERRUPTED = "nothing was written"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_configuration(parser)
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes on each machine; default: this one's GPUs, or 1",
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    arguments = trainer_arguments(options.config, overrides)
+    processes = options.processes if options.processes is not None else gpus_here() or 1
+    check_count("--processes", processes)
+    check_count("--nodes", options.nodes)
+
+    from torchtitan.models.llama3_lighthouse.dry_run import dry_run
+    from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+
+    print(dry_run(LighthouseConfigManager().parse_args(arguments), processes * options.nodes))

@@ -1,0 +1,220 @@
+"""The part "layer" of the context parallelism benchmark: one attention layer on W GPUs.
+
+``context_parallel.py`` starts this file through torchrun, one process for each GPU, with the folder
+for layer.json as its argument.
+
+Shapes: B batch, H heads, N positions, D head dimension.
+"""
+
+import json
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from measuring import random_rows, relative_error
+from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+
+from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, select
+from lighthouse.attention import lighthouse_attention
+from lighthouse.precision import SDPA_BACKENDS
+from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
+from torchtitan.models.llama3_lighthouse.infra.ring_attention import _Ring
+from torchtitan.models.llama3_lighthouse.job_config import Parallelism
+
+PER_GPU = 98304
+HEADS, HEAD_DIM = 8, 128
+TURNS = 30
+NOTHING_SENT = ", nothing sent"
+
+
+def time_in_turns(variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Each variant's ms, turn by turn, on the slowest rank.
+
+    The order is drawn anew for each turn, and is the same on all ranks.
+    """
+    order, shuffle = list(variants), random.Random(0).shuffle
+    durations: dict[str, list[float]] = {name: [] for name in order}
+    together = torch.zeros((), device="cuda")
+    for turn in range(TURNS + 2):
+        shuffle(order)
+        for name in order:
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The host gets ahead, and the GPUs then start together, whatever their clocks.
+            torch.cuda._sleep(30_000_000)
+            dist.all_reduce(together)
+            begin.record()
+            variants[name]()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                durations[name].append(begin.elapsed_time(end))
+    slowest = torch.tensor(list(durations.values()), device="cuda")
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return dict(zip(durations, slowest.tolist(), strict=True))
+
+
+def median_of_each(durations: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(times) for name, times in durations.items()}
+
+
+def with_gradients(
+    function: Callable[..., torch.Tensor], rows: list[torch.Tensor], grad: torch.Tensor
+) -> list[torch.Tensor]:
+    """Output of ``function`` and the gradients of its inputs ``rows``."""
+    leaves = [x.detach().requires_grad_() for x in rows]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def exact_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Causal attention [B, H, N, D] in float64, in blocks of queries.
+
+    torch would hold all N x N scores at once.
+    """
+    outputs = []
+    for start in range(0, q.shape[2], 1024):
+        rows = q[:, :, start : start + 1024]
+        reached = slice(0, start + rows.shape[2])
+        scores = rows @ k[:, :, reached].mT / q.shape[-1] ** 0.5
+        later = torch.arange(reached.stop, device=q.device) > torch.arange(
+            start, reached.stop, device=q.device
+        ).unsqueeze(-1)
+        outputs.append(scores.masked_fill(later, float("-inf")).softmax(-1) @ v[:, :, reached])
+    return torch.cat(outputs, dim=2)
+
+
+def rows_and_gradient(length: int, seed: int) -> list[torch.Tensor]:
+    """q, k, v and a gradient of the output, the same on all ranks, [1, H, N, D] each."""
+    return random_rows(length, [HEADS] * 4, HEAD_DIM, seed)
+
+
+def on_one_gpu(config: LighthouseConfig) -> LighthouseAttention:
+    sdpa = ScaledDotProductAttentionWrapper()
+    sdpa.sdpa_backends = SDPA_BACKENDS
+    return LighthouseAttention(config, sdpa)
+
+
+def on_all_gpus(config: LighthouseConfig, mesh: DeviceMesh) -> LighthouseAttention:
+    attention = on_one_gpu(config)
+    apply_context_parallel([attention], mesh, Parallelism())
+    return attention
+
+
+def errors(mesh: DeviceMesh) -> dict[str, tuple[float, float]]:
+    """Errors of output and gradients against float64, on all GPUs of ``mesh`` and on one."""
+    world_size = mesh.size()
+    config = LighthouseConfig(3, 4, 128 * world_size, picks_per_stratum=32)
+    *rows, grad = rows_and_gradient(8192 * world_size, 1)
+    selection = select(*rows, config)
+    whole = with_gradients(on_one_gpu(config), rows, grad)
+    attention = on_all_gpus(config, mesh)
+    layout = attention.context_parallel
+    parts = with_gradients(attention, [layout.take(x, 2) for x in rows], layout.take(grad, 2))
+
+    def in_float64(*x: torch.Tensor) -> torch.Tensor:
+        return lighthouse_attention(*x, config, selection=selection, impl="torch", sdpa=exact_dense)
+
+    exact = with_gradients(in_float64, [x.double() for x in rows], grad.double())
+    found = {}
+    for name, part, one, want in zip(("out", "dq", "dk", "dv"), parts, whole, exact, strict=True):
+        want = layout.take(want, 2)
+        found[name] = relative_error(part, want), relative_error(layout.take(one, 2), want)
+    return found
+
+
+def through_one_gpu() -> dict[str, Any]:
+    """Bits and times of one GPU with context parallelism over itself alone, and without."""
+    # torch wants every rank to make every group.
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    config = LighthouseConfig(3, 4, 1536)
+    *rows, grad = rows_and_gradient(PER_GPU, 2)
+    plain, through = on_one_gpu(config), on_one_gpu(config)
+    through.context_parallel = ContextParallel(groups[dist.get_rank()], 0, 1)
+    torch.use_deterministic_algorithms(True)
+    pairs = zip(with_gradients(plain, rows, grad), with_gradients(through, rows, grad), strict=True)
+    equal = all(torch.equal(a, b) for a, b in pairs)
+    torch.use_deterministic_algorithms(False)
+    durations = time_in_turns(
+        {
+            "no context parallelism": lambda: with_gradients(plain, rows, grad),
+            "no context parallelism, again": lambda: with_gradients(plain, rows, grad),
+            "W = 1": lambda: with_gradients(through, rows, grad),
+        }
+    )
+    return {"W = 1 gives the same bits": equal, "one GPU, ms": median_of_each(durations)}
+
+
+def silent(function: Callable[[], object]) -> Callable[[], object]:
+    """The same work with nothing sent: every rank goes on with its own keys and values."""
+
+    def run() -> object:
+        with (
+            patch.object(_Ring, "pass_on", lambda self, tensors: lambda: tensors),
+            patch.object(ContextParallel, "exchange", lambda self, rows: rows),
+        ):
+            return function()
+
+    return run
+
+
+def sending(mesh: DeviceMesh) -> dict[str, Any]:
+    """Times of the layer on all GPUs of ``mesh``, with and without sending."""
+    world_size = mesh.size()
+    attention = on_all_gpus(LighthouseConfig(3, 4, 1536 * world_size), mesh)
+    layout = attention.context_parallel
+    whole = rows_and_gradient(PER_GPU * world_size, 3)
+    *rows, grad = (layout.take(x, 2).clone() for x in whole)
+    del whole
+
+    def with_attention(enabled: bool) -> Callable[[], object]:
+        def run() -> object:
+            attention.enabled = enabled
+            return with_gradients(attention, rows, grad)
+
+        return run
+
+    variants = {}
+    for name, enabled in (("Lighthouse", True), ("dense", False)):
+        variants[name] = with_attention(enabled)
+        variants[f"{name}{NOTHING_SENT}"] = silent(with_attention(enabled))
+    durations = time_in_turns(variants)
+    # Both times come from the same turn, when the GPU has the same temperature and clock.
+    ratios = {
+        name: [a / b for a, b in zip(times, durations[f"{name}{NOTHING_SENT}"], strict=True)]
+        for name, times in durations.items()
+        if not name.endswith(NOTHING_SENT)
+    }
+    return {
+        f"W GPUs, {PER_GPU:,} tokens each, ms": median_of_each(durations),
+        "time with sending over without, quartiles": {
+            name: statistics.quantiles(each) for name, each in ratios.items()
+        },
+    }
+
+
+def main() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    world_size = int(os.environ["WORLD_SIZE"])
+    mesh = dist.init_device_mesh("cuda", (world_size,))
+    record = {
+        "W": world_size,
+        "error: W GPUs, one GPU": errors(mesh),
+        **through_one_gpu(),
+        **sending(mesh),
+    }
+    if dist.get_rank() == 0:
+        Path(sys.argv[1], "layer.json").write_text(json.dumps(record))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

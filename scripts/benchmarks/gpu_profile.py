@@ -1,0 +1,69 @@
+"""One training step as the GPU ran it: read from torch's profiler, and written as a table."""
+
+from typing import Any
+
+from reporting import table_head, table_row
+
+LISTED_KERNELS, LISTED_GAPS = 40, 8
+
+
+def kernels_of(profile: Any) -> dict[str, Any]:
+    """Summarise a profile of torch's profiler.
+
+    Returns:
+        "busy ms", the time in which at least one kernel or copy ran; "kernels", each with name,
+        count and ms, the longest first; and "gaps", the longest times in which nothing ran, in ms,
+        with the kernels before and after.
+    """
+    from torch.autograd import DeviceType
+
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    kernels: dict[str, list[float]] = {}
+    busy, reached, before = 0.0, events[0].time_range.start if events else 0.0, ""
+    gaps = []
+    for event in events:
+        start, end = event.time_range.start, event.time_range.end
+        kernels.setdefault(event.name, []).append((end - start) / 1e3)
+        busy += max(0.0, end - max(start, reached)) / 1e3
+        if start > reached:
+            gaps.append({"ms": (start - reached) / 1e3, "after": before, "before": event.name})
+        if end > reached:
+            reached, before = end, event.name
+    rows = [{"name": name, "count": len(ms), "ms": sum(ms)} for name, ms in kernels.items()]
+    return {
+        "busy ms": busy,
+        "kernels": sorted(rows, key=lambda row: -row["ms"]),
+        "gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:LISTED_GAPS],
+    }
+
+
+def profile_table(run: dict[str, Any]) -> str:
+    """The profiles of a run's cases as Markdown."""
+    lines = [f"One step each on one {run['device']}, {run['date']}, revision {run['revision']}."]
+    for record in run["records"]:
+        if "profile" not in record:
+            continue
+        profile, step = record["profile"], record["s a step"] * 1e3
+        lines += [
+            "",
+            f"## {record['stage']}, {record['mode']}, {record['N']:,} tokens",
+            "",
+            f"{profile['busy ms']:.0f} ms busy, of {step:.0f} ms that a step takes unprofiled.",
+            "",
+            *table_head(["kernel", "launches", "ms", "share of the step"]),
+        ]
+        for row in profile["kernels"][:LISTED_KERNELS]:
+            name, ms = as_cell(row["name"], 120), row["ms"]
+            cells = [f"`{name}`", str(row["count"]), f"{ms:.1f}", f"{ms / step:.1%}"]
+            lines.append(table_row(cells))
+        lines += ["", "Longest gaps:", ""]
+        for gap in profile["gaps"]:
+            after, before = (as_cell(gap[key], 60) for key in ("after", "before"))
+            lines.append(f"- {gap['ms']:.1f} ms between `{after}` and `{before}`")
+    return "\n".join(lines) + "\n"
+
+
+def as_cell(name: str, length: int) -> str:
+    """A kernel's name, cut to ``length`` and without the character that ends a table's cell."""
+    return name.replace("|", "/")[:length]

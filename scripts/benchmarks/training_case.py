@@ -1,0 +1,148 @@
+"""Train one case of the training benchmark in this process, and write what was measured.
+
+``training.py`` starts this file with the arguments ATTENTION, WARM_UP, PROFILE and RESULT_FILE,
+followed by the command line of the trainer.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_profile import kernels_of
+
+OUT_OF_MEMORY = "out of memory"
+GIB = 2**30
+
+
+@dataclass
+class Measured:
+    """Measurements of a run's steps.
+
+    Attributes:
+        ends: when each step ended, in seconds.
+        losses: the average loss of each step.
+        peaks: the most memory that each step had reserved and in use, in GiB.
+        profile: the summary of the last step by ``kernels_of``, if it was profiled.
+    """
+
+    ends: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peaks: list[list[float]] = field(default_factory=list)
+    profile: dict[str, Any] | None = None
+
+
+def timed_trainer(base: type, measured: Measured, profile: bool) -> type:
+    """A subclass of the trainer ``base`` that fills ``measured``; ``profile`` its last step."""
+    import torch
+    from torchtitan.tools import utils
+
+    class TimedTrainer(base):
+        def train_step(self, data_iterator: Any) -> None:
+            log = self.metrics_processor.log
+
+            def watched(
+                step: int,
+                average_loss: float,
+                maximum_loss: float,
+                grad_norm: float,
+                extra_metrics: dict[str, Any] | None = None,
+            ) -> None:
+                measured.losses.append(float(average_loss))
+                # Read the peak first, because logging resets it.
+                memory = utils.device_module.memory_stats()
+                measured.peaks.append(
+                    [memory[f"{kind}_bytes.all.peak"] / GIB for kind in ("reserved", "active")]
+                )
+                log(step, average_loss, maximum_loss, grad_norm, extra_metrics)
+
+            self.metrics_processor.log = watched
+            profiled = profile and self.step == self.job_config.training.steps
+            with torch.profiler.profile() if profiled else nullcontext() as recorded:
+                super().train_step(data_iterator)
+                utils.device_module.synchronize()
+            self.metrics_processor.log = log
+            if profiled:
+                measured.profile = kernels_of(recorded)
+            else:
+                measured.ends.append(time.perf_counter())
+
+    return TimedTrainer
+
+
+def sizes_of(trainer: Any, attention: str) -> dict[str, Any]:
+    """Lengths and FLOPs of a run, as its record has them."""
+    from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+
+    config = trainer.job_config
+    args = flavors[config.model.flavor]
+    args.update_from_config(config)
+    counted = "lighthouse" if attention == "lighthouse" else "dense"
+    length = config.training.seq_len
+    _, flops = args.get_nparams_and_flops(trainer.model_parts[0], length, counted)
+    return {
+        "S": args.gathered_length(length) if attention == "lighthouse" else length,
+        "tokens a step": length * config.training.local_batch_size,
+        "FLOPs a token": flops,
+        "peak FLOP/s": trainer.metrics_processor.gpu_peak_flops,
+    }
+
+
+def run_case(
+    attention: str, warm_up: int, profile: bool, result_file: str, line: list[str]
+) -> None:
+    """Train a case to its end, write the result file and end this process.
+
+    Args:
+        attention: "lighthouse", "dense" or "upstream".
+        warm_up: steps that are not timed.
+        profile: whether to profile the last step, which is not timed either.
+        line: the trainer's command line.
+    """
+    import torch
+
+    # The overlay comes first, because it sets the device that upstream copies when imported.
+    from torchtitan.models.llama3_lighthouse import baseline
+    from torchtitan.models.llama3_lighthouse import train as ours
+
+    # isort: split
+    import torchtitan.train as upstream
+
+    from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+
+    ours.init_logger()
+    if attention == "upstream":
+        baseline.register_baseline()
+        line = [*line, "--model.name", baseline.NAME]
+    config = LighthouseConfigManager().parse_args(line)
+    base = upstream.Trainer if attention == "upstream" else ours.LighthouseTrainer
+    measured, result = Measured(), {}
+    try:
+        trainer = timed_trainer(base, measured, profile)(config)
+        result = sizes_of(trainer, attention)
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        result |= {"failure": OUT_OF_MEMORY, "message": str(error)}
+    if measured.profile is not None:
+        result["profile"] = measured.profile
+    ends = measured.ends
+    result |= {
+        "seconds": [end - start for start, end in zip(ends, ends[1:], strict=False)][warm_up - 1 :],
+        "losses": measured.losses,
+        "reserved GiB": max((peak[0] for peak in measured.peaks), default=None),
+        "active GiB": max((peak[1] for peak in measured.peaks), default=None),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+    Path(result_file).write_text(json.dumps(result))
+    # Nothing is left to tidy up, and after an error the trainer may wait for ever at its own end.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    attention, warm_up, profile, result_file, *line = sys.argv[1:]
+    run_case(attention, int(warm_up), bool(int(profile)), result_file, line)

@@ -1,0 +1,95 @@
+"""The benchmarks' command lines: help, and mistakes that end before any measurement."""
+
+import sys
+from pathlib import Path
+
+import attention
+import context_parallel
+import parts
+import pytest
+import scorers
+import torch
+import training
+from arguments import run_benchmark
+from measuring import method_of
+
+NEED_CUDA = [attention, parts, scorers]
+
+
+@pytest.mark.parametrize("script", [*NEED_CUDA, context_parallel, training])
+def test_help_says_what_is_written(script, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python scripts/benchmarks/{Path(script.__file__).name}" in text
+    assert all(flag in text for flag in ("--output FOLDER", "--name", "--revision"))
+    assert ("--no-plots" in text) == (script in (attention, context_parallel, training))
+
+
+@pytest.mark.parametrize("script", NEED_CUDA)
+def test_a_missing_gpu_is_said_first(script, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--output", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match=f"{Path(script.__file__).name} needs a CUDA device"):
+        script.main()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("case", ["98304", "98304,3,4", "a,3,4,1536", "98304,3,4,1536,5"])
+def test_cases_have_four_numbers(case: str) -> None:
+    with pytest.raises(ValueError, match=f"--cases {case}: .*N,L,p,k.*98304,3,4,1536"):
+        method_of(case, "--cases")
+
+
+def test_cases_keep_the_rules_of_the_method() -> None:
+    n, config = method_of("98304,3,4,1536", "--case", scorer="gla")
+    assert (n, config.levels, config.pooling_factor, config.top_k) == (98304, 3, 4, 1536)
+    assert config.scorer == "gla"
+    with pytest.raises(ValueError, match="--case 98305,3,4,1536: .*multiple of"):
+        method_of("98305,3,4,1536", "--case")
+    with pytest.raises(ValueError, match="--case 98304,3,4,1500: .*picks_per_stratum"):
+        method_of("98304,3,4,1500", "--case")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--gpus 1", "two or more GPUs, 1 to be used of the 2"),
+        ("--gpus 3", "two or more GPUs, 3 to be used of the 2"),
+        ("--lengths 7", "--lengths 7: "),
+        ("--steps 0", "--steps 0 "),
+        ("--output {file}", "--output {file} is no folder"),
+    ],
+)
+def test_context_parallel_refuses(line: str, message: str, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    file = tmp_path / "file"
+    file.touch()
+    words = line.format(file=file).split()
+    monkeypatch.setattr(sys, "argv", ["context_parallel.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        run_benchmark(context_parallel.main)
+    assert str(ended.value.code).startswith("Error: ")
+    assert message.format(file=file) in str(ended.value.code)
+
+
+def test_lengths_of_earlier_calls_stay_in_the_record() -> None:
+    run = {"measured": {}}
+    context_parallel.add(run, "layer", {"W": 2}, "r1, d1")
+    context_parallel.add(run, "longest", [{"case": "b", "N": 2}, {"case": "c", "N": 3}], "r1, d1")
+    context_parallel.add(run, "longest", [{"case": "b", "N": 2}, {"case": "a", "N": 1}], "r2, d2")
+    assert run["layer"] == {"W": 2}
+    assert [row["case"] for row in run["longest"]] == ["a", "b", "c"]
+    assert run["measured"] == {"layer": "r1, d1", "longest": "r2, d2 and r1, d1"}
+
+
+def test_interruptions_end_with_130(capsys) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_benchmark(interrupted)
+    assert ended.value.code == 130
+    assert "output folder" in capsys.readouterr().err

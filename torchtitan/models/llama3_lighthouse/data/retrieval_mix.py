@@ -1,0 +1,109 @@
+"""Retrieval documents that train among the text."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import UserValueError
+from .retrieval import (
+    TASKS,
+    PromptEncoder,
+    Task,
+    draw_parts,
+    draw_prompt,
+    find_task,
+    random_of,
+    shortest_prompt,
+)
+
+
+class RetrievalMix:
+    """Sequences of retrieval documents that stand among the sequences of text.
+
+    A document is a prompt of a random task and depth, its answer, all other questions that the
+    prompt can answer, in random order and each with its answer, and EOS. Each sequence draws an
+    octave of lengths, and its documents draw their lengths from that octave as far as their tasks
+    fit into it. Most documents are short therefore. The last document fills the sequence, so none
+    is cut. A sequence depends on its number alone, not on the ones before.
+
+    Only answers count in the loss. All other tokens are random or always the same, and the noise
+    of predicting random tokens would hide the few that a model can learn.
+
+    Args:
+        rate: share of the sequences.
+        length: tokens of a sequence, labels included.
+        streams: streams of text; each has the same share.
+        tasks: names of the tasks, which are drawn equally often.
+
+    Raises:
+        ValueError: a sequence cannot hold the longest kind of document.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        rate: float,
+        length: int,
+        streams: int,
+        tasks: Sequence[str] = tuple(TASKS),
+        seed: int = 0,
+    ) -> None:
+        self._encoder, self._rate, self._length = encoder, rate, length
+        self._streams, self._seed = streams, seed
+        # Task -> tokens of its shortest document.
+        self._shortest: dict[Task, int] = {}
+        # Task -> tokens that follow its prompt.
+        self._endings: dict[Task, int] = {}
+        for task in map(find_task, tasks):
+            others = draw_parts(random_of("shortest"), encoder, task).others
+            self._endings[task] = task.digits + sum(map(len, others)) + len(encoder.eos)
+            self._shortest[task] = shortest_prompt(encoder, task) + self._endings[task]
+        self._enough = max(self._shortest.values())
+        if length < self._enough:
+            raise UserValueError(
+                f"lighthouse.passkey_mix = {rate} with passkey_tasks = {list(tasks)} needs "
+                f"training.seq_len of at least {self._enough - 1}, got {length - 1}; raise it, "
+                "leave out longer tasks, or set passkey_mix to 0"
+            )
+
+    def takes(self, stream: int, sequence: int) -> bool:
+        """Whether sequence number ``sequence`` of a stream holds retrieval documents.
+
+        The share is exact to within one sequence, both among the first n sequences of a stream
+        and among the sequences of all streams that have the same number.
+        """
+        phase = stream / self._streams
+        return math.floor((sequence + 1) * self._rate + phase) > math.floor(
+            sequence * self._rate + phase
+        )
+
+    def sequence(self, stream: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw sequence number ``sequence`` of a stream.
+
+        Returns:
+            Its tokens, int32 [length], and which of them answer a question, bool [length].
+        """
+        random = random_of("training", self._seed, stream, sequence)
+        tasks = list(self._shortest)
+        # Integers give the same lengths on every machine.
+        octaves = (self._length // min(self._shortest.values())).bit_length()
+        upper = self._length >> int(random.integers(octaves))
+        documents, answers, left = [], [], self._length
+        while left:
+            task = tasks[random.integers(len(tasks))]
+            lower = max(self._shortest[task], upper // 2)
+            length = min(int(random.integers(lower, max(lower, upper) + 1)), left)
+            if left - length < self._enough:
+                length = left
+            prompt_length = length - self._endings[task]
+            prompt = draw_prompt(random, self._encoder, task, prompt_length, random.random())
+            others = [prompt.others[i] for i in random.permutation(len(prompt.others))]
+            documents += [prompt.tokens, self._encoder.digits[prompt.answer], *others,
+                          self._encoder.eos]  # fmt: skip
+            ends = prompt_length + np.cumsum([task.digits, *map(len, others)])
+            is_answer = np.zeros(length, dtype=bool)
+            is_answer[np.subtract.outer(ends, np.arange(1, task.digits + 1))] = True
+            answers.append(is_answer)
+            left -= length
+        return np.concatenate(documents), np.concatenate(answers)

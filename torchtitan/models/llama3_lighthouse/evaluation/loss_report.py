@@ -1,0 +1,213 @@
+"""Held-out losses of several checkpoints as a table and a plot."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..environment import environment
+from ..errors import UserValueError
+from .figures import colours, new_figure, save
+from .held_out_loss import (
+    bucket_means,
+    check_text,
+    context_buckets,
+    estimate,
+    evaluate,
+    text_identity,
+)
+from .inference import (
+    TrainedModel,
+    find_checkpoint,
+    labels_of,
+    load_trained_model,
+    recorded_config,
+)
+from .progress import Progress
+from .tables import Row, write_csv
+
+INTERVAL = "95%, normal, over sequences"
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of an evaluation.
+
+    Attributes:
+        checkpoints: as in ``inference.find_checkpoint``.
+        attention: "dense", "lighthouse" or both.
+        labels: a name for each checkpoint; None: run and step.
+        first_bucket: tokens of context in the first bucket.
+        dtype: of the weights, by the name of torch's.
+    """
+
+    checkpoints: list[Path]
+    output: Path
+    device: str
+    attention: list[str]
+    labels: list[str] | None = None
+    first_bucket: int = 256
+    dtype: str = "float32"
+    plots: bool = True
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one checkpoint under one attention.
+
+    Attributes:
+        step, dense_steps: of the checkpoint; None if it has no record.
+        losses: nats, float32 [sequences, N].
+    """
+
+    checkpoint: str
+    attention: str
+    path: Path
+    step: int | None
+    dense_steps: int | None
+    losses: torch.Tensor
+
+
+def report_losses(options: LossOptions, overrides: list[str]) -> None:
+    """Evaluate checkpoints; write losses.csv, losses.json and losses.png, and print the means.
+
+    Raises:
+        ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
+    """
+    labels, count = options.labels, len(options.checkpoints)
+    if labels and (len(labels) != count or len(set(labels)) != count):
+        raise UserValueError(f"--labels must be {count} different names, got {', '.join(labels)}")
+    paths = [find_checkpoint(path) for path in options.checkpoints]
+    if len(set(paths)) < len(paths):
+        raise UserValueError("two of the checkpoints are the same; name each once")
+    text = check_same_text(paths, overrides)
+    buckets = context_buckets(text["validation.seq_len"], options.first_bucket)
+    options.output.mkdir(parents=True, exist_ok=True)
+    curves: list[Curve] = []
+    for path, label in zip(paths, labels or labels_of(paths), strict=True):
+        curves += _curves(path, label, options, overrides)
+    rows = rows_of(curves, buckets)
+    _write(rows, curves, text, options)
+    for row in rows[len(buckets) :: len(buckets) + 1]:
+        interval = f" ({row['low']:.4f} to {row['high']:.4f})" if row["low"] is not None else ""
+        change = f", {row['minus first']:+.4f} from the first" if "minus first" in row else ""
+        print(f"{row['checkpoint']}, {row['attention']}: {row['loss']:.4f}{interval}{change}")
+    if options.plots:
+        plot(rows, curves, options.output / "losses.png")
+
+
+def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
+    """Check that all checkpoints are evaluated on the same tokens; return what those depend on.
+
+    Raises:
+        ValueError, TypeError, OSError: the tokens differ, or a configuration is wrong.
+    """
+    configs = [recorded_config(path, overrides) for path in paths]
+    first, *others = [text_identity(config) for config in configs]
+    for path, identity in zip(paths[1:], others, strict=True):
+        for key, value in identity.items():
+            if value != first[key]:
+                raise UserValueError(
+                    f"{paths[0]} and {path} differ in {key}: {first[key]} and {value}; pass it as "
+                    "--section.key VALUE for both"
+                )
+    check_text(configs[0])
+    return first
+
+
+def _curves(path: Path, label: str, options: LossOptions, overrides: list[str]) -> list[Curve]:
+    """A curve for each attention, from a model that is in memory only meanwhile."""
+    dtype = getattr(torch, options.dtype)
+    trained = load_trained_model(path, overrides, options.device, dtype)
+    return [_curve(trained, label, attention) for attention in options.attention]
+
+
+def _curve(trained: TrainedModel, label: str, attention: str) -> Curve:
+    steps = trained.config.validation.steps
+    with Progress(f"{label}, {attention}", None if steps < 0 else steps, "batches") as bar:
+        losses = evaluate(
+            trained, attention, lambda batches, loss: bar.advance(1, f"loss {loss:.4f}")
+        )
+    record = trained.record
+    return Curve(
+        label,
+        attention,
+        trained.path,
+        record.step if record else None,
+        record.dense_steps if record else None,
+        losses,
+    )
+
+
+def rows_of(curves: list[Curve], buckets: list[tuple[int, int]]) -> list[Row]:
+    """For each curve a row for each bucket, and then one for all positions."""
+    buckets = [*buckets, (1, buckets[-1][1])]
+    references: dict[str, torch.Tensor] = {}
+    rows = []
+    for curve in curves:
+        values = bucket_means(curve.losses, buckets)
+        reference = references.setdefault(curve.attention, values)
+        for number, (start, end) in enumerate(buckets):
+            loss = estimate(values[:, number])
+            row = {
+                "checkpoint": curve.checkpoint, "attention": curve.attention,
+                "context from": start, "context to": end,
+                "loss": loss.mean, "low": loss.low, "high": loss.high,
+                "sequences": int(values[:, number].isfinite().sum()),
+            }  # fmt: skip
+            if reference is not values:
+                change = estimate(values[:, number] - reference[:, number])
+                row |= {"minus first": change.mean, "minus first, low": change.low,
+                        "minus first, high": change.high}  # fmt: skip
+            rows.append(row)
+    return rows
+
+
+def _write(
+    rows: list[Row], curves: list[Curve], text: dict[str, Any], options: LossOptions
+) -> None:
+    """Write losses.csv and losses.json."""
+    write_csv(rows, options.output / "losses.csv")
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
+    record = {
+        "unit": "nats per token", "interval": INTERVAL, "device": device, "dtype": options.dtype,
+        **environment(), "text": text,
+        "checkpoints": [
+            {
+                "checkpoint": curve.checkpoint, "attention": curve.attention,
+                "path": str(curve.path), "step": curve.step, "dense steps": curve.dense_steps,
+            }
+            for curve in curves
+        ],
+        "losses": rows,
+    }  # fmt: skip
+    (options.output / "losses.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def plot(rows: list[Row], curves: list[Curve], path: Path) -> None:
+    """Loss over tokens of context, a line for each curve, with intervals."""
+    figure = new_figure()
+    axis = figure.subplots()
+    names = list(dict.fromkeys(curve.checkpoint for curve in curves))
+    colour_of = dict(zip(names, colours(len(names)), strict=True))
+    per_curve = len(rows) // len(curves)
+    for number, curve in enumerate(curves):
+        # The last row of each curve covers all positions.
+        points = rows[number * per_curve : (number + 1) * per_curve - 1]
+        colour, dense = colour_of[curve.checkpoint], curve.attention == "dense"
+        label = curve.checkpoint + ("" if dense else " (Lighthouse)")
+        ends, losses = ([row[key] for row in points] for key in ("context to", "loss"))
+        axis.plot(ends, losses, "o-" if dense else "s--", color=colour, label=label, markersize=4)
+        if all(row["low"] is not None for row in points):
+            low, high = ([row[key] for row in points] for key in ("low", "high"))
+            axis.fill_between(ends, low, high, color=colour, alpha=0.15, linewidth=0)
+    ends = [row["context to"] for row in rows[: per_curve - 1]]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ends, [f"{end:,}" for end in ends], minor=False)
+    axis.set(xlabel="context, tokens (upper end of each bucket)",
+             ylabel="held-out loss, nats per token, 95% interval")  # fmt: skip
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", fontsize=8, ncols=2)
+    save(figure, path)

@@ -1,0 +1,72 @@
+"""Settings of runs: values by section.key, as flags, in configurations and as records."""
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..job_config import JobConfig
+
+Settings = Mapping[str, Any]
+
+
+def command_line(settings: Settings) -> list[str]:
+    """Settings as the trainer's flags."""
+    line: list[str] = []
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        if isinstance(value, bool):
+            line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            line += [f"--{key}", *map(str, values)]
+    return line
+
+
+def keys_given(arguments: list[str]) -> set[str]:
+    """section.key of every flag of a trainer's command line, which may be spelt with dashes."""
+    flags = (word[2:].partition("=")[0] for word in arguments if word[:2] == "--")
+    return {flag.replace(".no-", ".").replace("-", "_") for flag in flags}
+
+
+def value_of(config: JobConfig, key: str) -> Any:
+    """The value of section.key."""
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def with_settings(config: JobConfig, settings: Settings) -> JobConfig:
+    """A copy of a configuration with other values of section.key."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        setattr(value_of(config, section), name, value)
+    return config
+
+
+def record_of(config: JobConfig) -> str:
+    """Everything in a configuration that a run depends on, as JSON."""
+    return json.dumps({k: v for k, v in config.to_dict().items() if k != "job"}, indent=1)
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested TOML tables as section.key to value."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def nested(settings: Settings) -> dict[str, Any]:
+    """Settings as nested tables, the inverse of ``flatten``."""
+    tables: dict[str, Any] = {}
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        table = tables
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return tables
