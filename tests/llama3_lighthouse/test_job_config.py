@@ -1,6 +1,9 @@
-"""The [lighthouse] section has every setting of the method, and hands each of them on."""
+"""The [lighthouse] section has every setting of the method, hands it on, and is documented."""
 
-from dataclasses import fields
+import json
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -9,6 +12,7 @@ from lighthouse import LighthouseConfig
 from torchtitan.models.llama3_lighthouse.job_config import Lighthouse, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.model import lighthouse_config
 
+PAGE = Path(__file__).parents[2] / "docs/guides/configuration.md"
 # A value for each setting that differs from its default and fits the others' defaults.
 OTHER_VALUES = {
     "levels": 4,
@@ -56,3 +60,10 @@ def test_every_key_is_explained(capsys) -> None:
         explained = words.split(option, 1)[1].split(f"(default: {setting.default})")[0]
         explained = explained.split(maxsplit=1)[1].strip()
         assert explained and f"{setting.name}: {explained}" in docstring
+
+
+def test_every_key_is_on_the_page_with_its_default() -> None:
+    section = PAGE.read_text().split("\n## ")[1]
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.MULTILINE))
+    keys = {key: json.dumps(default) for key, default in asdict(Lighthouse()).items()}
+    assert rows == keys, f"{PAGE} and job_config.Lighthouse differ"
