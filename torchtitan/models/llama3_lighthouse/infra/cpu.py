@@ -73,10 +73,12 @@ def use_cpu_without_accelerator() -> None:
     """Point torchtitan at the CPU when torch sees no accelerator; otherwise do nothing."""
     if torch.accelerator.is_available():
         return
-    stand_in = {"device_type": "cpu", "device_module": CPUDevice()}
+    stand_in: dict[str, Any] = {"device_type": "cpu", "device_module": CPUDevice()}
     for name, module in list(sys.modules.items()):
         if name.startswith("torchtitan."):
             vars(module).update({key: stand_in[key] for key in stand_in if key in vars(module)})
+    # Modules that are imported later ask again.
+    utils.get_device_info = lambda: (stand_in["device_type"], stand_in["device_module"])
     utils.get_peak_flops = measure_peak_flops
 
 
