@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, and train on this machine or on this one of several.
+# Set up, and train on this machine, alone or as one of several.
 # Usage: ./run_train.sh [--dry-run | --help] [--section.key value ...]
 #
 # --dry-run    check the configuration for NGPU x NNODES processes and say what each would hold

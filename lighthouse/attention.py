@@ -50,7 +50,7 @@ def lighthouse_attention(
         [B, Hq, N, D]. Zero at the first positions that no selected entry reaches.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
+        TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config.
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if selection is not None:

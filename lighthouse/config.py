@@ -100,8 +100,8 @@ class LighthouseConfig:
         return ATTENDS[self.scorer]
 
 
-# Read from the annotations once: torch.compile does not trace the functions of typing. A setting
-# with choices is of type str.
+# Both are read from the annotations once, because torch.compile cannot trace typing's functions.
+# A setting with choices is of type str.
 CHOICES: dict[str, tuple[str, ...]] = {
     setting.name: get_args(setting.type)
     for setting in fields(LighthouseConfig)

@@ -44,8 +44,8 @@ class PyramidGeometry:
     """Lengths and places of the pyramid over ``sequence_length`` positions.
 
     Raises:
-        ValueError: p^(L-1) does not divide ``sequence_length``, nor does the dilation of a scorer
-            that uses it, or the coarsest level has fewer than k entries.
+        ValueError: p^(L-1), or the dilation of a scorer that uses it, does not divide
+            ``sequence_length``; or the coarsest level has fewer than k entries.
     """
 
     config: LighthouseConfig

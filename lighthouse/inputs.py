@@ -28,7 +28,7 @@ def chunked(
         q, k and v as [B M, heads, C, D], and the geometry of one chunk.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
+        TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config.
     """
     if not isinstance(config, LighthouseConfig):
         raise TypeError(f"config must be a LighthouseConfig, got {type(config).__name__}")

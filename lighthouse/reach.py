@@ -40,7 +40,7 @@ def reaching(
     Args:
         slot: the selection's slot, int32 [B, Hkv, P].
         positions: int64, ascending.
-        geometry: of the whole chunk.
+        geometry: the geometry of the whole chunk.
         with_seam: whether there is a chunk before this one.
     """
     finest = geometry.config.combine == "finest"

@@ -80,7 +80,7 @@ def _scored_rows(
 ) -> Rows:
     """Rows whose norms score the queries and the keys of one head, each [N, D].
 
-    They are computed in float32, or in float64 for float64 inputs: scores are defined so.
+    They are computed in float32, or in float64 for float64 inputs, as scores are defined.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = (rows.to(dtype) for rows in (q, k, v))
@@ -186,7 +186,8 @@ def _scatter_back(
 ) -> torch.Tensor:
     """Every entry's output [S, D] over the span of positions from its end on, [N, D].
 
-    Where several levels meet, their outputs are added up, or the lowest level's is taken.
+    Where several levels meet, ``combine`` says whether their outputs are added up or the lowest
+    level's is taken alone.
     """
     reaching: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(geometry.sequence_length)]
     for entry, row in zip(entries, out, strict=True):

@@ -16,7 +16,10 @@ from .selection import Selection
 
 
 class _ScatterBack(torch.autograd.Function):
-    """Sums of the outputs that reach each position; backward sums over those that each reached."""
+    """Sums of the outputs that reach each position.
+
+    The gradient of an output is the sum of the gradients at the positions that it reached.
+    """
 
     @staticmethod
     def forward(

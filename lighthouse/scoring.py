@@ -98,7 +98,7 @@ def _norms_of_outputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms of what ``attend`` returns for q over k, and for k over q, each [B, Hq, N].
 
-    The outputs stay in dilated order; only their norms are brought back into that of the sequence.
+    The outputs stay in dilated order; only their norms are put back in the sequence's order.
     """
     group = q.shape[1] // k.shape[1]
     if group > 1:

@@ -52,7 +52,7 @@ def select(
         indices into the chunk's own pyramid: index [B M, Hkv, S] and slot [B M, Hkv, P].
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit together or the geometry.
+        TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config.
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if choose_implementation(impl, q) == "triton":
@@ -68,13 +68,14 @@ def select_entries(
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D].
-        geometry: of the N positions.
+        geometry: the geometry of the N positions.
     """
     # Selection has no gradient. Detached inputs keep it out of the autograd graph as well.
     return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(geometry.config)))
 
 
-# An operation takes no configuration. It takes the settings one by one, in their order there.
+# An operation cannot take a LighthouseConfig. It takes the settings one by one, in the order of
+# the fields of LighthouseConfig.
 _SCHEMA_TYPES = {int: "SymInt", str: "str"}
 _SETTINGS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in TYPES.items())
 

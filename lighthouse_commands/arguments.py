@@ -48,7 +48,7 @@ def split_overrides(line: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:
-    """CHECKPOINT..., of which there is at least one."""
+    """Add CHECKPOINT..., one or more."""
     parser.add_argument(
         "checkpoints",
         nargs="+",
@@ -60,14 +60,14 @@ def add_checkpoints(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """--output FOLDER, which has to be given."""
+    """Add --output FOLDER, which is required."""
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="folder to write to"
     )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device, None unless given."""
+    """Add --device; its value is None unless given."""
     parser.add_argument(
         "--device",
         metavar="DEVICE",
@@ -76,12 +76,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_no_plots(parser: argparse.ArgumentParser) -> None:
-    """--no-plots."""
+    """Add --no-plots."""
     parser.add_argument("--no-plots", action="store_true", help="write tables alone")
 
 
 def add_attention(parser: argparse.ArgumentParser, *default: str) -> None:
-    """--attention, a list without repetitions."""
+    """Add --attention, a list without repetitions."""
     parser.add_argument(
         "--attention",
         nargs="+",
@@ -106,7 +106,7 @@ class WithoutRepetitions(argparse.Action):
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the commands that train many runs."""
+    """Add the arguments of the commands that train many runs."""
     parser.add_argument(
         "--processes",
         type=int,

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, overrides: list[str]) -> None:
     if min(options.batches, options.positions) < 1 or options.batches * options.positions < 2:
         raise CommandError(
-            f"--batches {options.batches} and --positions {options.positions} leave no interval; "
-            "pass at least 2 of one of them"
+            f"--batches {options.batches} and --positions {options.positions} must be at least 1, "
+            "and one of them at least 2, because an interval needs two losses"
         )
     from torchtitan.models.llama3_lighthouse.evaluation.causality import (
         CausalityOptions,

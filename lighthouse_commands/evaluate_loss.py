@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the weights; default: float32",
+        help="type of the weights; default: float32",
     )
     add_no_plots(parser)
 

@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoints(parser)
     add_output(parser)
     add_attention(parser, "dense")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all of them")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to ask; default: all")
     parser.add_argument(
         "--lengths",
         nargs="+",
         type=int,
         metavar="TOKENS",
-        help="of prompts, without the answer; default: an eighth, a quarter, a "
+        help="lengths of prompts, without the answer; default: an eighth, a quarter, a "
         "half and the whole of the shortest training.seq_len",
     )
     parser.add_argument(
@@ -56,19 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=list(range(0, 101, 10)),
         metavar="PERCENT",
-        help="default: 0 10 20 ... 100",
+        help="depths of the needle; default: 0 10 20 ... 100",
     )
     parser.add_argument(
-        "--trials", type=int, default=50, metavar="PROMPTS", help="for each cell; default: 50"
+        "--trials", type=int, default=50, metavar="PROMPTS", help="prompts per cell; default: 50"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the prompts; default: 0"
+        "--seed", type=int, default=0, metavar="N", help="seed of the prompts; default: 0"
     )
     add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the weights; default: bfloat16 on cuda, float32 on cpu",
+        help="type of the weights; default: bfloat16 on cuda, float32 on cpu",
     )
     parser.add_argument(
         "--batch-tokens",

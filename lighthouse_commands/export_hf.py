@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_stored_dtype(parser: argparse.ArgumentParser) -> None:
-    """--dtype, None for weights as they are stored."""
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    """Add --dtype; None leaves weights as they are stored."""
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as stored")
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> None:

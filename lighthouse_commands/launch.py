@@ -13,7 +13,7 @@ MASTER_PORT = 29500
 
 
 def check_count(flag: str, value: int) -> None:
-    """Raise ``CommandError`` unless there is at least one of what ``flag`` counts."""
+    """Raise ``CommandError`` unless ``value``, which ``flag`` gives, is at least 1."""
     if value < 1:
         raise CommandError(f"{flag} {value} must be at least 1")
 

@@ -24,7 +24,7 @@ OWN_PACKAGES = ("lighthouse", "lighthouse_commands", "torchtitan.models.llama3_l
 
 
 def build_parser() -> CommandParser:
-    """The parser of all commands; ``module`` and ``parser`` of its result are the command's."""
+    """The parser of all commands; its result has the ``module`` and ``parser`` of the one given."""
     parser = CommandParser(
         prog="lighthouse",
         description="Long-context pretraining with Lighthouse Attention.",
@@ -86,7 +86,7 @@ def require_trainer() -> None:
         upstream = importlib.util.find_spec("torchtitan")
     except ImportError:
         upstream = None
-    # Without torchtitan itself, the folder of ours is a namespace, which has no file of its own.
+    # Without torchtitan itself, our folder of that name is a namespace package, which has no file.
     if upstream is None or upstream.origin is None:
         raise CommandError(needs("torchtitan"))
 
@@ -94,7 +94,7 @@ def require_trainer() -> None:
 def needs(package: str) -> str:
     """Message for a missing package of the extra that brings the trainer."""
     return (
-        f"this command needs the trainer, of which {package} is not installed; run pip install "
+        f"this command needs the trainer, and its package {package} is missing; run pip install "
         "'lighthouse-attention[trainer]', or pip install -e '.[trainer]' in a clone"
     )
 
@@ -106,7 +106,7 @@ def users_mistake(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name:
         ours = any(f"{error.name}.".startswith(f"{package}.") for package in OWN_PACKAGES)
         return None if ours else needs(error.name)
-    # Such an error exists only once its module was imported, which takes seconds.
+    # Importing the module of users' errors takes seconds. Before it is imported, there are none.
     errors = sys.modules.get("torchtitan.models.llama3_lighthouse.errors")
     return str(error) if errors and isinstance(error, errors.UserError) else None
 

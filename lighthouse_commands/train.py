@@ -1,4 +1,4 @@
-"""Train on this machine, or on this one of several, with torchrun.
+"""Train with torchrun, on this machine alone or as one of several.
 
     lighthouse train train_configs/debug_cpu.toml --training.steps 40
 
@@ -24,7 +24,7 @@ from .launch import (
     training_environment,
 )
 
-SUMMARY = "train on this machine, or on this one of several"
+SUMMARY = "train on this machine, alone or as one of several"
 IF_INTERRUPTED = "training has not begun"
 
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
-    """[CONFIG], which may also come as --job.config_file among the overrides."""
+    """Add [CONFIG], which may also come as --job.config_file among the overrides."""
     parser.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG", help="TOML file of the run"
     )
@@ -85,7 +85,7 @@ def trainer_arguments(config: Path | None, overrides: list[str]) -> list[str]:
     ]
     if config is None:
         if not named:
-            raise CommandError("name a configuration: lighthouse train CONFIG")
+            raise CommandError("no configuration is given; pass CONFIG, its TOML file")
         return overrides
     if named:
         raise CommandError(f"{config} and --job.config_file name two configurations; give one")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv at the repository root and install Lighthouse with its trainer into it.
-# Nothing is done where that has been done since pyproject.toml last changed.
+# It does nothing if it has done so since pyproject.toml last changed.
 # Usage: scripts/setup.sh [EXTRAS]    more extras of pyproject.toml, for example dev or plots,export
 #
 # PYTHON       interpreter to make the environment with (default: python3)

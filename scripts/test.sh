@@ -15,5 +15,5 @@ fi
 .venv/bin/pyrefly check
 # Material otherwise prints a notice about its successor. With --quiet, broken links would pass.
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
-# Worksteal leaves most of a file to one worker, whose tests share fixtures.
+# Tests of a file share fixtures, and worksteal leaves most of a file's tests to one worker.
 exec .venv/bin/python -m pytest -n 2 --dist worksteal

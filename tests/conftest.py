@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-# Before anything imports Triton: without a GPU, its interpreter runs the kernels.
+# Without a GPU, Triton's interpreter runs the kernels. Set this before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OVERLAY = "torchtitan.models.llama3_lighthouse"
 PACKAGES = ["lighthouse", OVERLAY, "lighthouse_commands"]
-# The lowest layer first. A line's modules and rooms may import one another.
+# The lowest layer comes first. Modules and packages of one layer may import one another.
 LAYERS = [
     ["lighthouse"],
     [f"{OVERLAY}.{name}" for name in ("errors", "job_config", "environment")],

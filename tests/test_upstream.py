@@ -336,7 +336,7 @@ def test_every_module_of_torchtitan_has_the_cpu() -> None:
     import torchtitan.models.llama3_lighthouse.train  # noqa: F401
 
     # isort: split
-    # Asks for the device by itself, whenever it is imported.
+    # The module asks for the device by itself, whenever it is imported.
     import torchtitan.distributed.dual_pipe_v  # noqa: F401
 
     modules = {name: module for name, module in sys.modules.items() if "torchtitan." in name}

@@ -7,8 +7,9 @@ With w = p^l, the gathered row of entry (l, i) at its place is
 
 With FINEST, collecting leaves out the rows of positions that a finer level reaches.
 
-The coarsest level touches every row; its rows come ready from ``pooling``. One program owns
-``BLOCK`` places of one head, and writes each of their rows once, after summing in float32.
+Rows of the coarsest level depend on every base row, so ``pooling`` computes them beforehand.
+One program owns ``BLOCK`` places of one head, and writes each of their rows once, after summing in
+float32.
 
 Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length,
 nc coarsest entries.
@@ -45,7 +46,7 @@ def _gather(
     inside = place < gathered_length
     entry = tl.load(index + index_plane * gathered_length + place, mask=inside, other=0)
     entry = entry.to(tl.int64)
-    # The level of an entry, its number there and its span, from where the levels are stored.
+    # Find each entry's level, by where the levels are stored; keep its number there and its span.
     span = tl.full((BLOCK,), 1, tl.int64)
     level_length = tl.zeros((), dtype=tl.int64) + length
     coarser = tl.full((BLOCK,), 1, tl.int1)
@@ -157,7 +158,7 @@ class _PoolGather(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # The coarsest rows are made of the others: all of their gradient arrives with those.
+        # The coarsest rows are means of the base rows, and ``spread`` adds their gradient to those.
         (slot,) = ctx.saved_tensors
         grad_rows = torch.ops.lighthouse.spread(grad, slot, None, *ctx.constants, False, False)
         return grad_rows, None, None, None, None, None

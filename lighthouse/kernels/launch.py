@@ -15,8 +15,8 @@ LARGEST_D = 256
 # defined.
 INTERPRETED: bool = knobs.runtime.interpret
 
-# Bare definitions: the decorators of torch.library cost ten times as much on every call, which
-# at these kernels' speed is most of the time.
+# Operations are defined in this library and not by torch.library's decorators, which cost ten times
+# as much on every call. At these kernels' speed, that would be most of the time.
 _library = torch.library.Library("lighthouse", "FRAGMENT")
 
 

@@ -50,7 +50,7 @@ def _spread(
     in_columns = (column < D)[None, :]
     total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     offset = tl.zeros((), dtype=tl.int64)
-    # Positions that take no more.
+    # Positions that take no further row.
     done = inside == 0
     for level in tl.static_range(LEVELS):
         span = P**level

@@ -31,7 +31,7 @@ from .pooling import pool_coarsest, scored_rows
 # whole; they are smaller, so that D = 256 fits any GPU since Ampere.
 BLOCK, WARPS, STAGES = 64, 4, 3
 FLOAT32_BLOCK, FLOAT32_STAGES = 16, 1
-# Bits that a weight at the window's end lies below the dtype's own rounding.
+# At the window's end, a weight lies this many bits below the dtype's own rounding.
 SPARE_BITS = 8
 LOG2_DECAY = tl.constexpr(scoring.LOG2_DECAY)
 

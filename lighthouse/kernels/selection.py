@@ -69,7 +69,8 @@ def _keys(
 ):  # fmt: skip
     """Keys of candidates, -1 for those that do not take part.
 
-    Keys are by a; with ``BY_KEY`` by b, for the candidates whose key by a misses its threshold.
+    Keys hold scores by query (a). With ``BY_KEY`` they hold scores by key (b), and candidates that
+    are picked by query do not take part.
     """
     reverse = (1 << POSITION_BITS) - 1 - position
     score = _score(a, plane, entry, valid, level_one, ROWS, SCORED, GROUP)
@@ -234,7 +235,7 @@ def launch_selection(
     batch, heads, level_one = b.shape
     coarsest, pyramid, gathered = _lengths(level_one, levels, p, m, strata)
     programs = batch * heads * strata
-    # picks[l] are those of level l + 1.
+    # picks[l] holds the picks of level l + 1.
     picks = b.new_empty((levels - 1, programs, m), dtype=torch.int32)
     for level in range(levels - 1, 0, -1):
         at_top = level == levels - 1

@@ -54,8 +54,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: all")
     parser.add_argument("--gpus", type=int, help="how many to use; default: all")
     parser.add_argument("--lengths", nargs="+", metavar="N,L,p,k", default=LENGTHS,
-                        help=f"of the part longest; default: {' '.join(LENGTHS)}")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=2, help="of the part longest; default: 2")
+                        help="lengths of the part longest; default: "
+                        f"{' '.join(LENGTHS)}")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=2,
+                        help="steps of the part longest; default: 2")  # fmt: skip
     return parser.parse_args()
 
 
@@ -69,8 +71,8 @@ def check(arguments: argparse.Namespace) -> None:
     arguments.gpus = found if arguments.gpus is None else arguments.gpus
     if not 2 <= arguments.gpus <= found:
         raise UserValueError(
-            f"needs two or more GPUs, {arguments.gpus} to be used of the {found} that torch finds; "
-            "pass --gpus from 2 to the number of GPUs"
+            f"the benchmark takes two or more GPUs, got {arguments.gpus} of the {found} that torch "
+            "finds; pass --gpus from 2 to the number of GPUs"
         )
     for case in arguments.lengths:
         method_of(case, "--lengths")

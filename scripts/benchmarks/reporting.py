@@ -71,7 +71,7 @@ def plot_over_length(
             Lines without points are left out.
         note: small print below.
     """
-    # Inside, because it imports torch, for which --help would have to wait.
+    # The import is here, because it also imports torch, and --help would wait for that.
     from torchtitan.models.llama3_lighthouse.evaluation.figures import new_figure, save
 
     figure = new_figure(11)

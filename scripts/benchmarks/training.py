@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure training: tokens/s, MFU and peak memory of attentions, checkpointing modes and lengths.
 
-Every case trains a few steps of CONFIG in a process of its own, one sequence batch a step, on the
+Every case trains a few steps of CONFIG in a process of its own, one local batch a step, on the
 same text. The first --warm-up steps are left out, and the median of the others counts. A case that
 does not fit is recorded as "out of memory". The values of --attention are
 
@@ -16,8 +16,8 @@ and those of --modes, for activation checkpointing, are
 OPTION is activation_checkpoint.selective_ac_option (default op), PRODUCT one of keep_products.
 Further arguments at the end, --section.key value, go to the trainer.
 
-Writes NAME.md, NAME.json and NAME.png, which needs matplotlib (pip install -e '.[plots]') unless
---no-plots is given. With --profile, NAME_profile.md says what the GPU did in one step.
+Writes NAME.md, NAME.json and, unless --no-plots, NAME.png, which needs matplotlib
+(pip install -e '.[plots]'). With --profile, NAME_profile.md says what the GPU did in one step.
 
     python scripts/benchmarks/training.py train_configs/270m_98k.toml \\
         --attention lighthouse dense upstream --modes selective lighthouse:wo,w1,w3 \\
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]
     Returns:
         The case with what its process measured, or with "failure" and "message".
     """
-    # Inside, so that --help does not wait for torch.
+    # The import is here, so that --help does not wait for torch.
     from torch.distributed.elastic.utils.distributed import get_free_port
 
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +238,7 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     """The record of a run without cases."""
     from torchtitan.models.llama3_lighthouse.environment import environment
 
-    # In another process, because naming the GPU takes some of its memory until the process ends.
+    # Ask in another process: naming the GPU takes some of its memory until that process ends.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         found = pool.submit(environment, options.revision).result()
     device = found.pop("GPU") or "CPU"

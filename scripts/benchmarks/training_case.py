@@ -37,7 +37,7 @@ class Measured:
 
 
 def timed_trainer(base: type, measured: Measured, profile: bool) -> type:
-    """A subclass of the trainer ``base`` that fills ``measured``; ``profile`` its last step."""
+    """A subclass of the trainer ``base`` that fills ``measured`` and, on request, its profile."""
     import torch
     from torchtitan.tools import utils
 

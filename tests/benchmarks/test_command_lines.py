@@ -56,8 +56,8 @@ def test_cases_keep_the_rules_of_the_method() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--gpus 1", "two or more GPUs, 1 to be used of the 2"),
-        ("--gpus 3", "two or more GPUs, 3 to be used of the 2"),
+        ("--gpus 1", "two or more GPUs, got 1 of the 2"),
+        ("--gpus 3", "two or more GPUs, got 3 of the 2"),
         ("--lengths 7", "--lengths 7: "),
         ("--steps 0", "--steps 0 "),
         ("--output {file}", "--output {file} is no folder"),

@@ -222,7 +222,7 @@ def test_train_on_several_machines(launched: dict) -> None:
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ([], "name a configuration: lighthouse train CONFIG"),
+    ([], "no configuration is given; pass CONFIG"),
     (["none.toml"], "none.toml: no such file; name a TOML file"),
     ([DEBUG, "--job.config_file", DEBUG], "name two configurations; give one"),
     ([DEBUG, f"--job.config-file={DEBUG}"], "name two configurations; give one"),

@@ -36,7 +36,7 @@ def test_training_and_measuring(tmp_path: Path) -> None:
     checkpoints = [tmp_path / f"run/checkpoint/step-{step}" for step in (2, 3)]
     out = lighthouse("evaluate", "loss", *checkpoints, "--output", tmp_path / "losses",
                      "--device", "cpu", "--first-bucket", 128)  # fmt: skip
-    # Standard output is no terminal here, so that progress is lines.
+    # Standard output is no terminal here, so progress comes in lines.
     assert "run, step 3, dense: 2 of 2 batches, 100% done" in out and "\r" not in out
     with (tmp_path / "losses/losses.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -180,7 +180,7 @@ class Executions(TorchDispatchMode):
 
 @pytest.mark.parametrize("entry_score", ENTRY_SCORES)
 def test_all_around_attention_is_kernels(entry_score: str) -> None:
-    """Each setting runs the same of our operations."""
+    """Either ``entry_score`` runs the same operations of ours."""
     each = case(entry_score=entry_score)
     with Executions() as executions:
         lighthouse_attention(*inputs(each, torch.float32, 32), each["config"], impl="triton")
@@ -296,12 +296,14 @@ def test_steps_do_not_recompile() -> None:
             torch.testing.assert_close(value, want)
 
 
-def test_every_kernel_compiles_for_ampere(tmp_path: Path) -> None:
+# The case of the GPU tests' own size is compiled by them as well.
+@pytest.mark.parametrize("case", [pytest.param("0", marks=pytest.mark.slow), "1", "2", "loss"])
+def test_every_kernel_compiles_for_ampere(case: str, tmp_path: Path) -> None:
     """Triton's compiler refuses more than its interpreter, and needs no GPU either."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     subprocess.run(
-        [sys.executable, script, "80"],
+        [sys.executable, script, "80", case],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         check=True,
     )

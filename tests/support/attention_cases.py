@@ -117,7 +117,7 @@ def vectorised_selection(a: torch.Tensor, b: torch.Tensor, geometry: PyramidGeom
 
 
 def run_twice(device: str, dtype: torch.dtype, n: int, config: LighthouseConfig) -> None:
-    """Select, attend and go back twice, and ask for the same bits."""
+    """Select, attend and run backward, all twice, and check for the same bits."""
     torch.manual_seed(0)
     leaves = [torch.randn(1, n, h, 64).to(device, dtype) for h in (4, 2, 2)]
     grad = torch.randn(1, 4, n, 64).to(device, dtype)

@@ -2,6 +2,8 @@
 
 Run by test_kernels.py in a process of its own, without Triton's interpreter. Tensors are on the
 meta device: they have shapes and no memory.
+
+    compile_kernels.py CAPABILITY CASE      CASE: a number in ``CASES``, or "loss"
 """
 
 import sys
@@ -90,14 +92,14 @@ def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
                (gather, "_gather"), (scatter, "_spread"), (scoring, "_gla_norms"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
-    originals = [(module, name, getattr(module, name)) for module, name in kernels]
-    for capability in map(int, sys.argv[1:]):
-        for module, name, kernel in originals:
-            setattr(module, name, Compiler(kernel, capability))
-        for case in CASES:
-            launch_all(*case)
+    capability, case = sys.argv[1:]
+    for module, name in kernels:
+        setattr(module, name, Compiler(getattr(module, name), int(capability)))
+    if case == "loss":
         launch_loss(4096, 128256, torch.bfloat16)
         launch_loss(77, 300, torch.float32)
+    else:
+        launch_all(*CASES[int(case)])
     print(f"compiled {Compiler.count} kernels")
 
 

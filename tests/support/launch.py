@@ -63,7 +63,7 @@ VALIDATED = {
 
 def arguments(settings: dict[str, Any]) -> list[str]:
     """Settings as command-line arguments of the trainer."""
-    # Here, because every fork of a trainer imports this module and would import that one too.
+    # The import is here, because every fork of a trainer imports this module and would import it.
     from torchtitan.models.llama3_lighthouse.studies.settings import command_line
 
     return command_line(settings)

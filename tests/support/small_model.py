@@ -27,7 +27,7 @@ SIZE: dict[str, Any] = dict(
     dim=64, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=320, max_seq_len=N
 )
 FOUR_LAYERS = LighthouseModelArgs(**SIZE, lighthouse=METHOD, dense_layers=[0, 3])
-# For what is counted in bytes and products: one dense layer, two Lighthouse layers.
+# One dense layer and two Lighthouse layers, for tests that count bytes and products.
 THREE_LAYERS = LighthouseModelArgs(
     **{**SIZE, "n_layers": 3, "multiple_of": 32}, lighthouse=METHOD, dense_layers=[0]
 )

@@ -137,7 +137,7 @@ def test_wrong_digit_fails_the_key_and_counts_as_one_digit() -> None:
 
 @pytest.mark.parametrize("name", ["passkey", "several_keys", "variables"])
 def test_guessing_model_scores_a_tenth(name: str) -> None:
-    """In about 95% of intervals over 50 trials, and in one over 1500."""
+    """Chance lies in about 95% of the intervals over 50 trials, and in the one over 1500."""
     generator = torch.Generator().manual_seed(7)
 
     def guessing(tokens, places):
@@ -310,7 +310,7 @@ def test_training_documents_of_a_merging_tokenizer_fill_their_sequences(merging)
         assert np.isin(tokens[in_loss], encoder.digits).all() and in_loss[ends - 1].all()
         digits += len(ends)
     assert digits > 60
-    # Fewer tokens than bytes, or the prompts above were no test of it.
+    # There are fewer tokens than bytes; otherwise the tokenizer merged nothing above.
     assert len(merging.decode(mix.sequence(0, 0)[0].tolist()).encode()) > 530
 
 

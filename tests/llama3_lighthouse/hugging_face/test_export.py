@@ -316,7 +316,7 @@ def test_export_refuses(checkpoint: Path, tmp_path: Path) -> None:
     export_fails("no complete checkpoint", tmp_path / "nothing", tmp_path / "other")
     flavor = ["--model.flavor", "15M"]
     export_fails("of another model.*set model.flavor", checkpoint, tmp_path / "other", flavor)
-    export_fails("choose a larger size", checkpoint, tmp_path / "other", max_shard_size=0)
+    export_fails("--max-shard-gb 0 must be", checkpoint, tmp_path / "other", max_shard_size=0)
     # Nothing half-written stays, not even in an empty folder of the user's.
     (tmp_path / "other").mkdir()
     export_fails("of another model", checkpoint, tmp_path / "other", flavor)

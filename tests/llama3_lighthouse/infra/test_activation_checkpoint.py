@@ -33,7 +33,10 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 
 def assert_equal_gradients(expected: list, found: list, exact: bool) -> None:
-    """To the last bit if ``exact``, on a CPU; on a GPU, attention's backward adds in any order."""
+    """Check for equal bits on a CPU if ``exact``, and otherwise for equality within rounding.
+
+    On a GPU, attention's backward adds in any order.
+    """
     for one, other in zip(expected, found, strict=True):
         if exact and DEVICE == "cpu":
             assert torch.equal(one, other)
@@ -130,7 +133,7 @@ def assert_bytes(found: int, expected: int) -> None:
 @pytest.mark.parametrize("attention", ["lighthouse", "dense"])
 @pytest.mark.parametrize("keep_products", [KEPT[0], KEPT[3]])
 def test_eager_keeps_what_it_says(attention: str, keep_products: tuple[str, ...]) -> None:
-    """Between forward and backward, by the memory that is in use."""
+    """Measured between forward and backward, by the memory that is in use."""
     model = build_on_device(attention, "triton", keep_products)
     for layer in (0, 1):
         x = torch.randn(1, N, 64, device=DEVICE, dtype=DTYPE, requires_grad=True)

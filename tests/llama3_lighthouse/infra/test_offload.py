@@ -126,7 +126,7 @@ def shared(mode: str, compiled: bool) -> LighthouseTransformer:
 @on_cpu
 @each_mode
 def test_steps_are_the_same_bits(mode: str, compiled: bool) -> None:
-    """With accumulated gradients and passes without gradients between; buffers are made once."""
+    """Gradients accumulate, passes without gradients come between, and buffers are made once."""
     model = shared(mode, compiled)
     tokens = batches(N, THREE_LAYERS.vocab_size, DEVICE)
     expected = trained(model, tokens)
@@ -168,7 +168,7 @@ def test_inputs_leave_the_device(mode: str, compiled: bool) -> None:
 
 @on_cpu
 def test_copies_go_beside_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked by the order in which streams are told to copy and to wait for one another."""
+    """The test looks at the order in which streams are told to copy and to wait."""
     log: list[str] = []
 
     class Stream:
@@ -299,7 +299,7 @@ LONG = 20_000_000
 
 @pytest.fixture
 def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Deterministic algorithms, as errors: with warnings, attention's backward stays as it is.
+    """Ask for deterministic algorithms, as errors: warnings leave attention's backward as it is.
 
     This also fills new memory with NaN, which shows where something is read before it is written.
     """
@@ -339,7 +339,7 @@ both = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile
 @pytest.mark.gpu
 @both
 def test_steps_on_a_gpu_are_the_same_bits(compiled: bool, repeatable: None) -> None:
-    """Compared with two runs without offloading, which must agree with each other first."""
+    """Steps equal those of two runs without offloading, which must agree with each other first."""
     model = large(compiled, dense_layers=(0, GPU_LAYERS - 1))
     tokens = batches(GPU_N, 320, "cuda")
     expected = trained(model, tokens)

@@ -129,7 +129,7 @@ def test_residual_stream_has_the_precision_of_autocast() -> None:
 
 @pytest.mark.parametrize("attention", ["lighthouse", "dense"])
 def test_flops_count_what_runs(attention: str) -> None:
-    """Against torch's own counter, which counts attention without its causal mask."""
+    """Compare with torch's own counter, which counts attention without its causal mask."""
     model = build()
     model.use_attention(attention)
     for module in model.modules():

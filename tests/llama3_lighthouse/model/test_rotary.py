@@ -74,7 +74,7 @@ def test_table_is_upstreams_memory() -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "each"])
 def test_compiled_is_one_kernel_each_way_within_rounding(device: str, kind: str) -> None:
-    """Against float64; a compiler may contract a product and a sum, and so round less often."""
+    """Compare with float64: a compiler may contract a product and a sum, and round less often."""
     torch._dynamo.reset()
     positions = positions_like(kind)
     if positions is not None:

@@ -104,7 +104,7 @@ def entries(config, first: int, speed: float) -> str:
 def test_logs_that_cannot_tell_dense_steps_are_refused(call) -> None:
     grid = GRID.replace("[fixed]", "[fixed]\nlighthouse.dense_every = 5\nmetrics.log_freq = 5")
     out, _ = call(grid, "--list")
-    assert "metrics.log_freq = 5 logs steps under another mixture" in out
+    assert "metrics.log_freq = 5 logs too few or too many of the dense steps" in out
 
 
 def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkeypatch) -> None:
@@ -177,7 +177,7 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(call, tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_debug_grid_from_end_to_end(tmp_path: Path, stop: int) -> None:
-    """Two of its runs, the second one stopped half way; nothing that it started lives on."""
+    """Two runs of the debug grid, the second stopped half way; nothing it started lives on."""
     grid = tmp_path / "grid.toml"
     text = (ROOT / "train_configs/ablations/debug.toml").read_text()
     text = text.replace("../debug_cpu.toml", str(DEBUG)).replace("[64, 128, 256]", "[64]")

@@ -72,8 +72,8 @@ def call(tmp_path: Path, monkeypatch, capsys):
         (["--dense-steps", 8, "--lr_scheduler.warmup_steps", 9], "; pass --dense-steps 12"),
         (["--dense-steps", 8, "--lr_scheduler.warmup_steps", 12], "; leave it out"),
         (["--dense-steps", 8, 8], "--dense-steps 8 8 names one twice; give each once"),
-        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.0], "= 0 gives it no step to"),
-        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.05], "= 0.05 gives it no step to"),
+        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.0], "= 0 leaves no step to"),
+        (["--dense-steps", 8, "--lr_scheduler.decay_ratio", 0.05], "= 0.05 leaves no step to"),
         (["--dense-steps", 8, "--lr_scheduler.total_steps", 20], "total_steps = 20, but with"),
         (["--lighthouse.top_k", 999], "must be a positive multiple of picks_per_stratum"),
     ],
@@ -97,9 +97,8 @@ SLOPE = {0: 0.06, 1: 0.03}
 def made_up(step: int, switch: int, seed: int) -> tuple[float, float, float]:
     """Training loss, held-out loss and seconds of a step of a study of 100 steps.
 
-    Dense training falls by 0.02 a step; what a shorter one decays over is 0.3 lower. A dense stage
-    begins 1 above it and gains 0.06, or in seed 1 0.03, a step on it. Dense steps take 2 s,
-    Lighthouse ones 1 s.
+    The loss of dense training falls by 0.02 a step. A dense stage after Lighthouse begins 1 above
+    it and falls by a further SLOPE a step. Dense steps take 2 s and Lighthouse steps 1 s.
     """
     dense = 5 + 0.1 * seed - 0.02 * step
     if step <= switch:
@@ -109,7 +108,10 @@ def made_up(step: int, switch: int, seed: int) -> tuple[float, float, float]:
 
 
 def write_made_up(run: Run, exist_ok: bool = False) -> None:
-    """A finished run's metrics.jsonl: it crashed once, and its first step was slow."""
+    """A finished run's metrics.jsonl: it crashed once, and its first step was slow.
+
+    Losses of a shorter control are 0.3 lower than those of ``made_up``.
+    """
     first = run.start + 1
     is_shorter = run.name.startswith("dense,steps=")
     last, switch = run.config.training.steps, run.config.lighthouse.dense_from_step
@@ -171,9 +173,9 @@ def made_up_study(call, tmp_path, monkeypatch) -> tuple[dict, str]:
 
 
 def expected_row(switch: int, seed: int) -> dict[str, float | str]:
-    """Worked out by hand from ``made_up``; windows of 5 steps, 2 of the smoothed loss."""
+    """Worked out by hand from ``made_up``, with windows of 5 steps, 2 for smoothed losses."""
     shift, slope, tail = 0.1 * seed, SLOPE[seed], 100 - switch
-    # The dense step from which on the mean gap of it and the step before is below 0, by seed.
+    # By seed, the dense step from which on the gap, a mean over two steps, is below 0.
     crossed = {0: 18, 1: 34}[seed]
     validated = {(50, 0): 70, (75, 0): 100, (50, 1): 90, (75, 1): None}[switch, seed]
     seconds = switch + 2 * tail
@@ -308,7 +310,7 @@ def test_a_shorter_control_branches_off_a_checkpoint_that_is_kept(changed, start
 
 
 def test_a_shorter_control_whose_checkpoint_is_gone_begins_anew(call, tmp_path) -> None:
-    """It stays with that once it began; one that had branched off goes on from where it was."""
+    """Once begun anew, it stays so; a control that had branched off goes on from its branch."""
     line = ["--splits", 0.5, "--seeds", 0, "--dense-steps", 12, "--list"]
     line += line_of({**SMALL, "training.steps": 16, "validation.freq": 4,
                      "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.25,
@@ -467,7 +469,7 @@ def test_crossings_and_interpolation() -> None:
 
 @pytest.mark.slow
 def test_whole_study(tmp_path: Path) -> None:
-    """Killed in a branch and taken up; branched models equal those trained in a single run."""
+    """A study killed in a branch goes on; branched models equal those trained in a single run."""
     settings = {**SMALL, "training.steps": 8, "validation.freq": 2, "checkpoint.interval": 1,
                 "lr_scheduler.warmup_steps": 2, "lr_scheduler.decay_ratio": 0.5}  # fmt: skip
     command = [sys.executable, "-m", "lighthouse_commands.main", "recovery", DEBUG]

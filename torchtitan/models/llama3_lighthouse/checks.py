@@ -57,7 +57,7 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
 
 
 def _check_stages(config: JobConfig) -> None:
-    """Stages, and what is logged during them."""
+    """Check the stages and how often selections are logged."""
     section = config.lighthouse
     if section.stage not in STAGES:
         raise UserValueError(
@@ -105,12 +105,12 @@ def _check_degree(section: Parallelism) -> None:
     if section.context_parallel_degree < 1:
         raise UserValueError(
             f"parallelism.context_parallel_degree = {section.context_parallel_degree} must be at "
-            "least 1, which is no context parallelism"
+            "least 1; 1 means no context parallelism"
         )
 
 
 def _check_lengths(config: JobConfig) -> None:
-    """The method's own rules; its messages get the section of the key put before them."""
+    """Check the method's own rules, and put the section of the key before its messages."""
     try:
         method = lighthouse_config(config.lighthouse)
     except (ValueError, TypeError) as error:

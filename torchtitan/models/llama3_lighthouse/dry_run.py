@@ -1,12 +1,11 @@
 """A description of a run, without the machines for it: ``lighthouse dry-run``.
 
-It takes every check of the configuration, the real mesh on torch's fake process group, and the
-model on the meta device with its parallelisms applied. From these follow a rank's share of tokens,
+It checks the whole configuration, builds the real mesh on torch's fake process group, and applies
+the parallelisms to the model on the meta device. From these it takes a rank's share of tokens,
 memory and work.
 """
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -19,11 +18,11 @@ from lighthouse.geometry import PyramidGeometry
 
 from .checks import check_config, layout_on_rank_0
 from .data.packing import global_batch_size, stream_count
-from .errors import UserError, UserValueError
+from .errors import UserValueError
 from .infra.context_parallel import bytes_sent_per_layer
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
-from .job_config import JobConfig, LighthouseConfigManager, Parallelism
+from .job_config import JobConfig, Parallelism
 from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, local_parameters, pinned_bytes
 from .model.flavors import flavors
 from .model.loss import build_loss
@@ -61,10 +60,10 @@ def _check_world_size(section: Parallelism, world_size: int) -> None:
         and world_size != fixed * section.data_parallel_shard_degree
     ):
         raise UserValueError(
-            f"NGPU x NNODES = {world_size} processes do not make up [parallelism]: "
-            "data_parallel_replicate_degree x context_parallel_degree x tensor_parallel_degree x "
-            f"pipeline_parallel_degree = {fixed}, data_parallel_shard_degree = "
-            f"{section.data_parallel_shard_degree}"
+            f"{world_size} processes do not make up [parallelism]: data_parallel_replicate_degree "
+            "x context_parallel_degree x tensor_parallel_degree x pipeline_parallel_degree = "
+            f"{fixed}, data_parallel_shard_degree = {section.data_parallel_shard_degree}; use as "
+            "many processes as the product of all five degrees, or change a degree"
         )
 
 
@@ -199,15 +198,3 @@ def _memory_line(
         )
         memory[f"activations ({attention}, estimated)"] = kept / GIB
     return "memory, GiB   " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items())
-
-
-def main() -> None:
-    processes = int(os.environ.get("NGPU", "1")) * int(os.environ.get("NNODES", "1"))
-    try:
-        print(dry_run(LighthouseConfigManager().parse_args(sys.argv[1:]), processes))
-    except UserError as error:
-        sys.exit(f"Error: {error}")
-
-
-if __name__ == "__main__":
-    main()

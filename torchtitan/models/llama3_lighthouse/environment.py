@@ -13,7 +13,7 @@ def environment(revision: str | None = None) -> dict[str, str | int | None]:
         revision: git revision to record. The default is the revision of the checkout that this
             file belongs to, or None outside a checkout.
     """
-    # Inside, so that importing this module costs nothing.
+    # torch is imported here, so that importing this module costs nothing.
     import torch
 
     return {

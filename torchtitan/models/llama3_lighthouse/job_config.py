@@ -58,8 +58,8 @@ class Lighthouse(Method, Schedule):
 
     data_streams: int = 0
     """Streams that the training text is dealt to, document by document. The data-parallel degree
-    must divide this number, and this number the global batch. 0 gives each sequence of a global
-    batch a stream of its own."""
+    must divide this number, and this number must divide the global batch. 0 gives each sequence of
+    a global batch a stream of its own."""
 
     log_selection_every: int = 0
     """Steps between records of what Lighthouse layers select. Each record takes two more forward

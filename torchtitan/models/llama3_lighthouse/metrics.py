@@ -17,7 +17,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_module
 
-# Lies in job.dump_folder. Restarts append to it, so a step that ran twice is there twice.
+# The file lies in job.dump_folder. Restarts append to it, so a step that ran twice is there twice.
 METRICS_FILE = "metrics.jsonl"
 
 

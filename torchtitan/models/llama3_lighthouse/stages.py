@@ -19,6 +19,6 @@ def attention_at(step: int, stage: str, dense_every: int) -> str:
     """The attention, "lighthouse" or "dense", that step number ``step`` of a stage uses.
 
     Args:
-        dense_every: every so many steps, one is dense in either stage; 0: none.
+        dense_every: steps that this number divides are dense in either stage; 0: no such steps.
     """
     return "dense" if dense_every and step % dense_every == 0 else stage

@@ -320,8 +320,8 @@ def run(config: JobConfig) -> None:
         if config.checkpoint.create_seed_checkpoint:
             if int(os.environ["WORLD_SIZE"]) != 1 or not config.checkpoint.enable:
                 raise UserValueError(
-                    "checkpoint.create_seed_checkpoint needs checkpoint.enable = true and one "
-                    "process (NGPU=1)"
+                    "checkpoint.create_seed_checkpoint needs checkpoint.enable = true and a single "
+                    "process; pass --checkpoint.enable and start one process"
                 )
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:

@@ -26,7 +26,7 @@ class LighthouseValidator(BaseValidator):
     """Mean loss per token of the first ``validation.steps`` batches of the held-out split.
 
     Every validation starts at the beginning of the text, and all ranks stop together. Upstream's
-    validator goes on where it last stopped, so that two validations see different text. It also
+    validator goes on where it last stopped, so two validations see different text. It also
     hangs when one rank runs out of text before another.
     """
 

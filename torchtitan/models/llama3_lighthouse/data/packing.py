@@ -27,7 +27,7 @@ START_OVER = (
     "pass --checkpoint.exclude_from_loading dataloader to start the text over on purpose, with "
     "weights and optimizer as saved"
 )
-# So much local text is read ahead when a loader is built, so that bad documents show up at once.
+# Characters of local text that are read when a loader is built, so that bad documents show at once.
 CHECKED_CHARACTERS = 32 * 2**20
 
 
@@ -142,7 +142,7 @@ def _no_position(holder: str) -> UserValueError:
 
 
 def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
-    """TrainingSequences of one optimizer step."""
+    """Number of sequences in one optimizer step."""
     training = job_config.training
     if training.global_batch_size < 0:
         return training.local_batch_size * dp_world_size

@@ -1,4 +1,4 @@
-"""Retrieval documents that train among the text."""
+"""Retrieval documents that are mixed into the training text."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class RetrievalMix:
     A document is a prompt of a random task and depth, its answer, all other questions that the
     prompt can answer, in random order and each with its answer, and EOS. Each sequence draws an
     octave of lengths, and its documents draw their lengths from that octave as far as their tasks
-    fit into it. Most documents are short therefore. The last document fills the sequence, so none
+    fit into it. Most documents are thus short. The last document fills the sequence, so none
     is cut. A sequence depends on its number alone, not on the ones before.
 
     Only answers count in the loss. All other tokens are random or always the same, and the noise

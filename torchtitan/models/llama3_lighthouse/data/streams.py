@@ -153,7 +153,7 @@ class TextStream:
         )
 
     def check_first_documents(self, characters_to_check: int) -> None:
-        """Read so many characters from the beginning of the text, and check each document.
+        """Read ``characters_to_check`` characters from the beginning, and check each document.
 
         Raises:
             ValueError: a document is empty or has no text, a file is broken, or there is no

@@ -143,8 +143,8 @@ def _library_files(root: Path) -> Iterator[Path]:
     """The modules below ``root``, without tests and installed packages."""
     left_out = {"test", "tests", "idle_test", "__pycache__"}
     for folder, subfolders, names in os.walk(root):
-        # Every distributor's folder for installed packages ends so: site-packages, dist-packages.
-        # Most files are in there, so it is not even entered.
+        # Folders of installed packages are named site-packages or, on Debian, dist-packages. Most
+        # files are in them, so they are not even entered.
         subfolders[:] = [
             name for name in subfolders if name not in left_out and not name.endswith("-packages")
         ]

@@ -80,7 +80,7 @@ def report_causality(options: CausalityOptions, overrides: list[str]) -> None:
 def _summaries(
     path: Path, overrides: list[str], options: CausalityOptions
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """The summary of each attention, from a model that is in memory only meanwhile."""
+    """The summary of each attention; the model is in memory only during this call."""
     trained = load_trained_model(path, overrides, options.device)
     device = options.device.partition(":")[0]
     found = {}

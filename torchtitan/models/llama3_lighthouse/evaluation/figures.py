@@ -20,7 +20,9 @@ def check_plots(wanted: bool) -> None:
         ValueError: matplotlib is missing.
     """
     if wanted and not importlib.util.find_spec("matplotlib"):
-        raise UserValueError("plots need matplotlib: pip install -e '.[plots]', or pass --no-plots")
+        raise UserValueError(
+            "plots need matplotlib: pip install matplotlib, or pass --no-plots to get tables alone"
+        )
 
 
 def new_figure(width: float = 10.0, height: float = 5.0) -> "Figure":

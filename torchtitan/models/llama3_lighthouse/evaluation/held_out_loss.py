@@ -34,7 +34,7 @@ class Estimate:
 def text_identity(config: JobConfig) -> dict[str, object]:
     """The settings that the held-out tokens depend on, by configuration key.
 
-    Two configurations with equal ones are evaluated on the same tokens.
+    Configurations with equal settings are evaluated on the same tokens.
 
     Raises:
         ValueError: the configuration names no held-out text.
@@ -42,7 +42,7 @@ def text_identity(config: JobConfig) -> dict[str, object]:
     section = config.validation
     if not section.enable:
         raise UserValueError(
-            "the run had no validation, so which text is held out is not known; pass "
+            "the run had no validation, so nothing says which text is held out; pass "
             "--validation.enable --validation.dataset NAME --validation.seq_len "
             f"{config.training.seq_len} --validation.local_batch_size 1 --validation.steps BATCHES"
         )
@@ -65,7 +65,7 @@ def check_text(config: JobConfig) -> None:
     """Read the beginning of the held-out text.
 
     Raises:
-        ValueError: the text is not there, or a document is empty or no text.
+        ValueError: the text is not there, or a document is empty or holds no text.
     """
     build_validation_dataloader(1, 0, build_tokenizer(config), config)
 
@@ -73,7 +73,9 @@ def check_text(config: JobConfig) -> None:
 def held_out_batches(
     config: JobConfig, tokenizer: BaseTokenizer
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield inputs and labels, int64 [B, N] each, as a trainer with one reader validates on them.
+    """Yield the batches that a trainer with one reader validates on.
+
+    A batch is inputs and labels, int64 [B, N] each.
 
     Raises:
         ValueError: the held-out text is not there.

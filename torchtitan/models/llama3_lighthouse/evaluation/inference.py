@@ -29,7 +29,7 @@ from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_
 
 @dataclass
 class TrainedModel:
-    """A model with what it was trained with.
+    """A trained model with its tokenizer and configuration.
 
     Attributes:
         model: maps tokens [B, N] to logits [B, N, vocabulary]. It is in evaluation mode and under
@@ -213,10 +213,10 @@ def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConf
 
 
 def model_arguments(config: JobConfig) -> LighthouseModelArgs:
-    """The arguments of the model that ``config`` describes, which returns logits.
+    """The arguments of the model that ``config`` describes, set so that it returns logits.
 
     Raises:
-        ValueError, TypeError: it breaks a rule.
+        ValueError, TypeError: ``config`` breaks a rule.
     """
     check_model(config, flavors)
     args = dataclasses.replace(flavors[config.model.flavor])

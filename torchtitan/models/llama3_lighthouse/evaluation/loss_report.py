@@ -40,7 +40,7 @@ class LossOptions:
         attention: "dense", "lighthouse" or both.
         labels: a name for each checkpoint; None: run and step.
         first_bucket: tokens of context in the first bucket.
-        dtype: of the weights, by the name of torch's.
+        dtype: name of the weights' dtype in torch.
     """
 
     checkpoints: list[Path]
@@ -58,7 +58,7 @@ class Curve:
     """Losses of one checkpoint under one attention.
 
     Attributes:
-        step, dense_steps: of the checkpoint; None if it has no record.
+        step, dense_steps: taken from the checkpoint's record; None if it has none.
         losses: nats, float32 [sequences, N].
     """
 
@@ -99,7 +99,7 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
 
 
 def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
-    """Check that all checkpoints are evaluated on the same tokens; return what those depend on.
+    """Check that all checkpoints are evaluated on the same tokens; return their ``text_identity``.
 
     Raises:
         ValueError, TypeError, OSError: the tokens differ, or a configuration is wrong.
@@ -118,7 +118,7 @@ def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
 
 
 def _curves(path: Path, label: str, options: LossOptions, overrides: list[str]) -> list[Curve]:
-    """A curve for each attention, from a model that is in memory only meanwhile."""
+    """A curve for each attention; the model is in memory only during this call."""
     dtype = getattr(torch, options.dtype)
     trained = load_trained_model(path, overrides, options.device, dtype)
     return [_curve(trained, label, attention) for attention in options.attention]

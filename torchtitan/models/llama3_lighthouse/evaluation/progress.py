@@ -1,4 +1,4 @@
-"""How far a measurement or a sweep is, on a terminal or in a log file."""
+"""Progress of a measurement or a sweep, on a terminal or in a log file."""
 
 import sys
 from typing import Any
@@ -22,7 +22,7 @@ class Progress(tqdm):
 
     def __init__(self, title: str, total: int | None, unit: str, scaled: bool = False) -> None:
         self.on_terminal = sys.stdout.isatty()
-        # The count in the last line; a log file needs none before any work.
+        # The count in the last line. It begins at 0, so that no line comes before any work.
         self.shown: float = 0
         if self.on_terminal:
             options: dict[str, Any] = {"unit": f" {unit}", "dynamic_ncols": True}

@@ -36,7 +36,7 @@ class Cell:
         length: tokens of a prompt, without the answer.
         text_bytes: bytes of a prompt's text in UTF-8, the mean over trials.
         sequence_length: tokens that attention ran over, padding included.
-        depth: of the needle, from 0 to 1.
+        depth: depth of the needle, from 0 to 1.
         accuracy: share of trials with every digit right.
         low, high: 95% interval of the accuracy, by Wilson.
         digit_accuracy: share of digits that are right.
@@ -112,8 +112,8 @@ def measure_cell(
 
     Args:
         predict: the model, under ``attention``.
-        depth: of the needle, from 0 to 1.
-        config: of Lighthouse; needed only under attention "lighthouse".
+        depth: depth of the needle, from 0 to 1.
+        config: settings of the method; needed only under attention "lighthouse".
         batch_tokens: tokens in a batch; one sequence at least.
         decode: gives the text of ids, for ``text_bytes``. None: each token but BOS is a byte.
 

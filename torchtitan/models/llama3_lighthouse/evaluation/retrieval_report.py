@@ -28,7 +28,7 @@ from .progress import Progress, say
 from .retrieval_accuracy import Cell, measure_cell, sequence_length
 from .tables import write_csv
 
-# By default, prompts have these parts of the shortest training.seq_len of the checkpoints.
+# The default lengths of prompts are the checkpoints' shortest training.seq_len divided by these.
 DEFAULT_PARTS = (8, 4, 2, 1)
 # Cells brighter than this have black text.
 BRIGHT = 0.6
@@ -40,11 +40,11 @@ class RetrievalOptions:
 
     Attributes:
         checkpoints: as in ``inference.find_checkpoint``.
-        dtype: of the weights, by the name of torch's.
+        dtype: name of the weights' dtype in torch.
         attention: "dense", "lighthouse" or both.
         tasks: names of ``data.retrieval.TASKS``.
-        lengths: tokens of prompts, without the answer; None: parts of what was trained on.
-        depths: of the needle, in percent.
+        lengths: tokens of prompts, without the answer; None: those that DEFAULT_PARTS gives.
+        depths: depths of the needle, in percent.
         trials: prompts of each cell.
         batch_tokens: tokens in a batch, one sequence at least.
         revision: git revision to record; None: as git says.
@@ -98,7 +98,10 @@ def report_retrieval(options: RetrievalOptions, overrides: list[str]) -> None:
 def prepare(
     options: RetrievalOptions, overrides: list[str]
 ) -> tuple[RetrievalOptions, list[Evaluated], list[LighthouseConfig]]:
-    """Options with lengths, the checkpoints and their methods, checked as far as can be.
+    """Check what can be checked before a model is loaded.
+
+    Returns:
+        The options with their lengths filled in, the checkpoints, and the method of each.
 
     Raises:
         ValueError, TypeError, OSError: something is wrong; the message names the value and the fix.

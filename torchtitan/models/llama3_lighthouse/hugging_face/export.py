@@ -45,7 +45,7 @@ def export_checkpoint(
     Args:
         path, overrides: as in ``inference.load_trained_model``.
         output: a folder that is empty or not there.
-        dtype: of the weights; None leaves them as they are stored.
+        dtype: dtype of the weights; None leaves them as they are stored.
         allow_lighthouse: whether to accept a checkpoint that was not trained dense at the end.
         max_shard_size: largest file of weights, in bytes.
         report: called with lines that say how far the export is.
@@ -57,7 +57,7 @@ def export_checkpoint(
     require_safetensors()
     if not 1 <= max_shard_size < math.inf:
         raise UserValueError(
-            f"files of {max_shard_size} bytes hold no tensors; choose a larger size"
+            f"--max-shard-gb {max_shard_size / 1e9:g} must be a finite size of at least 1e-9; use 5"
         )
     path = find_checkpoint(path)
     record = read_record(path)

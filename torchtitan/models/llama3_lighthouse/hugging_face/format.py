@@ -45,8 +45,8 @@ def require_safetensors() -> None:
         import safetensors.torch  # noqa: F401
     except ImportError:
         raise UserValueError(
-            "safetensors, the format of Hugging Face's weights, is not installed; "
-            "run .venv/bin/pip install -e '.[export]'"
+            "safetensors, the format of Hugging Face's weights, is not installed; run pip install "
+            "'lighthouse-attention[export]', or pip install -e '.[export]' in a clone"
         ) from None
 
 
@@ -142,8 +142,8 @@ def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserValueError(f"{folder / CONFIG_FILE} must hold an object, got {str(config)[:50]}")
     if config.get("model_type") != "llama":
         raise UserValueError(
-            f"{folder} is a model of type '{config.get('model_type')}', not 'llama'; no other can "
-            "be trained here"
+            f"{folder} is a model of type '{config.get('model_type')}', not 'llama'; pass a Llama, "
+            "because no other model can be trained here"
         )
     # transformers 5 keeps everything about RoPE in one table, transformers 4 in two entries.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

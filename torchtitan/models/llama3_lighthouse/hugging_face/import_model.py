@@ -46,7 +46,7 @@ def import_model(
         overrides: flags of the trainer, ``--section.key value``, for the checkpoint's record. They
             win over the file that --job.config_file names. Without such a file they win over a
             dense configuration with the folder's model, length and tokenizer.
-        dtype: of the weights; None leaves them as they are stored.
+        dtype: dtype of the weights; None leaves them as they are stored.
 
     Returns:
         The step-0 folder.
@@ -118,7 +118,7 @@ def _own_configuration(
 
 
 def _has_byte_tokenizer(folder: Path) -> bool:
-    """Whether a folder's tokenizer is the built-in one, which it is taken to be without files."""
+    """Whether a folder has the built-in tokenizer; one without any counts too."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return not any((folder / name).is_file() for name in ("vocab.json", "vocab.txt"))
@@ -169,7 +169,10 @@ def _check_tensor(
     file: Path, name: str, tensor: torch.Tensor, expected: dict[str, torch.Tensor]
 ) -> None:
     if name not in expected:
-        raise UserValueError(f"{file} holds '{name}', which no Llama has that can be trained here")
+        raise UserValueError(
+            f"{file} holds '{name}', which a Llama of our flavors does not have; pass the "
+            "folder of another model"
+        )
     if tensor.shape != expected[name].shape:
         raise UserValueError(
             f"{file}: '{name}' has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)} "

@@ -8,7 +8,7 @@ selection.
 Backward does repeat norms, rotary embedding, scattering, and the matrix products that
 ``keep_products`` does not name. One element of a product takes 2 bytes to keep and 2 K FLOPs to
 repeat, where K is the number of the layer's inputs. K is the model's width for every product but
-that of w2, which backward does not need, so all that can be kept are equally worth keeping.
+that of w2. Backward does not need w2's product, so all that can be kept are equally worth keeping.
 """
 
 from collections.abc import Callable
@@ -108,7 +108,7 @@ def contexts_that_keep(
 
         return create_selective_checkpoint_contexts(policy)
 
-    # Lets the compiler's cache tell apart graphs that differ only in what they keep.
+    # By this hash, the compiler's cache tells apart graphs that differ only in what they keep.
     # pyrefly: ignore[missing-attribute]  Functions take attributes; torch looks for this one.
     contexts.cache_hash = f"lighthouse {sorted(keep_products)}"
     return contexts

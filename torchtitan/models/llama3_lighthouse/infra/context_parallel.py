@@ -49,9 +49,9 @@ def held_batch(
 def apply_context_parallel(
     attention_modules: list[nn.Module], mesh: DeviceMesh, config: Parallelism
 ) -> None:
-    """Run the dense attention of every module over ``mesh``, that inside Lighthouse included."""
+    """Run every module's dense attention over ``mesh``, also where it lies inside Lighthouse."""
     install_ring_attention()
-    # Upstream reads the key but never sets the method, so that torch would all-gather.
+    # Upstream reads the key but never sets the method, so torch would all-gather.
     set_rotate_method(config.context_parallel_rotate_method)
     layout = layout_of(mesh, config)
     _cp_options.enable_load_balance = layout.balanced

@@ -1,8 +1,8 @@
 """Layer inputs in host memory between forward and backward: ``offload_inputs``.
 
 torch has two ways to do this, and neither fits. ``save_on_cpu`` copies on the compute stream, so
-that layers wait for copies. The compiler's offloading works within one graph, and a graph here is
-one layer.
+layers wait for copies. The compiler's offloading works within one graph, and a graph here is one
+layer.
 
 A layer's input is copied to a pinned host buffer while the layer runs forward. It is copied back
 while the next layer runs backward. A second stream makes all copies, in the order in which they
@@ -27,7 +27,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# The most at any time. Backward holds one input in use and one on its way; forward holds one.
+# At most so many inputs are on the device. Backward holds one in use and one on its way; forward
+# holds one.
 INPUTS_ON_DEVICE = 2
 
 
@@ -62,7 +63,7 @@ class LayerInputOffload:
             runs after the next forward.
     """
 
-    # Set in the first forward pass, which tells the device.
+    # The first forward pass sets both, because it shows the device.
     copies: torch.Stream
     _streams: ModuleType
 

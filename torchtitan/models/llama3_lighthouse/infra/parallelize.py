@@ -32,7 +32,7 @@ def parallelize_lighthouse(
 ) -> nn.Module:
     """Apply TP, CP, activation checkpointing, compile and FSDP or DDP to ``model``, in order."""
     leave_out_math_backend(model)
-    # Makes selective checkpointing keep selections, and attention outputs on a CPU as on a GPU.
+    # Selective checkpointing then keeps selections, and attention outputs on a CPU as on a GPU.
     upstream._op_sac_save_list |= {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.lighthouse.select.default,

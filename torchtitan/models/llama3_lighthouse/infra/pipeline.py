@@ -120,5 +120,6 @@ def check_pipeline(config: Parallelism, local_batch_size: int, n_layers: int) ->
     except ValueError as error:
         raise UserValueError(
             f"parallelism.pipeline_parallel_degree = {degree} makes {pipeline_stages} pipeline "
-            f"stages under '{schedule}', and {n_layers} layers do not fill them: {error} Lower it."
+            f"stages under '{schedule}', and {n_layers} layers do not fill them: {error} Lower the "
+            "degree."
         ) from None

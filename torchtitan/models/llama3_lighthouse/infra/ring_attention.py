@@ -1,9 +1,9 @@
 """Ring attention as two operations, forward and backward, that a compiler does not look into.
 
-A compiler that did would give every rank another graph. It drops what a rank does not use and
-merges what a rank computes twice, transfers included; from four ranks on, some then wait for
-transfers that others never start. It would also keep keys, values and everything received from
-forward to backward.
+A compiler that looked into them would make a different graph for every rank. It would drop what a
+rank does not use and merge what a rank computes twice, transfers included. From four ranks on,
+some would then wait for transfers that others never start. It would also keep keys, values and
+everything received from forward to backward.
 
 torch's own ring is not used because of its cost. It keeps outputs and gradients in float32, copies
 them at every hop, and sends the gradients of a rank's own keys and values all the way round. Here
@@ -73,7 +73,7 @@ class _Ring:
     """The ring as one rank sees it: what it holds at each hop, and which parts attend.
 
     At hop h a rank holds the keys and values of the rank h places before it; at hop 0 they are its
-    own. What causal attention leaves of the later hops depends on the layout:
+    own. The layout decides how much of the later hops causal attention leaves:
 
     - Balanced, each rank holds an early and a late chunk of the sequence. The early chunk of an
       earlier rank comes before all queries here, and its late chunk after all of them. Both chunks
@@ -115,8 +115,8 @@ class _Ring:
 
         if rows[0].is_cuda:
             # All tensors go in one kernel. Attention's kernels occupy all multiprocessors, and a
-            # transfer that has not started before them waits until they end. P2P would not do:
-            # torch reuses its memory only once the host has seen it end.
+            # transfer that has not started before them waits until they end. Point-to-point sends
+            # would not do: torch reuses their memory only once the host has seen them end.
             with _coalescing_manager(self.group, rows[0].device, async_ops=True) as together:
                 start()
             works = [together]
@@ -196,7 +196,7 @@ def _ring_forward(
         query, key, value: this rank's, [B, H, S, D] each.
 
     Returns:
-        What ``attend`` returns. Results after output and logsumexp are those of hop 0.
+        The results of ``attend``. Those after output and logsumexp are of hop 0.
     """
     for hop, keys, values in ring.hops(key, value):
         if (attending := ring.attending(hop, query.shape[SEQUENCE_DIM])) is None:
@@ -269,7 +269,7 @@ def _ring_backward(
             keys[key_part],
             values[key_part],
             out[query_part],
-            # Kernels take it to be contiguous.
+            # Kernels assume that the logsumexp is contiguous.
             logsumexp[query_part].contiguous(),
             is_causal=causal,
         )
@@ -300,7 +300,7 @@ def _ring_backward(
             held_totals = [torch.zeros_like(key, dtype=dtype) for _ in held_totals]
         # pyrefly: ignore[bad-argument-type]  Hop 1 has made sums, if there were none before it.
         arriving = ring.pass_on(held_totals)
-    # Frees the last keys and values received: in a dense layer they take gigabytes.
+    # Free the last keys and values received, which take gigabytes in a dense layer.
     del keys, values
     if middle < key_heads:
         home_parts.append(at_home(slice(middle, key_heads)))
@@ -429,7 +429,7 @@ def _handle(operation: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any
     dispatcher.sharding_propagator.propagate(info)
     sharding = info.output_sharding
     assert sharding is not None, "propagate sets it"
-    assert not sharding.needs_redistribute, "attention's inputs are sharded unlike"
+    assert not sharding.needs_redistribute, "attention's inputs must be sharded alike"
     options = torch_ring._cp_options
     results = _ring_operations[operation](
         info.compute_mesh.get_group().group_name,

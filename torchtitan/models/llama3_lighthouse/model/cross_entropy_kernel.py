@@ -14,7 +14,7 @@ import triton.language as tl
 from torchtitan.components.loss import IGNORE_INDEX
 
 BLOCK, WARPS = 4096, 8
-# Lower than every logit. Minus infinity would be too, but minus itself it is NaN.
+# The number is lower than every logit. Minus infinity would not do: minus itself, it is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
 
@@ -41,7 +41,7 @@ def _cross_entropy(
         total = total * tl.exp(highest - higher) + tl.exp(x - higher)
         highest = higher
     peak = tl.max(highest, 0)
-    # Relative to the peak, so that no precision is lost where all logits are far from zero.
+    # The sum is taken relative to the peak, or logits far from zero would lose precision.
     log_total = tl.log(tl.sum(total * tl.exp(highest - peak), 0))
     tl.store(losses + row, tl.where(kept, log_total - (at_label - peak), 0.0))
 

@@ -1,12 +1,12 @@
 """Output projection and cross-entropy together, without the logits of all tokens.
 
 Forward computes the logits of one chunk of tokens after another, in one buffer. It writes each
-chunk's gradient over its logits and multiplies it out at once. Loss and both gradients so take no
-more than the three matrix products that they need in any case, and backward only scales gradients.
+chunk's gradient over its logits and multiplies it out at once. Loss and both gradients thus take
+only the three matrix products that they need in any case, and backward only scales gradients.
 
-Three others do much the same. ``linear_cross_entropy`` of torch 2.13 adds up the weight's gradient
-in the weight's precision. Liger's waits for the device twice a step. cut-cross-entropy adds in no
-fixed order.
+Three libraries have such a loss, and none fits. ``linear_cross_entropy`` of torch 2.13 adds up the
+weight's gradient in the weight's precision. Liger's waits for the device twice a step.
+cut-cross-entropy adds in no fixed order.
 
 Shapes: B batch, N positions, T = B N tokens, V vocabulary.
 """
@@ -18,8 +18,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 
 from . import cross_entropy_kernel
 
-# Size of the buffer. Each chunk reads and writes the weight's whole gradient, so that small chunks
-# are slow.
+# Size of the buffer. Each chunk reads and writes the weight's whole gradient, so small chunks are
+# slow.
 LOGITS_BYTES = 2**30
 
 

@@ -1,6 +1,6 @@
 """Conversion between our checkpoints and Hugging Face's.
 
-The model is a Llama, so that the conversion is upstream's.
+The model is a Llama, so the conversion is upstream's.
 """
 
 from pathlib import Path

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 LOSS, THROUGHPUT = "loss_metrics/global_avg_loss", "throughput(tps)"
 HELD_OUT_LOSS = "validation_metrics/loss"
-# 1.0 for a step that trained under Lighthouse attention, 0.0 for a dense one.
+# The value of UNDER_LIGHTHOUSE is 1.0 for a step under Lighthouse attention, 0.0 for a dense one.
 MEMORY, UNDER_LIGHTHOUSE = "memory/max_reserved(GiB)", "lighthouse/stage"
 # The final loss is the mean over this share of all logged steps.
 FINAL_SHARE = 0.1
-# Log lines of an attention that may hold the compilation of kernels and graphs.
+# The first lines that an attention logs: their time may include the compilation of its kernels.
 WARMUP_LINES = 2
 # Markers tell runs of one plot apart once their colours repeat.
 MARKERS = "osD^vP*X<>"
@@ -41,7 +41,7 @@ def summarise(run: Run, keys: Iterable[str]) -> Row:
     lighthouse = [entry for entry in trained if entry[UNDER_LIGHTHOUSE]]
     dense = [entry for entry in trained if not entry[UNDER_LIGHTHOUSE]]
     section = run.config.lighthouse
-    # In the Lighthouse stage some steps may be dense.
+    # ``dense`` may also hold steps of the Lighthouse stage, which do not belong here.
     dense_stage = [
         entry
         for step, entry in steps.items()

@@ -89,7 +89,8 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
         raise UserValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
     check_toml(JobConfig, nested(fixed))
     common = ["--job.config_file", str(base), *command_line(fixed), *extra]
-    # Checking makes the dump folder. It is the sweep's, because a refused run needs none.
+    # Checking a configuration makes its dump folder. Here all have the sweep's, so that a refused
+    # run leaves no folder of its own.
     common_config = LighthouseConfigManager().parse_args([*common, f"--job.dump_folder={output}"])
     runs: list[Run] = []
     for grid in grids:
@@ -115,12 +116,12 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
 
 
 def _check_logging(config: JobConfig) -> None:
-    """Raises: ValueError: the logged steps do not stand for the others."""
+    """Raise ``UserValueError`` if the steps that are logged do not stand for the others."""
     every, log_freq = config.lighthouse.dense_every, config.metrics.log_freq
     if every and log_freq > 1:
         raise UserValueError(
-            f"metrics.log_freq = {log_freq} logs steps under another mixture of attention than the "
-            f"one that lighthouse.dense_every = {every} makes; pass --metrics.log_freq 1"
+            f"metrics.log_freq = {log_freq} logs too few or too many of the dense steps that "
+            f"lighthouse.dense_every = {every} makes; pass --metrics.log_freq 1"
         )
 
 

@@ -46,7 +46,7 @@ def remove_cut_off(run: Run) -> None:
 
 
 def finished_histories(tracks: list[Track]) -> dict[int, History]:
-    """Number of each finished track to its history, if its seed's dense control has finished."""
+    """Histories of finished tracks by their number, for seeds whose dense control has finished."""
     done = {number: read_history(t) for number, t in enumerate(tracks) if t.is_finished}
     seeds = {tracks[number].seed for number in done if tracks[number].is_control}
     return {number: h for number, h in done.items() if tracks[number].seed in seeds}

@@ -34,7 +34,7 @@ class Study:
 
     Attributes:
         config: TOML file that all runs start from.
-        output: its folder.
+        output: folder of the study.
         splits: shares of training.steps that Lighthouse trains.
         seeds: seeds of the model.
         dense_steps: steps of further dense controls.
@@ -48,7 +48,7 @@ class Study:
 
 
 def split_steps(splits: list[float], steps: int) -> dict[float, int]:
-    """Each split to its last Lighthouse step, in order of steps.
+    """Map each split to its last Lighthouse step, in order of steps.
 
     Raises:
         ValueError: a split leaves one of the stages without a step, or two are the same.
@@ -79,7 +79,7 @@ def check_base(config: JobConfig) -> None:
     """Check that a configuration can be studied.
 
     Raises:
-        ValueError, TypeError, OSError: a key stands against it; the message names it and the fix.
+        ValueError, TypeError, OSError: it cannot; the message names the key and the fix.
     """
     check_config(config, flavors)
     steps, validation, checkpoint = config.training.steps, config.validation, config.checkpoint
@@ -130,9 +130,9 @@ def check_dense_steps(config: JobConfig, lengths: list[int]) -> None:
             )
         if not _decay_steps(config, length):
             raise UserValueError(
-                f"--dense-steps {length} is for a learning rate that decays by then, and "
-                f"lr_scheduler.decay_ratio = {scheduler.decay_ratio:g} gives it no step to; leave "
-                "the flag out: the dense run cut off at equal time is the control"
+                f"--dense-steps {length} needs a learning rate that decays by then, and "
+                f"lr_scheduler.decay_ratio = {scheduler.decay_ratio:g} leaves no step to decay in; "
+                "leave the flag out: without decay, the dense run at equal time is the control"
             )
     if len(set(lengths)) < len(lengths):
         raise UserValueError(
@@ -209,7 +209,7 @@ class _Planner:
     Attributes:
         output: the study's folder.
         common: command line of every run.
-        base: the configuration that it makes.
+        base: the configuration that ``common`` makes.
     """
 
     output: Path

@@ -20,7 +20,7 @@ FINAL_SHARE = 0.05
 SMOOTHED_SHARE = 0.02
 # Steps on each side of the switch that a loss is averaged over, at most.
 SWITCH_STEPS = 5
-# A step that took more than this many medians of its kind compiled, warmed up or was disturbed.
+# Steps longer than this many medians of their kind compiled, warmed up or were disturbed.
 SLOW_STEP = 2.0
 NEVER = "never"
 NOTES = """
@@ -264,7 +264,7 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None
 def over_seeds(rows: list[Row]) -> list[Row]:
     """For each kind of run, the mean of every column and its standard deviation over seeds.
 
-    Where some seeds never got there, the cell says how many did.
+    Where a seed's value is "never", the cell says how many seeds have a number.
     """
     summary = []
     for name in dict.fromkeys(row["run"] for row in rows):

@@ -46,7 +46,7 @@ class SweepOptions:
     """How a sweep runs.
 
     Attributes:
-        output: its folder.
+        output: folder of the sweep.
         processes: training processes of each run.
         at_once: runs that train side by side.
         only_list: whether to say what would run, and end.
@@ -78,7 +78,7 @@ class Run:
     Attributes:
         settings: section.key to value of the settings that tell it from the others.
         arguments: the trainer's command line.
-        folder: its job.dump_folder.
+        folder: the run's job.dump_folder.
         config: the configuration that the command line makes.
         refusal: why it cannot run, or None.
         needs: the run whose checkpoint it begins from, or None.
@@ -106,7 +106,7 @@ def slots_of(at_once: int, processes: int) -> list[Environment]:
     """For each of the runs that train side by side, the environment that gives it its GPUs.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few GPUs.
     """
     gpus = torch.cuda.device_count()
     if at_once == 1 or gpus == 0:
@@ -138,8 +138,8 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
 def trainer_command(processes: int, arguments: list[str]) -> list[str]:
     """The command that trains on this machine.
 
-    The command line ``lighthouse train`` is the one place that knows how torchrun is called. It
-    becomes torchrun without a process of its own between.
+    ``lighthouse train`` is the one place that knows how torchrun is called. Its process becomes
+    torchrun, so none stands between.
     """
     command = [sys.executable, "-m", "lighthouse_commands.main", "train"]
     command += ["--processes", str(processes), *arguments]
@@ -147,12 +147,12 @@ def trainer_command(processes: int, arguments: list[str]) -> list[str]:
 
 
 def end_with_parent() -> None:
-    """In a child, before it runs: have it end with its parent, however that one ends."""
+    """Make a child process end with its parent, however that ends; to be its ``preexec_fn``."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def train(run: Run, processes: int, title: str, environment: Environment, lock: TextIO) -> int:
-    """Train it through torchrun, show how far it is, and return the exit code."""
+    """Train ``run`` through torchrun, show its progress, and return the exit code."""
     with (
         (run.folder / "log.txt").open("a", buffering=1) as log,
         subprocess.Popen(
@@ -185,7 +185,7 @@ def train(run: Run, processes: int, title: str, environment: Environment, lock: 
 
 
 def begin(run: Run) -> bool:
-    """Make its folder, and return whether there is anything left to do in it.
+    """Make the run's folder, and return whether there is anything left to train.
 
     Raises:
         ValueError: the folder holds a run of another configuration.
@@ -233,7 +233,7 @@ class _Sweep:
         return f"[{self.runs.index(run) + 1}/{len(self.runs)}] {run.name}"
 
     def start_ready_runs(self) -> None:
-        """Start what has a slot and whatever it begins from; leave out what will never begin."""
+        """Start runs that have a slot and a source that finished; leave out runs that never can."""
         for run in list(self.waiting):
             if not run.needs or run.needs.is_finished:
                 if self.free:
@@ -283,7 +283,7 @@ def sweep(
         train_run: trains a run under an environment, shows its progress under a title, and
             returns the exit code.
         on_finished: called after every run that finished.
-        slots: the environments of those that train at once.
+        slots: an environment for each run that trains at the same time.
 
     Raises:
         ValueError: a folder holds a run of another configuration.
@@ -303,7 +303,7 @@ def sweep(
 
 
 def raise_if_failed(failed: list[str], runs: Sequence[Run]) -> None:
-    """Raises: RunsFailed: some of the runs did."""
+    """Raise ``RunsFailed`` if some of the runs failed."""
     if failed:
         raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 
@@ -322,7 +322,7 @@ def lock_folder(output: Path) -> Generator[TextIO, None, None]:
     the file, and not only when the last of them closes it.
 
     Raises:
-        ValueError: another one is in it.
+        ValueError: another sweep uses the folder.
     """
     with (output / "lock").open("w") as lock:
         try:
