@@ -16,6 +16,9 @@ cd "$(dirname "$0")"
 
 config_file="${CONFIG_FILE:-train_configs/debug_cpu.toml}"
 [[ -f "$config_file" ]] || { echo "CONFIG_FILE=$config_file: no such file; see train_configs/." >&2; exit 1; }
+for name in NGPU NNODES; do
+    [[ "${!name:-1}" =~ ^[1-9][0-9]*$ ]] || { echo "$name=${!name} must be a number of at least 1." >&2; exit 1; }
+done
 scripts/setup.sh
 
 machines=(--nodes "${NNODES:-1}")

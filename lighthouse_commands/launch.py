@@ -1,6 +1,7 @@
 """How training processes are started: the torchrun command line and its environment."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -61,7 +62,14 @@ def torchrun_command(machines: Machines, trainer_arguments: list[str], log_rank:
 
     Args:
         log_rank: ranks of this machine whose output is shown, separated by commas.
+
+    Raises:
+        CommandError: ``log_rank`` is no list of ranks.
     """
+    if not re.fullmatch(r"\d+(,\d+)*", log_rank):
+        raise CommandError(
+            f"--log-rank {log_rank} must be ranks separated by commas, for example 0,1"
+        )
     if machines.nodes > 1:
         rendezvous = ["--nnodes", str(machines.nodes), "--node-rank", str(machines.node_rank)]
         rendezvous += ["--master-addr", str(machines.master_address)]
@@ -88,12 +96,16 @@ def training_environment(
 
 
 def gpus_here() -> int:
-    """GPUs of this machine, as NVIDIA's driver lists them; 0 without the driver."""
+    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible; 0 without NVIDIA's driver."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], text=True, capture_output=True).stdout
     except OSError:
         return 0
-    return sum(line.startswith("GPU") for line in listed.splitlines())
+    found = sum(line.startswith("GPU") for line in listed.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    return min(found, sum(bool(name.strip()) for name in visible.split(",")))
 
 
 def replace_process(command: list[str], environment: dict[str, str]) -> None:

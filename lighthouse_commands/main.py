@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 from .arguments import OVERRIDES_HELP, CommandError, CommandParser, split_overrides
@@ -56,18 +57,27 @@ def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(line: list[str] | None = None) -> None:
-    """Run the command that ``line``, or else the process's command line, asks for.
+    """Run the command that ``line``, or else the process's command line, asks for."""
+    options, overrides = parse(sys.argv[1:] if line is None else line)
+    module: ModuleType = options.module
+
+    def command() -> None:
+        require_trainer()
+        module.run(options, overrides)
+
+    run_to_end(command, module.IF_INTERRUPTED)
+
+
+def run_to_end(command: Callable[[], None], if_interrupted: str) -> None:
+    """Run ``command``, and say how it ended.
 
     A user's mistake ends in one line and exit code 1, an interruption in 130. Any other exception
     is a bug and keeps its traceback.
     """
-    options, overrides = parse(sys.argv[1:] if line is None else line)
-    module: ModuleType = options.module
     try:
-        require_trainer()
-        module.run(options, overrides)
+        command()
     except KeyboardInterrupt:
-        print(f"interrupted; {module.IF_INTERRUPTED}", file=sys.stderr)
+        print(f"interrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = users_mistake(error)

@@ -90,7 +90,7 @@ def trainer_arguments(config: Path | None, overrides: list[str]) -> list[str]:
     if named:
         raise CommandError(f"{config} and --job.config_file name two configurations; give one")
     if not config.is_file():
-        raise CommandError(f"{config}: no such file; name a TOML file")
+        raise CommandError(f"{config} is no file; name a TOML file")
     return ["--job.config_file", str(config), *overrides]
 
 

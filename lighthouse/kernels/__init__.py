@@ -9,14 +9,13 @@ have gradients, though no second ones, and the backward of each runs the other's
 """
 
 from .gather import pool_gather
-from .launch import INTERPRETED, check_supported
+from .launch import check_supported
 from .pooling import pool_coarsest
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
 from .selection import select_from_norms
 
 __all__ = [
-    "INTERPRETED",
     "check_supported",
     "pool_coarsest",
     "pool_gather",

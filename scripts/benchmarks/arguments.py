@@ -1,11 +1,10 @@
 """Arguments that the benchmarks share, and how a benchmark ends."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from lighthouse_commands.arguments import CommandParser, add_no_plots
-from lighthouse_commands.main import users_mistake
+from lighthouse_commands.main import run_to_end
 
 
 def benchmark_parser(description: str | None, name: str, with_plots: bool = False) -> CommandParser:
@@ -41,18 +40,5 @@ def add_seconds(parser: CommandParser, seconds: float) -> None:
 
 
 def run_benchmark(benchmark: Callable[[], None]) -> None:
-    """Run a script's ``benchmark``.
-
-    A user's mistake ends in one line and exit code 1, an interruption in 130. Any other exception
-    is a bug and keeps its traceback.
-    """
-    try:
-        benchmark()
-    except KeyboardInterrupt:
-        print("interrupted; what was measured so far is in the output folder", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        message = users_mistake(error)
-        if message is None:
-            raise
-        sys.exit(f"Error: {message}")
+    """Run a script's ``benchmark``, and end as a command does."""
+    run_to_end(benchmark, "what was measured so far is in the output folder")

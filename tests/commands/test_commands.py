@@ -223,10 +223,11 @@ def test_train_on_several_machines(launched: dict) -> None:
 
 @pytest.mark.parametrize(("line", "message"), [
     ([], "no configuration is given; pass CONFIG"),
-    (["none.toml"], "none.toml: no such file; name a TOML file"),
+    (["none.toml"], "none.toml is no file; name a TOML file"),
     ([DEBUG, "--job.config_file", DEBUG], "name two configurations; give one"),
     ([DEBUG, f"--job.config-file={DEBUG}"], "name two configurations; give one"),
     ([DEBUG, "--processes", "0"], "--processes 0 must be at least 1"),
+    ([DEBUG, "--log-rank", "abc"], "--log-rank abc must be ranks separated by commas"),
     ([DEBUG, "--nodes", "0"], "--nodes 0 must be at least 1"),
     ([DEBUG, "--nodes", "2"], "--nodes 2 needs --master-address, the address of the machine with "
      "--node-rank 0"),
@@ -259,7 +260,11 @@ def test_gpus_are_those_that_the_driver_lists(tmp_path: Path, monkeypatch) -> No
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\nprintf 'GPU 0: A\\n  MIG 1g\\nGPU 1: A\\n'\n")
     driver.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert launch.gpus_here() == 2
+    for visible, count in (("1", 1), ("", 0), ("0,1,2", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert launch.gpus_here() == count
     driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert launch.gpus_here() == 0
 

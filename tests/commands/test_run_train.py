@@ -60,6 +60,8 @@ def test_command(call, line: list[str], variables: dict[str, str], command: str)
 
 @pytest.mark.parametrize(("variables", "message"), [
     ({"CONFIG_FILE": "none.toml"}, "CONFIG_FILE=none.toml: no such file; see train_configs/."),
+    ({"NNODES": "abc"}, "NNODES=abc must be a number of at least 1."),
+    ({"NGPU": "0"}, "NGPU=0 must be a number of at least 1."),
     ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR, the address of the machine"),
     ({"NNODES": "2", "MASTER_ADDR": "h"}, "NNODES=2 needs NODE_RANK, from 0 to 1"),
 ])  # fmt: skip

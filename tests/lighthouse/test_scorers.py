@@ -26,7 +26,7 @@ from lighthouse.geometry import PyramidGeometry
 from lighthouse.precision import accumulation_dtype
 from lighthouse.scoring import score
 
-ATTENDING = tuple(scorer for scorer in SCORERS if ATTENDS[scorer])
+ATTENDING = tuple(scorer for scorer in SCORERS if ATTENDS.get(scorer))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A scorer needs an entry in each of these places. A kernel of its own is optional.
 PLACES = {
@@ -61,25 +61,25 @@ def test_a_scorer_needs_no_other_place(attends: bool, with_kernel: bool, monkeyp
         by_value = torch.linalg.vector_norm(v, dim=-1, dtype=accumulation_dtype(v.dtype))
         return by_value.repeat_interleave(q.shape[1] // v.shape[1], dim=1), by_value
 
-    assert len(missing_places("value")) == len(PLACES)
-    with pytest.raises(ValueError, match="scorer must be one of norm, .* got scorer = 'value'"):
-        LighthouseConfig(scorer="value")
-    monkeypatch.setitem(CHOICES, "scorer", (*SCORERS, "value"))
-    monkeypatch.setitem(ATTENDS, "value", attends)
-    assert missing_places("value") == list(PLACES)[2:]
-    with pytest.raises(AssertionError, match="'value' lacks an entry of SCORED_ROWS in lighthouse"):
+    assert len(missing_places("made_up")) == len(PLACES)
+    with pytest.raises(ValueError, match="scorer must be one of norm, .* got scorer = 'made_up'"):
+        LighthouseConfig(scorer="made_up")
+    monkeypatch.setitem(CHOICES, "scorer", (*SCORERS, "made_up"))
+    monkeypatch.setitem(ATTENDS, "made_up", attends)
+    assert missing_places("made_up") == list(PLACES)[2:]
+    with pytest.raises(AssertionError, match="'made_up' lacks an entry of SCORED_ROWS in light"):
         test_every_scorer_is_complete()
     functions = scoring.ScorerFunctions(norms, lambda *_: 7.0)
-    monkeypatch.setitem(scoring.SCORER_FUNCTIONS, "value", functions)
-    monkeypatch.setitem(reference.SCORED_ROWS, "value", lambda q, k, v, _: (v, v))
+    monkeypatch.setitem(scoring.SCORER_FUNCTIONS, "made_up", functions)
+    monkeypatch.setitem(reference.SCORED_ROWS, "made_up", lambda q, k, v, _: (v, v))
     test_every_scorer_is_complete()
     ran = []
     if with_kernel:
         monkeypatch.setitem(
-            kernels.scoring.KERNELS, "value", lambda *rows: ran.append(rows) or norms(*rows)
+            kernels.scoring.KERNELS, "made_up", lambda *rows: ran.append(rows) or norms(*rows)
         )
 
-    settings = LighthouseConfig(3, 2, 16, "value", picks_per_stratum=4, dilation=3)
+    settings = LighthouseConfig(3, 2, 16, "made_up", picks_per_stratum=4, dilation=3)
     case = dict(n=192, batch=1, heads=4, kv_heads=2, tied=False, seed=6)
     inputs = [rows.to(DEVICE) for rows in random_inputs(case, torch.float32, 16)]
     expected = reference.select(*inputs, settings)
@@ -91,10 +91,10 @@ def test_a_scorer_needs_no_other_place(attends: bool, with_kernel: bool, monkeyp
     lighthouse_attention(*inputs, settings, impl="triton")
     assert scoring.flops_per_position(settings, 192, 4, 16) == 7.0
     # The dilation does not divide 128, and two chunks leave no rank the whole sequence.
-    refusal = pytest.raises(ValueError, match="'value'") if attends else nullcontext()
+    refusal = pytest.raises(ValueError, match="'made_up'") if attends else nullcontext()
     with refusal:
         PyramidGeometry(settings, 128)
-    refusal = pytest.raises(ValueError, match="'value' attends") if attends else nullcontext()
+    refusal = pytest.raises(ValueError, match="'made_up' attends") if attends else nullcontext()
     with refusal:
         check_chunks(settings, 192, 2)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from launch import SMALL, Run, arguments
 
-from torchtitan.models.llama3_lighthouse.checks import check_config, check_device
+from torchtitan.models.llama3_lighthouse.checkpoint import RECORD_FILE, read_record
+from torchtitan.models.llama3_lighthouse.checks import check_config, check_device, check_output
+from torchtitan.models.llama3_lighthouse.errors import UserError, UserFileError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.stages import attention_at, stage_at
@@ -44,6 +46,7 @@ def check(tmp_path: Path, toml: str = "", **settings: Any) -> None:
         ("lighthouse.dense_layers", (1, 1), "twice"),
         ("training.seq_len", 510, "training.seq_len"),
         ("model.flavor", "7B", "debugmodel"),
+        ("training.local_batch_size", 0, "must be at least 1"),
         ("lighthouse.tokenizer", "hf", "--model.hf_assets_path"),
         ("parallelism.context_parallel_degree", 0, "must be at least 1"),
         ("parallelism.context_parallel_degree", 3, "must be a multiple of 6 chunks"),
@@ -62,6 +65,33 @@ def test_message_names_key_value_and_fix(tmp_path: Path, key, value, fix) -> Non
     shown = str(value).lower() if isinstance(value, bool) else str(shown)
     assert shown in message
     assert fix in message
+
+
+def test_files_that_are_no_toml_are_named_without_a_traceback(tmp_path: Path, caplog) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text("[training\n")
+    for path, message in (
+        (file, "broken.toml is not TOML: .*; mend it"),
+        (tmp_path / "none.toml", "none.toml cannot be read .*; name a TOML file"),
+        (tmp_path, "cannot be read .Is a directory.; name a TOML file"),
+    ):
+        for line in ([f"--job.config_file={path}"], ["--job.config-file", str(path)]):
+            with pytest.raises(UserError, match=message):
+                LighthouseConfigManager().parse_args(line)
+    assert not caplog.records
+
+
+def test_broken_records_of_checkpoints_are_named(tmp_path: Path) -> None:
+    (tmp_path / RECORD_FILE).write_text('{"step": 3, ')
+    with pytest.raises(UserValueError, match=f"{RECORD_FILE} is not JSON: .*; restore it"):
+        read_record(tmp_path)
+
+
+def test_outputs_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc/nowhere")):
+        with pytest.raises(UserFileError, match=f"^--output {folder} cannot be .*pass --output"):
+            check_output(folder)
 
 
 def test_sequences_too_short_for_retrieval_documents_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torchtitan.models.llama3 import Transformer
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
+from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 
@@ -82,6 +83,13 @@ def test_dry_run_of_one_process(tmp_path: Path) -> None:
 def test_dry_run_refuses_what_cannot_run(tmp_path: Path, processes, line, message) -> None:
     with pytest.raises(ValueError, match=message):
         dry_run(parse(tmp_path, "paper_530m_1m_cp8", *line), processes)
+
+
+def test_dry_run_passes_on_what_torchtitan_refuses(tmp_path: Path) -> None:
+    line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
+    line += ["--parallelism.pipeline_parallel_layers_per_stage", "1"]
+    with pytest.raises(UserValueError, match="torchtitan refuses the configuration: "):
+        dry_run(parse(tmp_path, "debug_cpu", *line), 2)
 
 
 def test_slurm_script_launches_every_node(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 from lighthouse import LighthouseAttention, scoring
+from lighthouse.config import SCORERS
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import (
     LighthouseModelArgs,
@@ -69,7 +70,7 @@ def test_attention_switches_in_the_right_layers() -> None:
     assert torch.equal(model(tokens), lighthouse)
 
 
-@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+@pytest.mark.parametrize("scorer", [scorer for scorer in SCORERS if scorer != "norm"])
 def test_neither_state_dict_nor_dense_attention_notice_the_scorer(scorer: str) -> None:
     method = replace(METHOD, scorer=scorer)
     norm, other = build(), build(args=LighthouseModelArgs(**SIZE, lighthouse=method))

@@ -43,7 +43,15 @@ class CheckpointRecord:
 def read_record(path: str | Path) -> CheckpointRecord | None:
     """The record in a step-N folder, or None; torchtitan's own trainer writes none."""
     file = Path(path, RECORD_FILE)
-    return CheckpointRecord(**json.loads(file.read_text())) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return CheckpointRecord(**json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserValueError(
+            f"{file} is not JSON: {error}; restore it, or remove it and pass the run's "
+            "configuration with --job.config_file FILE"
+        ) from None
 
 
 def write_record(path: str | Path, record: CheckpointRecord) -> None:

@@ -51,6 +51,7 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
     _check_stages(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
     _check_degree(config.parallelism)
+    _check_batches(config)
     _check_lengths(config)
     _check_tokenizer(config)
     _check_retrieval_mix(config)
@@ -107,6 +108,18 @@ def _check_degree(section: Parallelism) -> None:
             f"parallelism.context_parallel_degree = {section.context_parallel_degree} must be at "
             "least 1; 1 means no context parallelism"
         )
+
+
+def _check_batches(config: JobConfig) -> None:
+    sizes = {"training": config.training.local_batch_size}
+    if config.validation.enable:
+        sizes["validation"] = config.validation.local_batch_size
+    for section, size in sizes.items():
+        if size < 1:
+            raise UserValueError(
+                f"{section}.local_batch_size = {size} must be at least 1; pass "
+                f"--{section}.local_batch_size 1 or more"
+            )
 
 
 def _check_lengths(config: JobConfig) -> None:
@@ -278,12 +291,33 @@ def check_device(config: JobConfig, device_type: str) -> None:
 
 def _check_dump_folder(config: JobConfig) -> None:
     folder = Path(config.job.dump_folder)
+    check_writable(folder, f"job.dump_folder = '{folder}'", "--job.dump_folder")
+
+
+def check_output(folder: Path) -> None:
+    """Check that a command can write to its ``--output``, and make the folder if need be.
+
+    Raises:
+        OSError: it cannot.
+    """
+    check_writable(folder, f"--output {folder}", "--output")
+
+
+def check_writable(folder: Path, given: str, flag: str) -> None:
+    """Make ``folder`` if need be, and check that files can be made in it.
+
+    Args:
+        given: what the user gave, for the message.
+        flag: where another folder is to be given.
+
+    Raises:
+        OSError: no file can be made there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserFileError(
-            f"job.dump_folder = '{folder}' cannot be written to ({error.strerror}); "
-            "pass --job.dump_folder FOLDER with one that can"
+            f"{given} cannot be written to ({error.strerror}); pass {flag} FOLDER with one that can"
         ) from None

@@ -18,7 +18,7 @@ from lighthouse.geometry import PyramidGeometry
 
 from .checks import check_config, layout_on_rank_0
 from .data.packing import global_batch_size, stream_count
-from .errors import UserValueError
+from .errors import UserError, UserValueError
 from .infra.context_parallel import bytes_sent_per_layer
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
@@ -44,6 +44,10 @@ def dry_run(config: JobConfig, world_size: int) -> str:
     dist_utils.init_fake_mode(world_size)
     try:
         return _describe(config, world_size)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserValueError(f"torchtitan refuses the configuration: {error}") from error
     finally:
         dist.destroy_process_group()
 
@@ -63,7 +67,8 @@ def _check_world_size(section: Parallelism, world_size: int) -> None:
             f"{world_size} processes do not make up [parallelism]: data_parallel_replicate_degree "
             "x context_parallel_degree x tensor_parallel_degree x pipeline_parallel_degree = "
             f"{fixed}, data_parallel_shard_degree = {section.data_parallel_shard_degree}; use as "
-            "many processes as the product of all five degrees, or change a degree"
+            "many processes (--processes times --nodes) as the product of all five degrees, or "
+            "change a degree"
         )
 
 

@@ -5,6 +5,8 @@ import subprocess
 from datetime import date
 from pathlib import Path
 
+import torch
+
 
 def environment(revision: str | None = None) -> dict[str, str | int | None]:
     """GPU, versions, git revision and date of this process.
@@ -13,9 +15,6 @@ def environment(revision: str | None = None) -> dict[str, str | int | None]:
         revision: git revision to record. The default is the revision of the checkout that this
             file belongs to, or None outside a checkout.
     """
-    # torch is imported here, so that importing this module costs nothing.
-    import torch
-
     return {
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,

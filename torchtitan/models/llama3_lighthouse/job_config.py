@@ -1,7 +1,9 @@
 """torchtitan's configuration with a [lighthouse] section, and TOML errors that name the key."""
 
+import argparse
 import difflib
 import sys
+import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -12,7 +14,7 @@ from torchtitan.config import job_config as upstream
 
 from lighthouse import LighthouseConfig
 
-from .errors import UserTypeError, UserValueError
+from .errors import UserFileError, UserTypeError, UserValueError
 
 RetrievalTask = Literal["passkey", "long_passkey", "several_keys", "variables"]
 BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
@@ -166,6 +168,22 @@ class LighthouseConfigManager(ConfigManager):
         """The configuration of a command line, by default of this process's."""
         # Upstream returns an object of the class that it was made with, or of a subclass.
         return cast(JobConfig, super().parse_args(sys.argv[1:] if args is None else args))
+
+    def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
+        # Upstream's version also logs a traceback when the file cannot be read.
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--job.config_file", "--job.config-file", dest="file", type=Path)
+        file: Path | None = parser.parse_known_args(args)[0].file
+        if file is None:
+            return None
+        try:
+            return tomllib.loads(file.read_text())
+        except OSError as error:
+            raise UserFileError(
+                f"--job.config_file {file} cannot be read ({error.strerror}); name a TOML file"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserValueError(f"{file} is not TOML: {error}; mend it") from None
 
     def _maybe_add_custom_config(
         self, args: list[str], toml_values: dict[str, Any] | None

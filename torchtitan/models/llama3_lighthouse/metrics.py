@@ -19,6 +19,8 @@ from torchtitan.tools.utils import device_module
 
 # The file lies in job.dump_folder. Restarts append to it, so a step that ran twice is there twice.
 METRICS_FILE = "metrics.jsonl"
+# The metric is 1.0 for a step under Lighthouse attention, 0.0 for a dense one.
+UNDER_LIGHTHOUSE = "lighthouse/stage"
 
 
 def whole_loss(loss: torch.Tensor) -> torch.Tensor:

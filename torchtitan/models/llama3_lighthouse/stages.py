@@ -19,6 +19,6 @@ def attention_at(step: int, stage: str, dense_every: int) -> str:
     """The attention, "lighthouse" or "dense", that step number ``step`` of a stage uses.
 
     Args:
-        dense_every: steps that this number divides are dense in either stage; 0: no such steps.
+        dense_every: each step that is a multiple of this number is dense; 0 means none.
     """
     return "dense" if dense_every and step % dense_every == 0 else stage

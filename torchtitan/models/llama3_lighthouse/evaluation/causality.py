@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..checks import check_output
 from ..data.packing import build_validation_dataloader
 from ..environment import environment
 from ..errors import UserValueError
@@ -57,6 +58,7 @@ def report_causality(options: CausalityOptions, overrides: list[str]) -> None:
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
+    check_output(options.output)
     paths = [find_checkpoint(path) for path in options.checkpoints]
     texts = [with_text(path, overrides) for path in paths]
     results = []
@@ -66,7 +68,6 @@ def report_causality(options: CausalityOptions, overrides: list[str]) -> None:
             print(_line(str(path), attention, summary), flush=True)
             results.append({"checkpoint": str(path), "label": label, "attention": attention,
                             **summary})  # fmt: skip
-    options.output.mkdir(parents=True, exist_ok=True)
     record = {
         "unit": "nats per token", "interval": "95%, normal, over positions",
         "device": options.device, **environment(), "batches": options.batches,

@@ -129,7 +129,7 @@ def context_buckets(seq_len: int, first: int) -> list[tuple[int, int]]:
         ValueError: ``first`` is below 1.
     """
     if first < 1:
-        raise UserValueError(f"the first bucket's length must be at least 1, got {first}")
+        raise UserValueError(f"--first-bucket {first} must be at least 1")
     buckets, start, end = [], 1, min(first, seq_len)
     while start <= seq_len:
         buckets.append((start, end))

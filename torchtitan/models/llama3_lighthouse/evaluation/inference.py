@@ -170,7 +170,7 @@ def logits_at(model: LighthouseTransformer, tokens: torch.Tensor, positions: sli
 def without_output(model: LighthouseTransformer) -> Generator[nn.Module, None, None]:
     """Let the model return hidden states, and yield its output projection."""
     output = model.output
-    # pyrefly: ignore[bad-assignment]  # torchtitan's forward skips an output that is None.
+    # pyrefly: ignore[bad-assignment]  torchtitan's forward skips an output that is None.
     model.output = None
     try:
         yield output

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_output
 from ..environment import environment
 from ..errors import UserValueError
 from .figures import colours, new_figure, save
@@ -78,13 +79,16 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
     """
     labels, count = options.labels, len(options.checkpoints)
     if labels and (len(labels) != count or len(set(labels)) != count):
-        raise UserValueError(f"--labels must be {count} different names, got {', '.join(labels)}")
+        raise UserValueError(
+            f"--labels must be {count} different names, one for each checkpoint, got "
+            f"{', '.join(labels)}"
+        )
     paths = [find_checkpoint(path) for path in options.checkpoints]
     if len(set(paths)) < len(paths):
         raise UserValueError("two of the checkpoints are the same; name each once")
+    check_output(options.output)
     text = check_same_text(paths, overrides)
     buckets = context_buckets(text["validation.seq_len"], options.first_bucket)
-    options.output.mkdir(parents=True, exist_ok=True)
     curves: list[Curve] = []
     for path, label in zip(paths, labels or labels_of(paths), strict=True):
         curves += _curves(path, label, options, overrides)

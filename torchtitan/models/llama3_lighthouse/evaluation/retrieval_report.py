@@ -11,6 +11,7 @@ import torch
 
 from lighthouse import LighthouseConfig
 
+from ..checks import check_output
 from ..data.retrieval import PromptEncoder, Task, check_length, find_task
 from ..data.tokenizer import ByteTokenizer, build_tokenizer
 from ..environment import environment
@@ -130,7 +131,7 @@ def prepare(
                     check_length(encoder, task, length)
                 except UserValueError as error:
                     raise UserValueError(f"{error} (--lengths, --tasks)") from None
-    options.output.mkdir(parents=True, exist_ok=True)
+    check_output(options.output)
     evaluated = [
         Evaluated(label, path, None, None, config.training.seq_len)
         for label, (path, config) in zip(labels_of(list(found)), found.items(), strict=True)

@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def write_csv(rows: Sequence[Row], path: Path, columns: Sequence[str] | None = None) -> None:
-    """Write rows with every digit; a cell that a row lacks, or that is None, stays empty.
+    """Write rows with every digit; a cell that a row lacks, or that is None or NaN, stays empty.
 
     Args:
         columns: the columns and their order; default: those of the rows as they come.

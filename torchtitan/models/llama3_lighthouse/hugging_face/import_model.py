@@ -187,7 +187,12 @@ def _check_tensor(
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).is_file():
-        index = json.loads((folder / INDEX_FILE).read_text())
+        try:
+            index = json.loads((folder / INDEX_FILE).read_text())
+        except json.JSONDecodeError as error:
+            raise UserValueError(
+                f"{folder / INDEX_FILE} is not JSON: {error}; download or export it again"
+            ) from None
         files = [folder / name for name in sorted(set(index["weight_map"].values()))]
     else:
         files = [folder / WEIGHTS_FILE]

@@ -12,12 +12,10 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra import parallelize as upstream
 from torchtitan.tools.utils import device_type
 
-from lighthouse.implementation import kernels
-
 from ..job_config import ActivationCheckpoint, JobConfig
 from ..model.loss import FactoredOutput
 from ..model.model import leave_out_math_backend
-from .activation_checkpoint import apply_lighthouse_checkpoint
+from .activation_checkpoint import SELECTION, apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
 from .offload import LayerInputOffload
@@ -33,15 +31,9 @@ def parallelize_lighthouse(
     """Apply TP, CP, activation checkpointing, compile and FSDP or DDP to ``model``, in order."""
     leave_out_math_backend(model)
     # Selective checkpointing then keeps selections, and attention outputs on a CPU as on a GPU.
-    upstream._op_sac_save_list |= {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.lighthouse.select.default,
+    upstream._op_sac_save_list |= SELECTION | {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     }
-    if kernels is not None:
-        upstream._op_sac_save_list |= {
-            torch.ops.lighthouse.score.default,
-            torch.ops.lighthouse.select_from_norms.default,
-        }
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
     def apply_to_attention(modules: list[nn.Module], mesh: DeviceMesh, attention_type: str) -> None:

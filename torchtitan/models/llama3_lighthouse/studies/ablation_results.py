@@ -9,6 +9,7 @@ from lighthouse.geometry import PyramidGeometry
 
 from ..evaluation.figures import colours, new_figure, save
 from ..evaluation.tables import Row, columns_of, markdown, write_csv
+from ..metrics import UNDER_LIGHTHOUSE
 from ..model.model import lighthouse_config
 from ..stages import stage_at
 from .settings import value_of
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 LOSS, THROUGHPUT = "loss_metrics/global_avg_loss", "throughput(tps)"
 HELD_OUT_LOSS = "validation_metrics/loss"
-# The value of UNDER_LIGHTHOUSE is 1.0 for a step under Lighthouse attention, 0.0 for a dense one.
-MEMORY, UNDER_LIGHTHOUSE = "memory/max_reserved(GiB)", "lighthouse/stage"
+MEMORY = "memory/max_reserved(GiB)"
 # The final loss is the mean over this share of all logged steps.
 FINAL_SHARE = 0.1
 # The first lines that an attention logs: their time may include the compilation of its kernels.

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_config
+from ..checks import check_config, check_output
 from ..errors import UserTypeError, UserValueError
 from ..evaluation.progress import say
 from ..evaluation.tables import Row
@@ -42,6 +42,8 @@ def read_grid(path: Path) -> tuple[Path, dict[str, Any], list[dict[str, list]]]:
     Raises:
         ValueError, TypeError, OSError: the file does not describe a grid.
     """
+    if not path.is_file():
+        raise UserValueError(f"no such grid: {path}; pass a TOML file")
     with path.open("rb") as file:
         try:
             tables = tomllib.load(file)
@@ -85,6 +87,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
             what it varies.
     """
     base, fixed, grids = read_grid(path)
+    check_output(output)
     if clash := keys_given(extra) & {key for grid in grids for key in grid}:
         raise UserValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
     check_toml(JobConfig, nested(fixed))

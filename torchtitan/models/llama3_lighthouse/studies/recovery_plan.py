@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_config
+from ..checks import check_config, check_output
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
@@ -186,6 +186,7 @@ def plan(study: Study, extra: list[str]) -> list[Track]:
     if len(set(study.seeds)) < len(study.seeds) or min(study.seeds) < 0:
         seeds = " ".join(map(str, study.seeds))
         raise UserValueError(f"--seeds {seeds} must be different numbers from 0 on")
+    check_output(study.output)
     output = study.output.resolve()
     common = ["--job.config_file", str(study.config), *extra, *command_line(SETTINGS)]
     base = LighthouseConfigManager().parse_args([*common, f"--job.dump_folder={output}"])

@@ -153,6 +153,7 @@ def end_with_parent() -> None:
 
 def train(run: Run, processes: int, title: str, environment: Environment, lock: TextIO) -> int:
     """Train ``run`` through torchrun, show its progress, and return the exit code."""
+    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
     with (
         (run.folder / "log.txt").open("a", buffering=1) as log,
         subprocess.Popen(
@@ -161,7 +162,8 @@ def train(run: Run, processes: int, title: str, environment: Environment, lock: 
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, **environment},
+            # Runs side by side would compete for cores if each of several processes took its share.
+            env={**threads, **os.environ, **environment},
             preexec_fn=end_with_parent,
             # The process keeps the lock until it has ended.
             pass_fds=[lock.fileno()],
