@@ -6,7 +6,7 @@ lighthouse dry-run train_configs/paper_530m_1m_cp8.toml --processes 8 --nodes 4
 import argparse
 
 from .launch import check_count, gpus_here
-from .train import add_configuration, trainer_arguments
+from .train import add_configuration, add_size, trainer_arguments
 
 SUMMARY = "check a configuration and say what each process would hold"
 IF_INTERRUPTED = "nothing was written"
@@ -14,13 +14,7 @@ IF_INTERRUPTED = "nothing was written"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configuration(parser)
-    parser.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="processes on each machine; default: this one's GPUs, or 1",
-    )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
+    add_size(parser)
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> None:

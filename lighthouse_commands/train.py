@@ -30,13 +30,7 @@ IF_INTERRUPTED = "training has not begun"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configuration(parser)
-    parser.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="processes on this machine; default: its GPUs, or 1",
-    )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
+    add_size(parser)
     parser.add_argument(
         "--node-rank", type=int, metavar="N", help="number of this machine, from 0 to nodes - 1"
     )
@@ -68,6 +62,17 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG", help="TOML file of the run"
     )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add --processes and --nodes."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes on each machine; default: this one's GPUs, or 1",
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
 
 
 def trainer_arguments(config: Path | None, overrides: list[str]) -> list[str]:

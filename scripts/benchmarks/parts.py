@@ -26,6 +26,7 @@ from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.models.llama3 import Transformer
 
 from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse.geometry import PyramidGeometry
 from torchtitan.models.llama3_lighthouse.environment import environment
 from torchtitan.models.llama3_lighthouse.infra.parallelize import RECOMPILE_LIMIT
 from torchtitan.models.llama3_lighthouse.model.flavors import PAPER
@@ -280,6 +281,10 @@ def main() -> None:
     add_seconds(parser, 10.0)
     arguments = parser.parse_args()
     require_cuda()
+    try:
+        PyramidGeometry(METHOD, arguments.length)
+    except ValueError as error:
+        parser.error(f"--length {arguments.length}: {error}")
 
     run: dict[str, Any] = {**environment(arguments.revision), "rotary": [], "loss": []}
     for vocabulary in arguments.vocabulary:

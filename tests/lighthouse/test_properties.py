@@ -118,7 +118,11 @@ def test_what_entries_score_by(scorer: str, entry_score: str) -> None:
     assert (changed == 0) == (entry_score == "first")
 
 
-@pytest.mark.parametrize("config", CONFIGS[::4], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [*CONFIGS[:20:4], pytest.param(CONFIGS[20], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_values_never_flow_backwards(config: LighthouseConfig) -> None:
     """With a fixed selection, no later token changes an output or sends it a gradient."""
     q, k, v = inputs(config, d=2)

@@ -117,7 +117,7 @@ def test_mistakes_end_in_one_line(run, call, tmp_path) -> None:
     assert "holds no complete checkpoint" in call(tmp_path)
     assert "are the same" in call(run, step_3)
     assert "--labels must be 2 different names" in call(step_2, step_3, "--labels", "a", "a")
-    assert "at least 1, got 0" in call(step_3, "--first-bucket", 0)
+    assert "--first-bucket 0 must be at least 1" in call(step_3, "--first-bucket", 0)
     assert "the run had no validation" in call(step_3, "--validation.no-enable")
     assert "exceeds training.seq_len" in call(step_3, "--validation.seq_len", 1024)
     assert "is not a folder" in call(

@@ -81,7 +81,7 @@ def test_a_missing_grid_and_an_overridden_one_end_in_one_line(call, tmp_path, mo
     assert "--lighthouse.top_k would override" in line
     _, line = call(GRID, "--lighthouse.top-k", "64")
     assert "--lighthouse.top_k would override" in line
-    with pytest.raises(SystemExit, match="No such file or directory: '.*none.toml'"):
+    with pytest.raises(SystemExit, match="no such grid: .*none.toml; pass a TOML file"):
         main(["ablations", str(tmp_path / "none.toml")])
 
 
