@@ -53,7 +53,7 @@ def make_environment(folder: Path, *, shared: bool) -> Path:
     """Make an environment and return its interpreter; ``shared``: it sees this one's packages."""
     call([sys.executable, "-m", "venv", *(["--without-pip"] if shared else []), folder], ROOT)
     if shared:
-        (packages,) = folder.glob("lib/python*/site-packages")
+        (packages,) = folder.glob("lib/python*/*-packages")
         # Python runs no .pth files in a folder named by one: this editable install stays unseen.
         (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "bin/python"

@@ -143,7 +143,7 @@ def _library_files(root: Path) -> Iterator[Path]:
     """The modules below ``root``, without tests and installed packages."""
     left_out = {"test", "tests", "idle_test", "__pycache__"}
     for folder, subfolders, names in os.walk(root):
-        # Folders of installed packages are named site-packages or, on Debian, dist-packages. Most
+        # Folders of installed packages end in "-packages" in every distribution of Python. Most
         # files are in them, so they are not even entered.
         subfolders[:] = [
             name for name in subfolders if name not in left_out and not name.endswith("-packages")
