@@ -58,9 +58,9 @@ def report_causality(options: CausalityOptions, overrides: list[str]) -> None:
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
-    check_output(options.output)
     paths = [find_checkpoint(path) for path in options.checkpoints]
     texts = [with_text(path, overrides) for path in paths]
+    check_output(options.output)
     results = []
     print(f"| checkpoint | attention | {' | '.join(FUTURES)} |\n|---|---|---|---|---|")
     for path, label, text in zip(paths, labels_of(paths), texts, strict=True):

@@ -86,9 +86,9 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
     paths = [find_checkpoint(path) for path in options.checkpoints]
     if len(set(paths)) < len(paths):
         raise UserValueError("two of the checkpoints are the same; name each once")
-    check_output(options.output)
     text = check_same_text(paths, overrides)
     buckets = context_buckets(text["validation.seq_len"], options.first_bucket)
+    check_output(options.output)
     curves: list[Curve] = []
     for path, label in zip(paths, labels or labels_of(paths), strict=True):
         curves += _curves(path, label, options, overrides)
