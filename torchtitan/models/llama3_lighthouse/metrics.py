@@ -19,6 +19,10 @@ from torchtitan.tools.utils import device_module
 
 # The file lies in job.dump_folder. Restarts append to it, so a step that ran twice is there twice.
 METRICS_FILE = "metrics.jsonl"
+# Names of metrics in that file.
+LOSS, HELD_OUT_LOSS = "loss_metrics/global_avg_loss", "validation_metrics/loss"
+THROUGHPUT, MEMORY = "throughput(tps)", "memory/max_reserved(GiB)"
+SECONDS, TOKENS = "time_metrics/end_to_end(s)", "n_tokens_seen"
 # The metric is 1.0 for a step under Lighthouse attention, 0.0 for a dense one.
 UNDER_LIGHTHOUSE = "lighthouse/stage"
 
@@ -100,7 +104,7 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         # pyrefly: ignore[bad-assignment]  Upstream declares an int but only divides by it.
         self.num_flops_per_token = sum(steps) / len(steps)
         seconds = time.perf_counter() - self.time_last_log
-        metrics = {"time_metrics/end_to_end(s)": seconds / len(steps), **(extra_metrics or {})}
+        metrics = {SECONDS: seconds / len(steps), **(extra_metrics or {})}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, metrics)
         self._flops_per_token_of_steps = []
 

@@ -26,7 +26,7 @@ from .checks import check_config, check_device
 from .errors import UserError, UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
-from .metrics import UNDER_LIGHTHOUSE, LighthouseMetricsProcessor, whole_loss
+from .metrics import TOKENS, UNDER_LIGHTHOUSE, LighthouseMetricsProcessor, whole_loss
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .selection_statistics import Selected, selection_statistics, selections
@@ -289,7 +289,7 @@ class LighthouseTrainer(upstream.Trainer):
         share_of_text = self._sum_over("cp", loss_share)
         mean_of_text = share_of_text * global_tokens / local_tokens
         metrics: dict[str, Any] = {
-            "n_tokens_seen": self._sum_over("batch", tokens_seen),
+            TOKENS: self._sum_over("batch", tokens_seen),
             "lr": learning_rate,
             UNDER_LIGHTHOUSE: float(attention == "lighthouse"),
             "lighthouse/gathered_length": self._gathered_length[attention],

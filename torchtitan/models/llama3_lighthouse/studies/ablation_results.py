@@ -9,7 +9,7 @@ from lighthouse.geometry import PyramidGeometry
 
 from ..evaluation.figures import colours, new_figure, save
 from ..evaluation.tables import Row, columns_of, markdown, write_csv
-from ..metrics import UNDER_LIGHTHOUSE
+from ..metrics import HELD_OUT_LOSS, LOSS, MEMORY, THROUGHPUT, UNDER_LIGHTHOUSE
 from ..model.model import lighthouse_config
 from ..stages import stage_at
 from .settings import value_of
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOSS, THROUGHPUT = "loss_metrics/global_avg_loss", "throughput(tps)"
-HELD_OUT_LOSS = "validation_metrics/loss"
-MEMORY = "memory/max_reserved(GiB)"
 # The final loss is the mean over this share of all logged steps.
 FINAL_SHARE = 0.1
 # The first lines that an attention logs: their time may include the compilation of its kernels.

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ..checkpoint import checkpoints_in
 from ..evaluation.progress import say
-from ..metrics import METRICS_FILE
-from .ablation_results import HELD_OUT_LOSS
+from ..metrics import HELD_OUT_LOSS, METRICS_FILE
 from .recovery_plan import CHECKPOINTS, Study, plan
 from .recovery_plots import plot
 from .recovery_results import History, Track, read_history, summarise, write_tables

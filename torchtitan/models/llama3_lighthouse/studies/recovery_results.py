@@ -10,10 +10,9 @@ import numpy as np
 
 from ..errors import UserValueError
 from ..evaluation.tables import Row, columns_of, markdown, write_csv
-from .ablation_results import HELD_OUT_LOSS, LOSS, UNDER_LIGHTHOUSE
+from ..metrics import HELD_OUT_LOSS, LOSS, SECONDS, TOKENS, UNDER_LIGHTHOUSE
 from .sweeps import Run, read_metrics
 
-SECONDS, TOKENS = "time_metrics/end_to_end(s)", "n_tokens_seen"
 # The final loss is the mean over this share of all steps.
 FINAL_SHARE = 0.05
 # The smoothed training loss is a trailing mean over this share of all steps.
