@@ -267,6 +267,31 @@ def _check_offload(config: JobConfig) -> None:
             )
 
 
+def check_world_size(section: Parallelism, world_size: int) -> None:
+    """Check that ``world_size`` processes make up the mesh.
+
+    Raises:
+        ValueError: they do not.
+    """
+    fixed = (
+        section.data_parallel_replicate_degree
+        * section.context_parallel_degree
+        * section.tensor_parallel_degree
+        * section.pipeline_parallel_degree
+    )
+    if world_size % fixed or (
+        section.data_parallel_shard_degree > 0
+        and world_size != fixed * section.data_parallel_shard_degree
+    ):
+        raise UserValueError(
+            f"{world_size} processes do not make up [parallelism]: data_parallel_replicate_degree "
+            "x context_parallel_degree x tensor_parallel_degree x pipeline_parallel_degree = "
+            f"{fixed}, data_parallel_shard_degree = {section.data_parallel_shard_degree}; use as "
+            "many processes (--processes times --nodes) as the product of all five degrees, or "
+            "change a degree"
+        )
+
+
 def check_device(config: JobConfig, device_type: str) -> None:
     """Check the settings that depend on the device, such as "cuda" or "cpu".
 

@@ -16,7 +16,7 @@ from torchtitan.distributed import utils as dist_utils
 
 from lighthouse.geometry import PyramidGeometry
 
-from .checks import check_config, layout_on_rank_0
+from .checks import check_config, check_world_size, layout_on_rank_0
 from .data.packing import global_batch_size, stream_count
 from .errors import UserError, UserValueError
 from .infra.context_parallel import bytes_sent_per_layer
@@ -39,7 +39,7 @@ def dry_run(config: JobConfig, world_size: int) -> str:
         ValueError, TypeError, OSError: the run cannot work; the message names key, value and fix.
     """
     check_config(config, flavors)
-    _check_world_size(config.parallelism, world_size)
+    check_world_size(config.parallelism, world_size)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     dist_utils.init_fake_mode(world_size)
     try:
@@ -50,26 +50,6 @@ def dry_run(config: JobConfig, world_size: int) -> str:
         raise UserValueError(f"torchtitan refuses the configuration: {error}") from error
     finally:
         dist.destroy_process_group()
-
-
-def _check_world_size(section: Parallelism, world_size: int) -> None:
-    fixed = (
-        section.data_parallel_replicate_degree
-        * section.context_parallel_degree
-        * section.tensor_parallel_degree
-        * section.pipeline_parallel_degree
-    )
-    if world_size % fixed or (
-        section.data_parallel_shard_degree > 0
-        and world_size != fixed * section.data_parallel_shard_degree
-    ):
-        raise UserValueError(
-            f"{world_size} processes do not make up [parallelism]: data_parallel_replicate_degree "
-            "x context_parallel_degree x tensor_parallel_degree x pipeline_parallel_degree = "
-            f"{fixed}, data_parallel_shard_degree = {section.data_parallel_shard_degree}; use as "
-            "many processes (--processes times --nodes) as the product of all five degrees, or "
-            "change a degree"
-        )
 
 
 def _describe(config: JobConfig, world_size: int) -> str:
