@@ -19,7 +19,8 @@ LAYERS = [
     [
         f"{OVERLAY}.{name}"
         for name in (
-            "stages", "checkpoint", "checks", "metrics", "selection_statistics", "validate"
+            "stages", "checkpoint_record", "resume", "checkpoint", "checks", "metrics",
+            "selection_statistics", "validate",
         )
     ],
     [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from launch import SMALL, Run, arguments
 
-from torchtitan.models.llama3_lighthouse.checkpoint import RECORD_FILE, read_record
+from torchtitan.models.llama3_lighthouse.checkpoint_record import RECORD_FILE, read_record
 from torchtitan.models.llama3_lighthouse.checks import check_config, check_device, check_output
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserFileError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager

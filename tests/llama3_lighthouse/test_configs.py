@@ -55,6 +55,17 @@ def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
         assert 0 < section.dense_from_step < config.training.steps
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_only_the_papers_runs_leak_later_tokens(path: Path) -> None:
+    section = LighthouseConfigManager().parse_args(["--job.config_file", str(path)]).lighthouse
+    settings = (section.entry_score, section.combine)
+    if path.stem.startswith("paper_"):
+        assert settings == ("max", "sum")
+        assert "not for models that matter" in path.read_text()
+    else:
+        assert settings == ("first", "finest")
+
+
 def test_every_grid_is_known() -> None:
     assert {path.stem for path in (CONFIGS / "ablations").iterdir()} == set(GRIDS)
 

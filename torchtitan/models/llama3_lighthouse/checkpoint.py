@@ -1,12 +1,10 @@
 """Checkpoints: upstream's manager, made to refuse whatever would lose work."""
 
-import json
 import re
 import time
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +15,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpoint import DATALOADER, MODEL, TRAIN_STATE, CheckpointManager
 from torchtitan.tools.logging import logger
 
+from .checkpoint_record import CheckpointRecord, read_record, write_record
 from .data.packing import check_dataloader_state
 from .errors import UserFileError, UserValueError
-
-RECORD_FILE = "lighthouse.json"
-
-
-@dataclass(frozen=True)
-class CheckpointRecord:
-    """A note in a checkpoint's folder about the run that wrote it, for people and for scripts."""
-
-    step: int
-    last_lighthouse_step: int | None
-    """0: the run had no Lighthouse step. None: unknown, because another trainer, which leaves no
-    such note, trained an earlier part of the run."""
-    config: dict[str, Any]
-    """The whole configuration, by section."""
-
-    @property
-    def dense_steps(self) -> int | None:
-        """Dense steps since the last Lighthouse step, or since the run began."""
-        return None if self.last_lighthouse_step is None else self.step - self.last_lighthouse_step
-
-
-def read_record(path: str | Path) -> CheckpointRecord | None:
-    """The record in a step-N folder, or None; torchtitan's own trainer writes none."""
-    file = Path(path, RECORD_FILE)
-    if not file.is_file():
-        return None
-    try:
-        return CheckpointRecord(**json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserValueError(
-            f"{file} is not JSON: {error}; restore it, or remove it and pass the run's "
-            "configuration with --job.config_file FILE"
-        ) from None
-
-
-def write_record(path: str | Path, record: CheckpointRecord) -> None:
-    """Put ``record`` into a step-N folder, and make the folder if need be."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / RECORD_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
+from .resume import check_settings
 
 
 def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
@@ -160,6 +120,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                 return None
             path = Path(self.initial_load_path)
             self._check_fits(path, self.initial_load_model_only)
+            self._check_settings(path, True, self.initial_load_model_only)
             return path
         if not complete:
             if self.initial_load_path:
@@ -185,6 +146,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             )
         path = existing[step][0]
         self._check_fits(path, model_only=step == 0)
+        self._check_settings(path, False, weights_only=step == 0)
         return path
 
     def _check_fits(self, path: Path, model_only: bool) -> None:
@@ -197,6 +159,11 @@ class LighthouseCheckpointManager(CheckpointManager):
         check_shapes(path, self.states[MODEL].state_dict())
         if not model_only and DATALOADER not in self.exclude_from_loading:
             check_dataloader_state(path, self.states[DATALOADER].stream_count)
+
+    def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
+        record = read_record(path)
+        if record is not None:
+            check_settings(path, record, self.config, elsewhere, weights_only)
 
     def _purge_stale_checkpoints(self) -> None:
         """Keep the last ``keep_latest_k`` complete checkpoints; upstream counts all folders."""

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -156,6 +157,15 @@ class JobConfig(upstream.JobConfig):
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     debug: Debug = field(default_factory=Debug)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested TOML tables as section.key to value."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat
 
 
 class LighthouseConfigManager(ConfigManager):

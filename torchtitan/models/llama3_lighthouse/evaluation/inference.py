@@ -12,13 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from ..checkpoint import (
-    CheckpointRecord,
-    check_shapes,
-    checkpoints_in,
-    in_one_process,
-    read_record,
-)
+from ..checkpoint import check_shapes, checkpoints_in, in_one_process
+from ..checkpoint_record import CheckpointRecord, read_record
 from ..checks import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError

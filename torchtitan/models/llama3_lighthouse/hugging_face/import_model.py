@@ -9,7 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
 
-from ..checkpoint import CheckpointRecord, in_one_process, write_record
+from ..checkpoint import in_one_process
+from ..checkpoint_record import CheckpointRecord, write_record
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import model_arguments, parse_over

@@ -10,14 +10,10 @@ from ..checks import check_config, check_output
 from ..errors import UserTypeError, UserValueError
 from ..evaluation.progress import say
 from ..evaluation.tables import Row
-from ..job_config import (
-    JobConfig,
-    LighthouseConfigManager,
-    check_toml,
-)
+from ..job_config import JobConfig, LighthouseConfigManager, check_toml, flatten
 from ..model.flavors import flavors
 from .ablation_results import plot, summarise, write_tables
-from .settings import command_line, flatten, keys_given, nested, record_of, with_settings
+from .settings import command_line, keys_given, nested, record_of, with_settings
 from .sweeps import (
     Environment,
     Run,

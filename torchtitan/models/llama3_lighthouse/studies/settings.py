@@ -51,15 +51,6 @@ def record_of(config: JobConfig) -> str:
     return json.dumps({k: v for k, v in config.to_dict().items() if k != "job"}, indent=1)
 
 
-def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested TOML tables as section.key to value."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat
-
-
 def nested(settings: Settings) -> dict[str, Any]:
     """Settings as nested tables, the inverse of ``flatten``."""
     tables: dict[str, Any] = {}

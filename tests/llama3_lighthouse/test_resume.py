@@ -1,0 +1,129 @@
+"""What a run says, and refuses, when its settings differ from the checkpoint's."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import Run
+
+from torchtitan.models.llama3_lighthouse.checkpoint_record import CheckpointRecord
+from torchtitan.models.llama3_lighthouse.errors import UserValueError
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+from torchtitan.models.llama3_lighthouse.resume import METHOD, check_settings, differences
+from torchtitan.models.llama3_lighthouse.studies.settings import with_settings
+
+PATH = Path("run/checkpoint/step-20")
+
+
+def recorded(**settings: Any) -> dict[str, Any]:
+    """A configuration by section; keywords are section__key."""
+    by_key = {name.replace("__", "."): value for name, value in settings.items()}
+    return with_settings(JobConfig(), by_key).to_dict()
+
+
+def check(
+    present: dict[str, Any],
+    last_lighthouse_step: int | None = 20,
+    elsewhere: bool = False,
+    weights_only: bool = False,
+) -> None:
+    record = CheckpointRecord(20, last_lighthouse_step, recorded())
+    check_settings(PATH, record, present, elsewhere, weights_only)
+
+
+def test_same_settings_say_nothing(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    elsewhere = recorded(job__dump_folder="other", metrics__log_freq=1, checkpoint__interval=3)
+    check(elsewhere)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("lighthouse__levels", 4), ("lighthouse__pooling_factor", 2), ("lighthouse__top_k", 4096),
+    ("lighthouse__picks_per_stratum", 64), ("lighthouse__scorer", "gla"),
+    ("lighthouse__dilation", 2), ("lighthouse__entry_score", "mean"),
+    ("lighthouse__combine", "mean"), ("lighthouse__dense_layers", [0]),
+])  # fmt: skip
+def test_every_setting_of_the_method_is_refused_while_lighthouse_is_ahead(key, value) -> None:
+    name = key.replace("__", ".")
+    assert name in METHOD
+    with pytest.raises(UserValueError) as caught:
+        check(recorded(**{key: value}))
+    message = str(caught.value)
+    assert f"{name} = {value!r} (checkpoint: " in message
+    assert f"--checkpoint.initial_load_path {PATH}" in message and "\n" not in message
+
+
+def test_method_is_free_where_it_is_not_used(caplog) -> None:
+    """A dense stage ahead does not use it, and a run that was dense so far has not used it."""
+    caplog.set_level(logging.INFO)
+    check(recorded(lighthouse__top_k=4096, lighthouse__stage="dense"))
+    warning, info = caplog.records
+    assert warning.levelno == logging.WARNING and "top_k" not in warning.message
+    assert "lighthouse.stage = 'dense' (checkpoint: 'auto')" in warning.message
+    assert "lighthouse.top_k = 4096 (checkpoint: 1536)" in info.message
+    caplog.clear()
+    check(recorded(lighthouse__top_k=4096), last_lighthouse_step=0)
+    (warning,) = caplog.records
+    assert "other settings: lighthouse.top_k = 4096 (checkpoint: 1536)" in warning.message
+    with pytest.raises(UserValueError):
+        check(recorded(lighthouse__top_k=4096), last_lighthouse_step=None)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("model__flavor", "15M"), ("model__converters", ["float8"]), ("lighthouse__tokenizer", "hf"),
+])  # fmt: skip
+def test_model_is_refused_in_every_stage(key: str, value: Any) -> None:
+    with pytest.raises(UserValueError, match="of another model than this run"):
+        check(recorded(**{key: value}, lighthouse__stage="dense"))
+
+
+def test_training_is_warned_of_and_the_rest_is_told(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    check(recorded(
+        optimizer__lr=1.0, training__steps=7, lr_scheduler__decay_ratio=0.5,
+        training__gc_freq=3, parallelism__context_parallel_degree=2, compile__enable=True,
+    ))  # fmt: skip
+    warning, info = caplog.records
+    for part in ("optimizer.lr = 1.0 (checkpoint: 0.0008)", "training.steps = 7",
+                 "lr_scheduler.decay_ratio = 0.5 (checkpoint: None)"):  # fmt: skip
+        assert part in warning.message
+    for part in ("gc_freq = 3", "context_parallel_degree = 2", "compile.enable = True"):
+        assert part in info.message and part not in warning.message
+
+
+def test_another_place_may_hold_another_model(caplog) -> None:
+    present = recorded(lighthouse__top_k=4096, optimizer__lr=1.0)
+    check(present, elsewhere=True)
+    assert ["was trained as another model" in r.message for r in caplog.records] == [True, False]
+    caplog.clear()
+    # A new training from old weights has settings of its own.
+    check(present, elsewhere=True, weights_only=True)
+    (warning,) = caplog.records
+    assert "lighthouse.top_k" in warning.message and "optimizer.lr" not in warning.message
+
+
+def test_record_of_an_older_version_has_fewer_keys() -> None:
+    older = copy.deepcopy(recorded())
+    del older["lighthouse"]["entry_score"], older["validation"]
+    assert differences(older, recorded()) == []
+    (found,) = differences(older, recorded(lighthouse__entry_score="first"))
+    assert (found.key, found.recorded, found.present) == (
+        "lighthouse.entry_score", "max", "first"
+    )  # fmt: skip
+
+
+def test_resumed_run_compares_itself_with_its_checkpoint(tmp_path: Path) -> None:
+    Run(tmp_path, {"training.steps": 2, "checkpoint.interval": 2}).succeed()
+    refused = Run(tmp_path, {"training.steps": 3, "lighthouse.top_k": 16})
+    assert refused.wait() != 0
+    assert "step-2 is of another model than this run: lighthouse.top_k = 16 (checkpoint: 32)" in (
+        refused.log
+    )
+    going_on = Run(tmp_path, {"training.steps": 3, "optimizer.lr": 1e-4})
+    going_on.succeed()
+    assert "other settings: optimizer.lr = 0.0001 (checkpoint: 0.0008), training.steps = 3" in (
+        going_on.log
+    )

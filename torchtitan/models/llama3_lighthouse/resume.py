@@ -1,0 +1,109 @@
+"""What differs between a run and the checkpoint that it goes on from."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torchtitan.tools.logging import logger
+
+from lighthouse import LighthouseConfig
+
+from .checkpoint_record import CheckpointRecord
+from .errors import UserValueError
+from .job_config import JobConfig, flatten
+from .stages import stage_at
+
+# Settings that decide what weights of one shape compute.
+MODEL = {"model.name", "model.flavor", "model.converters", "lighthouse.tokenizer"}
+# Settings that decide it in steps under Lighthouse attention alone.
+METHOD = {f"lighthouse.{field.name}" for field in fields(LighthouseConfig)}
+METHOD |= {"lighthouse.dense_layers"}
+# Settings of these sections change training, except for those that do not touch what is computed.
+TRAINING = ("training.", "optimizer.", "lr_scheduler.", "lighthouse.")
+WITHOUT_EFFECT = ("training.dataloader.", "training.gc_", "lighthouse.log_selection_every")
+# Where a run writes and what it reports on the way do not change it.
+NOT_COMPARED = ("job.", "metrics.", "profiling.", "comm.", "checkpoint.", "model.hf_assets_path")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting with another value than the checkpoint's record has."""
+
+    key: str
+    recorded: Any
+    present: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.present!r} (checkpoint: {self.recorded!r})"
+
+
+def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[Difference]:
+    """The settings that differ, in the order of the configuration.
+
+    Args:
+        recorded, present: configurations by section. A key that the record does not know is newer
+            than the checkpoint, which was trained with its default.
+    """
+    # The record went through JSON, which makes lists of tuples.
+    now = flatten(json.loads(json.dumps(present)))
+    before = flatten(JobConfig().to_dict()) | flatten(recorded)
+    return [
+        Difference(key, before[key], value)
+        for key, value in now.items()
+        if key in before and before[key] != value and not key.startswith(NOT_COMPARED)
+    ]
+
+
+def check_settings(
+    path: Path,
+    record: CheckpointRecord,
+    present: dict[str, Any],
+    elsewhere: bool,
+    weights_only: bool,
+) -> None:
+    """Log what differs from the record of the checkpoint at ``path``; refuse another model.
+
+    Args:
+        present: the run's configuration by section.
+        elsewhere: whether the run goes on in a folder of its own. It may then be of another model.
+        weights_only: whether nothing but the weights is loaded, so that a new training begins.
+
+    Raises:
+        ValueError: a setting makes it another model, and the run would go on in the same folder.
+    """
+    section = present["lighthouse"]
+    next_step = 1 if weights_only else record.step + 1
+    lighthouse_ahead = (
+        stage_at(next_step, section["stage"], section["dense_from_step"]) == "lighthouse"
+    )
+    model_keys = set(MODEL)
+    if lighthouse_ahead and record.last_lighthouse_step != 0:
+        model_keys |= METHOD
+    model, training, rest = [], [], []
+    for found in differences(record.config, present):
+        if found.key in model_keys:
+            model.append(found)
+        elif found.key in METHOD:
+            (training if lighthouse_ahead else rest).append(found)
+        elif found.key.startswith(TRAINING) and not found.key.startswith(WITHOUT_EFFECT):
+            training.append(found)
+        else:
+            rest.append(found)
+
+    if model and not elsewhere:
+        raise UserValueError(
+            f"checkpoint {path} is of another model than this run: {_listed(model)}; restore the "
+            "checkpoint's values, or go on with the new ones in another place: --checkpoint.folder "
+            f"NEW --checkpoint.initial_load_path {path} --checkpoint.no-initial_load_model_only"
+        )
+    if model:
+        logger.warning(f"{path} was trained as another model than this run's: {_listed(model)}")
+    if training and not weights_only:
+        logger.warning(f"Training goes on from {path} with other settings: {_listed(training)}")
+    if rest and not weights_only:
+        logger.info(f"Settings without effect on the losses also differ: {_listed(rest)}")
+
+
+def _listed(found: list[Difference]) -> str:
+    return ", ".join(map(str, found))
