@@ -4,6 +4,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,6 +102,16 @@ def _gather_with_kernels(
     return selection, [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
 
 
+class StockAttention(nn.Module):
+    """torch's ``scaled_dot_product_attention`` as a module."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """[B, Hq, N, D]; ``options`` are the function's own."""
+        return nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+
 class LighthouseAttention(nn.Module):
     """Lighthouse attention around a dense inner attention.
 
@@ -108,7 +119,8 @@ class LighthouseAttention(nn.Module):
 
     Args:
         config: settings of the method.
-        sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``.
+        sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``, which
+            is the default.
         impl: as in ``lighthouse_attention``.
 
     Attributes:
@@ -117,12 +129,14 @@ class LighthouseAttention(nn.Module):
             together with an ``sdpa`` that attends over all ranks.
     """
 
-    def __init__(self, config: LighthouseConfig, sdpa: nn.Module, impl: str | None = None) -> None:
+    def __init__(
+        self, config: LighthouseConfig, sdpa: nn.Module | None = None, impl: str | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.impl = impl
         self.context_parallel = ONE_DEVICE
-        self.sdpa = sdpa
+        self.sdpa = sdpa if sdpa is not None else StockAttention()
         self.enabled = True
 
     def forward(

@@ -37,6 +37,20 @@ def test_module_switches_between_lighthouse_and_dense() -> None:
     assert torch.equal(dense, expected)
 
 
+def test_module_brings_dense_attention_of_its_own() -> None:
+    module = LighthouseAttention(CONFIG)
+    q, k, v = qkv(heads=4, kv_heads=4)
+    assert not list(module.state_dict())
+    assert torch.equal(module(q, k, v), lighthouse_attention(q, k, v, CONFIG))
+    module.enabled = False
+    assert torch.equal(
+        module(q, k, v), nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
+    for option in ("attn_mask", "dropout_p"):
+        with pytest.raises(TypeError, match=option):
+            module(q, k, v, **{option: None})
+
+
 def test_module_refuses_what_it_cannot_do() -> None:
     module = LighthouseAttention(CONFIG, Dense())
     with pytest.raises(ValueError, match="is_causal"):

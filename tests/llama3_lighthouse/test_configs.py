@@ -1,5 +1,6 @@
 """Every file in train_configs/ is a run that would start; every grid is a sweep of such runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
 from torchtitan.models.llama3_lighthouse.checks import check_config
+from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
@@ -64,6 +66,25 @@ def test_only_the_papers_runs_leak_later_tokens(path: Path) -> None:
         assert "not for models that matter" in path.read_text()
     else:
         assert settings == ("first", "finest")
+
+
+def test_guide_says_how_many_rows_no_token_uses() -> None:
+    guide = (CONFIGS.parent / "docs/guides/configuration.md").read_text()
+    rows = [
+        line.split(" | ")
+        for line in guide.splitlines()
+        if line.startswith("| `") and ".toml" in line
+    ]
+    listed = {name: row for row in rows for name in re.findall(r"\w+\.toml", row[0])}
+    assert set(listed) == {path.name for path in FILES}
+    ids = ByteTokenizer().get_vocab_size()
+    for path in FILES:
+        config = LighthouseConfigManager().parse_args(["--job.config_file", str(path)])
+        tokenizer, unused = listed[path.name][2:4]
+        assert tokenizer == config.lighthouse.tokenizer
+        if tokenizer == "byte":
+            rows_in_all = flavors[config.model.flavor].vocab_size
+            assert unused.startswith(f"{rows_in_all - ids:,} of {rows_in_all:,}"), path
 
 
 def test_every_grid_is_known() -> None:
