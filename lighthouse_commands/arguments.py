@@ -47,6 +47,48 @@ def split_overrides(line: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Add [CONFIG], which may also come as --job.config_file among the overrides."""
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG", help="TOML file of the run"
+    )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add --processes and --nodes."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processes on each machine; default: this one's GPUs, or 1",
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
+
+
+def trainer_arguments(config: Path | None, overrides: list[str]) -> list[str]:
+    """The trainer's command line for a configuration file and overrides.
+
+    There is no default file: a run takes long and writes a lot, so it has to be asked for.
+
+    Raises:
+        CommandError: no configuration is named, or two are, or the file is not there.
+    """
+    named = [
+        word
+        for word in overrides
+        if word.partition("=")[0] in ("--job.config_file", "--job.config-file")
+    ]
+    if config is None:
+        if not named:
+            raise CommandError("no configuration is given; pass CONFIG, its TOML file")
+        return overrides
+    if named:
+        raise CommandError(f"{config} and --job.config_file name two configurations; give one")
+    if not config.is_file():
+        raise CommandError(f"{config} is no file; name a TOML file")
+    return ["--job.config_file", str(config), *overrides]
+
+
 def add_checkpoints(parser: argparse.ArgumentParser) -> None:
     """Add CHECKPOINT..., one or more."""
     parser.add_argument(

@@ -5,8 +5,8 @@ lighthouse dry-run train_configs/paper_530m_1m_cp8.toml --processes 8 --nodes 4
 
 import argparse
 
+from .arguments import add_configuration, add_size, trainer_arguments
 from .launch import check_count, gpus_here
-from .train import add_configuration, add_size, trainer_arguments
 
 SUMMARY = "check a configuration and say what each process would hold"
 IF_INTERRUPTED = "nothing was written"

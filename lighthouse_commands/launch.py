@@ -1,11 +1,13 @@
 """How training processes are started: the torchrun command line and its environment."""
 
+import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 
 from .arguments import CommandError
 
@@ -57,18 +59,29 @@ class Machines:
             )
 
 
-def torchrun_command(machines: Machines, trainer_arguments: list[str], log_rank: str) -> list[str]:
-    """The command line that trains on this machine.
+def torchrun_arguments(
+    machines: Machines, trainer_arguments: list[str], log_rank: str
+) -> list[str]:
+    """The arguments of torchrun that train on this machine.
+
+    One rank that is shown writes to the terminal itself. Several are shown line by line, each line
+    with its rank. The output of the others goes to files.
 
     Args:
         log_rank: ranks of this machine whose output is shown, separated by commas.
 
     Raises:
-        CommandError: ``log_rank`` is no list of ranks.
+        CommandError: ``log_rank`` is no list of ranks of this machine.
     """
     if not re.fullmatch(r"\d+(,\d+)*", log_rank):
         raise CommandError(
             f"--log-rank {log_rank} must be ranks separated by commas, for example 0,1"
+        )
+    shown = set(map(int, log_rank.split(",")))
+    if max(shown) >= machines.processes:
+        raise CommandError(
+            f"--log-rank {log_rank} names a rank that this machine does not have; it has "
+            f"{machines.processes}, counted from 0"
         )
     if machines.nodes > 1:
         rendezvous = ["--nnodes", str(machines.nodes), "--node-rank", str(machines.node_rank)]
@@ -76,10 +89,14 @@ def torchrun_command(machines: Machines, trainer_arguments: list[str], log_rank:
         rendezvous += ["--master-port", str(machines.master_port)]
     else:
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nproc-per-node", str(machines.processes), *rendezvous]
-    command += ["--local-ranks-filter", log_rank, "--role", "rank", "--tee", "3"]
-    return [*command, "-m", TRAINER, *trainer_arguments]
+    line = ["--nproc-per-node", str(machines.processes), *rendezvous]
+    hidden = [rank for rank in range(machines.processes) if rank not in shown]
+    if len(shown) > 1:
+        line += ["--local-ranks-filter", log_rank, "--role", "rank", "--tee", "3"]
+    elif hidden:
+        # 3 stands for standard output and standard error.
+        line += ["--redirects", ",".join(f"{rank}:3" for rank in hidden)]
+    return [*line, "-m", TRAINER, *trainer_arguments]
 
 
 def training_environment(
@@ -88,8 +105,10 @@ def training_environment(
     """Environment of the training processes; what the user set stays."""
     defaults = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if not gpus:
-        # torchrun's default is one thread for each of several processes.
         defaults["OMP_NUM_THREADS"] = str(max(1, cores // processes))
+    elif processes > 1:
+        # torchrun would set this too, and print five lines about it.
+        defaults["OMP_NUM_THREADS"] = "1"
     # An empty variable counts as one that is not set.
     kept = {name: value for name, value in given.items() if value or name not in defaults}
     return {**defaults, **kept}
@@ -108,8 +127,38 @@ def gpus_here() -> int:
     return min(found, sum(bool(name.strip()) for name in visible.split(",")))
 
 
-def replace_process(command: list[str], environment: dict[str, str]) -> None:
-    """Become ``command``, so that signals and the exit code are its own."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(command[0], command, environment)
+def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
+    """Train with torchrun in this process, which starts the training processes.
+
+    Raises:
+        CommandError: training ended with a user's mistake, whose message this is.
+        SystemExit: it crashed, or a signal stopped it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    from torchtitan.models.llama3_lighthouse.errors import LAUNCHER_PRINTS, USERS_MISTAKE
+
+    os.environ.clear()
+    os.environ.update({**environment, LAUNCHER_PRINTS: "1"})
+    logger = logging.getLogger("torch.distributed.elastic")
+    held_back = MemoryHandler(
+        capacity=1000, flushLevel=logging.CRITICAL + 1, target=logging.StreamHandler()
+    )
+    logger.propagate = False
+    logger.addHandler(held_back)
+    try:
+        run(parse_args(line))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.error_file_data.get(USERS_MISTAKE):
+            held_back.buffer.clear()
+            raise CommandError(failure.message) from None
+        held_back.flush()
+        sys.exit(str(error))
+    except SignalException as error:
+        held_back.buffer.clear()
+        print(f"stopped by {error.sigval.name}; the same command goes on from the last checkpoint",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(128 + error.sigval)

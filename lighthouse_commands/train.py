@@ -2,8 +2,8 @@
 
     lighthouse train train_configs/debug_cpu.toml --training.steps 40
 
-CONFIG is a TOML file. --list-keys shows every key that it may hold. The process is replaced by
-torchrun, which starts one training process for each GPU.
+CONFIG is a TOML file. --list-keys shows every key that it may hold, --dry-run what a run would do.
+The configuration is checked before torchrun starts one training process for each GPU.
 
 On several machines, each of them runs the same command with its own --node-rank:
 
@@ -14,13 +14,14 @@ import argparse
 import os
 from pathlib import Path
 
-from .arguments import CommandError
+from . import dry_run
+from .arguments import add_configuration, add_size, trainer_arguments
 from .launch import (
     MASTER_PORT,
     Machines,
     gpus_here,
-    replace_process,
-    torchrun_command,
+    run_torchrun,
+    torchrun_arguments,
     training_environment,
 )
 
@@ -55,53 +56,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show every key of a configuration with its value, and end",
     )
-
-
-def add_configuration(parser: argparse.ArgumentParser) -> None:
-    """Add [CONFIG], which may also come as --job.config_file among the overrides."""
     parser.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG", help="TOML file of the run"
+        "--no-check",
+        action="store_true",
+        help="start at once, and leave it to the training processes to check the configuration",
     )
-
-
-def add_size(parser: argparse.ArgumentParser) -> None:
-    """Add --processes and --nodes."""
     parser.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="processes on each machine; default: this one's GPUs, or 1",
+        "--dry-run",
+        action="store_true",
+        help="say what each process would hold and do, and end: as lighthouse dry-run",
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
-
-
-def trainer_arguments(config: Path | None, overrides: list[str]) -> list[str]:
-    """The trainer's command line for a configuration file and overrides.
-
-    There is no default file: a run takes long and writes a lot, so it has to be asked for.
-
-    Raises:
-        CommandError: no configuration is named, or two are, or the file is not there.
-    """
-    named = [
-        word
-        for word in overrides
-        if word.partition("=")[0] in ("--job.config_file", "--job.config-file")
-    ]
-    if config is None:
-        if not named:
-            raise CommandError("no configuration is given; pass CONFIG, its TOML file")
-        return overrides
-    if named:
-        raise CommandError(f"{config} and --job.config_file name two configurations; give one")
-    if not config.is_file():
-        raise CommandError(f"{config} is no file; name a TOML file")
-    return ["--job.config_file", str(config), *overrides]
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.list_keys:
         list_keys(options.config, overrides)
+        return
+    if options.dry_run:
+        dry_run.run(options, overrides)
         return
     arguments = trainer_arguments(options.config, overrides)
     gpus = gpus_here()
@@ -112,10 +84,32 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
         options.master_address,
         options.master_port,
     )
-    environment = training_environment(
-        os.environ, machines.processes, gpus, cores=os.cpu_count() or 1
+    line = torchrun_arguments(machines, arguments, options.log_rank)
+    # Importing the trainer takes seconds, here and in each process.
+    count = machines.processes * machines.nodes
+    print(f"starting {count} training process{'' if count == 1 else 'es'}", flush=True)
+
+    if not options.no_check:
+        check(arguments, machines.processes * machines.nodes, "cuda" if gpus else "cpu")
+    run_torchrun(
+        line,
+        training_environment(os.environ, machines.processes, gpus, cores=os.cpu_count() or 1),
     )
-    replace_process(torchrun_command(machines, arguments, options.log_rank), environment)
+
+
+def check(arguments: list[str], world_size: int, device_type: str) -> None:
+    """Check a run before its processes start: each of them would find the mistake again.
+
+    Raises:
+        ValueError, TypeError, OSError: the run cannot work; the message names key, value and fix.
+    """
+    from torchtitan.models.llama3_lighthouse.checks import check_device, check_launch
+    from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+    from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+
+    config = LighthouseConfigManager().parse_args(arguments)
+    check_launch(config, flavors, world_size)
+    check_device(config, device_type)
 
 
 def list_keys(config: Path | None, overrides: list[str]) -> None:

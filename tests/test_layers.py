@@ -19,7 +19,7 @@ LAYERS = [
     [
         f"{OVERLAY}.{name}"
         for name in (
-            "stages", "checkpoint_record", "resume", "checkpoint", "checks", "metrics",
+            "stages", "console", "checkpoint_record", "resume", "checkpoint", "checks", "metrics",
             "selection_statistics", "validate",
         )
     ],
@@ -27,7 +27,9 @@ LAYERS = [
         OVERLAY,
         *(
             f"{OVERLAY}.{name}"
-            for name in ("train_spec", "baseline", "train", "memory_estimate", "dry_run")
+            for name in (
+                "train_spec", "baseline", "memory_estimate", "description", "train", "dry_run"
+            )
         ),
     ],
     [f"{OVERLAY}.evaluation"],

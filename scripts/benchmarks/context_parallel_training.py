@@ -1,7 +1,6 @@
 """Parts of the context parallelism benchmark that train: short runs, compared step by step."""
 
 import os
-import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -10,18 +9,28 @@ from typing import Any
 from context_parallel_layer import PER_GPU
 from measuring import method_of
 
+from torchtitan.models.llama3_lighthouse.metrics import (
+    GRAD_NORM,
+    LOSS,
+    MEMORY,
+    METRICS_FILE,
+    MFU,
+    THROUGHPUT,
+)
 from torchtitan.models.llama3_lighthouse.studies.settings import command_line
-from torchtitan.models.llama3_lighthouse.studies.sweeps import end_with_parent, trainer_command
+from torchtitan.models.llama3_lighthouse.studies.sweeps import (
+    end_with_parent,
+    read_metrics,
+    trainer_command,
+)
 
 Steps = dict[int, dict[str, float]]
 
 # The only product that checkpointing keeps in the part "training". With more of them, the whole
 # length does not fit one GPU of 80 GB.
 KEPT_PRODUCT = "wo"
-LINE = re.compile(
-    r"step: *(?P<step>\d+) +loss: *(?P<loss>\S+) +grad_norm: *(?P<grad_norm>\S+) +"
-    r"memory: *(?P<GiB>[\d.]+)GiB.*?tps: *(?P<tps>[\d,]+).*?mfu: *(?P<mfu>[\d.]+)%"
-)
+# Names of values in a record, and those of the metrics that they are.
+VALUES = {"loss": LOSS, "grad_norm": GRAD_NORM, "GiB": MEMORY, "tps": THROUGHPUT, "mfu": MFU}
 LARGE = {
     "training.dataset": "python_stdlib",
     "training.global_batch_size": 1,
@@ -53,6 +62,7 @@ class Job:
         line = ["--job.config_file", config, "--job.dump_folder", str(folder)]
         line += [*command_line(settings), "--metrics.log_freq", "1"]
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.log_file = folder / "log.txt"
         self.process = subprocess.Popen(
             trainer_command(len(gpus), line),
@@ -78,11 +88,13 @@ class Job:
 
     def logged(self) -> Steps:
         """Values that each step has logged so far."""
-        found = {}
-        for match in LINE.finditer(self.log_file.read_text()):
-            values = {key: float(text.replace(",", "")) for key, text in match.groupdict().items()}
-            found[int(values.pop("step"))] = values
-        return found
+        if not (self.folder / METRICS_FILE).exists():
+            return {}
+        return {
+            step: {name: entry[metric] for name, metric in VALUES.items() if metric in entry}
+            for step, entry in read_metrics(self.folder).items()
+            if LOSS in entry
+        }
 
 
 def largest_difference(steps: Steps, expected: Steps, key: str) -> float:

@@ -1,6 +1,5 @@
 """The console command: help, the command line, and how commands end."""
 
-import os
 import re
 import resource
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 
 from lighthouse_commands import launch
 from lighthouse_commands.arguments import split_overrides
-from lighthouse_commands.launch import Machines, torchrun_command, training_environment
+from lighthouse_commands.launch import Machines, torchrun_arguments, training_environment
 from lighthouse_commands.main import COMMANDS, main, needs
 
 ROOT = Path(__file__).parents[2]
@@ -184,41 +183,74 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch) -> None:
 
 @pytest.fixture
 def launched(monkeypatch) -> dict:
-    """The process that ``lighthouse train`` would become, on a machine with two GPUs."""
+    """The arguments of torchrun that ``lighthouse train`` passes, on a machine with two GPUs."""
     found: dict = {}
 
-    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
-        found.update(program=program, command=command, environment=environment)
+    def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
+        found.update(line=line, environment=environment)
 
-    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr("lighthouse_commands.train.run_torchrun", run_torchrun)
     monkeypatch.setattr("lighthouse_commands.train.gpus_here", lambda: 2)
     return found
 
 
-def test_train_becomes_torchrun(launched: dict) -> None:
+def test_train_calls_torchrun(launched: dict, capsys) -> None:
     main(["train", DEBUG, "--training.steps", "5"])
-    assert launched["program"] == sys.executable
-    assert launched["command"] == [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-        "--local-ranks-filter", "0", "--role", "rank", "--tee", "3",
-        "-m", "torchtitan.models.llama3_lighthouse.train",
+    # The second rank's output goes to a file, and the first one's is not touched.
+    assert launched["line"] == [
+        "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+        "--redirects", "1:3", "-m", "torchtitan.models.llama3_lighthouse.train",
         "--job.config_file", DEBUG, "--training.steps", "5",
     ]  # fmt: skip
+    assert capsys.readouterr().out == "starting 2 training processes\n"
+    main(["train", "--processes", "1", "--job.config_file", DEBUG])
+    assert launched["line"][:2] == ["--nproc-per-node", "1"]
+    assert "--redirects" not in launched["line"] and "--tee" not in launched["line"]
     main(["train", "--processes", "3", "--log-rank", "0,1", "--job.config_file", DEBUG])
-    assert launched["command"][3:5] == ["--nproc-per-node", "3"]
-    assert launched["command"][-2:] == ["--job.config_file", DEBUG]
-    assert "0,1" in launched["command"]
+    shown = launched["line"].index("--local-ranks-filter")
+    assert launched["line"][shown : shown + 6] == [
+        "--local-ranks-filter", "0,1", "--role", "rank", "--tee", "3"
+    ]  # fmt: skip
 
 
 def test_train_on_several_machines(launched: dict) -> None:
     line = ["train", DEBUG, "--nodes", "2", "--node-rank", "1", "--master-address", "host0"]
     main(line)
-    assert launched["command"][3:13] == [
+    assert launched["line"][:10] == [
         "--nproc-per-node", "2", "--nnodes", "2", "--node-rank", "1",
         "--master-addr", "host0", "--master-port", "29500",
     ]  # fmt: skip
-    assert "--rdzv-backend" not in launched["command"]
+    assert "--rdzv-backend" not in launched["line"]
+
+
+def test_configuration_is_checked_before_processes_start(launched: dict, tmp_path: Path) -> None:
+    cases = [
+        (["--parallelism.tensor_parallel_degree", "4"],
+         "2 processes (--processes or NGPU, times the machines) do not make up [parallelism], "
+         "which needs a multiple of 4: tensor_parallel_degree 4; start as many"),
+        (["--training.global_batch_size", "3"], "training.global_batch_size = 3 must be a multiple "
+         "of training.local_batch_size = 1 times the data-parallel degree of 2"),
+        (["--lighthouse.data_streams", "3"], "lighthouse.data_streams = 3 must be a multiple"),
+        (["--lighthouse.top_k", "31"], "top_k"),
+        (["--training.mixed_precision_param", "float32", "--parallelism.context_parallel_degree",
+          "2"], "does not go with context parallelism on GPUs"),
+    ]  # fmt: skip
+    for line, message in cases:
+        line = ["train", DEBUG, "--job.dump_folder", str(tmp_path / "run"), *line]
+        with pytest.raises(SystemExit) as caught:
+            main(line)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert not launched
+    main([*line, "--no-check"])
+    assert launched
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_is_an_option_of_train_too(launched: dict, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    main(["train", DEBUG, "--training.steps", "7", f"--job.dump_folder={folder}", "--dry-run"])
+    assert "steps         7: all in the Lighthouse stage" in capsys.readouterr().out
+    assert not launched and not folder.exists()
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -228,6 +260,8 @@ def test_train_on_several_machines(launched: dict) -> None:
     ([DEBUG, f"--job.config-file={DEBUG}"], "name two configurations; give one"),
     ([DEBUG, "--processes", "0"], "--processes 0 must be at least 1"),
     ([DEBUG, "--log-rank", "abc"], "--log-rank abc must be ranks separated by commas"),
+    ([DEBUG, "--log-rank", "2"], "--log-rank 2 names a rank that this machine does not have; it "
+     "has 2, counted from 0"),
     ([DEBUG, "--nodes", "0"], "--nodes 0 must be at least 1"),
     ([DEBUG, "--nodes", "2"], "--nodes 2 needs --master-address, the address of the machine with "
      "--node-rank 0"),
@@ -249,7 +283,9 @@ def test_environment_of_training() -> None:
         "HOME": "/home/me", **allocator, "OMP_NUM_THREADS": "2"
     }  # fmt: skip
     assert training_environment(given, 16, 0, 8)["OMP_NUM_THREADS"] == "1"
-    assert training_environment(given, 8, 8, 8) == {**given, **allocator}
+    # torchrun would set one thread as well, and say so in five lines.
+    assert training_environment(given, 8, 8, 8) == {**given, **allocator, "OMP_NUM_THREADS": "1"}
+    assert training_environment(given, 1, 8, 8) == {**given, **allocator}
     own = {"PYTORCH_CUDA_ALLOC_CONF": "a", "OMP_NUM_THREADS": "5"}
     assert training_environment(own, 1, 0, 8) == own
 
@@ -276,8 +312,7 @@ def test_sweeps_train_by_the_same_command(launched: dict) -> None:
     program, module, name, *line = trainer_command(2, arguments)
     assert (program, module, name) == (sys.executable, "-m", "lighthouse_commands.main")
     main(line)
-    quiet = [*arguments, "--metrics.disable_color_printing"]
-    assert launched["command"] == torchrun_command(Machines(2), quiet, log_rank="0")
+    assert launched["line"] == torchrun_arguments(Machines(2), arguments, log_rank="0")
 
 
 def test_choices_are_those_of_the_trainer() -> None:

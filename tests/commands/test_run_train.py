@@ -1,6 +1,7 @@
 """``run_train.sh``: which command its environment variables make."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,13 +50,23 @@ DEBUG = "train_configs/debug_cpu.toml"
     ([], {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "7"},
      f"train {DEBUG} --nodes 2 --node-rank 1 --master-address host0 --master-port 7 --log-rank 0"),
     (["--dry-run", "--training.steps", "5"], {"NGPU": "8", "NNODES": "4"},
-     f"dry-run {DEBUG} --nodes 4 --processes 8 --training.steps 5"),
-    (["--help"], {}, f"train {DEBUG} --list-keys"),
+     f"train {DEBUG} --nodes 4 --processes 8 --log-rank 0 --dry-run --training.steps 5"),
+    (["--training.steps", "5", "--dry-run"], {"NNODES": "4"},
+     f"train {DEBUG} --nodes 4 --log-rank 0 --training.steps 5 --dry-run"),
+    (["--list-keys"], {"CONFIG_FILE": "train_configs/other.toml"},
+     "train train_configs/other.toml --nodes 1 --log-rank 0 --list-keys"),
 ])  # fmt: skip
 def test_command(call, line: list[str], variables: dict[str, str], command: str) -> None:
     done = call(*line, **variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{command}\n"
+
+
+def test_help_names_the_variables_and_where_the_keys_are(call) -> None:
+    done = call("--training.steps", "5", "--help", CONFIG_FILE="none.toml")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) < 20
+    for word in (*VARIABLES, "--dry-run", "--list-keys"):
+        assert re.search(rf"^{word} ", done.stdout, re.MULTILINE), word
 
 
 @pytest.mark.parametrize(("variables", "message"), [

@@ -7,23 +7,26 @@ import pytest
 import torch
 from launch import SMALL, Run, arguments
 
+from torchtitan.models.llama3_lighthouse import checks
 from torchtitan.models.llama3_lighthouse.checkpoint_record import RECORD_FILE, read_record
 from torchtitan.models.llama3_lighthouse.checks import check_config, check_device, check_output
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserFileError, UserValueError
-from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.stages import attention_at, stage_at
 from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer
 
 
-def check(tmp_path: Path, toml: str = "", **settings: Any) -> None:
+def check(tmp_path: Path, toml: str = "", **settings: Any) -> JobConfig:
     """Parse ``toml``, or else ``settings``, as the trainer would, and check the result."""
     line = arguments({"job.dump_folder": tmp_path / "dump", **SMALL, **settings})
     if toml:
         (tmp_path / "config.toml").write_text(toml)
         line = ["--job.config_file", str(tmp_path / "config.toml"),
                 "--job.dump_folder", str(tmp_path / "dump")]  # fmt: skip
-    check_config(LighthouseConfigManager().parse_args(line), flavors)
+    config = LighthouseConfigManager().parse_args(line)
+    check_config(config, flavors)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_process_ends_with_one_message(tmp_path: Path, settings: dict, message: 
     # With torchrun, the log still has one message: torchrun's last lines repeat it.
     run = Run(tmp_path, settings, torchrun=message == "c5")
     assert run.wait() != 0
-    errors = [line for line in run.log.splitlines() if " - ERROR - " in line and "root" in line]
+    errors = [line for line in run.log.splitlines() if "  ERROR " in line]
     assert len(errors) == 1 and message in errors[0], run.log[-4000:]
     assert run.lines(0) == []
 
@@ -193,7 +196,7 @@ def test_earlier_load_step_does_not_overwrite_later_ones(tmp_path: Path) -> None
         "checkpoint.initial_load_path": tmp_path / "dump/checkpoint/step-2",
         "checkpoint.initial_load_model_only": False,
     }
-    assert "Training starts at step 3" in Run(tmp_path, branch).succeed().log
+    assert "Goes on from" in Run(tmp_path, branch).succeed().log
 
 
 def test_stage_rule() -> None:
@@ -263,3 +266,24 @@ def test_replicas_without_sharding_are_refused(tmp_path: Path) -> None:
     check(tmp_path, **replicated)
     with pytest.raises(ValueError, match="data_parallel_replicate_degree = 2 without sharding"):
         check(tmp_path, **replicated, **{"parallelism.data_parallel_shard_degree": 1})
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_missing_logger_is_refused_at_the_start(tmp_path: Path, monkeypatch, package: str) -> None:
+    key = f"metrics.enable_{package}"
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserValueError, match=rf"{key} = true needs the package {package}.*pip"):
+        check(tmp_path, **{key: True})
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: name)
+    check(tmp_path, **{key: True})
+
+
+@pytest.mark.parametrize(("settings", "warned"), [
+    ({"lighthouse.dense_from_step": 12}, True), ({"lighthouse.dense_from_step": 11}, False),
+    ({"lighthouse.dense_from_step": 12, "lighthouse.stage": "lighthouse"}, False),
+])  # fmt: skip
+def test_run_that_never_gets_dense_is_warned_of(tmp_path: Path, settings, warned: bool) -> None:
+    warnings = checks.schedule_warnings(check(tmp_path, **settings))
+    assert len(warnings) == warned
+    if warned:
+        assert "lighthouse.dense_from_step = 12 is not below training.steps = 12" in warnings[0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torchtitan.models.llama3 import Transformer
 
+from torchtitan.models.llama3_lighthouse.description import ending
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
@@ -26,13 +27,16 @@ def parse(tmp_path: Path, name: str, *line: str) -> JobConfig:
 
 def test_dry_run_of_the_papers_longest(tmp_path: Path) -> None:
     text = dry_run(parse(tmp_path, "paper_530m_1m_cp8"), 32)
-    assert "32 processes = 1 replicas x 4 FSDP x 8 context x 1 tensor x 1 pipeline parallel" in text
-    assert "4 sequences of 1,048,576 tokens, 4,194,304 tokens a step in 1 passes" in text
+    assert "32 processes = 4 FSDP x 8 context parallel\n" in text
+    assert "4 sequences of 1,048,576 tokens, 4,194,304 tokens a step in 1 pass;" in text
     with torch.device("meta"):
         total = sum(p.numel() for p in Transformer(flavors["530M"]).parameters())
     # The size of every parameter is a multiple of 32.
     assert f"131,072 tokens a pass in 2 chunks, {total // 32:,} parameters" in text
     assert "S = 65,536 of 1,048,576 positions, 8,192 on each rank; 32 strata, 2 in each" in text
+    assert "127,997 of 128,256 vocabulary rows, 49.4% of the parameters, never see a token" in text
+    assert "16,000: 1 to 10,000 in the Lighthouse stage, then dense; 67,108,864,000 tokens" in text
+    assert "each rank, estimated: 20.0 GiB Lighthouse, 24.8 GiB dense; 0.25 for weights" in text
     # The test of the ring at this size says where these numbers come from.
     assert "sends 939,524,096 bytes of keys, values and gradients, and 24,576 bytes of" in text
 
@@ -53,7 +57,7 @@ def test_dry_run_says_what_ranks_send_only_under_context_parallelism(tmp_path: P
 def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
     line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
     text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)
-    assert "4 processes = 1 replicas x 2 FSDP x 1 context x 1 tensor x 2 pipeline parallel" in text
+    assert "4 processes = 2 FSDP x 2 pipeline parallel" in text
     # The first pipeline stage has the embedding and half of the layers, in two shards.
     whole, mine = (
         int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters\b", text)
@@ -69,15 +73,45 @@ def test_dry_run_says_what_offloading_needs(tmp_path: Path) -> None:
 
 
 def test_dry_run_of_one_process(tmp_path: Path) -> None:
-    assert "1 processes = 1 replicas x 1 FSDP" in dry_run(parse(tmp_path, "debug_cpu"), 1)
+    folder = tmp_path / "run"
+    config = parse(folder, "debug_cpu")
+    assert "\nmesh          1 process\n" in dry_run(config, 1)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("name", "attention", "measured"), [
+    ("270m_98k", "Lighthouse", 39.1), ("270m_98k", "dense", 42.3),
+    ("paper_530m_98k", "Lighthouse", 25.6), ("paper_530m_98k", "dense", 27.0),
+])  # fmt: skip
+def test_memory_estimate_is_near_what_was_measured(tmp_path, name, attention, measured) -> None:
+    """On an H100, with the allocator's reserve: docs/benchmarks/training_98k.json."""
+    text = dry_run(parse(tmp_path, name), 1)
+    (estimate,) = re.findall(rf"([\d.]+) GiB {attention}", text)
+    assert 0.89 * measured < float(estimate) < 1.02 * measured
+
+
+def test_ending_says_what_comes_next(tmp_path: Path) -> None:
+    config = parse(tmp_path, "debug_cpu")
+    first, second = ending(config, 45, 15, "dense", 192.3)
+    assert (
+        first
+        == f"Finished step 45 of 45: 15 steps in 3:12; checkpoint {tmp_path}/checkpoint/step-45"
+    )
+    assert second == f"Next: lighthouse export-hf {tmp_path} --output FOLDER"
+    assert "--lighthouse.stage dense" in ending(config, 45, 1, "lighthouse", 1.0)[1]
+    (already,) = ending(config, 45, 0, "", 1.0)
+    assert already.startswith("already at step 45 of 45: nothing to train; pass --training.steps")
+    # The text ran out, so the last save is of an earlier step.
+    assert ending(config, 44, 3, "dense", 1.0) == ["Finished step 44 of 45: 3 steps in 0:01"]
 
 
 @pytest.mark.parametrize(
     ("processes", "line", "message"),
     [
-        (12, [], "12 processes do not make up"),
+        (12, [], r"12 processes .* do not make up \[parallelism\], which needs a multiple of 8"),
         (32, ["--lighthouse.top_k", "1024"], "must divide the strata"),
-        (32, ["--training.global_batch_size", "6"], "lighthouse.data_streams = 6 must be"),
+        (32, ["--training.global_batch_size", "6"], "training.global_batch_size = 6 must be a"),
+        (32, ["--lighthouse.data_streams", "6"], "lighthouse.data_streams = 6 must be"),
     ],
 )
 def test_dry_run_refuses_what_cannot_run(tmp_path: Path, processes, line, message) -> None:

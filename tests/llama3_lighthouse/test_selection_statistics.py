@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,58 +137,3 @@ def test_metrics_survive_a_line_cut_off(tmp_path: Path) -> None:
     again.log({"loss": 1.25}, 4)
     again.close()
     assert path.read_text().splitlines()[2] == '{"step": 4, "loss": 1.25}'
-
-
-@pytest.mark.parametrize("pipeline, logging_rank", [(1, 0), (2, 4)])
-def test_the_rank_that_upstream_logs_from_writes(
-    tmp_path, monkeypatch, pipeline, logging_rank
-) -> None:
-    """Upstream logs from the first rank, or from the first rank of the last pipeline stage."""
-    monkeypatch.setattr(metrics.MetricsProcessor, "__init__", lambda self, *_: None)
-    dims = SimpleNamespace(pp_enabled=pipeline > 1, pp=pipeline, world_size=8)
-    config = SimpleNamespace(
-        job=SimpleNamespace(dump_folder=str(tmp_path)),
-        parallelism=SimpleNamespace(pipeline_parallel_schedule="1F1B"),
-    )
-    for rank in range(8):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        processor = metrics.LighthouseMetricsProcessor.__new__(metrics.LighthouseMetricsProcessor)
-        processor.logger = metrics.BaseLogger()
-        processor.__init__(config, dims)
-        processor.logger.log({"rank": rank}, 1)
-        processor.logger.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == f'{{"step": 1, "rank": {logging_rank}}}\n'
-
-
-def test_validation_inside_a_log_interval_leaves_it_whole(monkeypatch) -> None:
-    """Here are two steps of 10 s and 100 tokens each, with 7 s of validation between them."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock.now)
-    processor = metrics.LighthouseMetricsProcessor.__new__(metrics.LighthouseMetricsProcessor)
-    processor._flops_per_token_of_steps = []
-    processor.ntokens_since_last_log = 0
-    seen = {}
-
-    def upstream_log(self, *arguments):
-        seen[arguments[1]] = self.ntokens_since_last_log, clock.now - self.time_last_log
-        self.ntokens_since_last_log, self.time_last_log = 0, clock.now
-
-    def upstream_log_validation(self, loss, step, extra):
-        upstream_log(self, step, "validation")
-
-    monkeypatch.setattr(metrics.MetricsProcessor, "log_validation", upstream_log_validation)
-    monkeypatch.setattr(
-        metrics.MetricsProcessor, "log", lambda self, *_: upstream_log(self, 2, "training")
-    )
-    processor.start_clock()
-    for step in (1, 2):
-        clock.now += 10
-        processor.ntokens_since_last_log += 100
-        processor.record_step(1.0)
-        if step == 1:
-            processor.start_validation()
-            clock.now += 7
-            processor.ntokens_since_last_log += 30
-            processor.log_validation(1.0, step)
-    processor.log(2, 1.0, 1.0, 1.0)
-    assert seen == {"validation": (30, 7.0), "training": (200, 20.0)}

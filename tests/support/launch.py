@@ -241,5 +241,5 @@ class Run:
 
 def validation_losses(run: Run) -> dict[str, float]:
     """The validation losses in a run's log, by step."""
-    found = re.findall(r"validate step: +(\d+).*?loss: +([\d.]+)", run.log)
+    found = re.findall(r"step +(\d+) of \d+ +held-out loss +([\d.]+)", run.log)
     return {step: float(loss) for step, loss in found}

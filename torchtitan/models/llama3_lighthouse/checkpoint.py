@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchtitan.components.checkpoint import DATALOADER, MODEL, TRAIN_STATE, CheckpointManager
+from torchtitan.components.checkpoint import (
+    DATALOADER,
+    MODEL,
+    TRAIN_STATE,
+    AsyncMode,
+    CheckpointManager,
+)
 from torchtitan.tools.logging import logger
 
 from .checkpoint_record import CheckpointRecord, read_record, write_record
@@ -77,6 +83,10 @@ class LighthouseCheckpointManager(CheckpointManager):
     def load(self, step: int = -1) -> bool:
         path = self._check_before_load(step) if self.enable else None
         loaded = super().load(step)
+        if loaded:
+            logger.info(f"Goes on from {path or self.initial_load_path or self.folder}")
+        elif self.enable:
+            logger.info(f"Begins from scratch: no checkpoint in {self.folder}")
         if path is not None and loaded and self.states[TRAIN_STATE].step > 0:
             record = read_record(path)
             self.last_lighthouse_step = record.last_lighthouse_step if record else None
@@ -96,8 +106,11 @@ class LighthouseCheckpointManager(CheckpointManager):
             # The record comes first, so that every complete checkpoint has one.
             self._write_record(curr_step)
         super().save(curr_step, last_step)
+        seconds = time.monotonic() - start
+        verb = "saved" if self.async_mode == AsyncMode.DISABLED else "being saved, held training up"
+        logger.info(f"Checkpoint {self._create_checkpoint_id(curr_step)} {verb} in {seconds:.1f} s")
         if self.on_saved:
-            self.on_saved(time.monotonic() - start)
+            self.on_saved(seconds)
 
     def _write_record(self, step: int) -> None:
         record = CheckpointRecord(step, self.last_lighthouse_step, self.config)

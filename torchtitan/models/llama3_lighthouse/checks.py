@@ -1,5 +1,7 @@
 """Checks of a configuration that need nothing built: one message names key, value and fix."""
 
+import importlib.util
+import math
 import tempfile
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -11,6 +13,7 @@ from lighthouse import ContextParallel
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
+from .data.packing import stream_count
 from .data.retrieval import TASKS, PromptEncoder
 from .data.retrieval_mix import RetrievalMix
 from .data.tokenizer import ByteTokenizer
@@ -35,7 +38,34 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     _check_optimizer(config)
     _check_loss(config)
     _check_offload(config)
+    _check_metrics(config)
     _check_dump_folder(config)
+
+
+def check_launch(
+    config: JobConfig, flavors: dict[str, LighthouseModelArgs], world_size: int
+) -> None:
+    """Check everything that can be known of a run before its ``world_size`` processes start.
+
+    Raises:
+        ValueError, TypeError, OSError: as ``check_config``, or the processes do not make up the
+            mesh or cannot share a global batch.
+    """
+    check_config(config, flavors)
+    check_world_size(config.parallelism, world_size)
+    section = config.parallelism
+    data_parallel = world_size // (
+        section.context_parallel_degree
+        * section.tensor_parallel_degree
+        * section.pipeline_parallel_degree
+    )
+    batch, local = config.training.global_batch_size, config.training.local_batch_size
+    if batch >= 0 and (batch == 0 or batch % (local * data_parallel)):
+        raise UserValueError(
+            f"training.global_batch_size = {batch} must be a multiple of training.local_batch_size "
+            f"= {local} times the data-parallel degree of {data_parallel}, or -1 for just that"
+        )
+    stream_count(config, data_parallel)
 
 
 def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
@@ -273,23 +303,26 @@ def check_world_size(section: Parallelism, world_size: int) -> None:
     Raises:
         ValueError: they do not.
     """
-    fixed = (
-        section.data_parallel_replicate_degree
-        * section.context_parallel_degree
-        * section.tensor_parallel_degree
-        * section.pipeline_parallel_degree
+    degrees = {
+        "data_parallel_replicate_degree": section.data_parallel_replicate_degree,
+        "context_parallel_degree": section.context_parallel_degree,
+        "tensor_parallel_degree": section.tensor_parallel_degree,
+        "pipeline_parallel_degree": section.pipeline_parallel_degree,
+    }
+    shards = section.data_parallel_shard_degree
+    # -1 takes as many shards as there are processes for.
+    if shards > 0:
+        degrees["data_parallel_shard_degree"] = shards
+    product = math.prod(degrees.values())
+    if world_size == product or (shards < 0 and world_size % product == 0):
+        return
+    listed = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+    needed = f"{product}" if shards > 0 else f"a multiple of {product}"
+    raise UserValueError(
+        f"{world_size} processes (--processes or NGPU, times the machines) do not make up "
+        f"[parallelism], which needs {needed}: {listed or 'all degrees are 1'}; start as many, or "
+        "change a degree"
     )
-    if world_size % fixed or (
-        section.data_parallel_shard_degree > 0
-        and world_size != fixed * section.data_parallel_shard_degree
-    ):
-        raise UserValueError(
-            f"{world_size} processes do not make up [parallelism]: data_parallel_replicate_degree "
-            "x context_parallel_degree x tensor_parallel_degree x pipeline_parallel_degree = "
-            f"{fixed}, data_parallel_shard_degree = {section.data_parallel_shard_degree}; use as "
-            "many processes (--processes times --nodes) as the product of all five degrees, or "
-            "change a degree"
-        )
 
 
 def check_device(config: JobConfig, device_type: str) -> None:
@@ -314,9 +347,43 @@ def check_device(config: JobConfig, device_type: str) -> None:
         )
 
 
+def _check_metrics(config: JobConfig) -> None:
+    """Check that what the metrics are to be sent to is installed."""
+    extra = {"wandb": "trainer,wandb", "tensorboard": "trainer"}
+    for package, name in extra.items():
+        key = f"metrics.enable_{package}"
+        if getattr(config.metrics, f"enable_{package}") and not importlib.util.find_spec(package):
+            raise UserValueError(
+                f"{key} = true needs the package {package}, which is missing; run pip install "
+                f"'lighthouse-attention[{name}]', or pip install -e '.[{name}]' in a clone, or "
+                f"pass --metrics.no-enable_{package}"
+            )
+
+
 def _check_dump_folder(config: JobConfig) -> None:
+    """Check that the folder can be written to, or made; making it is left to the run."""
     folder = Path(config.job.dump_folder)
-    check_writable(folder, f"job.dump_folder = '{folder}'", "--job.dump_folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise UserFileError(
+            f"job.dump_folder = '{folder}' cannot be written to ({there}: {error.strerror}); pass "
+            "--job.dump_folder FOLDER with one that can"
+        ) from None
+
+
+def schedule_warnings(config: JobConfig) -> list[str]:
+    """What a user should know of the stages before the run begins, one line each."""
+    section, steps = config.lighthouse, config.training.steps
+    if section.stage != "auto" or section.dense_from_step < steps:
+        return []
+    return [
+        f"lighthouse.dense_from_step = {section.dense_from_step:,} is not below training.steps = "
+        f"{steps:,}: no step of this run is dense, and export refuses its checkpoints; lower "
+        "dense_from_step, or set lighthouse.stage = 'lighthouse' if that is meant"
+    ]
 
 
 def check_output(folder: Path) -> None:
@@ -325,24 +392,12 @@ def check_output(folder: Path) -> None:
     Raises:
         OSError: it cannot.
     """
-    check_writable(folder, f"--output {folder}", "--output")
-
-
-def check_writable(folder: Path, given: str, flag: str) -> None:
-    """Make ``folder`` if need be, and check that files can be made in it.
-
-    Args:
-        given: what the user gave, for the message.
-        flag: where another folder is to be given.
-
-    Raises:
-        OSError: no file can be made there.
-    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserFileError(
-            f"{given} cannot be written to ({error.strerror}); pass {flag} FOLDER with one that can"
+            f"--output {folder} cannot be written to ({error.strerror}); pass --output FOLDER with "
+            "one that can"
         ) from None

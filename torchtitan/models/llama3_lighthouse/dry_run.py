@@ -10,26 +10,19 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
-from lighthouse.geometry import PyramidGeometry
-
-from .checks import check_config, check_world_size, layout_on_rank_0
-from .data.packing import global_batch_size, stream_count
+from .checks import check_launch
+from .description import describe
 from .errors import UserError, UserValueError
-from .infra.context_parallel import bytes_sent_per_layer
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
 from .job_config import JobConfig, Parallelism
-from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, local_parameters, pinned_bytes
+from .memory_estimate import local_parameters
 from .model.flavors import flavors
 from .model.loss import build_loss
-from .model.model import LighthouseModelArgs, LighthouseTransformer, lighthouse_config
-from .stages import ATTENTIONS
-
-GIB = 2**30
+from .model.model import LighthouseModelArgs, LighthouseTransformer
 
 
 def dry_run(config: JobConfig, world_size: int) -> str:
@@ -38,8 +31,7 @@ def dry_run(config: JobConfig, world_size: int) -> str:
     Raises:
         ValueError, TypeError, OSError: the run cannot work; the message names key, value and fix.
     """
-    check_config(config, flavors)
-    check_world_size(config.parallelism, world_size)
+    check_launch(config, flavors, world_size)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     dist_utils.init_fake_mode(world_size)
     try:
@@ -53,41 +45,13 @@ def dry_run(config: JobConfig, world_size: int) -> str:
 
 
 def _describe(config: JobConfig, world_size: int) -> str:
-    """The lines of the description, one topic each."""
     dims = _mesh(config.parallelism, world_size)
     args = flavors[config.model.flavor]
     args.update_from_config(config)
-    geometry = PyramidGeometry(lighthouse_config(config.lighthouse), config.training.seq_len)
     with torch.device("meta"):
         model = LighthouseTransformer(args)
-    counts = {
-        attention: args.get_nparams_and_flops(model, config.training.seq_len, attention)
-        for attention in ATTENTIONS
-    }
-    total = counts["dense"][0]
-    flops = {attention: count for attention, (_, count) in counts.items()}
-    # Parallelisms change the model, which has to be whole until here.
     parameters = sum(local_parameters(part) for part in _parts(model, dims, config, args))
-    tokens = config.training.local_batch_size * config.training.seq_len // dims.cp // dims.tp
-    lines = [
-        f"{config.job.config_file}: {config.model.flavor}, {total:,} parameters, "
-        f"{config.training.steps:,} steps",
-        _mesh_line(dims, world_size),
-        _batch_line(config, dims),
-        _rank_line(config, tokens, parameters),
-        _lighthouse_line(config, dims, geometry),
-    ]
-    if dims.cp_enabled:
-        lines.append(_context_parallel_line(config, dims, args))
-    lines += [
-        _memory_line(config, dims, args, tokens, parameters),
-        "FLOPs/token   "
-        + ", ".join(f"{attention} {count:.3e}" for attention, count in flops.items()),
-    ]
-    if config.activation_checkpoint.offload_inputs:
-        pinned = pinned_bytes(args, tokens) / GIB
-        lines.append(f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host")
-    return "\n".join(lines)
+    return "\n".join([f"{config.job.config_file}", *describe(config, dims, args, parameters)])
 
 
 def _mesh(section: Parallelism, world_size: int) -> ParallelDims:
@@ -115,71 +79,3 @@ def _parts(
         model, dims, config, torch.device("meta"), args, parallelize_lighthouse, build_loss(config)
     )
     return parts
-
-
-def _mesh_line(dims: ParallelDims, world_size: int) -> str:
-    return (
-        f"mesh          {world_size} processes = {dims.dp_replicate} replicas x {dims.dp_shard} "
-        f"FSDP x {dims.cp} context x {dims.tp} tensor x {dims.pp} pipeline parallel"
-    )
-
-
-def _batch_line(config: JobConfig, dims: ParallelDims) -> str:
-    training = config.training
-    data_parallel = dims.dp_replicate * dims.dp_shard
-    streams = stream_count(config, data_parallel)
-    batch = global_batch_size(config, data_parallel)
-    passes = batch // (training.local_batch_size * data_parallel)
-    return (
-        f"batch         {batch} sequences of {training.seq_len:,} tokens, "
-        f"{batch * training.seq_len:,} tokens a step in {passes} passes; text dealt to {streams} "
-        "streams"
-    )
-
-
-def _rank_line(config: JobConfig, tokens: int, parameters: int) -> str:
-    chunks = len(layout_on_rank_0(config.parallelism).held)
-    return f"each rank     {tokens:,} tokens a pass in {chunks} chunks, {parameters:,} parameters"
-
-
-def _lighthouse_line(config: JobConfig, dims: ParallelDims, geometry: PyramidGeometry) -> str:
-    strata, gathered = geometry.strata, geometry.gathered_length
-    chunks = layout_on_rank_0(config.parallelism).chunks
-    every = config.lighthouse.dense_every
-    return (
-        f"Lighthouse    S = {gathered:,} of {geometry.sequence_length:,} positions, "
-        f"{gathered // dims.cp:,} on each rank; {strata} strata, {strata // chunks} in each chunk"
-        + (f"; every {every}th step dense" if every else "")
-    )
-
-
-def _context_parallel_line(config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs) -> str:
-    sent = bytes_sent_per_layer(
-        args,
-        config.training.seq_len,
-        layout_on_rank_0(config.parallelism),
-        TORCH_DTYPE_MAP[config.training.mixed_precision_param],
-    )
-    # Tensor parallelism gives a rank a share of the heads.
-    ring, seam = (sent[name] // dims.tp for name in ("ring", "seam"))
-    return (
-        f"ring          each rank sends {ring:,} bytes of keys, values and gradients, and {seam:,} "
-        "bytes of seam rows, per Lighthouse layer and sequence"
-    )
-
-
-def _memory_line(
-    config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs, tokens: int, parameters: int
-) -> str:
-    memory = {name: parameters * size / GIB for name, size in OPTIMIZER_BYTES.items()}
-    for attention in ATTENTIONS:
-        # A rank holds 1 / pp of the layers, and keeps them for the tokens of all microbatches.
-        kept = activation_bytes(
-            args,
-            config.training.seq_len,
-            tokens // dims.pp,
-            config.activation_checkpoint,
-            attention,
-        )
-        memory[f"activations ({attention}, estimated)"] = kept / GIB
-    return "memory, GiB   " + ", ".join(f"{name} {size:.2f}" for name, size in memory.items())

@@ -1,7 +1,10 @@
 """Throughput and MFU that stay true across stages, log intervals and checkpoint saves."""
 
 import json
+import math
+import re
 import time
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.tools.utils import device_module
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import Color, NoColor, device_module
+
+from .console import coloured, duration
 
 # The file lies in job.dump_folder. Restarts append to it, so a step that ran twice is there twice.
 METRICS_FILE = "metrics.jsonl"
@@ -23,6 +29,9 @@ METRICS_FILE = "metrics.jsonl"
 LOSS, HELD_OUT_LOSS = "loss_metrics/global_avg_loss", "validation_metrics/loss"
 THROUGHPUT, MEMORY = "throughput(tps)", "memory/max_reserved(GiB)"
 SECONDS, TOKENS = "time_metrics/end_to_end(s)", "n_tokens_seen"
+GRAD_NORM, MFU = "grad_norm", "mfu(%)"
+# A line of training on the console, without colours; validation has "held-out" before its loss.
+STEP_LINE = re.compile(r"step +([\d,]+) of [\d,]+ +loss +(\S+).* ([\d,]+) tokens/s")
 # The metric is 1.0 for a step under Lighthouse attention, 0.0 for a dense one.
 UNDER_LIGHTHOUSE = "lighthouse/stage"
 
@@ -50,12 +59,67 @@ class JSONLinesLogger(BaseLogger):
         self.file.close()
 
 
+class KeptMetrics(BaseLogger):
+    """Passes metrics on, keeps the last ones for the console, and leaves out those not known."""
+
+    def __init__(self, logger: BaseLogger, unknown: Container[str]) -> None:
+        self.logger, self.unknown = logger, unknown
+        self.last: dict[str, Any] = {}
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.last = {name: value for name, value in metrics.items() if name not in self.unknown}
+        self.logger.log(self.last, step)
+
+    def close(self) -> None:
+        self.logger.close()
+
+
+class TimeLeft:
+    """Estimates the time until the last step from the steps measured so far.
+
+    Args:
+        attentions: the attention of each step, from step 1 on.
+        flops: FLOPs per token under each attention. They stand for its time until it was measured.
+    """
+
+    def __init__(self, attentions: Sequence[str], flops: dict[str, float]) -> None:
+        self.flops = flops
+        self.seconds: dict[str, float] = {}
+        self._left = {attention: [0] * (len(attentions) + 1) for attention in flops}
+        for attention, left in self._left.items():
+            for step in reversed(range(len(attentions))):
+                left[step] = left[step + 1] + (attentions[step] == attention)
+
+    def measured(self, attentions: Sequence[str], seconds: float) -> None:
+        """Note that steps under ``attentions``, one after another, took ``seconds``."""
+        if len(set(attentions)) == 1:
+            self.seconds[attentions[0]] = seconds / len(attentions)
+
+    def after(self, step: int) -> float | None:
+        """Seconds from the end of ``step`` to the run's; None before any step was measured."""
+        if not self.seconds:
+            return None
+        known = next(iter(self.seconds))
+        return sum(
+            left[step]
+            * self.seconds.get(
+                attention, self.seconds[known] * self.flops[attention] / self.flops[known]
+            )
+            for attention, left in self._left.items()
+        )
+
+
 class LighthouseMetricsProcessor(MetricsProcessor):
     """Upstream's processor with FLOPs per token and seconds averaged over the steps really taken.
 
     A log interval may hold the switch between stages, and the first one is a single step whatever
     the log frequency. The trainer therefore reports every step.
+
+    Attributes:
+        time_left: set by the trainer, which knows the stages.
     """
+
+    time_left: TimeLeft | None = None
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
         super().__init__(job_config, parallel_dims)
@@ -64,7 +128,16 @@ class LighthouseMetricsProcessor(MetricsProcessor):
             loggers.add_logger(self.logger)
             loggers.add_logger(JSONLinesLogger(Path(job_config.job.dump_folder, METRICS_FILE)))
             self.logger = loggers
+        self.knows_mfu = math.isfinite(self.gpu_peak_flops)
+        self.logger = self._kept = KeptMetrics(self.logger, () if self.knows_mfu else (MFU,))
+        self.steps = job_config.training.steps
+        self.each = " each" if parallel_dims.world_size > 1 else ""
+        self.color = (
+            Color() if coloured(not job_config.metrics.disable_color_printing) else NoColor()
+        )
         self._flops_per_token_of_steps: list[float] = []
+        self._attentions: list[str] = []
+        self._first_interval = True
 
     def start_clock(self) -> None:
         """Start to measure throughput; building and loading came before and do not count."""
@@ -85,12 +158,17 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
     ) -> None:
         super().log_validation(loss, step, extra_metrics)
+        speed = self._kept.last["validation_metrics/throughput(tps)"]
+        logger.info(
+            f"{self._step(step)}  held-out {self._loss(loss)}  {speed:9,.0f} tokens/s{self.each}"
+        )
         seconds, self.ntokens_since_last_log = self._set_aside
         self.time_last_log = time.perf_counter() - seconds
 
-    def record_step(self, flops_per_token: float) -> None:
-        """Count one step that ran at ``flops_per_token``."""
+    def record_step(self, flops_per_token: float, attention: str) -> None:
+        """Count one step that ran under ``attention`` at ``flops_per_token``."""
         self._flops_per_token_of_steps.append(flops_per_token)
+        self._attentions.append(attention)
 
     def log(
         self,
@@ -100,13 +178,42 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        steps = self._flops_per_token_of_steps
+        flops = self._flops_per_token_of_steps
         # pyrefly: ignore[bad-assignment]  Upstream declares an int but only divides by it.
-        self.num_flops_per_token = sum(steps) / len(steps)
+        self.num_flops_per_token = sum(flops) / len(flops)
         seconds = time.perf_counter() - self.time_last_log
-        metrics = {SECONDS: seconds / len(steps), **(extra_metrics or {})}
+        metrics = {SECONDS: seconds / len(flops), **(extra_metrics or {})}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, metrics)
-        self._flops_per_token_of_steps = []
+        # The first interval holds compilation and the start of the loader.
+        if self.time_left is not None and not self._first_interval:
+            self.time_left.measured(self._attentions, seconds)
+        self._first_interval = False
+        self._print(step, global_avg_loss, grad_norm)
+        self._flops_per_token_of_steps, self._attentions = [], []
+
+    def _print(self, step: int, loss: float, grad_norm: float) -> None:
+        """The console's line of a step; speed and memory are each device's."""
+        metrics = self._kept.last
+        parts = [
+            self._step(step),
+            self._loss(loss),
+            f"grad norm {grad_norm:8.4f}",
+            f"{metrics[THROUGHPUT]:9,.0f} tokens/s{self.each}",
+        ]
+        if self.knows_mfu:
+            parts.append(f"MFU {metrics[MFU]:4.1f}%")
+        parts.append(f"{metrics[MEMORY]:6.2f} GiB")
+        left = self.time_left.after(step) if self.time_left is not None else None
+        if left:
+            parts.append(f"{duration(left)} left")
+        logger.info("  ".join(parts))
+
+    def _step(self, step: int) -> str:
+        total = f"{self.steps:,}"
+        return f"{self.color.red}step {step:>{len(total)},} of {total}{self.color.reset}"
+
+    def _loss(self, loss: float) -> str:
+        return f"{self.color.green}loss {loss:8.5f}{self.color.reset}"
 
 
 def build_metrics_processor(

@@ -16,17 +16,26 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_module, device_type
 
 # This import registers the model with torchtitan.
 from . import train_spec  # noqa: F401
 from .checkpoint import LighthouseCheckpointManager
-from .checks import check_config, check_device
-from .errors import UserError, UserValueError
+from .checks import check_config, check_device, schedule_warnings
+from .console import log_to_file, set_up_console
+from .description import describe, ending, output_line
+from .errors import LAUNCHER_PRINTS, USERS_MISTAKE, UserError, UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
-from .metrics import TOKENS, UNDER_LIGHTHOUSE, LighthouseMetricsProcessor, whole_loss
+from .memory_estimate import local_parameters
+from .metrics import (
+    TOKENS,
+    UNDER_LIGHTHOUSE,
+    LighthouseMetricsProcessor,
+    TimeLeft,
+    whole_loss,
+)
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .selection_statistics import Selected, selection_statistics, selections
@@ -56,6 +65,7 @@ class LighthouseTrainer(upstream.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
         check_device(job_config, device_type)
+        log_to_file(job_config.job.dump_folder)
         # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         with (
@@ -76,6 +86,7 @@ class LighthouseTrainer(upstream.Trainer):
             )
         # Empty before the first step.
         self.stage = ""
+        self.steps_taken = 0
         seq_len = job_config.training.seq_len
         with torch.device("meta"):
             # Under pipeline parallelism no rank holds the whole model.
@@ -88,10 +99,32 @@ class LighthouseTrainer(upstream.Trainer):
             "lighthouse": self.model_args.gathered_length(seq_len),
             "dense": seq_len,
         }
+        self.metrics_processor.time_left = TimeLeft(
+            [self._attention_at(step + 1) for step in range(job_config.training.steps)],
+            self._flops_per_token,
+        )
 
     def train(self) -> None:
+        """Train up to the last step, and say what the run is and how it ended."""
+        config, start = self.job_config, time.monotonic()
+        parameters = sum(map(local_parameters, self.model_parts))
+        for line in describe(config, self.parallel_dims, self.model_args, parameters):
+            logger.info(line)
+        logger.info(output_line(config))
+        for warning in schedule_warnings(config):
+            logger.warning(warning)
+        if config.compile.enable:
+            logger.info("The first step of each stage compiles the model, which can take minutes")
         self.metrics_processor.start_clock()
         super().train()
+        seconds = time.monotonic() - start
+        for line in ending(config, self.step, self.steps_taken, self.stage, seconds):
+            logger.info(line)
+
+    def _attention_at(self, step: int) -> str:
+        section = self.job_config.lighthouse
+        stage = stage_at(step, section.stage, section.dense_from_step)
+        return attention_at(step, stage, section.dense_every)
 
     def set_stage(self, step: int) -> None:
         """Give the model the attention of ``step``'s stage, and log when the stage changes."""
@@ -113,8 +146,7 @@ class LighthouseTrainer(upstream.Trainer):
         if stage == "lighthouse" and section.entry_score == "max":
             logger.warning(
                 "lighthouse.entry_score = 'max' lets the model read later tokens off the "
-                "selection: losses of this stage are lower than true ones and not to be compared "
-                "with dense ones; 'first' gives true ones"
+                "selection: losses of this stage are too low; 'first' gives true ones"
             )
 
     def _use_attention(self, attention: str) -> None:
@@ -167,7 +199,7 @@ class LighthouseTrainer(upstream.Trainer):
 
         local_tokens = torch.stack([(y != IGNORE_INDEX).sum() for _, y in microbatches]).sum()
         global_tokens = self._sum_over("batch", local_tokens)
-        attention = attention_at(self.step, self.stage, self.job_config.lighthouse.dense_every)
+        attention = self._attention_at(self.step)
         if attention != self.stage:
             self._use_attention(attention)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
@@ -197,7 +229,8 @@ class LighthouseTrainer(upstream.Trainer):
             self._stop_if(failed, loss_share, grad_norm)
         self.lr_schedulers.step()
 
-        self.metrics_processor.record_step(self._flops_per_token[attention])
+        self.steps_taken += 1
+        self.metrics_processor.record_step(self._flops_per_token[attention], attention)
         if self.metrics_processor.should_log(self.step):
             self._log(attention, loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
 
@@ -335,17 +368,21 @@ def run(config: JobConfig) -> None:
 @record
 def main() -> None:
     """Parse the command line and train; a user's mistake ends in one message and exit code 1."""
-    init_logger()
+    set_up_console()
     try:
         run(LighthouseConfigManager().parse_args(sys.argv[1:]))
     except UserError as error:
         message = str(error)
-        logger.error(message)
+        if LAUNCHER_PRINTS not in os.environ:
+            logger.error(message)
         # torchrun prints this report last; without it, it explains how to get tracebacks.
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            report = {"message": message, "timestamp": int(time.time())}
+            report = {"message": message, "timestamp": int(time.time()), USERS_MISTAKE: True}
             Path(error_file).write_text(json.dumps(report))
         sys.exit(1)
+    except KeyboardInterrupt:
+        # The launcher says how training ended.
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ class LighthouseModelArgs(TransformerModelArgs):
 
     # pyrefly: ignore[bad-override]  The trainer hands over the overlay's configuration.
     def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
+        # Upstream warns of a length beyond its default, which is no limit: the rotary embedding is
+        # made for the length of the run.
+        self.max_seq_len = job_config.training.seq_len
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = lighthouse_config(job_config.lighthouse)
         self.dense_layers = list(job_config.lighthouse.dense_layers)

@@ -88,8 +88,7 @@ def expand(path: Path, output: Path, extra: list[str]) -> list[Run]:
         raise UserValueError(f"--{min(clash)} would override {path}, whose [grid] varies it")
     check_toml(JobConfig, nested(fixed))
     common = ["--job.config_file", str(base), *command_line(fixed), *extra]
-    # Checking a configuration makes its dump folder. Here all have the sweep's, so that a refused
-    # run leaves no folder of its own.
+    # The checks ask whether the sweep's folder can be written to. It holds the folders of the runs.
     common_config = LighthouseConfigManager().parse_args([*common, f"--job.dump_folder={output}"])
     runs: list[Run] = []
     for grid in grids:

@@ -22,11 +22,10 @@ from ..errors import UserError, UserValueError
 from ..evaluation.figures import check_plots
 from ..evaluation.progress import Progress, say
 from ..job_config import JobConfig
-from ..metrics import METRICS_FILE
+from ..metrics import METRICS_FILE, STEP_LINE
 from .settings import record_of
 
-STEP_LINE = re.compile(r"(?<!validate )step: *(\d+) +loss: *(\S+).*?tps: *(\S+)")
-ERROR_LINE = re.compile(r" - ERROR - (.+)")
+ERROR_LINE = re.compile(r"^Error: (.+)", re.MULTILINE)
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
 # This file in a run's folder says that the run trained to its end.
@@ -136,14 +135,9 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def trainer_command(processes: int, arguments: list[str]) -> list[str]:
-    """The command that trains on this machine.
-
-    ``lighthouse train`` is the one place that knows how torchrun is called. Its process becomes
-    torchrun, so none stands between.
-    """
-    command = [sys.executable, "-m", "lighthouse_commands.main", "train"]
-    command += ["--processes", str(processes), *arguments]
-    return [*command, "--metrics.disable_color_printing"]
+    """The command that trains on this machine; the configuration has been checked before."""
+    command = [sys.executable, "-m", "lighthouse_commands.main", "train", "--no-check"]
+    return [*command, "--processes", str(processes), *arguments]
 
 
 def end_with_parent() -> None:
@@ -177,7 +171,8 @@ def train(run: Run, processes: int, title: str, environment: Environment, lock: 
                 log.write(line)
                 if match := STEP_LINE.search(line):
                     step, loss, speed = match.groups()
-                    bar.advance(int(step) - bar.n, f"loss {loss}, {speed} tokens/s")
+                    steps = int(step.replace(",", ""))
+                    bar.advance(steps - bar.n, f"loss {loss}, {speed} tokens/s")
         except BaseException:
             process.terminate()
             raise

@@ -1,0 +1,75 @@
+"""What a run prints: a few short lines on the console, and everything in ``train.log``.
+
+torchtitan logs through Python's root logger, and so does this package.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from torchtitan.tools.logging import init_logger, logger
+
+# The file lies in job.dump_folder. Restarts append to it.
+LOG_FILE = "train.log"
+PACKAGE = Path(__file__).parent
+# torchtitan overrides what torchrun has set, as it should.
+OVERRIDDEN = "ENV[TORCH_NCCL_ASYNC_ERROR_HANDLING]"
+
+
+class ForPeople(logging.Filter):
+    """Lets pass what this package says, and warnings; torchtitan's progress is in the file."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return Path(record.pathname).is_relative_to(PACKAGE)
+        return not record.getMessage().startswith(OVERRIDDEN)
+
+
+class ShortFormatter(logging.Formatter):
+    """The time of day and the message; warnings and errors are marked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = f"{record.levelname} " if record.levelno >= logging.WARNING else ""
+        text = f"{self.formatTime(record, '%H:%M:%S')}  {mark}{record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def set_up_console() -> None:
+    """Print for people from here on, and silence warnings that no user can act on."""
+    init_logger()
+    for handler in logger.handlers:
+        handler.addFilter(ForPeople())
+        handler.setFormatter(ShortFormatter())
+    # torchdata calls a function that the next torch will drop.
+    warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+    # On a CPU, training.mixed_precision_param = "float32" asks for no autocast, and gets none.
+    warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype is not supported")
+    # Weights are made alike on every rank by the seed, and nothing random follows.
+    warnings.filterwarnings("ignore", "DTensor .* may not have complete support on cpu")
+
+
+def log_to_file(folder: str | Path) -> None:
+    """Append everything that the first rank logs to ``LOG_FILE`` in ``folder``."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    path = Path(folder, LOG_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(module)s: %(message)s"))
+    logger.addHandler(handler)
+
+
+def coloured(wanted: bool) -> bool:
+    """Whether to print in colours: they are wanted, and the output is a terminal."""
+    return wanted and sys.stdout.isatty()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:12, 3:05:00 or 2 days 3:05:00."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
+    return f"{days} day{'s' if days > 1 else ''} {clock}" if days else clock

@@ -1,0 +1,246 @@
+"""What a run is, in lines that ``lighthouse dry-run`` and the start of a training log share."""
+
+from pathlib import Path
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+
+from lighthouse.geometry import PyramidGeometry
+
+from .checks import layout_on_rank_0
+from .console import LOG_FILE, duration
+from .data.packing import global_batch_size, stream_count
+from .data.tokenizer import build_tokenizer
+from .errors import UserError
+from .infra.context_parallel import bytes_sent_per_layer
+from .job_config import JobConfig
+from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, pinned_bytes
+from .metrics import METRICS_FILE
+from .model.model import LighthouseModelArgs, LighthouseTransformer, lighthouse_config
+from .stages import ATTENTIONS
+
+GIB = 2**30
+NAMES = {"lighthouse": "Lighthouse", "dense": "dense"}
+
+
+def describe(
+    config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs, parameters: int
+) -> list[str]:
+    """The lines, one topic each.
+
+    Args:
+        args: those of the model, made for this run.
+        parameters: parameters that a rank holds.
+    """
+    seq_len = config.training.seq_len
+    with torch.device("meta"):
+        model = LighthouseTransformer(args)
+    counts = {
+        attention: args.get_nparams_and_flops(model, seq_len, attention) for attention in ATTENTIONS
+    }
+    total = counts["dense"][0]
+    tokens = config.training.local_batch_size * seq_len // dims.cp // dims.tp
+    chunks = len(layout_on_rank_0(config.parallelism).held)
+    lines = [
+        f"model         {config.model.flavor}, {total:,} parameters; "
+        f"{_tokenizer(config, args, total)}",
+        _steps_line(config, dims),
+        _mesh_line(dims),
+        _batch_line(config, dims),
+        f"each rank     {_count(tokens, 'token')} a pass in {_count(chunks, 'chunk')}, "
+        f"{parameters:,} parameters",
+        _lighthouse_line(config, dims),
+    ]
+    if dims.cp_enabled:
+        lines.append(_context_parallel_line(config, dims, args))
+    lines += [
+        _memory_line(config, dims, args, tokens, parameters),
+        "FLOPs/token   "
+        + ", ".join(f"{NAMES[attention]} {flops:.3e}" for attention, (_, flops) in counts.items()),
+    ]
+    if config.activation_checkpoint.offload_inputs:
+        pinned = pinned_bytes(args, tokens) / GIB
+        lines.append(f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host")
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2f}"
+
+
+def _tokenizer(config: JobConfig, args: LighthouseModelArgs, total: int) -> str:
+    """The tokenizer, and the rows of embedding and output that none of its ids uses."""
+    kind = config.lighthouse.tokenizer
+    name = "byte tokenizer" if kind == "byte" else f"tokenizer of {config.model.hf_assets_path}"
+    try:
+        ids = build_tokenizer(config).get_vocab_size()
+    except UserError:
+        # A dry run may come before the tokenizer's files are there.
+        return f"{name}, which is not there to count its ids"
+    unused = args.vocab_size - ids
+    if unused <= 0:
+        return f"{name}, {ids:,} ids"
+    share = 2 * unused * args.dim / total
+    return (
+        f"{name}, {ids:,} ids: {unused:,} of {args.vocab_size:,} vocabulary rows, {share:.1%} of "
+        "the parameters, never see a token"
+    )
+
+
+def _steps_line(config: JobConfig, dims: ParallelDims) -> str:
+    section, steps = config.lighthouse, config.training.steps
+    batch = global_batch_size(config, dims.dp_replicate * dims.dp_shard)
+    last = {"auto": min(section.dense_from_step, steps), "lighthouse": steps, "dense": 0}
+    switch = last[section.stage]
+    if switch == 0:
+        stages = "all dense"
+    elif switch == steps:
+        stages = "all in the Lighthouse stage"
+    else:
+        stages = f"1 to {switch:,} in the Lighthouse stage, then dense"
+    every = section.dense_every
+    every_line = f", with every {every}th step dense" if every and switch else ""
+    return (
+        f"steps         {steps:,}: {stages}{every_line}; "
+        f"{steps * batch * config.training.seq_len:,} tokens in all"
+    )
+
+
+def _mesh_line(dims: ParallelDims) -> str:
+    degrees = {
+        "replicas": dims.dp_replicate,
+        "FSDP": dims.dp_shard,
+        "context parallel": dims.cp,
+        "tensor parallel": dims.tp,
+        "pipeline parallel": dims.pp,
+    }
+    product = " x ".join(f"{degree} {name}" for name, degree in degrees.items() if degree > 1)
+    return f"mesh          {_count(dims.world_size, 'process')}{' = ' if product else ''}{product}"
+
+
+def _batch_line(config: JobConfig, dims: ParallelDims) -> str:
+    training = config.training
+    data_parallel = dims.dp_replicate * dims.dp_shard
+    batch = global_batch_size(config, data_parallel)
+    passes = _count(batch // (training.local_batch_size * data_parallel), "pass")
+    streams = stream_count(config, data_parallel)
+    return (
+        f"batch         {_count(batch, 'sequence')} of {training.seq_len:,} tokens, "
+        f"{batch * training.seq_len:,} tokens a step in {passes}; text dealt to "
+        f"{_count(streams, 'stream')}"
+    )
+
+
+def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
+    geometry = PyramidGeometry(lighthouse_config(config.lighthouse), config.training.seq_len)
+    strata, gathered = geometry.strata, geometry.gathered_length
+    chunks = layout_on_rank_0(config.parallelism).chunks
+    shares = f", {gathered // dims.cp:,} on each rank" if dims.cp > 1 else ""
+    in_chunks = f", {strata // chunks} in each chunk" if chunks > 1 else ""
+    return (
+        f"Lighthouse    S = {gathered:,} of {geometry.sequence_length:,} positions{shares}; "
+        f"{strata} strata{in_chunks}"
+    )
+
+
+def _context_parallel_line(config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs) -> str:
+    sent = bytes_sent_per_layer(
+        args,
+        config.training.seq_len,
+        layout_on_rank_0(config.parallelism),
+        TORCH_DTYPE_MAP[config.training.mixed_precision_param],
+    )
+    # Tensor parallelism gives a rank a share of the heads.
+    ring, seam = (sent[name] // dims.tp for name in ("ring", "seam"))
+    return (
+        f"ring          each rank sends {ring:,} bytes of keys, values and gradients, and {seam:,} "
+        "bytes of seam rows, per Lighthouse layer and sequence"
+    )
+
+
+def memory_estimate(
+    config: JobConfig,
+    dims: ParallelDims,
+    args: LighthouseModelArgs,
+    tokens: int,
+    parameters: int,
+) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer, and of activations under each attention.
+
+    Args:
+        tokens: tokens of a pass on a rank.
+        parameters: parameters that a rank holds.
+    """
+    found = {"state": float(parameters * sum(OPTIMIZER_BYTES.values()))}
+    for attention in ATTENTIONS:
+        # A rank holds 1 / pp of the layers, and keeps them for the tokens of all microbatches.
+        found[attention] = activation_bytes(
+            args,
+            config.training.seq_len,
+            tokens // dims.pp,
+            config.activation_checkpoint,
+            attention,
+        )
+    return found
+
+
+def _memory_line(
+    config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs, tokens: int, parameters: int
+) -> str:
+    found = memory_estimate(config, dims, args, tokens, parameters)
+    state = found.pop("state")
+    totals = ", ".join(
+        f"{_gib(state + kept)} GiB {NAMES[attention]}" for attention, kept in found.items()
+    )
+    kept = " or ".join(map(_gib, found.values()))
+    return (
+        f"memory        each rank, estimated: {totals}; {_gib(state)} for weights, gradients "
+        f"and optimizer, {kept} for activations, none for torch itself and the allocator's reserve"
+    )
+
+
+def output_line(config: JobConfig) -> str:
+    """Where a run writes."""
+    places = [METRICS_FILE, LOG_FILE]
+    if config.checkpoint.enable:
+        places.append(f"{config.checkpoint.folder}/step-N")
+    if config.metrics.enable_tensorboard:
+        places.append(f"{config.metrics.save_tb_folder}/ for TensorBoard")
+    return f"output        {config.job.dump_folder}: {', '.join(places)}"
+
+
+def ending(config: JobConfig, step: int, steps_taken: int, stage: str, seconds: float) -> list[str]:
+    """How a run ended, and what to do next.
+
+    Args:
+        step: the last step.
+        steps_taken: steps of this launch, which took ``seconds``.
+        stage: stage of the last step.
+    """
+    steps, folder = config.training.steps, config.job.dump_folder
+    if not steps_taken:
+        return [
+            f"already at step {step:,} of {steps:,}: nothing to train; pass --training.steps with "
+            "a larger number to go on, or --job.dump_folder FOLDER to begin another run"
+        ]
+    lines = [
+        f"Finished step {step:,} of {steps:,}: {_count(steps_taken, 'step')} in {duration(seconds)}"
+    ]
+    # Upstream's last save is that of the last step. A run that ran out of text ends before it.
+    if not config.checkpoint.enable or step < steps:
+        return lines
+    lines[0] += f"; checkpoint {Path(folder, config.checkpoint.folder)}/step-{step}"
+    if stage == "dense":
+        lines.append(f"Next: lighthouse export-hf {folder} --output FOLDER")
+    else:
+        lines.append(
+            "Next: the dense stage, by the same command with --lighthouse.stage dense and a larger "
+            "--training.steps"
+        )
+    return lines
