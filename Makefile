@@ -1,10 +1,10 @@
 # The menu of common tasks: `make` prints it.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types docs train clean
+.PHONY: help setup test lint types docs figures train clean
 
 help: ## Print this menu
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv with everything for development
 	@scripts/setup.sh dev
@@ -21,6 +21,9 @@ types: setup ## Check types
 
 docs: setup ## Build the site into build/site
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+
+figures: ## Draw every figure of the docs anew from its record
+	@.venv/bin/python scripts/figures.py
 
 train: ## Train a small model through both stages: minutes on two cores
 	@./run_train.sh

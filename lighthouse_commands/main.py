@@ -13,6 +13,7 @@ from .arguments import OVERRIDES_HELP, CommandError, CommandParser, split_overri
 COMMANDS = {
     "train": "train",
     "dry-run": "dry_run",
+    "check-text": "check_text",
     "export-hf": "export_hf",
     "import-hf": "import_hf",
     "evaluate loss": "evaluate_loss",

@@ -44,7 +44,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from lighthouse import LighthouseConfig, Selection, kernels, lighthouse_attention, select
 from lighthouse.geometry import PyramidGeometry
 from torchtitan.models.llama3_lighthouse.environment import environment
-from torchtitan.models.llama3_lighthouse.evaluation.figures import check_plots
+from torchtitan.models.llama3_lighthouse.evaluation.figures import (
+    DENSE,
+    FLOOR,
+    LIGHTHOUSE,
+    check_plots,
+)
 
 SWEEP = [
     "2048,3,4,128",
@@ -63,7 +68,12 @@ SWEEP = [
 LARGEST_CHECKED = 131072
 FORWARD_PARTS = ("pool q, k, v", "select", "gather q, k, v", "scatter")
 PART_NAMES = (*FORWARD_PARTS, "scatter, backward", "gather, backward")
-STYLES = {"dense": "o-", "lighthouse": "s-", "compiled": "x--", "SDPA on S": "^:"}
+STYLES = {
+    "dense": (DENSE, "o-"),
+    "lighthouse": (LIGHTHOUSE, "s-"),
+    "compiled": (LIGHTHOUSE, "x--"),
+    "SDPA on S": (FLOOR, "^:"),
+}
 
 
 def exact_dense(
@@ -252,19 +262,25 @@ def tables(run: dict[str, Any]) -> str:
 
 
 def plot(run: dict[str, Any], path: Path) -> None:
-    """Draw latency and memory of forward and backward over the length."""
+    """Draw latency and memory of forward and backward over the length.
+
+    Cases of different levels are different selections, so no line joins them.
+    """
     records = run["records"]
+    levels = sorted({_levels(record) for record in records})
     panels = {
         label: {
-            name: (
-                style,
+            name if name == "dense" else f"{name}, L = {level}": (
+                *STYLES[name],
                 [
                     (record["N"], record["results"][f"{name}, both"][key])
                     for record in records
                     if f"{name}, both" in record["results"]
+                    and (name == "dense" or _levels(record) == level)
                 ],
             )
-            for name, style in STYLES.items()
+            for name in STYLES
+            for level in levels
         }
         for key, label in (("ms", "forward + backward, ms"), ("GiB", "memory, GiB"))
     }
@@ -276,6 +292,10 @@ def plot(run: dict[str, Any], path: Path) -> None:
     title = f"Attention layer, {run['GPU']}, bf16, B = 1. {crossover(faster)}"
     cases = "   ".join(record["case"] for record in records)
     plot_over_length(path, title, panels, f"N,L,p,k: {cases}")
+
+
+def _levels(record: dict[str, Any]) -> int:
+    return int(record["case"].split(",")[1])
 
 
 def parse() -> argparse.Namespace:

@@ -6,7 +6,14 @@ from typing import Any
 
 from reporting import table_head, table_row
 
-from torchtitan.models.llama3_lighthouse.evaluation.figures import new_figure, save
+from torchtitan.models.llama3_lighthouse.evaluation.figures import (
+    DENSE,
+    LIGHTHOUSE,
+    length_axis,
+    new_figure,
+    plain_numbers,
+    save,
+)
 
 
 def table(run: dict[str, Any]) -> str:
@@ -38,11 +45,9 @@ def plot(run: dict[str, Any], path: Path) -> None:
     longest = [row for row in run.get("longest", []) if "tps" in row]
     if not rows and not longest:
         return
-    from matplotlib.ticker import StrMethodFormatter
-
     figure = new_figure(8)
     axis = figure.subplots()
-    for attention, colour in (("Lighthouse", "tab:blue"), ("dense", "tab:orange")):
+    for attention, colour in (("Lighthouse", LIGHTHOUSE), ("dense", DENSE)):
         for gpus in sorted({row["GPUs"] for row in rows}):
             points = sorted(
                 (row["N"], row["tps"])
@@ -54,7 +59,6 @@ def plot(run: dict[str, Any], path: Path) -> None:
                 label = f"{attention}, {gpus} GPU{plural}"
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
     axis.set(
-        xscale="log",
         yscale="log",
         xlabel="context length N, tokens",
         ylabel="tokens/s for each GPU",
@@ -65,15 +69,12 @@ def plot(run: dict[str, Any], path: Path) -> None:
             [row["N"] for row in longest],
             [row["tps"] for row in longest],
             "*",
-            color="tab:blue",
+            color=LIGHTHOUSE,
             markersize=12,
             label=f"Lighthouse, {longest[0]['GPUs']} GPUs, other levels and checkpointing",
         )
-    ticks = sorted({row["N"] for row in rows + longest})
-    axis.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=25, ha="right")
-    axis.set_xticks([], minor=True)
-    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        set_formatter(StrMethodFormatter("{x:,.0f}"))
+    length_axis(axis, [row["N"] for row in rows + longest])
+    plain_numbers(axis)
     axis.legend()
     axis.grid(alpha=0.3)
     save(figure, path)

@@ -62,28 +62,35 @@ def crossover(faster: dict[int, bool]) -> str:
 
 
 def plot_over_length(
-    path: Path, title: str, panels: dict[str, dict[str, tuple[str, Points]]], note: str = ""
+    path: Path, title: str, panels: dict[str, dict[str, tuple[str, str, Points]]], note: str = ""
 ) -> None:
     """Draw panels side by side, both axes logarithmic, over the sequence length.
 
     Args:
-        panels: for each label of a y axis its lines: name, style, and points of length and value.
-            Lines without points are left out.
+        panels: for each label of a y axis its lines: name, colour, style, and points of length and
+            value. Lines without points are left out.
         note: small print below.
     """
     # The import is here, because it also imports torch, and --help would wait for that.
-    from torchtitan.models.llama3_lighthouse.evaluation.figures import new_figure, save
+    from torchtitan.models.llama3_lighthouse.evaluation.figures import (
+        length_axis,
+        new_figure,
+        plain_numbers,
+        save,
+    )
 
     figure = new_figure(11)
     axes = figure.subplots(1, len(panels))
     for axis, (label, lines) in zip(axes, panels.items(), strict=True):
-        for name, (style, points) in lines.items():
+        for name, (colour, style, points) in lines.items():
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), style, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel=label)
+                axis.plot(*zip(*sorted(points), strict=True), style, color=colour, label=name)
+        axis.set(yscale="log", xlabel="sequence length N, tokens", ylabel=label)
+        plain_numbers(axis)
+        length_axis(axis, [n for *_, points in lines.values() for n, _ in points])
         axis.grid(alpha=0.3)
     if axes[0].lines:
         axes[0].legend(fontsize=7)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     figure.supxlabel(note, fontsize=7)
     save(figure, path)

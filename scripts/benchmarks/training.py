@@ -42,6 +42,7 @@ from training_case import OUT_OF_MEMORY
 from training_results import plot, summarise, table
 
 from lighthouse_commands.arguments import split_overrides
+from lighthouse_commands.launch import gpus_here
 
 ATTENTIONS = ("lighthouse", "dense", "upstream")
 MODES = ("none", "full", "selective", "lighthouse")
@@ -131,10 +132,8 @@ def describe(record: dict[str, Any]) -> str:
     if "tokens/s" not in record:
         last = record.get("message", "").strip().splitlines()
         return record.get("failure", "no step left to measure") + (f": {last[-1]}" if last else "")
-    return (
-        f"{record['tokens/s']:,.0f} tokens/s, MFU {record['MFU']:.1%}, "
-        f"{record['reserved GiB']:.1f} GiB"
-    )
+    mfu = f"MFU {record['MFU']:.1%}, " if "MFU" in record else ""
+    return f"{record['tokens/s']:,.0f} tokens/s, {mfu}{record['reserved GiB']:.1f} GiB"
 
 
 def find_longest(options: argparse.Namespace, case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -197,6 +196,8 @@ def parse(line: list[str]) -> argparse.Namespace:
                         help="seconds for one case; default: 1800")  # fmt: skip
     parser.add_argument("--profile", action="store_true",
                         help="take one more step of each case, profiled")  # fmt: skip
+    parser.add_argument("--on-cpu", action="store_true",
+                        help="run without a GPU, to try the script out")  # fmt: skip
     own, overrides = split_overrides(line)
     options = parser.parse_args(own)
     options.trainer = overrides
@@ -255,6 +256,9 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     options = parse(sys.argv[1:])
+    if not gpus_here() and not options.on_cpu:
+        sys.exit(f"{Path(sys.argv[0]).name} needs a CUDA device and found none; --on-cpu tries it "
+                 "out without one")  # fmt: skip
     from torchtitan.models.llama3_lighthouse.evaluation.figures import check_plots
 
     check_plots(not options.no_plots)

@@ -5,6 +5,7 @@ followed by the command line of the trainer.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -84,11 +85,13 @@ def sizes_of(trainer: Any, attention: str) -> dict[str, Any]:
     counted = "lighthouse" if attention == "lighthouse" else "dense"
     length = config.training.seq_len
     _, flops = args.get_nparams_and_flops(trainer.model_parts[0], length, counted)
+    peak = trainer.metrics_processor.gpu_peak_flops
     return {
         "S": args.gathered_length(length) if attention == "lighthouse" else length,
         "tokens a step": length * config.training.local_batch_size,
         "FLOPs a token": flops,
-        "peak FLOP/s": trainer.metrics_processor.gpu_peak_flops,
+        # A CPU's peak is not known.
+        "peak FLOP/s": peak if math.isfinite(peak) else None,
     }
 
 

@@ -6,7 +6,12 @@ from typing import Any
 
 from reporting import crossover, origin, plot_over_length, table_head, table_row, with_spread
 
-STYLES = {"lighthouse": "s-", "dense": "o--", "upstream": "^:"}
+# As LIGHTHOUSE, DENSE and UPSTREAM of the product's figures, whose import takes seconds.
+STYLES = {
+    "lighthouse": ("tab:orange", "s-"),
+    "dense": ("tab:blue", "o-"),
+    "upstream": ("tab:purple", "^:"),
+}
 
 
 def summarise(record: dict[str, Any]) -> dict[str, Any]:
@@ -16,7 +21,8 @@ def summarise(record: dict[str, Any]) -> dict[str, Any]:
         record["s a step"] = seconds
         record["spread"] = max(record["seconds"]) - min(record["seconds"])
         record["tokens/s"] = record["tokens a step"] / seconds
-        record["MFU"] = record["tokens/s"] * record["FLOPs a token"] / record["peak FLOP/s"]
+        if record["peak FLOP/s"]:
+            record["MFU"] = record["tokens/s"] * record["FLOPs a token"] / record["peak FLOP/s"]
     return record
 
 
@@ -51,7 +57,7 @@ def row_of(record: dict[str, Any], records: list[dict[str, Any]]) -> str:
             f"{record['S']:,}",
             f"{record['tokens/s']:,.0f}",
             with_spread(record["s a step"], record["spread"], ".3f"),
-            f"{record['MFU']:.1%}",
+            f"{record['MFU']:.1%}" if "MFU" in record else "",
             f"{record['reserved GiB']:.1f}",
             *ratios,
         ]
@@ -84,7 +90,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
     panels = {
         key: {
             f"{attention}, {mode}": (
-                STYLES[attention],
+                *STYLES[attention],
                 [
                     (record["N"], record[key])
                     for record in records
@@ -96,5 +102,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
         }
         for key in ("tokens/s", "reserved GiB")
     }
+    panels = {f"{key}, one GPU" if key == "tokens/s" else "memory, reserved GiB": lines
+              for key, lines in panels.items()}  # fmt: skip
     title = f"Training, {run['config']}, {run['device']}. {compared(records)}"
     plot_over_length(path, title, panels)

@@ -67,7 +67,10 @@ def test_reports_are_written_to_a_new_folder(tmp_path: Path) -> None:
 
 
 def test_plots_leave_out_what_was_not_measured(tmp_path: Path) -> None:
-    lines = {"dense": ("o-", []), "lighthouse": ("s-", [(16384.0, 2.0), (8192.0, 1.0)])}
+    lines = {
+        "dense": ("tab:blue", "o-", []),
+        "lighthouse": ("tab:orange", "s-", [(16384.0, 2.0), (8192.0, 1.0)]),
+    }
     plot_over_length(tmp_path / "some.png", "title", {"ms": lines, "GiB": lines}, "note")
     plot_over_length(tmp_path / "none.png", "title", {"ms": {}, "GiB": {}})
     assert all((tmp_path / name).stat().st_size > 0 for name in ("some.png", "none.png"))

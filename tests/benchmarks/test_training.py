@@ -9,6 +9,8 @@ import pytest
 import training
 import training_results
 
+from lighthouse_commands.launch import gpus_here
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "benchmarks" / "training.py"
 CONFIG = str(ROOT / "train_configs" / "270m_98k.toml")
@@ -91,10 +93,31 @@ def test_table_compares_best_modes() -> None:
     assert "Lighthouse is faster from 16,384 tokens on, dense attention at 8,192." in text
 
 
+@pytest.mark.skipif(gpus_here() > 0, reason="a GPU is here")
+def test_refuses_to_run_without_a_gpu(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), CONFIG, "--output", str(tmp_path / "out")],
+        text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == (
+        "training.py needs a CUDA device and found none; --on-cpu tries it out without one\n"
+    )
+
+
 @pytest.mark.slow
 def test_measures_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(ROOT / "train_configs/debug_cpu.toml")]
-    command += ["--attention", "lighthouse", "upstream", "--modes", "selective", "--steps", "2"]
+    command += [
+        "--on-cpu",
+        "--attention",
+        "lighthouse",
+        "upstream",
+        "--modes",
+        "selective",
+        "--steps",
+        "2",
+    ]
     command += ["--warm-up", "1", "--lengths", "512,64", "--lighthouse.picks_per_stratum", "16"]
     command += ["--lighthouse.pooling_factor", "2", "--output", str(tmp_path), "--revision", "r1"]
     subprocess.run(command, check=True, cwd=tmp_path)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "train_configs/debug_cpu.toml")
 # Seconds of processor time, which other work on the machine lengthens less than wall time.
 SECONDS_FOR_HELP = 3.0
+# Commands that take no --output.
+WITHOUT_OUTPUT = ("train", "dry-run", "check-text")
 # Packages that take seconds to import, or that the light install lacks.
 HEAVY = ("torch", "torchtitan", "numpy", "pandas", "triton", "lighthouse", "matplotlib", "tqdm")
 
@@ -60,7 +62,7 @@ def test_flags_follow_one_convention(words: str, capsys) -> None:
         main([*words.split(), "--help"])
     text = capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w.])--[\w-]+(?![\w.-])", text)) - {"--section"}
-    if words not in ("train", "dry-run"):
+    if words not in WITHOUT_OUTPUT:
         assert "--output" in flags
         if "hf" not in words:
             assert "--no-plots" in flags
@@ -113,7 +115,7 @@ main({line!r})
 @pytest.mark.parametrize("words", COMMANDS)
 def test_without_the_trainer_a_command_says_what_to_install(words: str, tmp_path: Path) -> None:
     line = [*words.split(), DEBUG]
-    line += [] if words in ("train", "dry-run") else ["--output", str(tmp_path / "out")]
+    line += [] if words in WITHOUT_OUTPUT else ["--output", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRAINER.format(package="torchtitan", line=line)],
         text=True, capture_output=True,

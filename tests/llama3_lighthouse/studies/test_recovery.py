@@ -252,7 +252,15 @@ def check_plots(figures: dict[str, Figure]) -> None:
 
     def lines(name: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
         (axis,) = figures[name].axes
-        dotted = [line for line in axis.lines if line.get_marker() != "None"]
+        dotted = [
+            line for line in axis.lines if line.get_marker() != "None" and len(line.get_xdata())
+        ]
+        low, high = axis.get_ylim()
+        # The spike after a switch is in view, and so is where the dense stages begin.
+        assert all(low < y < high for line in dotted for x, y in zip(*line.get_data(), strict=True)
+                   if x > axis.get_xlim()[1] / 3)  # fmt: skip
+        assert sum(line.get_linestyle() == ":" for line in axis.lines) == 2
+        assert [text.get_text() for text in axis.texts] == ["dense from here "]
         return {
             (names[line.get_color()], line.get_marker()): list(zip(*line.get_data(), strict=True))
             for line in dotted
@@ -261,6 +269,7 @@ def check_plots(figures: dict[str, Figure]) -> None:
     (legend,) = figures["loss_over_time.png"].legends
     entries = zip(legend.legend_handles, legend.get_texts(), strict=True)
     names = {handle.get_color(): text.get_text() for handle, text in entries}
+    assert [text.get_text() for text in legend.get_texts()][-2:] == ["seed 0", "seed 1"]
     over_time, over_tokens = lines("loss_over_time.png"), lines("loss_over_tokens.png")
     minus_dense = lines("minus_dense.png")
     # The switch of each model, and what it was validated at by itself.

@@ -20,6 +20,7 @@ from ..errors import UserValueError
 from ..job_config import JobConfig
 from .retrieval import PromptEncoder
 from .retrieval_mix import RetrievalMix
+from .stream_messages import StreamMessages
 from .streams import TextStream, TrainingSequence
 from .text_sources import find_source
 
@@ -83,6 +84,10 @@ class PackedTextDataloader(ParallelAwareDataloader):
         self.stream_count = stream_count
         self._identity = identity
 
+    # pyrefly: ignore[bad-override]  torchtitan's trainer and validator only call next().
+    def __iter__(self) -> Iterator[Any]:
+        return _without_traceback(super().__iter__())
+
     def state_dict(self) -> dict[str, Any]:
         if self.num_workers == 0 or self._iterator is None:
             streams = self.dataset.state_dict()
@@ -115,6 +120,20 @@ class PackedTextDataloader(ParallelAwareDataloader):
         })  # fmt: skip
         # An iterator that has begun would go on from its old position.
         self._iterator = None
+
+
+def _without_traceback(batches: Iterator[Any]) -> Iterator[Any]:
+    """``batches``, with a worker's mistake of the user as the worker's own message.
+
+    torch puts the worker's traceback before it.
+    """
+    try:
+        yield from batches
+    except UserValueError as error:
+        message = str(error)
+        if "DataLoader worker process" not in message:
+            raise
+        raise UserValueError(message.rpartition("UserValueError: ")[2].strip()) from None
 
 
 def check_dataloader_state(checkpoint: str | Path, stream_count: int) -> None:
@@ -201,8 +220,9 @@ def _build(
             method.passkey_tasks,
         )
     share = streams // dp_world_size
+    messages = StreamMessages(source, key, streams)
     own = [
-        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, key, mix)
+        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, mix)
         for number in range(dp_rank * share, (dp_rank + 1) * share)
     ]
     if source.is_local:
@@ -236,8 +256,7 @@ def build_dataloader(
     """Loader of ``training.dataset``; begins again at the end of the text.
 
     Raises:
-        ValueError: the text cannot be found or read, or a document near its beginning is empty or
-            has no text.
+        ValueError: the text cannot be found or read, or a document near its beginning has no text.
     """
     streams = stream_count(job_config, dp_world_size)
     return _build(

@@ -11,8 +11,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
-from ..errors import UserValueError
 from .retrieval_mix import RetrievalMix
+from .stream_messages import StreamMessages
+from .text_files import document_problem
 from .text_sources import TextSource
 from .tokenizer import ByteTokenizer
 
@@ -54,7 +55,7 @@ class TextStream:
     Args:
         number: the stream's number, which is also that of its first document; both count from 0.
         infinite: begin again at the end of the text.
-        key: section of the configuration that names the text, for messages.
+        messages: those of the loader that the stream belongs to.
         mix: sequences that stand between those of text; no text is lost to them.
     """
 
@@ -66,7 +67,7 @@ class TextStream:
         number: int,
         count: int,
         infinite: bool,
-        key: str,
+        messages: StreamMessages,
         mix: RetrievalMix | None = None,
     ) -> None:
         self.number = number
@@ -76,34 +77,56 @@ class TextStream:
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._infinite = infinite
-        self._key = key
+        self._messages = messages
         self._mix = mix
         self._buffer = np.empty(0, dtype=np.int32)
         self._epoch = 0
+        # Documents of this epoch, and the empty ones among them.
         self._documents = 0
+        self._empty = 0
 
     def __iter__(self) -> Iterator[TrainingSequence]:
         """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) from the present position on."""
         while True:
             # The buffer of a resumed position may hold whole sequences.
             yield from self._cut()
-            for document in self._data:
+            for document in self._read(self._data, self._documents):
                 text = self._checked_text(document, self._documents)
                 self._documents += 1
+                if not text:
+                    self._empty += 1
+                    continue
                 self._buffer = np.concatenate([self._buffer, self._encode(text)])
                 yield from self._cut()
-            if self._documents == 0:
-                raise self._no_document()
+            self._require_text(self._documents, self._empty)
             if not self._infinite:
                 return
             self._epoch += 1
-            self._documents = 0
-            # A dataset whose state was taken may begin anywhere when it is read again.
-            self._data = self._open()
             logger.info(
-                f"{self._key}.dataset: stream {self.number} has been read whole; "
+                f"{self._messages.key}.dataset: stream {self.number} has been read whole: "
+                f"{self._documents:,} documents, {self._empty:,} of them empty and skipped; "
                 f"beginning epoch {self._epoch}"
             )
+            self._documents = self._empty = 0
+            # A dataset whose state was taken may begin anywhere when it is read again.
+            self._data = self._open()
+
+    def _read(self, data: _Documents, number: int) -> Iterator[dict[str, Any]]:
+        """The documents of ``data``, the first of which is document ``number`` of this stream.
+
+        Raises:
+            ValueError: a file is broken.
+        """
+        documents = iter(data)
+        while True:
+            try:
+                document = next(documents, None)
+            except Exception as error:
+                raise self._messages.unreadable(self.number, number, error) from error
+            if document is None:
+                return
+            yield document
+            number += 1
 
     def _cut(self) -> Iterator[TrainingSequence]:
         """Yield sequences until the buffer is too short for another."""
@@ -127,54 +150,39 @@ class TextStream:
         return np.array(ids, dtype=np.int32)
 
     def _checked_text(self, document: dict[str, Any], number: int) -> str:
-        """The text of document ``number`` of this stream.
+        """The text of document ``number`` of this stream; "" gives a warning.
 
         Raises:
-            ValueError: it is empty, missing or not a string.
+            ValueError: it is missing or not a string.
         """
-        text = document.get("text")
-        if isinstance(text, str) and text:
-            return text
-        if "text" not in document:
-            problem = f"has no 'text', only {', '.join(map(repr, document))}"
-        elif text == "":
-            problem = "is empty"
-        else:
-            problem = f"has a 'text' of type {type(text).__name__}, not a string"
-        raise UserValueError(
-            f"{self._key}.dataset: document {number} of stream {self.number} (both counted from "
-            f"0) {problem}; remove or mend it"
-        )
+        if document_problem(document):
+            raise self._messages.bad_document(self.number, number, document)
+        if not document["text"]:
+            self._messages.warn_of_empty(self.number, number)
+        return document["text"]
 
-    def _no_document(self) -> UserValueError:
-        return UserValueError(
-            f"{self._key}.dataset has no document for stream {self.number} (counted from 0); give "
-            "it more documents, or deal it to fewer streams by lighthouse.data_streams"
-        )
+    def _require_text(self, documents: int, empty: int) -> None:
+        """Check that a stream that has been read whole had text."""
+        if documents == 0:
+            raise self._messages.no_document(self.number)
+        if documents == empty:
+            raise self._messages.all_empty(self.number, documents)
 
     def check_first_documents(self, characters_to_check: int) -> None:
         """Read ``characters_to_check`` characters from the beginning, and check each document.
 
         Raises:
-            ValueError: a document is empty or has no text, a file is broken, or there is no
-                document.
+            ValueError: a document has no text, a file is broken, or there is no document with text.
         """
-        characters = number = 0
-        documents = iter(self._open())
-        while characters < characters_to_check:
-            try:
-                document = next(documents, None)
-            except Exception as error:
-                raise UserValueError(
-                    f"{self._key}.dataset cannot be read past document {number} of stream "
-                    f"{self.number}: {error}; mend or remove the file"
-                ) from error
-            if document is None:
-                break
-            characters += len(self._checked_text(document, number))
+        characters = number = empty = 0
+        for document in self._read(self._open(), 0):
+            text = self._checked_text(document, number)
             number += 1
-        if number == 0:
-            raise self._no_document()
+            empty += not text
+            characters += len(text)
+            if characters >= characters_to_check:
+                break
+        self._require_text(number, empty)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -182,6 +190,7 @@ class TextStream:
             "buffer": self._buffer.copy(),
             "epoch": self._epoch,
             "documents": self._documents,
+            "empty": self._empty,
             "data": self._data.state_dict(),
         }
 
@@ -190,5 +199,7 @@ class TextStream:
         self._buffer = state_dict["buffer"]
         self._epoch = state_dict["epoch"]
         self._documents = state_dict["documents"]
+        # Empty documents were an error when positions did not count them yet.
+        self._empty = state_dict.get("empty", 0)
         self._data = self._open()
         self._data.load_state_dict(state_dict["data"])

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset, load_dataset_builder
 
 from ..errors import UserValueError
+from .origins import blank_line, first_fault
+from .text_files import TextFiles, one_line
 
 # Suffix of a file -> name of the reader in Hugging Face datasets.
 FILE_KINDS = {
@@ -31,11 +33,13 @@ class TextSource:
         open: starts at the first document; the order is the same every time.
         fingerprint: changes when the documents change, which makes saved positions void.
         is_local: whether the documents can be read ahead without a network.
+        files: the files that hold the documents, in this order; None if messages cannot name them.
     """
 
     open: Callable[[], IterableDataset]
     fingerprint: str
     is_local: bool
+    files: TextFiles | None = None
 
 
 def c4(split: str, path: str | None, key: str) -> TextSource:
@@ -61,12 +65,66 @@ def c4(split: str, path: str | None, key: str) -> TextSource:
 def c4_local(split: str, path: str | None, key: str) -> TextSource:
     """A folder of JSON lines, Parquet, Arrow or text files, read in place.
 
+    Raises:
+        ValueError: as ``local_files``, or the first file cannot be read.
+    """
+    files, builder, fingerprint = _local_files(split, path, key)
+    try:
+        splits = builder.as_streaming_dataset()
+    except Exception as error:
+        raise UserValueError(
+            f"{key}.dataset_path = '{path}' cannot be read as {files.kind}: "
+            f"{_fault_at_the_start(files.kind, builder, error)}; mend or remove it"
+        ) from error
+    # Without a split's name, the builder gives all splits by name.
+    assert isinstance(splits, dict)
+    return TextSource(lambda: splits[split], fingerprint, is_local=True, files=files)
+
+
+def _fault_at_the_start(kind: str, builder: DatasetBuilder, error: Exception) -> str:
+    """The fault in the first file of the first split, which the columns are told from."""
+    first = next(iter((builder.config.data_files or {}).values()))
+    files = TextFiles(kind, tuple(first))
+    fault = first_fault(files, 0, 0, error)
+    # A blank line is a fault only if nothing else is.
+    return (blank_line(files) if one_line(error) in fault else None) or fault
+
+
+def local_files(split: str, path: str | None, key: str) -> TextFiles:
+    """The files of a split of ``c4_local``, in the order in which training reads them.
+
     Hugging Face datasets tells from the names of the files which split each belongs to.
 
     Raises:
-        ValueError: the folder is missing, holds no files or files of several kinds, cannot be
-            read, or has no such split.
+        ValueError: the folder is missing, holds no files or files of several kinds, or has no such
+            split.
     """
+    return _local_files(split, path, key)[0]
+
+
+def _local_files(split: str, path: str | None, key: str) -> tuple[TextFiles, DatasetBuilder, str]:
+    """The files of the split, the builder that reads them, and the folder's fingerprint."""
+    folder, kind, fingerprint = _folder(path, key)
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        builder = load_dataset_builder(kind, data_dir=str(folder), **options)
+    except Exception as error:
+        raise UserValueError(
+            f"{key}.dataset_path = '{path}' cannot be read as {kind}: {one_line(error)}; "
+            "mend or remove the file"
+        ) from error
+    paths = builder.config.data_files or {}
+    if split not in paths:
+        others = ", ".join(map(str, paths))
+        raise UserValueError(
+            f"{key}.dataset_path = '{path}' has no {split} split, only {others}; "
+            f"give it files with '{split}' in their name, or use another {key}.dataset_path"
+        )
+    return TextFiles(kind, tuple(paths[split])), builder, fingerprint
+
+
+def _folder(path: str | None, key: str) -> tuple[Path, str, str]:
+    """The folder, the kind of its files, and a hash of their names and sizes."""
     if not path:
         raise UserValueError(
             f"{key}.dataset = 'c4_local' needs a folder; pass --{key}.dataset_path FOLDER"
@@ -85,21 +143,8 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
             f"{key}.dataset_path = '{path}' holds {found}; give it files of one kind of "
             f"{', '.join(FILE_KINDS)}, the JSON and text ones compressed or not"
         )
-    options: dict[str, Any] = {"sample_by": "document"} if kinds == ["text"] else {}
-    try:
-        splits = load_dataset(kinds[0], data_dir=str(folder), streaming=True, **options)
-    except Exception as error:
-        raise UserValueError(
-            f"{key}.dataset_path = '{path}' cannot be read as {kinds[0]}: {error}; "
-            "mend or remove the file"
-        ) from error
-    if split not in splits:
-        raise UserValueError(
-            f"{key}.dataset_path = '{path}' has no {split} split, only {', '.join(splits)}; "
-            f"give it files with '{split}' in their name, or use another {key}.dataset_path"
-        )
     listing = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
-    return TextSource(lambda: splits[split], _digest(listing), is_local=True)
+    return folder, kinds[0], _digest(listing)
 
 
 def _file_kind(path: Path) -> str | None:

@@ -5,6 +5,7 @@ text from the predicted token on, and other text from the end of the next coarse
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..checkpoint_record import read_record
 from ..checks import check_output
 from ..data.packing import build_validation_dataloader
 from ..environment import environment
@@ -25,9 +27,13 @@ from .inference import (
     labels_of,
     load_trained_model,
     recorded_config,
+    without_output,
 )
+from .progress import Progress, say, say_what_was_written
 
 FUTURES = ("true text", "other text", "other text later")
+# Batches and positions by device. On a CPU a forward pass takes a second.
+DEFAULT_TRIALS = {"cuda": (8, 32), "cpu": (2, 6)}
 # A sequence has to hold this many spans of the coarsest level.
 SHORTEST_IN_SPANS = 8
 
@@ -38,18 +44,24 @@ class CausalityOptions:
 
     Attributes:
         checkpoints: as in ``inference.find_checkpoint``.
-        attention: "dense", "lighthouse" or both.
-        batches: batches of held-out text.
-        positions: positions in each sequence of a batch.
+        attention: "dense", "lighthouse" or both; None: Lighthouse, and a checkpoint that was never
+            trained under it is refused.
+        batches: batches of held-out text; None: those of ``DEFAULT_TRIALS``.
+        positions: positions in each sequence of a batch; None: those of ``DEFAULT_TRIALS``.
     """
 
     checkpoints: list[Path]
     output: Path
     device: str
-    attention: list[str]
-    batches: int = 8
-    positions: int = 32
+    attention: list[str] | None = None
+    batches: int | None = None
+    positions: int | None = None
     plots: bool = True
+
+    def trials(self) -> tuple[int, int]:
+        """Batches, and positions in each sequence: as given, or those that take a minute."""
+        batches, positions = DEFAULT_TRIALS[self.device.partition(":")[0]]
+        return self.batches or batches, self.positions or positions
 
 
 def report_causality(options: CausalityOptions, overrides: list[str]) -> None:
@@ -60,37 +72,68 @@ def report_causality(options: CausalityOptions, overrides: list[str]) -> None:
     """
     paths = [find_checkpoint(path) for path in options.checkpoints]
     texts = [with_text(path, overrides) for path in paths]
+    for path in paths:
+        _check_stage(path, options.attention)
     check_output(options.output)
+    attentions = options.attention or ["lighthouse"]
+    batches, positions = options.trials()
     results = []
-    print(f"| checkpoint | attention | {' | '.join(FUTURES)} |\n|---|---|---|---|---|")
-    for path, label, text in zip(paths, labels_of(paths), texts, strict=True):
-        for attention, summary in _summaries(path, text, options).items():
-            print(_line(str(path), attention, summary), flush=True)
-            results.append({"checkpoint": str(path), "label": label, "attention": attention,
-                            **summary})  # fmt: skip
+    forwards = len(paths) * len(attentions) * batches * (1 + positions * len(FUTURES[1:]))
+    with Progress("causality", forwards, "forward passes") as bar:
+        for path, label, text in zip(paths, labels_of(paths), texts, strict=True):
+            trained = load_trained_model(path, text, options.device)
+            for attention in attentions:
+                found = _losses_under(trained, attention, options, lambda: bar.advance(1, ""))
+                results.append({"checkpoint": str(path), "label": label, "attention": attention,
+                                **summarise(found)})  # fmt: skip
+            # Two models would take twice the memory.
+            del trained
+    print(_table(results))
+    if "dense" in attentions:
+        print("Under dense attention no position sees later tokens: the differences are zero.")
     record = {
         "unit": "nats per token", "interval": "95%, normal, over positions",
-        "device": options.device, **environment(), "batches": options.batches,
-        "positions": options.positions, "overrides": overrides, "results": results,
+        "device": options.device, **environment(), "batches": batches,
+        "positions": positions, "overrides": overrides, "results": results,
     }  # fmt: skip
     (options.output / "causality.json").write_text(json.dumps(record, indent=1) + "\n")
     if options.plots:
         plot(results, options.output / "causality.png")
+    say_what_was_written(options.output, "causality.json", "causality.png")
 
 
-def _summaries(
-    path: Path, overrides: list[str], options: CausalityOptions
-) -> dict[str, dict[str, dict[str, float]]]:
-    """The summary of each attention; the model is in memory only during this call."""
-    trained = load_trained_model(path, overrides, options.device)
+def _check_stage(path: Path, attention: list[str] | None) -> None:
+    """Refuse a checkpoint that never trained under Lighthouse; say so if its last steps were dense.
+
+    Raises:
+        ValueError: it never did, and no attention was asked for.
+    """
+    record = read_record(path)
+    if record is None or attention is not None:
+        return
+    if record.last_lighthouse_step == 0:
+        raise UserValueError(
+            f"{path} was never trained under Lighthouse attention, and dense attention sees no "
+            "later tokens; pass --attention lighthouse to measure what its weights would make of a "
+            "selection"
+        )
+    if record.dense_steps:
+        say(
+            f"{path}: its last {record.dense_steps:,} steps were dense; what its Lighthouse stage "
+            f"knew shows in a checkpoint of step {record.last_lighthouse_step:,} or earlier"
+        )
+
+
+def _losses_under(
+    trained: TrainedModel,
+    attention: str,
+    options: CausalityOptions,
+    after_forward: Callable[[], None],
+) -> dict[str, torch.Tensor]:
+    trained.model.use_attention(attention)
     device = options.device.partition(":")[0]
-    found = {}
-    for attention in options.attention:
-        trained.model.use_attention(attention)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            each = losses(trained, options.batches, options.positions, options.device)
-        found[attention] = summarise(each)
-    return found
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        return losses(trained, *options.trials(), options.device, after_forward)
 
 
 def with_text(path: Path, overrides: list[str]) -> list[str]:
@@ -140,9 +183,15 @@ def futures(tokens: torch.Tensor, positions: torch.Tensor, span: int) -> dict[st
 
 @torch.no_grad()
 def losses(
-    trained: TrainedModel, batches: int, positions_each: int, device: str
+    trained: TrainedModel,
+    batches: int,
+    positions_each: int,
+    device: str,
+    after_forward: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """Losses by FUTURES, float64 [trials], at the same random positions of the held-out text.
+
+    The true text is the same at every position, so one forward pass of it serves them all.
 
     Raises:
         ValueError: the held-out split holds too few batches.
@@ -157,14 +206,24 @@ def losses(
             raise UserValueError(f"the held-out split holds {number} batches; pass fewer --batches")
         tokens, labels = batch[0]["input"].to(device), batch[1].to(device)
         rows, length = torch.arange(len(tokens), device=device), tokens.shape[1]
-        for _ in range(positions_each):
-            positions = torch.randint(
-                length // 8, length - 2 * span, (len(tokens),), generator=generator
-            ).to(device)
-            for name, text in futures(tokens, positions, span).items():
-                logits = trained.model(text)[rows, positions].double()
-                loss = cross_entropy(logits, labels[rows, positions], reduction="none")
-                found[name].append(loss.cpu())
+        drawn = [
+            torch.randint(length // 8, length - 2 * span, (len(tokens),), generator=generator)
+            for _ in range(positions_each)
+        ]
+        with without_output(trained.model) as output:
+
+            def hidden(text: torch.Tensor) -> torch.Tensor:
+                found = trained.model(text)
+                after_forward()
+                return found
+
+            true = hidden(tokens)
+            for positions in (each.to(device) for each in drawn):
+                for name, text in futures(tokens, positions, span).items():
+                    states = true if name == FUTURES[0] else hidden(text)
+                    logits = output(states[rows, positions]).double()
+                    loss = cross_entropy(logits, labels[rows, positions], reduction="none")
+                    found[name].append(loss.cpu())
     return {name: torch.cat(values) for name, values in found.items()}
 
 
@@ -182,12 +241,14 @@ def summarise(found: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def _line(path: str, attention: str, summary: dict[str, dict[str, float]]) -> str:
-    """A row of the printed table."""
-    cells = [f"{summary[FUTURES[0]]['loss']:.3f}"]
-    cells += ["{loss:.3f} ({difference:+.3f} ± {interval:.3f})".format(**summary[name])
-              for name in FUTURES[1:]]  # fmt: skip
-    return f"| {path} | {attention} | {' | '.join(cells)} |"
+def _table(results: list[dict[str, Any]]) -> str:
+    lines = [f"| checkpoint | attention | {' | '.join(FUTURES)} |", "|---|---|---|---|---|"]
+    for result in results:
+        cells = [f"{result[FUTURES[0]]['loss']:.3f}"]
+        cells += ["{loss:.3f} ({difference:+.3f} ± {interval:.3f})".format(**result[name])
+                  for name in FUTURES[1:]]  # fmt: skip
+        lines.append(f"| {result['checkpoint']} | {result['attention']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..checks import check_output
 from ..environment import environment
 from ..errors import UserValueError
-from .figures import colours, new_figure, save
+from .figures import colours, length_axis, new_figure, save
 from .held_out_loss import (
     bucket_means,
     check_text,
@@ -26,7 +26,7 @@ from .inference import (
     load_trained_model,
     recorded_config,
 )
-from .progress import Progress
+from .progress import Progress, say_what_was_written
 from .tables import Row, write_csv
 
 INTERVAL = "95%, normal, over sequences"
@@ -99,7 +99,8 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
         change = f", {row['minus first']:+.4f} from the first" if "minus first" in row else ""
         print(f"{row['checkpoint']}, {row['attention']}: {row['loss']:.4f}{interval}{change}")
     if options.plots:
-        plot(rows, curves, options.output / "losses.png")
+        plot(rows, options.output / "losses.png")
+    say_what_was_written(options.output, "losses.csv", "losses.json", "losses.png")
 
 
 def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
@@ -190,26 +191,27 @@ def _write(
     (options.output / "losses.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def plot(rows: list[Row], curves: list[Curve], path: Path) -> None:
-    """Loss over tokens of context, a line for each curve, with intervals."""
+def plot(rows: list[Row], path: Path) -> None:
+    """Loss over tokens of context, a line for each checkpoint and attention, with intervals."""
     figure = new_figure()
     axis = figure.subplots()
-    names = list(dict.fromkeys(curve.checkpoint for curve in curves))
+    curves: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        curves.setdefault((row["checkpoint"], row["attention"]), []).append(row)
+    names = list(dict.fromkeys(checkpoint for checkpoint, _ in curves))
     colour_of = dict(zip(names, colours(len(names)), strict=True))
-    per_curve = len(rows) // len(curves)
-    for number, curve in enumerate(curves):
+    ends: list[int] = []
+    for (checkpoint, attention), whole in curves.items():
         # The last row of each curve covers all positions.
-        points = rows[number * per_curve : (number + 1) * per_curve - 1]
-        colour, dense = colour_of[curve.checkpoint], curve.attention == "dense"
-        label = curve.checkpoint + ("" if dense else " (Lighthouse)")
+        points = whole[:-1]
+        colour, dense = colour_of[checkpoint], attention == "dense"
+        label = checkpoint + ("" if dense else " (Lighthouse)")
         ends, losses = ([row[key] for row in points] for key in ("context to", "loss"))
         axis.plot(ends, losses, "o-" if dense else "s--", color=colour, label=label, markersize=4)
         if all(row["low"] is not None for row in points):
             low, high = ([row[key] for row in points] for key in ("low", "high"))
             axis.fill_between(ends, low, high, color=colour, alpha=0.15, linewidth=0)
-    ends = [row["context to"] for row in rows[: per_curve - 1]]
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ends, [f"{end:,}" for end in ends], minor=False)
+    length_axis(axis, ends)
     axis.set(xlabel="context, tokens (upper end of each bucket)",
              ylabel="held-out loss, nats per token, 95% interval")  # fmt: skip
     axis.grid(alpha=0.3)

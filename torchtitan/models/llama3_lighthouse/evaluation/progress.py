@@ -1,6 +1,7 @@
 """Progress of a measurement or a sweep, on a terminal or in a log file."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -64,3 +65,9 @@ def say(text: str, error: bool = False) -> None:
         Progress.write(text, file=stream)
     else:
         print(text, file=stream, flush=True)
+
+
+def say_what_was_written(folder: Path, *names: str) -> None:
+    """The last line of a command: its output folder, and those of ``names`` that are in it."""
+    there = [name for name in names if (folder / name).exists()]
+    say(f"wrote {folder}: {', '.join(there)}")

@@ -17,7 +17,7 @@ from ..data.tokenizer import ByteTokenizer, build_tokenizer
 from ..environment import environment
 from ..errors import UserValueError
 from ..model.model import lighthouse_config
-from .figures import new_figure, save
+from .figures import length_name, new_figure, save
 from .inference import (
     find_checkpoint,
     labels_of,
@@ -25,7 +25,7 @@ from .inference import (
     logits_at,
     recorded_config,
 )
-from .progress import Progress, say
+from .progress import Progress, say, say_what_was_written
 from .retrieval_accuracy import Cell, measure_cell, sequence_length
 from .tables import write_csv
 
@@ -93,7 +93,8 @@ def report_retrieval(options: RetrievalOptions, overrides: list[str]) -> None:
     if options.plots:
         for task in options.tasks:
             plot(options.output, checkpoints, task)
-    print(f"written to {options.output}")
+    figures = [f"{task}.png" for task in options.tasks]
+    say_what_was_written(options.output, "results.csv", "results.json", *figures)
 
 
 def prepare(
@@ -257,7 +258,7 @@ def plot(output: Path, checkpoints: list[Evaluated], task: str) -> None:
                 for x, value in enumerate(line):
                     axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8,
                               color="black" if value > BRIGHT else "white")  # fmt: skip
-            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axis.set_xticks(range(len(lengths)), [length_name(n) for n in lengths])
             axis.set_yticks(range(len(depths)), [f"{100 * depth:g}" for depth in depths])
             axis.set(xlabel="prompt length (tokens)", ylabel="depth of the needle (%)")
             axis.set_title(f"{checkpoint.label}\n{attention} attention", fontsize=8)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .format import (
     model_state,
     new_folder,
     require_safetensors,
+    time_left,
     write_configuration,
     write_tokenizer,
 )
@@ -119,6 +121,7 @@ def _write_weights(
 
     ours = {name: tensor.to(dtype) for name, tensor in model_state(args).items()}
     theirs = adapter(args).to_hf(ours)
+    start = time.monotonic()
     plan = split_torch_state_dict_into_shards(theirs, max_shard_size=int(max_shard_size))
     for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
         wanted = adapter(args).from_hf({name: theirs[name] for name in names})
@@ -133,9 +136,10 @@ def _write_weights(
         # safetensors makes files that only their owner can read.
         shutil.copymode(folder / CONFIG_FILE, folder / file)
         size = sum(tensor.nbytes for tensor in shard.values())
+        count = len(plan.filename_to_tensors)
         report(
-            f"{file} ({number} of {len(plan.filename_to_tensors)}): {len(shard)} tensors, "
-            f"{size / 1e9:.2f} GB"
+            f"{file} ({number} of {count}): {len(shard)} tensors, {size / 1e9:.2f} GB"
+            f"{time_left(start, number, count)}"
         )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

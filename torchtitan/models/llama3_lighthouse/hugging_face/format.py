@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
+from ..console import duration
 from ..data.tokenizer import ByteTokenizer, save_hugging_face_tokenizer
 from ..errors import UserValueError
 from ..model.model import LighthouseModelArgs, LighthouseTransformer
@@ -33,6 +35,17 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+def time_left(start: float, number: int, count: int) -> str:
+    """The end of a line of progress: the time that the other files take; nothing after the last.
+
+    Args:
+        start: ``time.monotonic()`` before the first file.
+        number: files that are done, of ``count``.
+    """
+    seconds = (time.monotonic() - start) / number * (count - number)
+    return f", {duration(seconds)} left" if number < count else ""
 
 
 def require_safetensors() -> None:

@@ -1,6 +1,7 @@
 """Make a checkpoint of step 0 out of a Llama in Hugging Face's format, to train on from."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .format import (
     new_folder,
     read_architecture,
     require_safetensors,
+    time_left,
 )
 
 
@@ -75,6 +77,7 @@ def import_model(
         state = _read_weights(folder, args, dtype, report)
         step = temporary / "checkpoint" / "step-0"
         write_record(step, CheckpointRecord(0, 0, config.to_dict()))
+        report("writing the checkpoint")
         with in_one_process():
             dcp.save(state, checkpoint_id=str(step), no_dist=True)
     return output / "checkpoint" / "step-0"
@@ -143,7 +146,7 @@ def _read_weights(
 
     expected = adapter(args).to_hf(model_state(args))
     found: dict[str, torch.Tensor] = {}
-    files = _weight_files(folder)
+    files, start = _weight_files(folder), time.monotonic()
     for number, file in enumerate(files, 1):
         try:
             opened = safe_open(file, framework="pt")
@@ -157,7 +160,10 @@ def _read_weights(
                 tensor = opened.get_tensor(name)
                 _check_tensor(file, name, tensor, expected)
                 found[name] = tensor.to(dtype or tensor.dtype)
-        report(f"{file.name} ({number} of {len(files)}): {len(names)} tensors")
+        report(
+            f"{file.name} ({number} of {len(files)}): {len(names)} tensors"
+            f"{time_left(start, number, len(files))}"
+        )
     if missing := sorted(expected.keys() - found.keys()):
         raise UserValueError(
             f"{folder} lacks {len(missing)} tensors of a Llama, '{missing[0]}' among them; is a "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighthouse.geometry import PyramidGeometry
 
-from ..evaluation.figures import colours, new_figure, save
+from ..evaluation.figures import colours, mark_switches, new_figure, save
 from ..evaluation.tables import Row, columns_of, markdown, write_csv
 from ..metrics import HELD_OUT_LOSS, LOSS, MEMORY, THROUGHPUT, UNDER_LIGHTHOUSE
 from ..model.model import lighthouse_config
@@ -106,28 +106,34 @@ def write_tables(rows: list[Row], output: Path) -> None:
 
 def plot(runs: list[Run], rows: list[Row], output: Path) -> None:
     """Draw loss_curves.png, and loss_and_throughput.png: final loss over the whole run's speed."""
-    markers = [MARKERS[number % len(MARKERS)] for number in range(len(runs))]
-    styles = list(zip(colours(len(runs)), markers, strict=True))
-
     figure = new_figure()
     axis = figure.subplots()
-    _plot_curves(axis, runs, styles)
+    _plot_curves(axis, runs, _styles(len(runs)))
     _finish(figure, axis, output / "loss_curves.png")
+    plot_speed(rows, output / "loss_and_throughput.png")
 
+
+def plot_speed(rows: list[Row], path: Path) -> None:
+    """Draw the final loss over the speed, a dot for each run."""
     figure = new_figure()
     axis = figure.subplots()
     held_out = all(row.get("held-out loss") is not None for row in rows)
     key = "held-out loss" if held_out else "final loss"
-    for row, (colour, marker) in zip(rows, styles, strict=True):
+    for row, (colour, marker) in zip(rows, _styles(len(rows)), strict=True):
         axis.scatter(row["tokens/s"], row[key], color=colour, marker=marker, s=70, label=row["run"])
     axis.set(xlabel="tokens/s on each device, both stages", ylabel=f"{key}, nats per token")
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    _finish(figure, axis, output / "loss_and_throughput.png")
+    _finish(figure, axis, path)
+
+
+def _styles(count: int) -> list[tuple[Any, str]]:
+    markers = [MARKERS[number % len(MARKERS)] for number in range(count)]
+    return list(zip(colours(count), markers, strict=True))
 
 
 def _plot_curves(axis: "Axes", runs: list[Run], styles: Sequence[tuple[Any, str]]) -> None:
     switches: set[int] = set()
-    early, late = [], []
+    shown = []
     for run, (colour, _) in zip(runs, styles, strict=True):
         points = {s: entry[LOSS] for s, entry in read_metrics(run.folder).items() if LOSS in entry}
         losses = list(points.values())
@@ -138,16 +144,12 @@ def _plot_curves(axis: "Axes", runs: list[Run], styles: Sequence[tuple[Any, str]
         section = run.config.lighthouse
         if section.stage == "auto" and 0 < section.dense_from_step < run.config.training.steps:
             switches.add(section.dense_from_step)
-        early.append(smooth[len(smooth) // 3])
-        late.append(min(smooth))
-    # With the steep fall of the first steps in view, the runs would look alike.
-    margin = 0.1 * (max(early) - min(late))
-    axis.set_ylim(min(late) - margin, max(early) + margin)
-    for step in switches:
-        axis.axvline(step + 0.5, color="grey", linestyle=":", linewidth=1)
-    switch = f"; dense after {', '.join(f'{step:,}' for step in sorted(switches))}"
-    axis.set(xlabel=f"step{switch if switches else ''}",
-             ylabel="training loss, nats per token, moving mean")  # fmt: skip
+        # With the steep fall of the first steps in view, the runs would look alike.
+        shown += smooth[len(smooth) // 3 :]
+    margin = 0.1 * (max(shown) - min(shown)) + 1e-6
+    axis.set_ylim(min(shown) - margin, max(shown) + margin)
+    mark_switches(axis, [step + 0.5 for step in switches])
+    axis.set(xlabel="step", ylabel="training loss, nats per token, moving mean")
 
 
 def _finish(figure: "Figure", axis: "Axes", path: Path) -> None:

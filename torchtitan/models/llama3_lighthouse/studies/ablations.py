@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checks import check_config, check_output
 from ..errors import UserTypeError, UserValueError
-from ..evaluation.progress import say
+from ..evaluation.progress import say, say_what_was_written
 from ..evaluation.tables import Row
 from ..job_config import JobConfig, LighthouseConfigManager, check_toml, flatten
 from ..model.flavors import flavors
@@ -162,4 +162,6 @@ def run_grid(grid: Path, options: SweepOptions, extra: list[str]) -> None:
         print((output / "results.md").read_text())
         if options.plots:
             plot(finished(runs), rows, output)
+        figures = ("loss_curves.png", "loss_and_throughput.png")
+        say_what_was_written(output, "results.md", "results.csv", *figures)
     raise_if_failed(failed, runs)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..checkpoint import checkpoints_in
-from ..evaluation.progress import say
+from ..evaluation.progress import say, say_what_was_written
 from ..metrics import HELD_OUT_LOSS, METRICS_FILE
 from .recovery_plan import CHECKPOINTS, Study, plan
 from .recovery_plots import plot
@@ -98,6 +98,8 @@ def run_study(study: Study, options: SweepOptions, extra: list[str]) -> None:
         print((output / "results.md").read_text())
         if options.plots:
             plot([tracks[number] for number in histories], list(histories.values()), output)
+        figures = ("loss_over_tokens.png", "loss_over_time.png", "minus_dense.png")
+        say_what_was_written(output, "results.md", "results.csv", "summary.csv", *figures)
     raise_if_failed(failed, runs)
 
 

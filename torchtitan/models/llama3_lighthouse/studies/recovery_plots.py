@@ -1,15 +1,17 @@
 """Plots of a recovery study."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.figures import colours, new_figure, save
+from ..evaluation.figures import DENSE, LIGHTHOUSE, colours, mark_switches, new_figure, save
 from .recovery_results import History, Track, minus_dense
 
 LIGHTHOUSE_STAGE = "Lighthouse stage"
 # Markers of the seeds.
 MARKERS = "osv^D*"
+TOKENS, LOSS = "tokens, millions", "loss, nats per token"
+MINUS_DENSE = "Held-out loss less that of dense training with the same seed"
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,42 @@ def parts_of(tracks: list[Track], histories: list[History]) -> list[Part]:
     return parts
 
 
+@dataclass(frozen=True)
+class Line:
+    """What a plot draws of one model: a dot at each validation, and its training loss in pale.
+
+    Attributes:
+        x, values: places and values of the dots.
+        training: places and values of the smoothed training loss; None draws none.
+    """
+
+    name: str
+    seed: int
+    x: list[float]
+    values: list[float]
+    training: tuple[list[float], list[float]] | None = None
+
+    @property
+    def is_lighthouse(self) -> bool:
+        return self.name == LIGHTHOUSE_STAGE
+
+
 def plot(tracks: list[Track], histories: list[History], output: Path) -> None:
     """Draw loss_over_tokens.png, loss_over_time.png and minus_dense.png."""
     parts = parts_of(tracks, histories)
     longest = max(history.seconds[-1] for history in histories)
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60)
     held_out = [part.history.held_out for part in parts]
-    title = "held-out loss, a marker for each seed; pale: training, trailing mean"
+    switched = [history for history in histories if history.switch]
     for file, label, x_of in (
-        ("loss_over_tokens.png", "tokens, millions", _millions),
+        ("loss_over_tokens.png", TOKENS, _millions),
         ("loss_over_time.png", f"training time, {unit}",
          lambda history: [s / seconds for s in history.seconds]),
     ):  # fmt: skip
-        labels = (label, "loss, nats per token")
-        _draw(output / file, parts, x_of, held_out, title, labels, _limits(histories), True)
+        lines = _lines(parts, held_out, x_of, with_training=True)
+        switches = [x_of(history)[history.switch - 1] for history in switched]
+        title = "Held-out loss; pale: training loss, trailing mean"
+        draw(output / file, lines, title, (label, LOSS), switches)
 
     # A shorter control decays earlier than the dense run at equal tokens, so it is left out.
     shorter = {track.name for track in tracks if track.is_shorter}
@@ -66,71 +90,79 @@ def plot(tracks: list[Track], histories: list[History], output: Path) -> None:
     controls = {track.seed: history for track, history in zip(tracks, histories, strict=True)
                 if track.is_control}  # fmt: skip
     gaps = [minus_dense(part.history, controls[part.seed]) for part in compared]
-    title = "held-out loss less that of dense training with the same seed, a marker for each seed"
-    labels = ("tokens, millions", "nats per token")
-    limits = _gap_limits(compared, gaps)
-    _draw(output / "minus_dense.png", compared, _millions, gaps, title, labels, limits, False)
+    lines = _lines(compared, gaps, _millions, with_training=False)
+    switches = [_millions(history)[history.switch - 1] for history in switched]
+    draw(output / "minus_dense.png", lines, MINUS_DENSE, (TOKENS, "nats per token"), switches)
 
 
 def _millions(history: History) -> list[float]:
     return [n / 1e6 for n in history.tokens]
 
 
-def _draw(
-    path: Path,
+def _lines(
     parts: list[Part],
-    x_of: Callable[[History], list[float]],
     values: list[dict[int, float]],
+    x_of: Callable[[History], list[float]],
+    with_training: bool,
+) -> list[Line]:
+    """A line for each part, with a dot for each of its ``values`` (step to value)."""
+    lines = []
+    for part, of_part in zip(parts, values, strict=True):
+        x = x_of(part.history)
+        steps = [step for step in part.steps if step in of_part]
+        training = None
+        if with_training:
+            drawn = slice(part.steps[0] - 1, part.steps[-1])
+            training = x[drawn], part.history.smoothed()[drawn]
+        dots = [x[step - 1] for step in steps], [of_part[step] for step in steps]
+        lines.append(Line(part.name, part.seed, *dots, training))
+    return lines
+
+
+def draw(
+    path: Path,
+    lines: list[Line],
     title: str,
     labels: tuple[str, str],
-    limits: tuple[float, float],
-    with_training: bool,
+    switches: Iterable[float],
 ) -> None:
-    """Draw a dot for each of ``values`` (step to value) of each part.
-
-    Args:
-        with_training: whether to draw the smoothed training loss too, in pale.
-    """
-    names = list(dict.fromkeys(part.name for part in parts if not part.is_lighthouse))
-    seeds = list(dict.fromkeys(part.seed for part in parts))
-    colour_of = {**dict(zip(names, colours(len(names)), strict=True)), LIGHTHOUSE_STAGE: "grey"}
+    """Draw the lines, and mark the places of ``switches``, where dense stages begin."""
+    names = list(dict.fromkeys(line.name for line in lines))
+    seeds = list(dict.fromkeys(line.seed for line in lines))
+    fixed = {"dense": DENSE, LIGHTHOUSE_STAGE: LIGHTHOUSE}
+    # The palette begins with the two colours that are taken.
+    others = [name for name in names if name not in fixed]
+    free = colours(10)[2:]
+    colour_of = fixed | {name: free[n % len(free)] for n, name in enumerate(others)}
     figure = new_figure(height=5.5)
     axis = figure.subplots()
-    for part, of_part in zip(parts, values, strict=True):
-        colour = colour_of[part.name]
-        x = x_of(part.history)
-        if with_training:
-            smooth, drawn = part.history.smoothed(), slice(part.steps[0] - 1, part.steps[-1])
-            axis.plot(x[drawn], smooth[drawn], color=colour, linewidth=0.8, alpha=0.3)
-        steps = [step for step in part.steps if step in of_part]
-        axis.plot([x[step - 1] for step in steps], [of_part[step] for step in steps],
-                  f"{MARKERS[seeds.index(part.seed) % len(MARKERS)]}-", color=colour,
-                  markerfacecolor="none" if part.is_lighthouse else colour, markersize=4,
-                  linewidth=0.9, label=part.name if part.seed == seeds[0] else None)  # fmt: skip
-    axis.set(xlabel=labels[0], ylabel=labels[1], ylim=limits)
+    for line in lines:
+        colour, marker = colour_of[line.name], MARKERS[seeds.index(line.seed) % len(MARKERS)]
+        if line.training is not None:
+            axis.plot(*line.training, color=colour, linewidth=0.8, alpha=0.3)
+        axis.plot(line.x, line.values, f"{marker}-", color=colour,
+                  markerfacecolor="none" if line.is_lighthouse else colour, markersize=4,
+                  linewidth=0.9, label=line.name if line.seed == seeds[0] else None)  # fmt: skip
+    for number, seed in enumerate(seeds):
+        axis.plot([], [], MARKERS[number % len(MARKERS)], color="black", markersize=4,
+                  label=f"seed {seed}")  # fmt: skip
+    mark_switches(axis, switches)
+    axis.set(xlabel=labels[0], ylabel=labels[1], ylim=_limits(lines))
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
-def _limits(histories: list[History]) -> tuple[float, float]:
-    """Limits of the losses that leave out the steep fall of the first steps."""
-    losses = [history.smoothed() for history in histories]
-    low = min(min(*each, *h.held_out.values()) for each, h in zip(losses, histories, strict=True))
-    high = max(max(each[len(each) // 4 :]) for each in losses)
-    high = max(high, *(h.held_out[len(h.losses)] for h in histories))
-    margin = 0.05 * (high - low)
-    return low - margin, high + margin
-
-
-def _gap_limits(parts: list[Part], gaps: list[dict[int, float]]) -> tuple[float, float]:
-    """Limits of the gaps that leave out the large ones just after a switch."""
-    settled = [
-        gap
-        for part, of_part in zip(parts, gaps, strict=True)
-        for step, gap in of_part.items()
-        if not 0 < step - part.history.switch <= 0.1 * len(part.history.losses)
+def _limits(lines: list[Line]) -> tuple[float, float]:
+    """Limits that leave out the steep fall of the first sixth, and nothing after it."""
+    begin = max(max(line.x) for line in lines if line.x) / 6
+    shown = [
+        value
+        for line in lines
+        for x, values in ((line.x, line.values), line.training or ([], []))
+        for place, value in zip(x, values, strict=True)
+        if place >= begin
     ]
-    margin = 0.05 * (max(settled) - min(settled)) + 0.005
-    return min(settled) - margin, max(settled) + margin
+    margin = 0.05 * (max(shown) - min(shown)) + 1e-6
+    return min(shown) - margin, max(shown) + margin

@@ -3,9 +3,11 @@
 import ctypes
 import fcntl
 import json
+import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from typing import Any, TextIO
 
 import torch
 
+from ..console import duration
 from ..errors import UserError, UserValueError
 from ..evaluation.figures import check_plots
 from ..evaluation.progress import Progress, say
@@ -222,7 +225,9 @@ class _Sweep:
         self.runs, self.train_run, self.on_finished, self.pool = runs, train_run, on_finished, pool
         self.waiting = [run for run in runs if begin(run)]
         self.free = list(slots)
+        self.slots = len(slots)
         self.failed: list[str] = []
+        self.seconds: list[float] = []
         self.active: dict[Future[int], tuple[Run, Environment, float]] = {}
         say(f"{len(runs)} runs, {len(runs) - len(self.waiting)} of them finished earlier")
 
@@ -265,7 +270,11 @@ class _Sweep:
             return
         (run.folder / FINISHED).touch()
         self.on_finished()
-        say(f"{self.title(run)}: done in {seconds:.0f} s")
+        self.seconds.append(seconds)
+        left = len(self.waiting) + len(self.active)
+        turns = math.ceil(left / self.slots)
+        rest = f"; about {duration(turns * statistics.fmean(self.seconds))} left" if left else ""
+        say(f"{self.title(run)}: done in {duration(seconds)}{rest}")
 
 
 def sweep(

@@ -1,0 +1,309 @@
+#!/usr/bin/env python3
+"""Draw every figure of the docs anew from its record.
+
+    python scripts/figures.py
+
+Records are the JSON and CSV files below docs/. --output FOLDER draws into another folder, in the
+same places. Needs matplotlib (pip install -e '.[trainer,plots]').
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(ROOT / "scripts/benchmarks"))
+
+import attention  # noqa: E402
+import context_parallel_results  # noqa: E402
+import training_results  # noqa: E402
+
+from torchtitan.models.llama3_lighthouse.evaluation import (  # noqa: E402
+    loss_report,
+    retrieval_report,
+)
+from torchtitan.models.llama3_lighthouse.evaluation.figures import (  # noqa: E402
+    DENSE,
+    LIGHTHOUSE,
+    colours,
+    length_axis,
+    mark_switches,
+    new_figure,
+    save,
+)
+from torchtitan.models.llama3_lighthouse.evaluation.retrieval_accuracy import Cell  # noqa: E402
+from torchtitan.models.llama3_lighthouse.studies import (  # noqa: E402
+    ablation_results,
+    recovery_plots,
+)
+from torchtitan.models.llama3_lighthouse.studies.recovery_plots import Line  # noqa: E402
+
+Rows = list[dict[str, Any]]
+STUDIES = DOCS / "studies/results"
+LOSS = "held-out loss, nats per token"
+# Arms of the study of learning rates: in its record, in the legend, colour and marker.
+ARMS = (
+    ("dense", "dense", DENSE, "o"),
+    ("Lighthouse to 1,500, then dense", "Lighthouse, then dense", LIGHTHOUSE, "s"),
+)
+
+
+def read_json(name: str) -> Any:
+    return json.loads((DOCS / "benchmarks" / name).read_text())
+
+
+def read_csv(name: str) -> Rows:
+    """Rows of a record of a study; whatever is a number becomes one, and an empty cell None."""
+
+    def value(cell: str) -> Any:
+        try:
+            return float(cell)
+        except ValueError:
+            return cell or None
+
+    with (STUDIES / name).open() as file:
+        return [{key: value(cell) for key, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def benchmark(name: str, plot: Callable[[dict[str, Any], Path], None]) -> Callable[[Path], None]:
+    """The figure of a benchmark's record."""
+    return lambda path: plot(read_json(f"{name}.json"), path)
+
+
+def at_rates(axis: Any) -> None:
+    """Held-out loss at the end over the learning rate, one seed, and a second one where it ran."""
+    rows = [row for row in read_csv("learning_rates/held_out.csv") if row["step"] == 2400]
+    for arm, name, colour, marker in ARMS:
+        for seed, style in ((0, f"{marker}-"), (1, marker)):
+            points = sorted(
+                (row["learning_rate"], row["held_out_loss"])
+                for row in rows
+                if (row["arm"], row["seed"]) == (arm, seed)
+            )
+            if points:
+                filled = colour if seed == 0 else "none"
+                axis.plot(*zip(*points, strict=True), style, color=colour, markerfacecolor=filled,
+                          label=f"{name}, seed {seed}")  # fmt: skip
+    rates = sorted({row["learning_rate"] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axis.set_xticks([], minor=True)
+    axis.set(xlabel="learning rate", ylabel=f"{LOSS}, at the end")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def learning_rates(path: Path) -> None:
+    """Held-out loss over the learning rate, and over steps at the best one."""
+    figure = new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    at_rates(left)
+    for arm, name, colour, marker in ARMS:
+        for seed, filled in ((0, colour), (1, "none")):
+            points = [(row["step"], row["held_out_loss"])
+                      for row in read_csv("learning_rates/held_out.csv")
+                      if (row["arm"], row["seed"], row["learning_rate"]) == (arm, seed, 1e-3)
+                      and row["step"] >= 300]  # fmt: skip
+            if points:
+                right.plot(*zip(*points, strict=True), f"{marker}-", color=colour, markersize=4,
+                           markerfacecolor=filled, label=f"{name}, seed {seed}")  # fmt: skip
+    mark_switches(right, [1500])
+    right.set(xlabel="step of 32,768 tokens, learning rate 0.001", ylabel=LOSS)
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8, loc="upper right")
+    save(figure, path)
+
+
+def overview(path: Path) -> None:
+    """The README's figure: speed over the length, and loss over the learning rate."""
+    (run,) = [run for run in read_json("training_98k.json") if run["config"] == "270m_98k.toml"]
+    records = run["records"] + [r for r in read_json("training.json")["records"] if r["N"] < 98304]
+    figure = new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    speed: dict[str, dict[int, float]] = {}
+    for stage, name, colour, style in (("lighthouse", "Lighthouse stage", LIGHTHOUSE, "s-"),
+                                       ("dense", "dense", DENSE, "o-")):  # fmt: skip
+        speed[stage] = {r["N"]: r["tokens/s"] for r in records if r["stage"] == stage}
+        left.plot(*zip(*sorted(speed[stage].items()), strict=True), style, color=colour, label=name)
+    ratio = {n: speed["lighthouse"][n] / speed["dense"][n] for n in sorted(speed["dense"])}
+    whole = {n: speed["dense"][n] / (0.625 / r + 0.375) for n, r in ratio.items()}
+    left.plot(*zip(*whole.items(), strict=True), "--", color=LIGHTHOUSE,
+              label="whole run: 10k of 16k steps\nin the Lighthouse stage (computed)")  # fmt: skip
+    longest = max(ratio)
+    gain = 1 / (0.625 / ratio[longest] + 0.375)
+    for y, text in ((speed["lighthouse"][longest], f"{ratio[longest]:.1f}x"),
+                    (whole[longest], f"{gain:.1f}x")):  # fmt: skip
+        left.annotate(text, (longest, y), (8, -3), textcoords="offset points")
+    length_axis(left, ratio)
+    left.set(xlabel="sequence length, tokens", ylabel="tokens/s, 268M model, one H100")
+    left.set(xlim=(7000, 130_000), ylim=(0, 215_000))
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8, loc="upper left")
+    at_rates(right)
+    save(figure, path)
+
+
+def name_of(run: str) -> str:
+    """The name in a figure of a run in a record."""
+    if run.startswith("lighthouse_to"):
+        return recovery_plots.LIGHTHOUSE_STAGE
+    if run.startswith("dense,steps="):
+        return f"dense, {run.rpartition('=')[2]} steps"
+    return run.replace("=", " ")
+
+
+def recovery_lines(study: str, tokens: int, switches: dict[str, int]) -> list[Line]:
+    """The held-out losses of a study by ``tokens`` a step, in the lines that its plots draw.
+
+    Args:
+        switches: last Lighthouse step of each split.
+    """
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for row in read_csv(f"{study}/held_out.csv"):
+        run, seed = str(row["run"]), row.get("seed")
+        if seed is None and ", seed " in run:
+            run, _, seed = run.rpartition(", seed ")
+        if "every" in run:
+            continue
+        name, step, key = name_of(run), int(row["step"]), int(seed or 0)
+        # One study's record has the Lighthouse stage in the rows of its splits.
+        in_stage = step <= switches.get(name, 0)
+        if in_stage and name != max(switches, key=switches.__getitem__):
+            continue
+        name = recovery_plots.LIGHTHOUSE_STAGE if in_stage else name
+        found.setdefault((name, key), []).append((step * tokens / 1e6, row["held-out loss"]))
+    lines = []
+    for (name, seed), points in found.items():
+        x, values = zip(*sorted(set(points)), strict=True)
+        lines.append(Line(name, seed, list(x), list(values)))
+    return sorted(lines, key=lambda line: (line.name != "dense", line.name, line.seed))
+
+
+def over_tokens(study: str, tokens: int, switches: dict[str, int]) -> Callable[[Path], None]:
+    """Held-out loss over tokens."""
+    return lambda path: recovery_plots.draw(
+        path,
+        recovery_lines(study, tokens, switches),
+        "Held-out loss",
+        (recovery_plots.TOKENS, recovery_plots.LOSS),
+        [step * tokens / 1e6 for step in switches.values()],
+    )
+
+
+def minus_dense(study: str, tokens: int, switches: dict[str, int]) -> Callable[[Path], None]:
+    """Held-out loss less that of dense training at equal tokens."""
+
+    def draw(path: Path) -> None:
+        lines = recovery_lines(study, tokens, switches)
+        dense = {line.seed: dict(zip(line.x, line.values, strict=True))
+                 for line in lines if line.name == "dense"}  # fmt: skip
+        gaps = [
+            Line(line.name, line.seed, [x for x in line.x if x in dense[line.seed]],
+                 [y - dense[line.seed][x] for x, y in zip(line.x, line.values, strict=True)
+                  if x in dense[line.seed]])
+            for line in lines if not line.name.startswith("dense, ")
+        ]  # fmt: skip
+        labels = (recovery_plots.TOKENS, "nats per token")
+        places = [step * tokens / 1e6 for step in switches.values()]
+        recovery_plots.draw(path, gaps, recovery_plots.MINUS_DENSE, labels, places)
+
+    return draw
+
+
+def losses_by_context(path: Path) -> None:
+    loss_report.plot(read_csv("recovery_books_2400/losses.csv"), path)
+
+
+def selection(path: Path) -> None:
+    """Held-out loss over steps at two lengths, both under the attention of the stage."""
+    figure = new_figure(12, 5.0)
+    axes = figure.subplots(1, 2)
+    for axis, length, switch in zip(axes, ("16k", "32k"), (150, 550), strict=True):
+        rows = [
+            row for row in read_csv(f"selection_books/held_out_{length}.csv") if row["step"] > 1
+        ]
+        runs = list(dict.fromkeys(str(row["run"]) for row in rows))
+        kinds = list(dict.fromkeys(run.partition(", seed")[0] for run in runs))
+        free = iter(colours(10)[2:])
+        colour_of = {kind: DENSE if kind.startswith("dense") else LIGHTHOUSE
+                     if kind == "first, finest" else next(free) for kind in kinds}  # fmt: skip
+        for run in runs:
+            kind, _, seed = run.partition(", seed ")
+            points = [(row["step"], row["held-out loss"]) for row in rows if row["run"] == run]
+            axis.plot(*zip(*points, strict=True), "s--" if seed == "1" else "o-", label=run,
+                      color=colour_of[kind], markersize=3, linewidth=1)  # fmt: skip
+        mark_switches(axis, [switch])
+        axis.set(xlabel=f"step, {length.upper()} tokens a sequence", ylabel=LOSS)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    save(figure, path)
+
+
+def passkeys(path: Path) -> None:
+    """Accuracy over depth and length, of the six models of start 1."""
+    found: dict[str, retrieval_report.Evaluated] = {}
+    for row in read_csv("passkey_16k/passkey.csv"):
+        if row["start"] != 1:
+            continue
+        name = str(row["run"])
+        length, own = int(row["length"]), int(row["sequence_length"])
+        each = found.setdefault(name, retrieval_report.Evaluated(name, path, None, None, 16384))
+        each.cells.append(
+            Cell("passkey", str(row["stage"]), length, length - 1.0, own, row["depth"],
+                 int(row["trials"]), row["accuracy"], row["low"], row["high"], row["accuracy"], 0.1)
+        )  # fmt: skip
+    retrieval_report.plot(path.parent, list(found.values()), path.stem)
+
+
+def ablations(path: Path) -> None:
+    ablation_results.plot_speed(read_csv("ablations_books_16k/results.csv"), path)
+
+
+LONG, SHORT = {"split 0.625": 1500, "split 0.75": 1800}, {"split 0.625": 550, "split 0.75": 660}
+FIGURES: dict[str, Callable[[Path], None]] = {
+    "overview.png": overview,
+    "benchmarks/attention.png": benchmark("attention", attention.plot),
+    "benchmarks/training.png": benchmark("training", training_results.plot),
+    "benchmarks/context_parallel.png": benchmark("context_parallel", context_parallel_results.plot),
+    "studies/results/learning_rates/held_out.png": learning_rates,
+    "studies/results/recovery_books_2400/minus_dense.png": minus_dense(
+        "recovery_books_2400", 32768, LONG
+    ),
+    "studies/results/recovery_books_2400/loss_over_tokens.png": over_tokens(
+        "recovery_books_2400", 32768, LONG
+    ),
+    "studies/results/recovery_books_2400/losses.png": losses_by_context,
+    "studies/results/recovery_books/loss_over_tokens.png": over_tokens(
+        "recovery_books", 65536, SHORT
+    ),
+    "studies/results/recovery_books_17m/loss_over_tokens.png": over_tokens(
+        "recovery_books_17m", 65536, SHORT
+    ),
+    "studies/results/selection_books/held_out.png": selection,
+    "studies/results/passkey_16k/passkey.png": passkeys,
+    "studies/results/ablations_books_16k/loss_and_throughput.png": ablations,
+}
+
+
+def draw_all(output: Path, names: Iterable[str] = FIGURES) -> None:
+    """Draw the figures into ``output``, in the places that they have below docs/."""
+    for name in names:
+        print(f"{output / name}", flush=True)
+        FIGURES[name](output / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=DOCS, metavar="FOLDER",
+                        help="folder to draw into; default: docs")  # fmt: skip
+    draw_all(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Each figure in the README stands in the record that docs/claims.md names for it."""
+
+import csv
+import json
+import re
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchtitan.models.llama3_lighthouse.dry_run import dry_run
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# Steps of a run, those of its first stage, and tokens of a step, in all configurations for 98K.
+STEPS, FIRST_STAGE, TOKENS = 16000, 10000, 32 * 98304
+
+
+def words(path: Path) -> str:
+    """A page with single spaces, without its code."""
+    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
+    return " ".join(text.replace("\n> ", "\n").split())
+
+
+README = words(ROOT / "README.md")
+CLAIMS = words(DOCS / "claims.md")
+
+
+def training(config: str) -> dict[str, dict[str, Any]]:
+    """The measurements of a configuration, by attention."""
+    runs = json.loads((DOCS / "benchmarks/training_98k.json").read_text())
+    (run,) = [run for run in runs if run["config"] == f"{config}.toml"]
+    assert "H100" in run["device"] and all(r["N"] == 98304 for r in run["records"])
+    return {record["stage"]: record for record in run["records"]}
+
+
+def speeds(config: str) -> tuple[float, float]:
+    """Tokens/s under Lighthouse and dense attention."""
+    records = training(config)
+    return records["lighthouse"]["tokens/s"], records["dense"]["tokens/s"]
+
+
+def hours(config: str) -> tuple[float, float]:
+    """Hours on one GPU: of the whole recipe, and of dense training throughout."""
+    lighthouse, dense = speeds(config)
+    first, rest = FIRST_STAGE * TOKENS, (STEPS - FIRST_STAGE) * TOKENS
+    return (first / lighthouse + rest / dense) / 3600, (first + rest) / dense / 3600
+
+
+def faster() -> str:
+    lighthouse, dense = speeds("270m_98k")
+    return f"{lighthouse / dense:.1f} times as fast as dense attention"
+
+
+def faster_in_all() -> str:
+    whole, dense = hours("270m_98k")
+    return f"is {dense / whole:.1f} times as fast"
+
+
+def layer() -> str:
+    records = json.loads((DOCS / "benchmarks/attention.json").read_text())["records"]
+    (case,) = [record["results"] for record in records if record["case"] == "98304,3,4,1536"]
+    forward, both = (
+        case[f"dense, {part}"]["ms"] / case[f"lighthouse, {part}"]["ms"]
+        for part in ("forward", "both")
+    )
+    return (
+        f"{forward:.1f} times as fast as dense cuDNN attention forward, and {both:.1f} times with "
+        "backward"
+    )
+
+
+def losses() -> str:
+    path = DOCS / "studies/results/learning_rates/held_out.csv"
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["step"] == "2400" and row["seed"] == "0"]
+    best: dict[str, float] = {}
+    for row in rows:
+        loss = float(row["held_out_loss"])
+        best[row["arm"]] = min(loss, best.get(row["arm"], loss))
+    return (
+        f"ends at {best['Lighthouse to 1,500, then dense']:.3f} nats and one trained dense at "
+        f"{best['dense']:.3f}"
+    )
+
+
+def memory(config: str) -> str:
+    records = training(config)
+    lighthouse, dense = (records[stage]["reserved GiB"] for stage in ("lighthouse", "dense"))
+    return f"{lighthouse:.0f} GiB, dense {dense:.0f}"
+
+
+def tokens_a_second(config: str) -> str:
+    lighthouse, dense = speeds(config)
+    return f"{lighthouse:,.0f}, dense {dense:,.0f}"
+
+
+def whole_run(config: str) -> str:
+    whole, dense = hours(config)
+    return f"{whole:.0f} H100 hours, dense throughout {dense:.0f}"
+
+
+def estimate(config: str, processes: int) -> str:
+    """Memory of a GPU in the dense stage, which takes more, as the dry run has it."""
+    line = ["--job.config_file", str(ROOT / f"train_configs/{config}.toml")]
+    line += ["--model.hf_assets_path", str(ROOT)]
+    text = dry_run(LighthouseConfigManager().parse_args(line), processes)
+    (gibibytes,) = re.findall(r"([\d.]+) GiB dense", text)
+    return f"{float(gibibytes):.0f} GiB, estimated"
+
+
+def on_a_laptop() -> str:
+    """The newcomer's run: median speeds of both stages, and its time."""
+    log = (DOCS / "benchmarks/first_run.log").read_text()
+    first, second = log.split("Stage 'dense' begins")
+    lighthouse, dense = (
+        statistics.median(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens/s", part))
+        for part in (first, second)
+    )
+    (memory,) = set(re.findall(r"step 45 of 45 .* ([\d.]+) GiB", log))
+    (time,) = re.findall(r"45 steps in (\d+):", log)
+    return (
+        f"{float(memory):.0f} GiB of the host | {round(lighthouse, -2):,.0f}, "
+        f"dense {round(dense, -1):.0f} | "
+        f"{int(time) + 1} minutes on two CPU cores"
+    )
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "speed of the stage": faster,
+    "speed of a whole run": faster_in_all,
+    "speed of the layer": layer,
+    "losses": losses,
+    "laptop": on_a_laptop,
+    "270m_256k_cp8": lambda: estimate("270m_256k_cp8", 8),
+    "8b_128k": lambda: estimate("8b_128k", 8),
+    "paper_530m_1m_cp8": lambda: estimate("paper_530m_1m_cp8", 32),
+}
+for name in ("270m_98k", "paper_530m_98k"):
+    for figure in (memory, tokens_a_second, whole_run):
+        FIGURES[f"{name}, {figure.__name__}"] = partial(figure, name)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_stands_in_its_record(name: str) -> None:
+    text = FIGURES[name]()
+    assert text in README, f"the record says: {text}"
+    assert text.replace(" | ", ", ") in CLAIMS, f"docs/claims.md has no row for: {text}"
+
+
+def test_log_in_the_readme_is_the_record() -> None:
+    log = (DOCS / "benchmarks/first_run.log").read_text()
+    (quoted,) = re.findall(r"(?ms)^```\n(step .*?)^```", (ROOT / "README.md").read_text())
+    for line in quoted.splitlines():
+        assert f"  {line}\n" in log, f"{line} is not in docs/benchmarks/first_run.log"
+
+
+def test_every_number_of_the_readme_is_a_figure_or_a_setting() -> None:
+    """A new measured number needs an entry above and a row in docs/claims.md."""
+    settings = {
+        # Names of models and lengths, lengths, steps, and GPUs of the configurations.
+        *("3", "98K", "1M", "32K", "268M", "17M", "530M", "8B", "4.6M", "10k", "16k"),
+        *("8,192", "16,384", "32,768", "98,304", "131,072", "262,144", "1,048,576", "1", "8", "32"),
+        # Versions, a compute capability, a GPU's memory, tokens of a run; 1e-4, which has a test.
+        *("0.2.2", "3.11", "8.0", "80", "50", "1e", "4"),
+    }
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+", " ", README)
+    for figure in FIGURES.values():
+        text = text.replace(figure(), " ")
+    numbers = set(re.findall(r"(?<![\w.])\d[\d.,]*[\w%]*(?<![.,])", text))
+    assert not numbers - settings, f"without a record: {sorted(numbers - settings)}"
+
+
+def test_claims_name_records_and_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[^`:]+\.py)(?:::(\w+))?`", (DOCS / "claims.md").read_text())
+    assert len(named) > 5
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(), f"{file} has no {test}"
