@@ -50,6 +50,23 @@ def test_console_shows_what_concerns_people(root, capsys, tmp_path: Path, monkey
     assert "INFO train: Building llama3 with {}" in written
 
 
+def test_what_torch_prints_by_itself_is_silenced_where_it_is_harmless(root, caplog) -> None:
+    """torch's loggers have handlers of their own, so what they print is caught there."""
+    printed: list[str] = []
+    name = "torch._inductor"
+    own = logging.getLogger(name)
+    handler = logging.Handler()
+    handler.emit = lambda record: printed.append(record.getMessage())
+    own.addHandler(handler)
+    try:
+        set_up_console()
+        logging.getLogger(f"{name}.codecache").warning("Failed to pickle cache key")
+        logging.getLogger(f"{name}.codecache").warning("out of shared memory")
+    finally:
+        own.removeHandler(handler)
+    assert printed == ["out of shared memory"]
+
+
 def test_only_the_first_rank_writes_the_file(root, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     log_to_file(tmp_path / "run")

@@ -14,17 +14,30 @@ from torchtitan.tools.logging import init_logger, logger
 # The file lies in job.dump_folder. Restarts append to it.
 LOG_FILE = "train.log"
 PACKAGE = Path(__file__).parent
-# torchtitan overrides what torchrun has set, as it should.
-OVERRIDDEN = "ENV[TORCH_NCCL_ASYNC_ERROR_HANDLING]"
+# Parts of warnings on which no user can act.
+HARMLESS = (
+    # torchtitan overrides what torchrun has set, as it should.
+    "ENV[TORCH_NCCL_ASYNC_ERROR_HANDLING]",
+    # torchtitan finds the GPU's peak by its name as well.
+    "Error running lspci",
+    # The compiler does not cache graphs with a policy of checkpointing. It compiles them anew.
+    "Failed to pickle cache key",
+    # The blocks that are checkpointed do nothing in place.
+    "Detected that context_fn is passed to torch.utils.checkpoint",
+)
 
 
 class ForPeople(logging.Filter):
     """Lets pass what this package says, and warnings; torchtitan's progress is in the file."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
-            return Path(record.pathname).is_relative_to(PACKAGE)
-        return not record.getMessage().startswith(OVERRIDDEN)
+        return record.levelno >= logging.WARNING or Path(record.pathname).is_relative_to(PACKAGE)
+
+
+def is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a user can act on a record."""
+    message = record.getMessage()
+    return not any(part in message for part in HARMLESS)
 
 
 class ShortFormatter(logging.Formatter):
@@ -41,7 +54,12 @@ def set_up_console() -> None:
     init_logger()
     for handler in logger.handlers:
         handler.addFilter(ForPeople())
+        handler.addFilter(is_of_use)
         handler.setFormatter(ShortFormatter())
+    # torch's compiler has loggers that print by themselves.
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch")]:
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(is_of_use)
     # torchdata calls a function that the next torch will drop.
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")
     # On a CPU, training.mixed_precision_param = "float32" asks for no autocast, and gets none.

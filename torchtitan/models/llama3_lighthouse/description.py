@@ -87,9 +87,10 @@ def _tokenizer(config: JobConfig, args: LighthouseModelArgs, total: int) -> str:
     if unused <= 0:
         return f"{name}, {ids:,} ids"
     share = 2 * unused * args.dim / total
+    part = f"{share:.1%}" if share >= 0.001 else "under 0.1%"
     return (
-        f"{name}, {ids:,} ids: {unused:,} of {args.vocab_size:,} vocabulary rows, {share:.1%} of "
-        "the parameters, never see a token"
+        f"{name}, {ids:,} ids: {unused:,} of {args.vocab_size:,} vocabulary rows, {part} of the "
+        "parameters, never see a token"
     )
 
 
