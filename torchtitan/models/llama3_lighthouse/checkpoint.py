@@ -133,7 +133,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                 return None
             path = Path(self.initial_load_path)
             self._check_fits(path, self.initial_load_model_only)
-            self._check_settings(path, True, self.initial_load_model_only)
+            self._check_settings(path, elsewhere=True, weights_only=self.initial_load_model_only)
             return path
         if not complete:
             if self.initial_load_path:
@@ -159,7 +159,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             )
         path = existing[step][0]
         self._check_fits(path, model_only=step == 0)
-        self._check_settings(path, False, weights_only=step == 0)
+        self._check_settings(path, elsewhere=False, weights_only=step == 0)
         return path
 
     def _check_fits(self, path: Path, model_only: bool) -> None:

@@ -85,6 +85,7 @@ class TimeLeft:
     def __init__(self, attentions: Sequence[str], flops: dict[str, float]) -> None:
         self.flops = flops
         self.seconds: dict[str, float] = {}
+        self._begun: set[str] = set()
         self._left = {attention: [0] * (len(attentions) + 1) for attention in flops}
         for attention, left in self._left.items():
             for step in reversed(range(len(attentions))):
@@ -92,8 +93,13 @@ class TimeLeft:
 
     def measured(self, attentions: Sequence[str], seconds: float) -> None:
         """Note that steps under ``attentions``, one after another, took ``seconds``."""
-        if len(set(attentions)) == 1:
-            self.seconds[attentions[0]] = seconds / len(attentions)
+        (attention, *others) = set(attentions)
+        if others:
+            return
+        # The first interval under an attention may hold its compilation.
+        if attention in self._begun:
+            self.seconds[attention] = seconds / len(attentions)
+        self._begun.add(attention)
 
     def after(self, step: int) -> float | None:
         """Seconds from the end of ``step`` to the run's; None before any step was measured."""
@@ -137,7 +143,6 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         )
         self._flops_per_token_of_steps: list[float] = []
         self._attentions: list[str] = []
-        self._first_interval = True
 
     def start_clock(self) -> None:
         """Start to measure throughput; building and loading came before and do not count."""
@@ -184,10 +189,8 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         seconds = time.perf_counter() - self.time_last_log
         metrics = {SECONDS: seconds / len(flops), **(extra_metrics or {})}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, metrics)
-        # The first interval holds compilation and the start of the loader.
-        if self.time_left is not None and not self._first_interval:
+        if self.time_left is not None:
             self.time_left.measured(self._attentions, seconds)
-        self._first_interval = False
         self._print(step, global_avg_loss, grad_norm)
         self._flops_per_token_of_steps, self._attentions = [], []
 
