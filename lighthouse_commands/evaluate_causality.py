@@ -11,6 +11,8 @@ nats: "other text" counts all of them, "other text later" those outside the posi
 The text is the one that the run validated on, or else the held-out split of its dataset in
 sequences of training.seq_len.
 
+A checkpoint that never trained under Lighthouse attention is refused, unless --attention is given.
+
 Writes causality.json and, unless --no-plots, causality.png, which needs matplotlib; prints a table.
 """
 
@@ -25,6 +27,7 @@ from .arguments import (
     add_no_plots,
     add_output,
 )
+from .launch import check_count
 
 SUMMARY = "what a model knows of later tokens"
 IF_INTERRUPTED = "nothing was written"
@@ -58,11 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> None:
-    given = [n for n in (options.batches, options.positions) if n is not None]
-    if given and (min(given) < 1 or given == [1, 1]):
+    for flag in ("batches", "positions"):
+        if (value := getattr(options, flag)) is not None:
+            check_count(f"--{flag}", value)
+    if options.batches == options.positions == 1:
         raise CommandError(
-            f"--batches {options.batches} and --positions {options.positions} must be at least 1, "
-            "and one of them at least 2, because an interval needs two losses"
+            "--batches 1 and --positions 1 give one loss, and an interval needs two; raise one of "
+            "them"
         )
     from torchtitan.models.llama3_lighthouse.evaluation.causality import (
         CausalityOptions,

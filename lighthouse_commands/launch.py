@@ -159,6 +159,7 @@ def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
         sys.exit(str(error))
     except SignalException as error:
         held_back.buffer.clear()
-        print(f"stopped by {error.sigval.name}; the same command goes on from the last checkpoint",
+        print(f"stopped by {error.sigval.name}; the same command goes on from the last checkpoint, "
+              "if one was saved",
               file=sys.stderr)  # fmt: skip
         sys.exit(128 + error.sigval)

@@ -85,12 +85,12 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
         options.master_port,
     )
     line = torchrun_arguments(machines, arguments, options.log_rank)
-    # Importing the trainer takes seconds, here and in each process.
     count = machines.processes * machines.nodes
-    print(f"starting {count} training process{'' if count == 1 else 'es'}", flush=True)
-
+    # Importing the trainer takes seconds, here and in each process: the lines tell what goes on.
     if not options.no_check:
-        check(arguments, machines.processes * machines.nodes, "cuda" if gpus else "cpu")
+        print("checking the configuration", flush=True)
+        check(arguments, count, "cuda" if gpus else "cpu")
+    print(f"starting {count} training process{'' if count == 1 else 'es'}", flush=True)
     run_torchrun(
         line,
         training_environment(os.environ, machines.processes, gpus, cores=os.cpu_count() or 1),

@@ -231,13 +231,18 @@ def selection(path: Path) -> None:
         runs = list(dict.fromkeys(str(row["run"]) for row in rows))
         kinds = list(dict.fromkeys(run.partition(", seed")[0] for run in runs))
         free = iter(colours(10)[2:])
-        colour_of = {kind: DENSE if kind.startswith("dense") else LIGHTHOUSE
-                     if kind == "first, finest" else next(free) for kind in kinds}  # fmt: skip
+        colour_of: dict[str, Any] = {}
+        for kind in kinds:
+            if kind.startswith("dense"):
+                colour_of[kind] = DENSE
+            else:
+                colour_of[kind] = LIGHTHOUSE if "finest" in kind else next(free)
         for run in runs:
             kind, _, seed = run.partition(", seed ")
             points = [(row["step"], row["held-out loss"]) for row in rows if row["run"] == run]
-            axis.plot(*zip(*points, strict=True), "s--" if seed == "1" else "o-", label=run,
-                      color=colour_of[kind], markersize=3, linewidth=1)  # fmt: skip
+            style = "s--" if seed == "1" or kind.endswith("k = 256") else "o-"
+            axis.plot(*zip(*points, strict=True), style, label=run, color=colour_of[kind],
+                      markersize=3, linewidth=1)  # fmt: skip
         mark_switches(axis, [switch])
         axis.set(xlabel=f"step, {length.upper()} tokens a sequence", ylabel=LOSS)
         axis.grid(alpha=0.3)

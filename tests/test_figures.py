@@ -59,7 +59,7 @@ def test_lengths_are_ticked_where_they_were_measured() -> None:
 def test_no_line_joins_cases_of_different_levels(monkeypatch, tmp_path: Path) -> None:
     found = {}
     monkeypatch.setattr(attention, "plot_over_length",
-                        lambda path, title, panels, note: found.update(panels))  # fmt: skip
+                        lambda path, title, panels: found.update(panels))  # fmt: skip
     result = {"ms": 1.0, "GiB": 1.0}
     both = {f"{name}, both": result for name in attention.STYLES}
     cases = [("8192,3,4,128", 8192), ("16384,3,4,256", 16384), ("32768,4,4,128", 32768)]
@@ -68,5 +68,5 @@ def test_no_line_joins_cases_of_different_levels(monkeypatch, tmp_path: Path) ->
     lengths = {name: [n for n, _ in points]
                for name, (_, _, points) in found["forward + backward, ms"].items()}  # fmt: skip
     assert lengths["dense"] == [8192, 16384, 32768]
-    assert lengths["lighthouse, L = 3"] == [8192, 16384]
-    assert lengths["lighthouse, L = 4"] == [32768]
+    assert lengths["Lighthouse, L = 3"] == [8192, 16384]
+    assert lengths["Lighthouse, L = 4"] == [32768]

@@ -45,8 +45,9 @@ def call(command: list[object], folder: Path, expected_code: int = 0) -> str:
 
 def readme_lines() -> str:
     """The Python lines of the README."""
-    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    return lines
+    return "".join(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    )
 
 
 def make_environment(folder: Path, *, shared: bool) -> Path:

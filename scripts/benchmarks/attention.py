@@ -74,6 +74,7 @@ STYLES = {
     "compiled": (LIGHTHOUSE, "x--"),
     "SDPA on S": (FLOOR, "^:"),
 }
+NAMES = {"lighthouse": "Lighthouse", "compiled": "Lighthouse compiled", "SDPA on S": "SDPA on S"}
 
 
 def exact_dense(
@@ -270,8 +271,12 @@ def plot(run: dict[str, Any], path: Path) -> None:
     levels = sorted({_levels(record) for record in records})
     panels = {
         label: {
-            name if name == "dense" else f"{name}, L = {level}": (
-                *STYLES[name],
+            name if name == "dense" else f"{NAMES[name]}, L = {level}": (
+                STYLES[name][0],
+                # The marker tells the levels apart.
+                STYLES[name][1]
+                if name == "dense" or level == levels[0]
+                else f"D{STYLES[name][1][1:]}",
                 [
                     (record["N"], record["results"][f"{name}, both"][key])
                     for record in records
@@ -290,8 +295,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
         if (plain := record["results"].get("dense, both"))
     }
     title = f"Attention layer, {run['GPU']}, bf16, B = 1. {crossover(faster)}"
-    cases = "   ".join(record["case"] for record in records)
-    plot_over_length(path, title, panels, f"N,L,p,k: {cases}")
+    plot_over_length(path, title, panels)
 
 
 def _levels(record: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from reporting import crossover, origin, plot_over_length, table_head, table_row, with_spread
 
+NAMES = {"lighthouse": "Lighthouse", "dense": "dense", "upstream": "torchtitan's Llama 3"}
 # As LIGHTHOUSE, DENSE and UPSTREAM of the product's figures, whose import takes seconds.
 STYLES = {
     "lighthouse": ("tab:orange", "s-"),
@@ -89,7 +90,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
     kinds = list(dict.fromkeys((record["stage"], record["mode"]) for record in records))
     panels = {
         key: {
-            f"{attention}, {mode}": (
+            f"{NAMES[attention]}, checkpointing {mode}": (
                 *STYLES[attention],
                 [
                     (record["N"], record[key])

@@ -204,7 +204,9 @@ def test_train_calls_torchrun(launched: dict, capsys) -> None:
         "--redirects", "1:3", "-m", "torchtitan.models.llama3_lighthouse.train",
         "--job.config_file", DEBUG, "--training.steps", "5",
     ]  # fmt: skip
-    assert capsys.readouterr().out == "starting 2 training processes\n"
+    assert capsys.readouterr().out == (
+        "checking the configuration\nstarting 2 training processes\n"
+    )
     main(["train", "--processes", "1", "--job.config_file", DEBUG])
     assert launched["line"][:2] == ["--nproc-per-node", "1"]
     assert "--redirects" not in launched["line"] and "--tee" not in launched["line"]
@@ -228,8 +230,8 @@ def test_train_on_several_machines(launched: dict) -> None:
 def test_configuration_is_checked_before_processes_start(launched: dict, tmp_path: Path) -> None:
     cases = [
         (["--parallelism.tensor_parallel_degree", "4"],
-         "2 processes (--processes or NGPU, times the machines) do not make up [parallelism], "
-         "which needs a multiple of 4: tensor_parallel_degree 4; start as many"),
+         "[parallelism] needs a multiple of 4 processes (tensor_parallel_degree 4), and this run "
+         "has 2; set --processes or NGPU"),
         (["--training.global_batch_size", "3"], "training.global_batch_size = 3 must be a multiple "
          "of training.local_batch_size = 1 times the data-parallel degree of 2"),
         (["--lighthouse.data_streams", "3"], "lighthouse.data_streams = 3 must be a multiple"),

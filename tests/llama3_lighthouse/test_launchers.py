@@ -97,10 +97,10 @@ def test_ending_says_what_comes_next(tmp_path: Path) -> None:
         first
         == f"Finished step 45 of 45: 15 steps in 3:12; checkpoint {tmp_path}/checkpoint/step-45"
     )
-    assert second == f"Next: lighthouse export-hf {tmp_path} --output FOLDER"
+    assert re.fullmatch(rf"Next: \S*lighthouse export-hf {tmp_path} --output FOLDER", second)
     assert "--lighthouse.stage dense" in ending(config, 45, 1, "lighthouse", 1.0)[1]
     (already,) = ending(config, 45, 0, "", 1.0)
-    assert already.startswith("already at step 45 of 45: nothing to train; pass --training.steps")
+    assert already.startswith("Already at step 45 of 45: nothing to train; pass --training.steps")
     # The text ran out, so the last save is of an earlier step.
     assert ending(config, 44, 3, "dense", 1.0) == ["Finished step 44 of 45: 3 steps in 0:01"]
 
@@ -108,7 +108,11 @@ def test_ending_says_what_comes_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("processes", "line", "message"),
     [
-        (12, [], r"12 processes .* do not make up \[parallelism\], which needs a multiple of 8"),
+        (
+            12,
+            [],
+            r"needs a multiple of 8 processes \(context_parallel_degree 8\), and this run has 12",
+        ),
         (32, ["--lighthouse.top_k", "1024"], "must divide the strata"),
         (32, ["--training.global_batch_size", "6"], "training.global_batch_size = 6 must be a"),
         (32, ["--lighthouse.data_streams", "6"], "lighthouse.data_streams = 6 must be"),

@@ -107,8 +107,11 @@ class LighthouseCheckpointManager(CheckpointManager):
             self._write_record(curr_step)
         super().save(curr_step, last_step)
         seconds = time.monotonic() - start
-        verb = "saved" if self.async_mode == AsyncMode.DISABLED else "being saved, held training up"
-        logger.info(f"Checkpoint {self._create_checkpoint_id(curr_step)} {verb} in {seconds:.1f} s")
+        name = f"Checkpoint {self._create_checkpoint_id(curr_step)}"
+        if self.async_mode == AsyncMode.DISABLED:
+            logger.info(f"{name} saved in {seconds:.1f} s")
+        else:
+            logger.info(f"{name} is being saved; this held training up for {seconds:.1f} s")
         if self.on_saved:
             self.on_saved(seconds)
 

@@ -319,9 +319,9 @@ def check_world_size(section: Parallelism, world_size: int) -> None:
     listed = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
     needed = f"{product}" if shards > 0 else f"a multiple of {product}"
     raise UserValueError(
-        f"{world_size} processes (--processes or NGPU, times the machines) do not make up "
-        f"[parallelism], which needs {needed}: {listed or 'all degrees are 1'}; start as many, or "
-        "change a degree"
+        f"[parallelism] needs {needed} processes ({listed or 'all degrees are 1'}), and this run "
+        f"has {world_size}; set --processes or NGPU, times the machines, to as many, or change a "
+        "degree"
     )
 
 
@@ -375,7 +375,7 @@ def _check_dump_folder(config: JobConfig) -> None:
 
 
 def schedule_warnings(config: JobConfig) -> list[str]:
-    """What a user should know of the stages before the run begins, one line each."""
+    """Warnings on the stages before a run begins, one line each."""
     section, steps = config.lighthouse, config.training.steps
     if section.stage != "auto" or section.dense_from_step < steps:
         return []

@@ -1,4 +1,4 @@
-"""What a run prints: a few short lines on the console, and everything in ``train.log``.
+"""Output of a run: a few short lines on the console, and everything in ``train.log``.
 
 torchtitan logs through Python's root logger, and so does this package.
 """

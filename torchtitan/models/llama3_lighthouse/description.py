@@ -1,5 +1,7 @@
-"""What a run is, in lines that ``lighthouse dry-run`` and the start of a training log share."""
+"""The lines that ``lighthouse dry-run`` and the start of a log share, and those of its end."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -106,7 +108,7 @@ def _steps_line(config: JobConfig, dims: ParallelDims) -> str:
     else:
         stages = f"1 to {switch:,} in the Lighthouse stage, then dense"
     every = section.dense_every
-    every_line = f", with every {every}th step dense" if every and switch else ""
+    every_line = f", one step in {every} of them dense" if every and switch else ""
     return (
         f"steps         {steps:,}: {stages}{every_line}; "
         f"{steps * batch * config.training.seq_len:,} tokens in all"
@@ -202,7 +204,8 @@ def _memory_line(
     kept = " or ".join(map(_gib, found.values()))
     return (
         f"memory        each rank, estimated: {totals}; {_gib(state)} for weights, gradients "
-        f"and optimizer, {kept} for activations, none for torch itself and the allocator's reserve"
+        f"and optimizer, {kept} for activations; torch itself and the allocator's reserve come on "
+        "top"
     )
 
 
@@ -216,6 +219,14 @@ def output_line(config: JobConfig) -> str:
     return f"output        {config.job.dump_folder}: {', '.join(places)}"
 
 
+def _command() -> str:
+    """The console command as a shell in this folder can call it."""
+    own = Path(sys.executable).with_name("lighthouse")
+    if shutil.which("lighthouse") or not own.exists():
+        return "lighthouse"
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+
+
 def ending(config: JobConfig, step: int, steps_taken: int, stage: str, seconds: float) -> list[str]:
     """How a run ended, and what to do next.
 
@@ -227,7 +238,7 @@ def ending(config: JobConfig, step: int, steps_taken: int, stage: str, seconds: 
     steps, folder = config.training.steps, config.job.dump_folder
     if not steps_taken:
         return [
-            f"already at step {step:,} of {steps:,}: nothing to train; pass --training.steps with "
+            f"Already at step {step:,} of {steps:,}: nothing to train; pass --training.steps with "
             "a larger number to go on, or --job.dump_folder FOLDER to begin another run"
         ]
     lines = [
@@ -238,7 +249,7 @@ def ending(config: JobConfig, step: int, steps_taken: int, stage: str, seconds: 
         return lines
     lines[0] += f"; checkpoint {Path(folder, config.checkpoint.folder)}/step-{step}"
     if stage == "dense":
-        lines.append(f"Next: lighthouse export-hf {folder} --output FOLDER")
+        lines.append(f"Next: {_command()} export-hf {folder} --output FOLDER")
     else:
         lines.append(
             "Next: the dense stage, by the same command with --lighthouse.stage dense and a larger "

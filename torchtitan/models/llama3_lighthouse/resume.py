@@ -1,4 +1,4 @@
-"""What differs between a run and the checkpoint that it goes on from."""
+"""Differences between a run and the checkpoint that it goes on from."""
 
 import json
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ MODEL = {"model.name", "model.flavor", "model.converters", "lighthouse.tokenizer
 METHOD = {f"lighthouse.{field.name}" for field in fields(LighthouseConfig)}
 METHOD |= {"lighthouse.dense_layers"}
 # Settings of these sections change training, except for those that do not touch what is computed.
-TRAINING = ("training.", "optimizer.", "lr_scheduler.", "lighthouse.")
+TRAINING = ("training.", "optimizer.", "lr_scheduler.", "lighthouse.", "quantize.")
 WITHOUT_EFFECT = ("training.dataloader.", "training.gc_", "lighthouse.log_selection_every")
 # Where a run writes and what it reports on the way do not change it.
 NOT_COMPARED = ("job.", "metrics.", "profiling.", "comm.", "checkpoint.", "model.hf_assets_path")
@@ -93,16 +93,17 @@ def check_settings(
 
     if model and not elsewhere:
         raise UserValueError(
-            f"checkpoint {path} is of another model than this run: {_listed(model)}; restore the "
-            "checkpoint's values, or go on with the new ones in another place: --checkpoint.folder "
-            f"NEW --checkpoint.initial_load_path {path} --checkpoint.no-initial_load_model_only"
+            f"this run would make another model of checkpoint {path}: {_listed(model)}; restore "
+            "the checkpoint's values, or go on with the new ones in another place: "
+            f"--checkpoint.folder NEW --checkpoint.initial_load_path {path} "
+            "--checkpoint.no-initial_load_model_only"
         )
     if model:
         logger.warning(f"{path} was trained as another model than this run's: {_listed(model)}")
     if training and not weights_only:
         logger.warning(f"Training goes on from {path} with other settings: {_listed(training)}")
     if rest and not weights_only:
-        logger.info(f"Settings without effect on the losses also differ: {_listed(rest)}")
+        logger.info(f"Settings that do not change training differ: {_listed(rest)}")
 
 
 def _listed(found: list[Difference]) -> str:

@@ -71,8 +71,8 @@ class StreamMessages:
         if found and found[1].get("text") == "":
             place = found[0]
         logger.warning(
-            f"{self.key}.dataset: {place} is empty; this and all other empty documents are "
-            "skipped, and each stream counts them when it has been read whole"
+            f"{self.key}.dataset: {place} is empty; empty documents are skipped, and the log says "
+            "how many there were when a stream has been read whole"
         )
 
     def _find(self, stream: int, number: int) -> tuple[str, dict[str, Any]] | None:

@@ -114,8 +114,7 @@ def _check_stage(path: Path, attention: list[str] | None) -> None:
     if record.last_lighthouse_step == 0:
         raise UserValueError(
             f"{path} was never trained under Lighthouse attention, and dense attention sees no "
-            "later tokens; pass --attention lighthouse to measure what its weights would make of a "
-            "selection"
+            "later tokens; pass --attention lighthouse to measure it all the same"
         )
     if record.dense_steps:
         say(

@@ -53,7 +53,7 @@ def length_axis(axis: "Axes", lengths: Iterable[float]) -> None:
     """Make the x axis logarithmic, with a tick at each of ``lengths``."""
     axis.set_xscale("log")
     ticks = sorted(set(lengths))
-    axis.set_xticks(ticks, [length_name(n) for n in ticks], fontsize=8)
+    axis.set_xticks(ticks, [length_name(n) for n in ticks], rotation=45 if len(ticks) > 6 else 0)
     axis.set_xticks([], minor=True)
 
 

@@ -1,6 +1,7 @@
 """Held-out losses of several checkpoints as a table and a plot."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from ..checks import check_output
 from ..environment import environment
 from ..errors import UserValueError
-from .figures import colours, length_axis, new_figure, save
+from .figures import DENSE, colours, length_axis, new_figure, save
 from .held_out_loss import (
     bucket_means,
     check_text,
@@ -29,6 +30,8 @@ from .inference import (
 from .progress import Progress, say_what_was_written
 from .tables import Row, write_csv
 
+# Curves of a plot up to which intervals are drawn.
+MOST_BANDS = 4
 INTERVAL = "95%, normal, over sequences"
 
 
@@ -199,21 +202,39 @@ def plot(rows: list[Row], path: Path) -> None:
     for row in rows:
         curves.setdefault((row["checkpoint"], row["attention"]), []).append(row)
     names = list(dict.fromkeys(checkpoint for checkpoint, _ in curves))
-    colour_of = dict(zip(names, colours(len(names)), strict=True))
+    style_of = _styles(names)
+    # Bands of more curves would make one grey.
+    with_bands = len(curves) <= MOST_BANDS
     ends: list[int] = []
     for (checkpoint, attention), whole in curves.items():
         # The last row of each curve covers all positions.
         points = whole[:-1]
-        colour, dense = colour_of[checkpoint], attention == "dense"
+        (colour, marker), dense = style_of[checkpoint], attention == "dense"
         label = checkpoint + ("" if dense else " (Lighthouse)")
         ends, losses = ([row[key] for row in points] for key in ("context to", "loss"))
-        axis.plot(ends, losses, "o-" if dense else "s--", color=colour, label=label, markersize=4)
-        if all(row["low"] is not None for row in points):
+        axis.plot(ends, losses, f"{marker}{'-' if dense else '--'}", color=colour, label=label,
+                  markersize=4)  # fmt: skip
+        if with_bands and all(row["low"] is not None for row in points):
             low, high = ([row[key] for row in points] for key in ("low", "high"))
             axis.fill_between(ends, low, high, color=colour, alpha=0.15, linewidth=0)
     length_axis(axis, ends)
     axis.set(xlabel="context, tokens (upper end of each bucket)",
-             ylabel="held-out loss, nats per token, 95% interval")  # fmt: skip
+             ylabel=f"held-out loss, nats per token{', 95% interval' if with_bands else ''}",
+             )  # fmt: skip
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", fontsize=8, ncols=2)
     save(figure, path)
+
+
+def _styles(names: list[str]) -> dict[str, tuple[Any, str]]:
+    """Colour and marker of each checkpoint; runs that differ in their seed share the colour."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r",seed=\d+", "", name), []).append(name)
+    # The palette begins with the colours of dense and of Lighthouse.
+    free = iter(colours(len(groups) + 2)[2:])
+    found = {}
+    for group, members in groups.items():
+        colour = DENSE if group.startswith("dense") else next(free)
+        found |= {name: (colour, "os^Dv*"[n % 6]) for n, name in enumerate(members)}
+    return found

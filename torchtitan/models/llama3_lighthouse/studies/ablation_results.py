@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lighthouse.geometry import PyramidGeometry
 
-from ..evaluation.figures import colours, mark_switches, new_figure, save
+from ..evaluation.figures import DENSE, colours, mark_switches, new_figure, save
 from ..evaluation.tables import Row, columns_of, markdown, write_csv
 from ..metrics import HELD_OUT_LOSS, LOSS, MEMORY, THROUGHPUT, UNDER_LIGHTHOUSE
 from ..model.model import lighthouse_config
@@ -119,7 +119,9 @@ def plot_speed(rows: list[Row], path: Path) -> None:
     axis = figure.subplots()
     held_out = all(row.get("held-out loss") is not None for row in rows)
     key = "held-out loss" if held_out else "final loss"
-    for row, (colour, marker) in zip(rows, _styles(len(rows)), strict=True):
+    for row, (free, marker) in zip(rows, _styles(len(rows)), strict=True):
+        dense = row.get("lighthouse.dense_from_step") == 0
+        colour = DENSE if dense else free
         axis.scatter(row["tokens/s"], row[key], color=colour, marker=marker, s=70, label=row["run"])
     axis.set(xlabel="tokens/s on each device, both stages", ylabel=f"{key}, nats per token")
     axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -128,7 +130,8 @@ def plot_speed(rows: list[Row], path: Path) -> None:
 
 def _styles(count: int) -> list[tuple[Any, str]]:
     markers = [MARKERS[number % len(MARKERS)] for number in range(count)]
-    return list(zip(colours(count), markers, strict=True))
+    # The palette begins with the colour of dense.
+    return list(zip(colours(count + 1)[1:], markers, strict=True))
 
 
 def _plot_curves(axis: "Axes", runs: list[Run], styles: Sequence[tuple[Any, str]]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.figures import DENSE, LIGHTHOUSE, colours, mark_switches, new_figure, save
 from .recovery_results import History, Track, minus_dense
@@ -49,7 +50,7 @@ def parts_of(tracks: list[Track], histories: list[History]) -> list[Part]:
 
 @dataclass(frozen=True)
 class Line:
-    """What a plot draws of one model: a dot at each validation, and its training loss in pale.
+    """The drawing of one model: a dot at each validation, and its training loss in pale.
 
     Attributes:
         x, values: places and values of the dots.
@@ -129,11 +130,7 @@ def draw(
     """Draw the lines, and mark the places of ``switches``, where dense stages begin."""
     names = list(dict.fromkeys(line.name for line in lines))
     seeds = list(dict.fromkeys(line.seed for line in lines))
-    fixed = {"dense": DENSE, LIGHTHOUSE_STAGE: LIGHTHOUSE}
-    # The palette begins with the two colours that are taken.
-    others = [name for name in names if name not in fixed]
-    free = colours(10)[2:]
-    colour_of = fixed | {name: free[n % len(free)] for n, name in enumerate(others)}
+    colour_of = _colours_of(names)
     figure = new_figure(height=5.5)
     axis = figure.subplots()
     for line in lines:
@@ -152,6 +149,19 @@ def draw(
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     save(figure, path)
+
+
+def _colours_of(names: list[str]) -> dict[str, Any]:
+    """A colour for each name, the same in all plots of a study."""
+    # The palette begins with the two colours that are taken.
+    free = colours(10)[2:]
+    splits = sorted(name for name in names if name.startswith("split"))
+    found = {"dense": DENSE, LIGHTHOUSE_STAGE: LIGHTHOUSE}
+    found |= {name: free[n % len(free)] for n, name in enumerate(splits)}
+    # What is left are dense runs of fewer steps.
+    shades = ("deepskyblue", "navy", "slategrey")
+    others = [name for name in names if name not in found]
+    return found | {name: shades[n % len(shades)] for n, name in enumerate(others)}
 
 
 def _limits(lines: list[Line]) -> tuple[float, float]:
