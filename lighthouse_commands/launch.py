@@ -1,5 +1,6 @@
 """How training processes are started: the torchrun command line and its environment."""
 
+import itertools
 import logging
 import os
 import re
@@ -124,7 +125,9 @@ def gpus_here() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
-    return min(found, sum(bool(name.strip()) for name in visible.split(",")))
+    # CUDA stops at the first name that is none.
+    names = itertools.takewhile(lambda name: name.strip() not in ("", "-1"), visible.split(","))
+    return min(found, len(list(names)))
 
 
 def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
@@ -134,6 +137,7 @@ def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
         CommandError: training ended with a user's mistake, whose message this is.
         SystemExit: it crashed, or a signal stopped it.
     """
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -151,12 +155,23 @@ def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
     try:
         run(parse_args(line))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.error_file_data.get(USERS_MISTAKE):
+        # Other processes may have failed since, because this one was gone.
+        mistakes = [
+            failure
+            for failure in error.failures.values()
+            if failure.error_file_data.get(USERS_MISTAKE)
+        ]
+        if mistakes:
             held_back.buffer.clear()
-            raise CommandError(failure.message) from None
+            raise CommandError(mistakes[0].message) from None
         held_back.flush()
         sys.exit(str(error))
+    except DistNetworkError as error:
+        held_back.buffer.clear()
+        raise CommandError(
+            "--master-address and --master-port must name a machine that can be reached and a free "
+            f"port on it: {str(error).splitlines()[0]}; pass others"
+        ) from None
     except SignalException as error:
         held_back.buffer.clear()
         print(f"stopped by {error.sigval.name}; the same command goes on from the last checkpoint, "

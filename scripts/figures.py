@@ -135,7 +135,7 @@ def overview(path: Path) -> None:
     left.plot(*zip(*whole.items(), strict=True), "--", color=LIGHTHOUSE,
               label="whole run: 10k of 16k steps\nin the Lighthouse stage (computed)")  # fmt: skip
     longest = max(ratio)
-    gain = 1 / (0.625 / ratio[longest] + 0.375)
+    gain = whole[longest] / speed["dense"][longest]
     for y, text in ((speed["lighthouse"][longest], f"{ratio[longest]:.1f}x"),
                     (whole[longest], f"{gain:.1f}x")):  # fmt: skip
         left.annotate(text, (longest, y), (8, -3), textcoords="offset points")

@@ -5,7 +5,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def whole_run(config: str) -> str:
     return f"{whole:.0f} H100 hours, dense throughout {dense:.0f}"
 
 
+@cache
 def estimate(config: str, processes: int) -> str:
     """Memory of a GPU in the dense stage, which takes more, as the dry run has it."""
     line = ["--job.config_file", str(ROOT / f"train_configs/{config}.toml")]
@@ -205,5 +206,7 @@ def test_every_number_of_the_readme_is_a_figure_or_a_setting() -> None:
 def test_claims_name_records_and_tests_that_exist() -> None:
     named = re.findall(r"`(tests/[^`:]+\.py)(?:::(\w+))?`", (DOCS / "claims.md").read_text())
     assert len(named) > 5
+    for record in re.findall(r"\]\(([^)#]+\.(?:json|csv|log))\)", (DOCS / "claims.md").read_text()):
+        assert (DOCS / record).is_file(), record
     for file, test in named:
         assert f"def {test}" in (ROOT / file).read_text(), f"{file} has no {test}"

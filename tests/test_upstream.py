@@ -412,5 +412,6 @@ def test_launcher_reads_the_message(tmp_path: Path) -> None:
     file.write_text('{"message": "set lighthouse.top_k to 128", "timestamp": 7}')
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
     assert (failure.message, failure.timestamp) == ("set lighthouse.top_k to 128", 7), READ_THE_PAGE
+    assert failure.error_file_data["message"] == failure.message, READ_THE_PAGE
     source = inspect.getsource(ErrorHandler)
     assert "TORCHELASTIC_ERROR_FILE" in source, READ_THE_PAGE

@@ -302,7 +302,7 @@ def test_gpus_are_those_that_the_driver_lists(tmp_path: Path, monkeypatch) -> No
     driver.chmod(0o755)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert launch.gpus_here() == 2
-    for visible, count in (("1", 1), ("", 0), ("0,1,2", 2)):
+    for visible, count in (("1", 1), ("", 0), ("0,1,2", 2), ("-1", 0), ("0,-1,1", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert launch.gpus_here() == count
     driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")

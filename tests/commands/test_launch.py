@@ -24,15 +24,32 @@ def start(tmp_path: Path, processes: int, settings: dict) -> subprocess.Popen:
     )
 
 
-def test_mistake_that_training_finds_ends_in_one_line(tmp_path: Path) -> None:
-    """Both processes find it, and one line is printed."""
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_mistake_that_training_finds_ends_in_one_line(tmp_path: Path, processes: int) -> None:
+    """All processes find it, and one line is printed."""
     settings = {"training.dataset": "c4_local", "training.dataset_path": tmp_path / "none"}
-    process = start(tmp_path, 2, settings)
+    process = start(tmp_path, processes, settings)
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert out == "starting 2 training processes\n"
+    assert out == f"starting {processes} training process{'es' if processes > 1 else ''}\n"
     (line,) = errors.splitlines()
     assert line.startswith("Error: training.dataset_path = '") and "is not a folder" in line
+
+
+@pytest.mark.slow
+def test_mistake_that_one_process_finds_ends_in_one_line(tmp_path: Path) -> None:
+    """The other process loses its peer, and does not say so."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    good = '{"text": "' + "word " * 2000 + '"}\n'
+    (folder / "train-0.jsonl").write_text(good * 4)
+    (folder / "train-1.jsonl").write_text('{"text": null}\n' + good * 3)
+    settings = {"training.dataset": "c4_local", "training.dataset_path": folder}
+    process = start(tmp_path, 2, settings)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("Error: ") and "line 1 of" in line and "train-1.jsonl" in line
 
 
 @pytest.mark.slow

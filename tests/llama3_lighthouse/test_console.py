@@ -1,4 +1,4 @@
-"""What reaches the console, and how."""
+"""The lines of the console, and those of the file."""
 
 import logging
 import warnings
@@ -34,7 +34,7 @@ def test_console_shows_what_concerns_people(root, capsys, tmp_path: Path, monkey
     set_up_console()
     log_to_file(tmp_path / "run")
     entries = [
-        record(OURS, logging.INFO, "step 1"),
+        record(OURS, logging.INFO, "\x1b[31mstep 1\x1b[39m"),
         record("/packages/torchtitan/train.py", logging.INFO, "Building llama3 with {}"),
         record("/packages/torchtitan/train.py", logging.WARNING, "ran out of data"),
         record("/packages/torchtitan/x.py", logging.WARNING,
@@ -44,9 +44,10 @@ def test_console_shows_what_concerns_people(root, capsys, tmp_path: Path, monkey
     for entry in entries:
         root.handle(entry)
     lines = [line[10:] for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["step 1", "WARNING ran out of data", "ERROR broken"]
+    assert lines == ["\x1b[31mstep 1\x1b[39m", "WARNING ran out of data", "ERROR broken"]
     written = (tmp_path / "run/train.log").read_text()
     assert len(written.splitlines()) == len(entries)
+    assert "INFO train: step 1\n" in written
     assert "INFO train: Building llama3 with {}" in written
 
 

@@ -142,11 +142,13 @@ def test_time_left_counts_the_steps_of_each_attention() -> None:
     left.measured(["lighthouse"] * 2, 6.0)
     # Dense steps have not been measured: their FLOPs say that they take four times as long.
     assert left.after(2) == 4 * 3.0 + 4 * 12.0
+    # So may the first interval that has dense steps.
     left.measured(["lighthouse", "dense"], 100.0)
-    assert left.after(7) == 3 * 12.0
-    left.measured(["dense"], 50.0)
     assert left.after(7) == 3 * 12.0
     left.measured(["dense"], 5.0)
     assert left.after(7) == 3 * 5.0
     assert left.after(5) == 3.0 + 4 * 5.0
     assert left.after(10) == 0
+    # Single dense steps within the stage: 3 of 10 units each, 4 times that for the dense one.
+    left.measured(["lighthouse", "lighthouse", "dense", "lighthouse"], 14.0)
+    assert left.seconds == {"lighthouse": 2.0, "dense": 8.0}

@@ -1,4 +1,4 @@
-"""What a run says, and refuses, when its settings differ from the checkpoint's."""
+"""Messages and refusals when settings differ from the checkpoint's."""
 
 import copy
 import logging

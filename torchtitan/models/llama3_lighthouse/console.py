@@ -5,6 +5,7 @@ torchtitan logs through Python's root logger, and so does this package.
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -49,6 +50,13 @@ class ShortFormatter(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
+class PlainFormatter(logging.Formatter):
+    """As logging's own, without the colours of a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub(r"\x1b\[[\d;]*m", "", super().format(record))
+
+
 def set_up_console() -> None:
     """Print for people from here on, and silence warnings that no user can act on."""
     init_logger()
@@ -75,7 +83,7 @@ def log_to_file(folder: str | Path) -> None:
     path = Path(folder, LOG_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(module)s: %(message)s"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(module)s: %(message)s"))
     logger.addHandler(handler)
 
 

@@ -245,7 +245,7 @@ def ending(config: JobConfig, step: int, steps_taken: int, stage: str, seconds: 
         f"Finished step {step:,} of {steps:,}: {_count(steps_taken, 'step')} in {duration(seconds)}"
     ]
     # Upstream's last save is that of the last step. A run that ran out of text ends before it.
-    if not config.checkpoint.enable or step < steps:
+    if not config.checkpoint.enable or config.checkpoint.load_only or step < steps:
         return lines
     lines[0] += f"; checkpoint {Path(folder, config.checkpoint.folder)}/step-{step}"
     if stage == "dense":

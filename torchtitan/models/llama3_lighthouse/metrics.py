@@ -93,13 +93,13 @@ class TimeLeft:
 
     def measured(self, attentions: Sequence[str], seconds: float) -> None:
         """Note that steps under ``attentions``, one after another, took ``seconds``."""
-        (attention, *others) = set(attentions)
-        if others:
-            return
+        used = set(attentions)
         # The first interval under an attention may hold its compilation.
-        if attention in self._begun:
-            self.seconds[attention] = seconds / len(attentions)
-        self._begun.add(attention)
+        if used <= self._begun:
+            # The steps of a mixed interval share its time by their FLOPs.
+            unit = seconds / sum(self.flops[attention] for attention in attentions)
+            self.seconds |= {attention: unit * self.flops[attention] for attention in used}
+        self._begun |= used
 
     def after(self, step: int) -> float | None:
         """Seconds from the end of ``step`` to the run's; None before any step was measured."""

@@ -103,7 +103,7 @@ def check_settings(
     if training and not weights_only:
         logger.warning(f"Training goes on from {path} with other settings: {_listed(training)}")
     if rest and not weights_only:
-        logger.info(f"Settings that do not change training differ: {_listed(rest)}")
+        logger.info(f"Other settings differ: {_listed(rest)}")
 
 
 def _listed(found: list[Difference]) -> str:

@@ -41,6 +41,9 @@ from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .selection_statistics import Selected, selection_statistics, selections
 from .stages import ATTENTIONS, attention_at, stage_at
 
+# The launcher looks after its processes ten times a second.
+SECONDS_FOR_THE_LAUNCHER = 3.0
+
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
@@ -383,6 +386,12 @@ def main() -> None:
     except KeyboardInterrupt:
         # The launcher says how training ended.
         sys.exit(130)
+    except Exception:
+        # If another process failed first, this error only follows from it. The launcher ends this
+        # process in the meantime, and the other one's message stands alone.
+        if LAUNCHER_PRINTS in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+            time.sleep(SECONDS_FOR_THE_LAUNCHER)
+        raise
 
 
 if __name__ == "__main__":
