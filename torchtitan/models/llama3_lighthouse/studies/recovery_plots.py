@@ -158,7 +158,7 @@ def _colours_of(names: list[str]) -> dict[str, Any]:
     splits = sorted(name for name in names if name.startswith("split"))
     found = {"dense": DENSE, LIGHTHOUSE_STAGE: LIGHTHOUSE}
     found |= {name: free[n % len(free)] for n, name in enumerate(splits)}
-    # What is left are dense runs of fewer steps.
+    # The others are dense runs of fewer steps.
     shades = ("deepskyblue", "navy", "slategrey")
     others = [name for name in names if name not in found]
     return found | {name: shades[n % len(shades)] for n, name in enumerate(others)}
