@@ -100,7 +100,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_together_give_what_one_device_gives(world_size: int, free_port: int) -> None:
     torch.multiprocessing.spawn(worker, (world_size, free_port), nprocs=world_size)
 

@@ -132,6 +132,7 @@ def test_logits_at_far_positions(exported: Exported) -> None:
     assert (unscaled - expected).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_generation_is_greedy(exported: Exported) -> None:
     trained, theirs = exported.ours, exported.theirs
     tokenizer = AutoTokenizer.from_pretrained(exported.folder)
