@@ -38,21 +38,29 @@ class Difference:
         return f"{self.key} = {self.present!r} (checkpoint: {self.recorded!r})"
 
 
-def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[Difference]:
-    """The settings that differ, in the order of the configuration.
+def all_differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[Difference]:
+    """The settings of ``present`` that differ, in its order.
 
     Args:
         recorded, present: configurations by section. A key that the record does not know is newer
-            than the checkpoint, which was trained with its default.
+            than its run, which had the default.
     """
     # The record went through JSON, which makes lists of tuples.
-    now = flatten(json.loads(json.dumps(present)))
-    before = flatten(JobConfig().to_dict()) | flatten(recorded)
+    now, defaults = (
+        flatten(json.loads(json.dumps(each))) for each in (present, JobConfig().to_dict())
+    )
+    before = defaults | flatten(recorded)
     return [
         Difference(key, before[key], value)
         for key, value in now.items()
-        if key in before and before[key] != value and not key.startswith(NOT_COMPARED)
+        if key in before and before[key] != value
     ]
+
+
+def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[Difference]:
+    """Those of ``all_differences`` that a checkpoint's run and its continuation may not ignore."""
+    found = all_differences(recorded, present)
+    return [each for each in found if not each.key.startswith(NOT_COMPARED)]
 
 
 def check_settings(

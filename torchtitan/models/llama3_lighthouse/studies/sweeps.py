@@ -26,6 +26,7 @@ from ..evaluation.figures import check_plots
 from ..evaluation.progress import Progress, say
 from ..job_config import JobConfig
 from ..metrics import METRICS_FILE, STEP_LINE
+from ..resume import all_differences
 from .settings import record_of
 
 ERROR_LINE = re.compile(r"^Error: (.+)", re.MULTILINE)
@@ -192,19 +193,11 @@ def begin(run: Run) -> bool:
     """
     record, config = run.folder / "config.json", record_of(run.config)
     if record.exists():
-        before, now = json.loads(record.read_text()), json.loads(config)
-        # A key that the record lacks is newer than the run, which had its default.
-        defaults = json.loads(record_of(JobConfig()))
-        differing = [
-            f"{section}.{key}"
-            for section, values in now.items()
-            for key, value in values.items()
-            if before.get(section, {}).get(key, defaults[section][key]) != value
-        ]
-        if differing:
+        found = all_differences(json.loads(record.read_text()), json.loads(config))
+        if found:
             raise UserValueError(
-                f"{run.folder} holds a run with another {', '.join(differing)}; pass --output "
-                "FOLDER with one of its own, or remove it"
+                f"{run.folder} holds a run with another {', '.join(each.key for each in found)}; "
+                "pass --output FOLDER with one of its own, or remove it"
             )
     run.folder.mkdir(parents=True, exist_ok=True)
     record.write_text(config)
