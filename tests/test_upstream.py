@@ -350,7 +350,7 @@ def test_retention_goes_through_our_method(tmp_path: Path, monkeypatch: pytest.M
     """Cut-off checkpoints are not counted, and those older than the newest kept one go."""
     from torchtitan.components.checkpoint import CheckpointManager
 
-    from torchtitan.models.llama3_lighthouse.checkpoint import LighthouseCheckpointManager
+    from torchtitan.models.llama3_lighthouse.checkpoints.manager import LighthouseCheckpointManager
 
     called = [
         name

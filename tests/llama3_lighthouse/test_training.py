@@ -8,7 +8,7 @@ import torch
 from launch import SMALL, VALIDATED, Run, validation_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from torchtitan.models.llama3_lighthouse.checkpoint_record import read_record
+from torchtitan.models.llama3_lighthouse.checkpoints.record import read_record
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 from torchtitan.models.llama3_lighthouse.train import skips_non_finite_steps
 

@@ -8,7 +8,7 @@ from small_model import METHOD, N, build
 from torch.nn.functional import cross_entropy
 
 from lighthouse import LighthouseConfig
-from torchtitan.models.llama3_lighthouse.checkpoint_record import CheckpointRecord, write_record
+from torchtitan.models.llama3_lighthouse.checkpoints.record import CheckpointRecord, write_record
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.evaluation import causality

@@ -8,7 +8,7 @@ import torch
 from launch import VALIDATED, Run
 from torch.nn.functional import cross_entropy
 
-from torchtitan.models.llama3_lighthouse.checkpoint_record import RECORD_FILE, read_record
+from torchtitan.models.llama3_lighthouse.checkpoints.record import RECORD_FILE, read_record
 from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.evaluation.inference import (
     find_checkpoint,

@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry, fitting_length
 from lighthouse_commands.main import main
-from torchtitan.models.llama3_lighthouse.checkpoint_record import RECORD_FILE, CheckpointRecord
+from torchtitan.models.llama3_lighthouse.checkpoints.record import RECORD_FILE, CheckpointRecord
 from torchtitan.models.llama3_lighthouse.data.retrieval import (
     TASKS,
     PromptEncoder,

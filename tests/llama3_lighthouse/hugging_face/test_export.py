@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lighthouse_commands.main import main
-from torchtitan.models.llama3_lighthouse.checkpoint_record import (
+from torchtitan.models.llama3_lighthouse.checkpoints.record import (
     CheckpointRecord,
     read_record,
     write_record,

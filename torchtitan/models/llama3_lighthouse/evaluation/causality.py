@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..checkpoint_record import read_record
+from ..checkpoints.record import read_record
 from ..checks import check_output
 from ..data.packing import build_validation_dataloader
 from ..environment import environment

@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from ..checkpoint import check_shapes, checkpoints_in, in_one_process
-from ..checkpoint_record import CheckpointRecord, read_record
+from ..checkpoints.manager import check_shapes, checkpoints_in, in_one_process
+from ..checkpoints.record import CheckpointRecord, read_record
 from ..checks import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError

@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ..checkpoint import check_shapes, in_one_process
-from ..checkpoint_record import CheckpointRecord, read_record
+from ..checkpoints.manager import check_shapes, in_one_process
+from ..checkpoints.record import CheckpointRecord, read_record
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import find_checkpoint, read_configuration

@@ -10,8 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
 
-from ..checkpoint import in_one_process
-from ..checkpoint_record import CheckpointRecord, write_record
+from ..checkpoints.manager import in_one_process
+from ..checkpoints.record import CheckpointRecord, write_record
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import model_arguments, parse_over

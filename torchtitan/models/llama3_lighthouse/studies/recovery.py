@@ -8,7 +8,7 @@ off.
 import shutil
 from pathlib import Path
 
-from ..checkpoint import checkpoints_in
+from ..checkpoints.manager import checkpoints_in
 from ..evaluation.progress import say, say_what_was_written
 from ..metrics import HELD_OUT_LOSS, METRICS_FILE
 from .recovery_plan import CHECKPOINTS, Study, plan

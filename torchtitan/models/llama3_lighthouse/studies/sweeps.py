@@ -20,13 +20,13 @@ from typing import Any, TextIO
 
 import torch
 
+from ..checkpoints.resume import all_differences
 from ..console import duration
 from ..errors import UserError, UserValueError
 from ..evaluation.figures import check_plots
 from ..evaluation.progress import Progress, say
 from ..job_config import JobConfig
 from ..metrics import METRICS_FILE, STEP_LINE
-from ..resume import all_differences
 from .settings import record_of
 
 ERROR_LINE = re.compile(r"^Error: (.+)", re.MULTILINE)

@@ -21,9 +21,9 @@ from torchtitan.components.checkpoint import (
 )
 from torchtitan.tools.logging import logger
 
-from .checkpoint_record import CheckpointRecord, read_record, write_record
-from .data.packing import check_dataloader_state
-from .errors import UserFileError, UserValueError
+from ..data.packing import check_dataloader_state
+from ..errors import UserFileError, UserValueError
+from .record import CheckpointRecord, read_record, write_record
 from .resume import check_settings
 
 

@@ -9,10 +9,10 @@ from torchtitan.tools.logging import logger
 
 from lighthouse import LighthouseConfig
 
-from .checkpoint_record import CheckpointRecord
-from .errors import UserValueError
-from .job_config import JobConfig, flatten
-from .stages import stage_at
+from ..errors import UserValueError
+from ..job_config import JobConfig, flatten
+from ..stages import stage_at
+from .record import CheckpointRecord
 
 # Settings that decide what weights of one shape compute.
 MODEL = {"model.name", "model.flavor", "model.converters", "lighthouse.tokenizer"}

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserValueError
+from ..errors import UserValueError
 
 RECORD_FILE = "lighthouse.json"
 

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 from launch import Run
 
-from torchtitan.models.llama3_lighthouse.checkpoint_record import CheckpointRecord
+from torchtitan.models.llama3_lighthouse.checkpoints.record import CheckpointRecord
+from torchtitan.models.llama3_lighthouse.checkpoints.resume import (
+    METHOD,
+    check_settings,
+    differences,
+)
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
-from torchtitan.models.llama3_lighthouse.resume import METHOD, check_settings, differences
 from torchtitan.models.llama3_lighthouse.studies.settings import with_settings
 
 PATH = Path("run/checkpoint/step-20")
