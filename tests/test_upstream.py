@@ -347,7 +347,7 @@ def test_every_module_of_torchtitan_has_the_cpu() -> None:
 
 
 def test_retention_goes_through_our_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut-off checkpoints are not counted, and those older than the newest kept one go."""
+    """Folders that are no complete checkpoints are neither counted nor deleted."""
     from torchtitan.components.checkpoint import CheckpointManager
 
     from torchtitan.models.llama3_lighthouse.checkpoints.manager import LighthouseCheckpointManager
@@ -364,14 +364,14 @@ def test_retention_goes_through_our_method(tmp_path: Path, monkeypatch: pytest.M
     manager = LighthouseCheckpointManager.__new__(LighthouseCheckpointManager)
     manager.folder, manager.keep_latest_k = str(tmp_path), 2
     manager.purge_queue = queue.Queue()
-    for step, complete in ((1, True), (2, True), (3, False), (4, True), (5, False)):
+    for step, complete in ((1, True), (2, True), (3, False), (4, True), (5, False), (6, True)):
         path = Path(manager._create_checkpoint_id(step))
         path.mkdir()
         if complete:
             (path / ".metadata").touch()
     manager._purge_stale_checkpoints()
     gone = [Path(manager.purge_queue.get_nowait()).name for _ in range(2)]
-    assert gone == ["step-1", "step-3"] and manager.purge_queue.empty()
+    assert gone == ["step-1.purged", "step-2.purged"] and manager.purge_queue.empty()
 
 
 def test_metrics_are_counted_where_we_correct_them() -> None:

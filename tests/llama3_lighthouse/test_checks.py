@@ -86,7 +86,7 @@ def test_files_that_are_no_toml_are_named_without_a_traceback(tmp_path: Path, ca
 
 def test_broken_records_of_checkpoints_are_named(tmp_path: Path) -> None:
     (tmp_path / RECORD_FILE).write_text('{"step": 3, ')
-    with pytest.raises(UserValueError, match=f"{RECORD_FILE} is not JSON: .*; restore it"):
+    with pytest.raises(UserValueError, match=f"{RECORD_FILE} cannot be read as .*; restore it"):
         read_record(tmp_path)
 
 

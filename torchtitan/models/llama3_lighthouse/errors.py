@@ -20,3 +20,7 @@ class UserTypeError(UserError, TypeError):
 
 class UserFileError(UserError, OSError):
     """A file or folder cannot be used as it is."""
+
+
+class NonFiniteError(UserError, RuntimeError):
+    """A loss, a gradient norm, a weight or an optimizer's moment is NaN or infinite."""

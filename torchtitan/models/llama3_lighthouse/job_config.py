@@ -105,6 +105,10 @@ class Checkpoint(upstream.Checkpoint):
     """Whether the last checkpoint holds the weights alone. The dense stage cannot continue such a
     checkpoint; upstream's default is true."""
 
+    set_damaged_aside: bool = False
+    """Go on from the newest whole checkpoint if newer ones are damaged, and rename those to
+    step-N.damaged. By default a damaged checkpoint stops the run, with a message."""
+
 
 @dataclass
 class Parallelism(upstream.Parallelism):

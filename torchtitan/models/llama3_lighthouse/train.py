@@ -25,7 +25,7 @@ from .checkpoints.manager import LighthouseCheckpointManager
 from .checks import check_config, check_device, schedule_warnings
 from .console import log_to_file, set_up_console
 from .description import describe, ending, output_line
-from .errors import LAUNCHER_PRINTS, USERS_MISTAKE, UserError, UserValueError
+from .errors import LAUNCHER_PRINTS, USERS_MISTAKE, NonFiniteError, UserError, UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
@@ -45,10 +45,6 @@ from .stages import ATTENTIONS, attention_at, stage_at
 SECONDS_FOR_THE_LAUNCHER = 3.0
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
-
-
-class NonFiniteError(UserError, RuntimeError):
-    """A loss or gradient norm is NaN or infinite; the optimizer took no step."""
 
 
 class LighthouseTrainer(upstream.Trainer):
@@ -304,7 +300,8 @@ class LighthouseTrainer(upstream.Trainer):
             "not taken"
         )
         if self.job_config.checkpoint.enable:
-            message += f"; the last good checkpoint is in {self.checkpointer.folder}"
+            kept = self.checkpointer.last_good()
+            message += f"; the last good checkpoint is {kept or 'none: nothing was saved yet'}"
         raise NonFiniteError(
             f"{message}. Lower optimizer.lr, lengthen the warmup or check the data."
         )

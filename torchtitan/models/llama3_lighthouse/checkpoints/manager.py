@@ -1,20 +1,25 @@
 """Checkpoints: upstream's manager, made to refuse whatever would lose work."""
 
-import re
+import shutil
+import threading
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import TimeoutError as StillRunning
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import (
     DATALOADER,
     MODEL,
+    OPTIMIZER,
     TRAIN_STATE,
     AsyncMode,
     CheckpointManager,
@@ -22,23 +27,19 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 
 from ..data.packing import check_dataloader_state
-from ..errors import UserFileError, UserValueError
-from .record import CheckpointRecord, read_record, write_record
+from ..errors import NonFiniteError, UserError, UserFileError, UserValueError
+from . import folders
+from .checksums import write_checksums
+from .folders import METADATA_FILE, Condition, checkpoints_in, complete_checkpoints
+from .record import RECORD_FILE, CheckpointRecord, read_record, write_record
 from .resume import check_settings
+from .storage import DamagedCheckpointError, is_finite, load_state, read_metadata, verify
 
-
-def checkpoints_in(folder: str | Path) -> dict[int, tuple[Path, bool]]:
-    """Every checkpoint below ``folder``, in order: step -> (path, whether it is complete).
-
-    A save writes the metadata last, so a folder without metadata was cut off.
-    """
-    found = {}
-    for path in Path(folder).glob("step-*"):
-        if match := re.fullmatch(r"step-(\d+)", path.name):
-            markers = (".metadata", "model.safetensors.index.json", "model.safetensors")
-            complete = any((path / marker).is_file() for marker in markers)
-            found[int(match.group(1))] = (path, complete)
-    return dict(sorted(found.items()))
+# Files of a checkpoint that have no checksum of their own.
+SEALED_FILES = (METADATA_FILE, RECORD_FILE)
+SET_ASIDE = "checkpoint.set_damaged_aside"
+# A run that ends by an error waits so long for an asynchronous save.
+SECONDS_FOR_A_SAVE = 600
 
 
 @contextmanager
@@ -54,8 +55,9 @@ def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
 
     Raises:
         ValueError: the checkpoint belongs to another model.
+        DamagedCheckpointError: its metadata cannot be read.
     """
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = read_metadata(path).state_dict_metadata
     for name, tensor in model_state.items():
         entry = stored.get(name)
         shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
@@ -79,58 +81,134 @@ class LighthouseCheckpointManager(CheckpointManager):
     on_saved: Callable[[float], None] | None = None
     config: dict[str, Any]
     last_lighthouse_step: int | None = 0
+    # The folder that an asynchronous save is writing.
+    _in_flight: Path | None = None
+    _whatever_the_interval = False
+    # An asynchronous save is finished by its own thread or by the one that waits for it.
+    _finishing = threading.Lock()
+
+    # Loading
 
     def load(self, step: int = -1) -> bool:
-        path = self._check_before_load(step) if self.enable else None
-        loaded = super().load(step)
-        if loaded:
-            logger.info(f"Goes on from {path or self.initial_load_path or self.folder}")
-        elif self.enable:
+        """Load what the run goes on from; returns whether there is anything.
+
+        Raises:
+            UserError: on every rank, if there is something that cannot or must not be loaded.
+        """
+        if not self.enable:
+            return super().load(step)
+        self._on_rank_0(self._clear)
+        while True:
+            loaded, error = False, None
+            try:
+                loaded = self._load(step)
+            except UserError as caught:
+                error = caught
+            found = [each for each in _gathered(error) if each is not None]
+            if not found:
+                return loaded
+            first = found[0]
+            if not isinstance(first, DamagedCheckpointError):
+                raise first
+            self._on_rank_0(partial(self._give_up_or_set_aside, first, step))
+
+    def _clear(self) -> None:
+        """Remove what earlier runs did not get to save or to delete."""
+        if self.load_only:
+            return
+        folder = Path(self.folder)
+        removed = folders.remove_cut_off(folder)
+        for path in removed:
+            logger.warning(f"{path} is removed: its save was cut off")
+        for path in folders.taken_out(folder):
+            shutil.rmtree(path, ignore_errors=True)
+        # torch reads checkpoint.initial_load_path only where there is no folder.
+        if removed and self.initial_load_path and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _load(self, step: int) -> bool:
+        path = self._check_before_load(step)
+        from_here = path is not None and path.parent == Path(self.folder)
+        number = int(path.name.removeprefix("step-")) if path and from_here else -1
+        loaded = super().load(number)
+        if not loaded:
             logger.info(f"Begins from scratch: no checkpoint in {self.folder}")
-        if path is not None and loaded and self.states[TRAIN_STATE].step > 0:
+            return False
+        path = path or Path(self.initial_load_path or self.folder)
+        if name := next(self._not_finite_here(), None):
+            raise DamagedCheckpointError(path, f"'{name}' holds values that are not finite")
+        logger.info(f"Goes on from {path}")
+        if self.states[TRAIN_STATE].step > 0:
             record = read_record(path)
             self.last_lighthouse_step = record.last_lighthouse_step if record else None
-        return loaded
+        return True
 
-    def save(self, curr_step: int, last_step: bool = False) -> None:
-        if not self._should_save(curr_step, last_step):
-            return
-        start = time.monotonic()
-        path, complete = checkpoints_in(self.folder).get(curr_step, (None, False))
-        if complete:
+    def _give_up_or_set_aside(self, error: DamagedCheckpointError, step: int) -> None:
+        """Rename a damaged checkpoint if the user asked for that and an older one can follow.
+
+        Raises:
+            UserError: training cannot go on; the message names the newest whole checkpoint.
+        """
+        here = complete_checkpoints(self.folder)
+        if error.path.parent != Path(self.folder) or step != -1:
+            raise UserFileError(f"{error}; restore it, or pass another checkpoint")
+        number = int(error.path.name.removeprefix("step-"))
+        older = _newest_whole({n: path for n, path in here.items() if n < number})
+        if older is None:
             raise UserFileError(
-                f"{path} already holds a complete checkpoint and is not overwritten; "
-                "pass --checkpoint.folder NAME for a new one, or move the old one away"
+                f"{error}. No older checkpoint of {self.folder} is whole; restore the file, or "
+                "begin anew with --checkpoint.folder NAME"
             )
-        if dist.get_rank() == 0:
-            # The record comes first, so that every complete checkpoint has one.
-            self._write_record(curr_step)
-        super().save(curr_step, last_step)
-        seconds = time.monotonic() - start
-        name = f"Checkpoint {self._create_checkpoint_id(curr_step)}"
-        if self.async_mode == AsyncMode.DISABLED:
-            logger.info(f"{name} saved in {seconds:.1f} s")
-        else:
-            logger.info(f"{name} is being saved; this held training up for {seconds:.1f} s")
-        if self.on_saved:
-            self.on_saved(seconds)
+        if not self.config["checkpoint"]["set_damaged_aside"]:
+            raise UserFileError(
+                f"{error}. The newest whole one is {older}; restore the file, or pass "
+                f"--{SET_ASIDE} to go on from there, which renames newer ones to "
+                "step-N.damaged"
+            )
+        for found in checkpoints_in(self.folder).values():
+            if found.step > int(older.name.removeprefix("step-")):
+                new = folders.set_aside(found.path)
+                logger.warning(f"{found.path} is damaged and set aside as {new.name}")
 
-    def _write_record(self, step: int) -> None:
-        record = CheckpointRecord(step, self.last_lighthouse_step, self.config)
-        write_record(self._create_checkpoint_id(step), record)
+    def dcp_load(
+        self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
+    ) -> None:
+        """As upstream's, with a reader that checks every byte and runs nothing."""
+        if from_hf:
+            super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+            return
+        load_state(state_dict, checkpoint_id)
+        self.states[MODEL].load_state_dict(state_dict)
+
+    def _find_load_step(self, folder: str = "") -> int:
+        return max(complete_checkpoints(folder or self.folder), default=-1)
 
     def _check_before_load(self, step: int) -> Path | None:
         """The checkpoint that ``load`` will read; None if there is none or it is in HF's format.
 
         Raises:
-            ValueError: the checkpoint is missing, incomplete, of another model or data, or older
-                than others that training on would overwrite.
+            ValueError: the checkpoint is missing, of another model or data, or older than others
+                that training on would overwrite.
+            DamagedCheckpointError: it cannot be read.
         """
         existing = checkpoints_in(self.folder)
-        complete = [number for number, (_, whole) in existing.items() if whole]
-        for path in (path for path, whole in existing.values() if not whole):
-            logger.warning(f"{path} is incomplete (its save was cut off) and is left out.")
+        complete = complete_checkpoints(self.folder)
+        newest = max(complete, default=-1)
+        for found in existing.values():
+            if found.condition is not Condition.WITHOUT_METADATA:
+                continue
+            if found.step > newest:
+                raise DamagedCheckpointError(
+                    found.path, f"it has no file {METADATA_FILE}, which copies by 'step-N/*' lack"
+                )
+            logger.warning(f"{found.path} has no file {METADATA_FILE} and is left out")
 
+        if step != -1 and step not in complete:
+            has = f"it has steps {', '.join(map(str, complete))}" if complete else "it has none"
+            raise UserValueError(
+                f"checkpoint.load_step = {step} is not a complete checkpoint of {self.folder}; "
+                f"{has}; pass one of them, or -1 for the newest"
+            )
         if not Path(self.folder).exists():
             if not self.initial_load_path or self.initial_load_in_hf:
                 return None
@@ -147,47 +225,260 @@ class LighthouseCheckpointManager(CheckpointManager):
                 )
             return None
         if step == -1:
-            step = complete[-1]
-        if step not in complete:
+            step = newest
+        if step < newest and not self.load_only:
             raise UserValueError(
-                f"checkpoint.load_step = {step} is not a complete checkpoint of {self.folder}; "
-                f"it has steps {', '.join(map(str, complete))}"
-            )
-        if step < complete[-1] and not self.load_only:
-            raise UserValueError(
-                f"checkpoint.load_step = {step} but {self.folder} goes up to step {complete[-1]}, "
+                f"checkpoint.load_step = {step} but {self.folder} goes up to step {newest}, "
                 "which training on would overwrite; continue in another place with "
-                f"--checkpoint.folder NEW --checkpoint.initial_load_path {existing[step][0]} "
+                f"--checkpoint.folder NEW --checkpoint.initial_load_path {complete[step]} "
                 "--checkpoint.no-initial_load_model_only"
             )
-        path = existing[step][0]
+        path = complete[step]
         self._check_fits(path, model_only=step == 0)
         self._check_settings(path, elsewhere=False, weights_only=step == 0)
         return path
 
     def _check_fits(self, path: Path, model_only: bool) -> None:
         """Check that a checkpoint fits the model and, unless ``model_only``, the data loader."""
-        if not (path / ".metadata").is_file():
+        if not (path / METADATA_FILE).is_file():
             raise UserValueError(
                 f"{path} is not a complete checkpoint (it has no .metadata file); "
                 "pass the path of a step-N folder"
             )
         check_shapes(path, self.states[MODEL].state_dict())
         if not model_only and DATALOADER not in self.exclude_from_loading:
-            check_dataloader_state(path, self.states[DATALOADER].stream_count)
+            stored = read_metadata(path).state_dict_metadata
+            check_dataloader_state(path, stored, self.states[DATALOADER].stream_count)
 
     def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
-        record = read_record(path)
+        try:
+            record = read_record(path)
+        except UserValueError as error:
+            raise DamagedCheckpointError(path, str(error).partition(";")[0]) from None
         if record is not None:
             check_settings(path, record, self.config, elsewhere, weights_only)
+
+    # Saving
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save a checkpoint if one is due.
+
+        Raises:
+            NonFiniteError: weights or optimizer state are not finite; nothing is saved.
+            UserFileError: the checkpoint, or the one before it, could not be written.
+        """
+        if not self._should_save(curr_step, last_step):
+            return
+        start = time.monotonic()
+        self.wait()
+        self._check_finite(curr_step)
+        path = Path(self._create_checkpoint_id(curr_step))
+        self._on_rank_0(partial(self._begin, path, curr_step))
+        try:
+            super().save(curr_step, last_step)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise self._not_written(path, error) from error
+        if self.save_future is None:
+            self._finish(path)
+        else:
+            self._in_flight = path
+            self.save_future.add_done_callback(partial(self._finish_if_saved, path))
+        seconds = time.monotonic() - start
+        if self._in_flight is None:
+            logger.info(f"Checkpoint {path} saved in {seconds:.1f} s")
+        else:
+            logger.info(
+                f"Checkpoint {path} is being saved; this held training up for {seconds:.1f} s"
+            )
+        if self.on_saved:
+            self.on_saved(seconds)
+
+    def save_now(self, step: int) -> None:
+        """Save a full checkpoint of ``step`` at once, unless there is one or none may be saved."""
+        self.wait()
+        if not self.enable or step in complete_checkpoints(self.folder):
+            return
+        mode, self.async_mode = self.async_mode, AsyncMode.DISABLED
+        self._whatever_the_interval = True
+        try:
+            self.save(step)
+        finally:
+            self.async_mode, self._whatever_the_interval = mode, False
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for an asynchronous save.
+
+        Args:
+            timeout: seconds to wait at most; None: as long as it takes.
+
+        Raises:
+            UserFileError: it could not be written.
+        """
+        if self._in_flight is None or self.save_future is None:
+            return
+        path, future = self._in_flight, self.save_future
+        self._in_flight = self.save_future = None
+        try:
+            future.result(timeout)
+        except StillRunning:
+            raise UserFileError(f"checkpoint {path} is not saved after {timeout:.0f} s") from None
+        except (CheckpointException, Exception) as error:
+            raise self._not_written(path, error) from error
+        # The result may be there before the save's own thread gets to this.
+        self._finish(path)
+
+    def close(self) -> None:
+        try:
+            self.wait(SECONDS_FOR_A_SAVE)
+        except UserFileError as error:
+            logger.error(str(error))
+        super().close()
+
+    def last_good(self) -> Path | None:
+        """The newest complete checkpoint, after an asynchronous save in flight has ended."""
+        if not self.enable:
+            return None
+        try:
+            self.wait(SECONDS_FOR_A_SAVE)
+        except UserFileError as error:
+            logger.error(str(error))
+        return next(reversed(complete_checkpoints(self.folder).values()), None)
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        if self._whatever_the_interval and self.enable and not self.load_only:
+            return True
+        return super()._should_save(curr_step, last_step)
+
+    def _begin(self, path: Path, step: int) -> None:
+        """Make the folder of a save with its record, so that every complete one has a record."""
+        dump_folder = Path(self.config["job"]["dump_folder"])
+        if not dump_folder.exists():
+            logger.warning(
+                f"job.dump_folder {dump_folder} is gone, removed while the run was going; it is "
+                "made again for the next checkpoints, and what it held is lost"
+            )
+        found = checkpoints_in(self.folder).get(step)
+        if found and found.condition is not Condition.CUT_OFF:
+            raise UserFileError(
+                f"{path} already holds a checkpoint and is not overwritten; "
+                "pass --checkpoint.folder NAME for a new one, or move the old one away"
+            )
+        try:
+            folders.begin(path)
+            write_record(path, CheckpointRecord(step, self.last_lighthouse_step, self.config))
+        except OSError as error:
+            raise self._not_written(path, error) from None
+
+    def _finish(self, path: Path) -> None:
+        """Seal the folder of a save that is complete."""
+        with self._finishing:
+            if dist.get_rank() == 0 and folders.is_unfinished(path):
+                write_checksums(path, SEALED_FILES)
+                folders.finish(path)
+
+    def _finish_if_saved(self, path: Path, save: Any) -> None:
+        if not save.exception():
+            self._finish(path)
+
+    def _not_written(self, path: Path, error: BaseException) -> UserFileError:
+        """The error for a save that failed; the room that it took is free again."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        disk = next(each for each in path.parents if each.exists())
+        free = shutil.disk_usage(disk).free / 1e9
+        needed = sum(x.numel() * x.element_size() for _, x in self._tensors()) / 1e9
+        kept = next(reversed(complete_checkpoints(self.folder).values()), None)
+        return UserFileError(
+            f"checkpoint {path} could not be written: {_cause(error)}. It needs {needed:.2f} GB, "
+            f"and {disk} has {free:.2f} GB free; make room or mend the folder, and the same "
+            f"command goes on from {kept or 'the beginning: nothing was saved before'}"
+        )
 
     def _purge_stale_checkpoints(self) -> None:
         """Keep the last ``keep_latest_k`` complete checkpoints; upstream counts all folders."""
         if self.keep_latest_k <= 0 or dist.get_rank() != 0:
             return
-        existing = checkpoints_in(self.folder)
-        complete = [step for step, (_, whole) in existing.items() if whole]
-        kept = complete[-self.keep_latest_k :]
-        for step, (path, _) in existing.items():
-            if kept and step < kept[-1] and step not in kept:
-                self.purge_queue.put(str(path))
+        for path in [*complete_checkpoints(self.folder).values()][: -self.keep_latest_k]:
+            self.purge_queue.put(str(folders.take_out(path)))
+
+    # What is saved
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights and optimizer state of this rank, each with its name; shards as DTensors."""
+        names = {}
+        for part in self.states[MODEL].model:
+            for name, parameter in part.named_parameters():
+                names[parameter] = name
+                yield name, parameter
+        for optimizer in self.states[OPTIMIZER]:
+            for parameter, values in optimizer.state.items():
+                for key, value in values.items():
+                    if isinstance(value, torch.Tensor):
+                        yield f"{key} of {names.get(parameter, 'a weight')}", value
+
+    def _not_finite_here(self) -> Iterator[str]:
+        """Names of this rank's tensors that are not finite; waits for the device once."""
+        tensors = list(self._tensors())
+        with torch.no_grad():
+            finite = [is_finite(x.to_local() if isinstance(x, DTensor) else x) for _, x in tensors]
+        return (name for (name, _), good in zip(tensors, _on_host(finite), strict=True) if not good)
+
+    def _check_finite(self, step: int) -> None:
+        """Raise a NonFiniteError on every rank if what is to be saved is not finite on any."""
+        found = _gathered(next(self._not_finite_here(), None))
+        if name := next((each for each in found if each), None):
+            kept = next(reversed(complete_checkpoints(self.folder).values()), None)
+            raise NonFiniteError(
+                f"step {step}: '{name}' is not finite after the optimizer's step, and nothing was "
+                f"saved; the last good checkpoint is {kept or 'none: there is no other'}. Lower "
+                "optimizer.lr, lengthen the warmup or check the data."
+            )
+
+    def _on_rank_0(self, action: Callable[[], None]) -> None:
+        """Let rank 0 do something, and raise its error on every rank."""
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except UserError as caught:
+                error = caught
+        if error := _gathered(error)[0]:
+            raise error
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in their order."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _on_host(flags: Iterable[torch.Tensor | bool]) -> list[bool]:
+    """Flags that may lie on a device, fetched at once."""
+    flags = list(flags)
+    tensors = [x for x in flags if isinstance(x, torch.Tensor)]
+    device = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
+    values = iter(torch.stack([x.to(device) for x in tensors]).tolist() if tensors else [])
+    return [next(values) if isinstance(x, torch.Tensor) else x for x in flags]
+
+
+def _newest_whole(complete: dict[int, Path]) -> Path | None:
+    """The newest of some checkpoints that is whole; reads them to find out."""
+    for path in reversed(complete.values()):
+        logger.info(f"Looks whether {path} is whole")
+        try:
+            verify(path)
+        except DamagedCheckpointError as error:
+            logger.warning(str(error))
+            continue
+        return path
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """The reason of a failed save in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f" ({error.filename})" if error.filename else "")
+    return (str(error).splitlines() or [type(error).__name__])[0]

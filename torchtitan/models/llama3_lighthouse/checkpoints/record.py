@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserValueError
+from .checksums import FileFault, check_checksum, replace_file, require_file
 
 RECORD_FILE = "lighthouse.json"
 
@@ -28,21 +29,39 @@ class CheckpointRecord:
 
 
 def read_record(path: str | Path) -> CheckpointRecord | None:
-    """The record in a step-N folder, or None; torchtitan's own trainer writes none."""
+    """The record in a step-N folder, or None; torchtitan's own trainer writes none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     file = Path(path, RECORD_FILE)
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
-        return CheckpointRecord(**json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
+        check_checksum(file.parent, RECORD_FILE)
+        record = CheckpointRecord(**json.loads(require_file(file).read_bytes()))
+        _check(record)
+    except (OSError, FileFault, ValueError, TypeError, RecursionError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
         raise UserValueError(
-            f"{file} is not JSON: {error}; restore it, or remove it and pass the run's "
-            "configuration with --job.config_file FILE"
+            f"{file} cannot be read as a checkpoint's record ({problem}); restore it, or remove it "
+            "and pass the run's configuration with --job.config_file FILE"
         ) from None
+    return record
+
+
+def _check(record: CheckpointRecord) -> None:
+    steps = [record.step, record.last_lighthouse_step or 0]
+    if not all(type(step) is int and step >= 0 for step in steps):
+        raise ValueError("its steps are no counts")
+    if not isinstance(record.config, dict) or not all(
+        isinstance(section, dict) for section in record.config.values()
+    ):
+        raise ValueError("its config has no sections")
 
 
 def write_record(path: str | Path, record: CheckpointRecord) -> None:
     """Put ``record`` into a step-N folder, and make the folder if need be."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    (path / RECORD_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    replace_file(path / RECORD_FILE, json.dumps(asdict(record), indent=1) + "\n")

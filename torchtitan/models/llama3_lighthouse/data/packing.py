@@ -5,11 +5,10 @@ and a checkpoint holds the position of each stream, whichever rank reads it.
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -136,15 +135,19 @@ def _without_traceback(batches: Iterator[Any]) -> Iterator[Any]:
         raise UserValueError(message.rpartition("UserValueError: ")[2].strip()) from None
 
 
-def check_dataloader_state(checkpoint: str | Path, stream_count: int) -> None:
+def check_dataloader_state(
+    checkpoint: str | Path, stored: Iterable[str], stream_count: int
+) -> None:
     """Check that a checkpoint folder holds the position of every stream.
+
+    Args:
+        stored: names of what the checkpoint holds.
 
     Without this check, torch's error would name an internal key instead.
 
     Raises:
         ValueError: the folder holds no position, or the positions of another number of streams.
     """
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     saved = sum(key.startswith("dataloader.stream_") for key in stored)
     if saved == 0:
         raise _no_position(f"checkpoint {checkpoint}")

@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from ..checkpoints.manager import check_shapes, checkpoints_in, in_one_process
+from ..checkpoints.folders import METADATA_FILE, complete_checkpoints
+from ..checkpoints.manager import check_shapes, in_one_process
 from ..checkpoints.record import CheckpointRecord, read_record
+from ..checkpoints.storage import load_state
 from ..checks import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
+
+# Keys that name Python code to import. A checkpoint may come from anyone, so its record's are left
+# out; a user can still pass them.
+NAMES_CODE = ("custom_config_module", "custom_args_module")
 
 
 @dataclass
@@ -50,12 +55,11 @@ def find_checkpoint(path: str | Path) -> Path:
         ValueError: there is no complete checkpoint.
     """
     path = Path(path)
-    if (path / ".metadata").is_file():
+    if (path / METADATA_FILE).is_file():
         return path
     for folder in (path, path / "checkpoint"):
-        complete = [step for step, whole in checkpoints_in(folder).values() if whole]
-        if complete:
-            return _in_dcp_format(complete[-1])
+        if complete := complete_checkpoints(folder):
+            return _in_dcp_format(complete[max(complete)])
     if any(path.glob("*.safetensors")):
         return _in_dcp_format(path)
     raise UserValueError(
@@ -96,7 +100,7 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def _in_dcp_format(path: Path) -> Path:
-    if not (path / ".metadata").is_file():
+    if not (path / METADATA_FILE).is_file():
         raise UserValueError(
             f"{path} is in Hugging Face's format; lighthouse import-hf makes a checkpoint of it"
         )
@@ -138,7 +142,7 @@ def load_trained_model(
     state = model.state_dict()
     check_shapes(path, state)
     with in_one_process():
-        dcp.load(state, checkpoint_id=str(path), no_dist=True)
+        load_state(state, path, no_dist=True)
     model.to(dtype).eval().requires_grad_(False)
     model.use_attention("dense")
     return TrainedModel(model, build_tokenizer(config), config, path, record)
@@ -225,7 +229,10 @@ class _RecordedConfigManager(LighthouseConfigManager):
 
     def __init__(self, recorded: dict[str, Any] | None) -> None:
         super().__init__()
-        self.recorded = recorded
+        self.recorded = {
+            section: {key: value for key, value in values.items() if key not in NAMES_CODE}
+            for section, values in (recorded or {}).items()
+        }
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         return super()._maybe_load_toml(args) or self.recorded

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..checkpoints.manager import check_shapes, in_one_process
 from ..checkpoints.record import CheckpointRecord, read_record
+from ..checkpoints.storage import DamagedCheckpointError, is_finite, load_state, read_metadata
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import find_checkpoint, read_configuration
@@ -97,7 +96,7 @@ def check_dense(path: Path, record: CheckpointRecord | None) -> None:
 
 def _stored_dtype(path: Path, state: dict[str, torch.Tensor]) -> torch.dtype:
     check_shapes(path, state)
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = read_metadata(path).state_dict_metadata
     tensors = [stored[name] for name in state]
     dtypes = {x.properties.dtype for x in tensors if isinstance(x, TensorStorageMetadata)}
     if len(dtypes) > 1:
@@ -127,7 +126,9 @@ def _write_weights(
         wanted = adapter(args).from_hf({name: theirs[name] for name in names})
         state = {name: torch.empty(x.shape, dtype=stored) for name, x in wanted.items()}
         with in_one_process():
-            dcp.load(state, checkpoint_id=str(path), no_dist=True)
+            load_state(state, path, no_dist=True)
+        if broken := [name for name, tensor in state.items() if not is_finite(tensor)]:
+            raise DamagedCheckpointError(path, f"'{broken[0]}' holds values that are not finite")
         shard = {
             name: tensor.to(dtype).contiguous()
             for name, tensor in adapter(args).to_hf(state).items()

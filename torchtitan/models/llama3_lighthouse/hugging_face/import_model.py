@@ -10,7 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
 
-from ..checkpoints.manager import in_one_process
+from ..checkpoints.checksums import write_checksums
+from ..checkpoints.manager import SEALED_FILES, in_one_process
 from ..checkpoints.record import CheckpointRecord, write_record
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
@@ -80,6 +81,7 @@ def import_model(
         report("writing the checkpoint")
         with in_one_process():
             dcp.save(state, checkpoint_id=str(step), no_dist=True)
+        write_checksums(step, SEALED_FILES)
     return output / "checkpoint" / "step-0"
 
 

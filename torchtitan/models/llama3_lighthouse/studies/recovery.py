@@ -8,7 +8,7 @@ off.
 import shutil
 from pathlib import Path
 
-from ..checkpoints.manager import checkpoints_in
+from ..checkpoints.folders import complete_checkpoints
 from ..evaluation.progress import say, say_what_was_written
 from ..metrics import HELD_OUT_LOSS, METRICS_FILE
 from .recovery_plan import CHECKPOINTS, Study, plan
@@ -33,7 +33,7 @@ def remove_cut_off(run: Run) -> None:
     folder of a branch goes if it holds no whole checkpoint.
     """
     folder = run.folder / CHECKPOINTS
-    whole = {step: path for step, (path, complete) in checkpoints_in(folder).items() if complete}
+    whole = complete_checkpoints(folder)
     if whole:
         last = max(whole)
         metrics = read_metrics(run.folder) if (run.folder / METRICS_FILE).exists() else {}

@@ -1,0 +1,329 @@
+"""Checkpoint files: nothing in them is run, and every byte that is read is checked first.
+
+torch stores each tensor and each value as a zip archive of its own, with a CRC32 that it does not
+check when it reads. ``.metadata`` is a pickle without one; our saves put its SHA-256 beside it.
+"""
+
+import io
+import mmap
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+
+from ..errors import UserError, UserFileError
+from .checksums import FileFault, check_checksum, require_file
+from .folders import METADATA_FILE
+
+# Classes that occur in the metadata of torch's checkpoints; torch's dtypes do besides.
+ALLOWED = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+            "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+}  # fmt: skip
+# Signature of a zip entry, and the lengths of the two fields between its header and its data.
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+CHECKING_THREADS = 4
+# Batches of items are checked ahead of the copy into the model.
+BATCH_BYTES = 8 * 2**20
+BATCHES_AHEAD = 16
+
+
+class DamagedCheckpointError(UserFileError):
+    """A checkpoint cannot be read, or holds something else than was saved.
+
+    Attributes:
+        path: the checkpoint's folder.
+        reason: the file and its fault.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ranks send it to one another.
+        return type(self), (self.path, self.reason)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        a_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if a_dtype or (module, name) in ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+class _PlainValuesPlanner(DefaultLoadPlanner):
+    """Reads values other than tensors without running what they may contain."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            plain = torch.load(value, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = read_item.dest_index.fqn
+            raise FileFault(f"'{name}' is no plain value: {_first_line(error)}") from None
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], plain)
+
+
+class CheckpointReader(FileSystemReader):
+    """torch's reader of a checkpoint folder, which checks what it reads.
+
+    Its errors name the file. ``read_metadata`` raises them as ``DamagedCheckpointError``.
+    """
+
+    _checks: Iterator[None]
+
+    # pyrefly: ignore[bad-override]  Keyword arguments would make torch look for other files too.
+    def read_metadata(self) -> Metadata:
+        """The checked metadata.
+
+        Raises:
+            DamagedCheckpointError: it is missing, unreadable or changed.
+        """
+        try:
+            return self._read_metadata()
+        except (OSError, FileFault) as error:
+            raise DamagedCheckpointError(Path(self.path), _reason(error)) from None
+
+    def _read_metadata(self) -> Metadata:
+        folder = Path(self.path)
+        check_checksum(folder, METADATA_FILE)
+        file = folder / METADATA_FILE
+        try:
+            metadata = _MetadataUnpickler(io.BytesIO(require_file(file).read_bytes())).load()
+            for item in metadata.storage_data.values():
+                # A file of another folder is none of this checkpoint.
+                if Path(item.relative_path).name != item.relative_path:
+                    raise ValueError(f"it names {item.relative_path!r}, outside of the folder")
+            dict(metadata.state_dict_metadata)
+        except (OSError, FileFault):
+            raise
+        # Nonsense in a pickle raises whatever it likes.
+        except Exception as error:
+            raise FileFault(f"{file} cannot be read ({_first_line(error)})") from None
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        """As torch's; other threads check what it reads ahead of it."""
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            stored = self.storage_data[item.storage_index]
+            by_file.setdefault(stored.relative_path, []).append(stored)
+        # torch reads one file after another, each in the order of the plan.
+        self._checks = self.checks([x for stored in by_file.values() for x in stored])
+        return super().read_data(plan, planner)
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        next(self._checks)
+        return super()._slice_file(file, sinfo)
+
+    def checks(self, stored: list[Any]) -> Iterator[None]:
+        """Check tensors and values against their CRC32; yields when each, in order, is checked.
+
+        Args:
+            stored: torch's ``_StorageInfo`` of each. Their files are opened at once.
+        """
+        names = dict.fromkeys(item.relative_path for item in stored)
+        return self._checks_of(stored, {name: _mapped(Path(self.path, name)) for name in names})
+
+    def _checks_of(self, stored: list[Any], files: dict[str, memoryview]) -> Iterator[None]:
+        with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+
+            def check(batch: list[Any]) -> int:
+                for item in batch:
+                    name = item.relative_path
+                    _check_slice(Path(self.path, name), files[name], item)
+                return len(batch)
+
+            waiting: deque[Future[int]] = deque()
+            for batch in _batches(stored):
+                waiting.append(pool.submit(check, batch))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield from repeat(None, waiting.popleft().result())
+            for future in waiting:
+                yield from repeat(None, future.result())
+
+
+def _batches(stored: list[Any]) -> Iterator[list[Any]]:
+    """Lists of at least ``BATCH_BYTES``: most values are small, and handing one over takes long."""
+    batch: list[Any] = []
+    size = 0
+    for item in stored:
+        batch.append(item)
+        size += item.length
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _mapped(file: Path) -> memoryview:
+    """The content of a file, which is read from the disk when it is used."""
+    with require_file(file).open("rb") as opened:
+        if not os.fstat(opened.fileno()).st_size:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _check_slice(file: Path, content: memoryview, item: Any) -> None:
+    end = item.offset + item.length
+    if len(content) < end:
+        raise FileFault(f"{file} is too short: it ends before byte {end:,}")
+    data = content[item.offset : end]
+    try:
+        sound = _fits_its_checksums(data)
+    # Nonsense in an archive raises whatever it likes.
+    except Exception:
+        sound = False
+    if not sound:
+        raise FileFault(
+            f"{file} has changed since it was written: bytes {item.offset:,} to {end:,} do not fit "
+            "their checksum"
+        )
+
+
+def _fits_its_checksums(data: memoryview) -> bool:
+    """Whether every entry of a zip archive is stored as its CRC32 says.
+
+    ``zipfile`` reads the directory. Its own test copies all data, which takes longer than reading.
+    """
+    with zipfile.ZipFile(_View(data)) as archive:
+        for entry in archive.infolist():
+            header = data[entry.header_offset : entry.header_offset + LOCAL_HEADER.size]
+            signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
+            start = entry.header_offset + LOCAL_HEADER.size + name_length + extra_length
+            content = data[start : start + entry.file_size]
+            stored = signature == b"PK\3\4" and entry.compress_type == zipfile.ZIP_STORED
+            if not stored or zlib.crc32(content) != entry.CRC:
+                return False
+    return True
+
+
+class _View(io.RawIOBase):
+    """A file to read over memory, which is not copied."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._place = data, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: len(self._data)}
+        self._place = max(0, origin[whence] + offset)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._data) if size is None or size < 0 else self._place + size
+        found = bytes(self._data[self._place : end])
+        self._place += len(found)
+        return found
+
+
+def load_state(state: dict[str, Any], path: str | Path, no_dist: bool = False) -> None:
+    """Read a checkpoint into ``state``, as ``torch.distributed.checkpoint.load`` does.
+
+    Args:
+        no_dist: whether this process reads for itself alone.
+
+    Raises:
+        DamagedCheckpointError: on every rank, if what any of them reads is not what was saved.
+    """
+    try:
+        dcp.load(
+            state,
+            storage_reader=CheckpointReader(path),
+            planner=_PlainValuesPlanner(),
+            no_dist=no_dist,
+        )
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise DamagedCheckpointError(path, _reason(first)) from None
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedCheckpointError(path, _reason(error)) from error
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """The metadata of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: it is missing, unreadable or changed.
+    """
+    return CheckpointReader(path).read_metadata()
+
+
+def verify(path: str | Path) -> None:
+    """Read a whole checkpoint, and check that it is what was saved and that all of it is finite.
+
+    Raises:
+        DamagedCheckpointError: it is not.
+    """
+    reader = CheckpointReader(path)
+    stored = reader.read_metadata().storage_data
+    try:
+        items = [*stored.values()]
+        for index, item, _ in zip(stored, items, reader.checks(items), strict=True):
+            with Path(path, item.relative_path).open("rb") as file:
+                file.seek(item.offset)
+                data = io.BytesIO(file.read(item.length))
+            value = torch.load(data, map_location="cpu", weights_only=True)
+            if isinstance(value, torch.Tensor) and not is_finite(value):
+                raise FileFault(f"'{index.fqn}' holds values that are not finite")
+    except (OSError, FileFault, pickle.UnpicklingError) as error:
+        raise DamagedCheckpointError(path, _reason(error)) from None
+
+
+def is_finite(tensor: torch.Tensor) -> torch.Tensor | bool:
+    """Whether all of a tensor is finite; stays on the tensor's device."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # NaN and infinities show in the extremes, without a temporary as large as the tensor.
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, DamagedCheckpointError):
+        return error.reason
+    if isinstance(error, OSError) and error.filename:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error) if isinstance(error, FileFault) else f"{type(error).__name__}: {error}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
