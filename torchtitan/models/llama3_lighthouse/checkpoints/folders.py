@@ -14,6 +14,8 @@ from pathlib import Path
 from .record import RECORD_FILE
 
 METADATA_FILE = ".metadata"
+# Files that have no checksum of their own.
+SEALED_FILES = (METADATA_FILE, RECORD_FILE)
 UNFINISHED_FILE = ".unfinished"
 # A folder in Hugging Face's format has one of these.
 WEIGHTS_FILES = ("model.safetensors.index.json", "model.safetensors")

@@ -3,10 +3,8 @@
 import shutil
 import threading
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as StillRunning
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import (
     DATALOADER,
     MODEL,
@@ -30,44 +26,16 @@ from ..data.packing import check_dataloader_state
 from ..errors import NonFiniteError, UserError, UserFileError, UserValueError
 from . import folders
 from .checksums import write_checksums
-from .folders import METADATA_FILE, Condition, checkpoints_in, complete_checkpoints
-from .record import RECORD_FILE, CheckpointRecord, read_record, write_record
+from .folders import METADATA_FILE, SEALED_FILES, Condition, checkpoints_in, complete_checkpoints
+from .ranks import gathered, on_rank_0
+from .record import CheckpointRecord, read_record, write_record
 from .resume import check_settings
-from .storage import DamagedCheckpointError, is_finite, load_state, read_metadata, verify
+from .storage import DamagedCheckpointError, check_shapes, load_state, read_metadata, verify
+from .tensors import first_not_finite, named_tensors
 
-# Files of a checkpoint that have no checksum of their own.
-SEALED_FILES = (METADATA_FILE, RECORD_FILE)
 SET_ASIDE = "checkpoint.set_damaged_aside"
 # A run that ends by an error waits so long for an asynchronous save.
 SECONDS_FOR_A_SAVE = 600
-
-
-@contextmanager
-def in_one_process() -> Generator[None]:
-    """Read or write a checkpoint in a single process without torch's warning about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
-    """Check that a checkpoint holds every tensor of a model's state dict, in its shape.
-
-    Raises:
-        ValueError: the checkpoint belongs to another model.
-        DamagedCheckpointError: its metadata cannot be read.
-    """
-    stored = read_metadata(path).state_dict_metadata
-    for name, tensor in model_state.items():
-        entry = stored.get(name)
-        shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        if shape != tuple(tensor.shape):
-            held = f"has shape {shape}" if shape else "is missing"
-            raise UserValueError(
-                f"checkpoint {path} is of another model: its '{name}' {held}, this run's has "
-                f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
-                "pass another checkpoint folder"
-            )
 
 
 class LighthouseCheckpointManager(CheckpointManager):
@@ -97,20 +65,20 @@ class LighthouseCheckpointManager(CheckpointManager):
         """
         if not self.enable:
             return super().load(step)
-        self._on_rank_0(self._clear)
+        on_rank_0(self._clear)
         while True:
             loaded, error = False, None
             try:
                 loaded = self._load(step)
             except UserError as caught:
                 error = caught
-            found = [each for each in _gathered(error) if each is not None]
+            found = [each for each in gathered(error) if each is not None]
             if not found:
                 return loaded
             first = found[0]
             if not isinstance(first, DamagedCheckpointError):
                 raise first
-            self._on_rank_0(partial(self._give_up_or_set_aside, first, step))
+            on_rank_0(partial(self._give_up_or_set_aside, first, step))
 
     def _clear(self) -> None:
         """Remove what earlier runs did not get to save or to delete."""
@@ -135,7 +103,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             logger.info(f"Begins from scratch: no checkpoint in {self.folder}")
             return False
         path = path or Path(self.initial_load_path or self.folder)
-        if name := next(self._not_finite_here(), None):
+        if name := first_not_finite(self._tensors()):
             raise DamagedCheckpointError(path, f"'{name}' holds values that are not finite")
         logger.info(f"Goes on from {path}")
         if self.states[TRAIN_STATE].step > 0:
@@ -273,7 +241,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         self.wait()
         self._check_finite(curr_step)
         path = Path(self._create_checkpoint_id(curr_step))
-        self._on_rank_0(partial(self._begin, path, curr_step))
+        on_rank_0(partial(self._begin, path, curr_step))
         try:
             super().save(curr_step, last_step)
         except (CheckpointException, OSError, RuntimeError) as error:
@@ -404,28 +372,11 @@ class LighthouseCheckpointManager(CheckpointManager):
     # What is saved
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights and optimizer state of this rank, each with its name; shards as DTensors."""
-        names = {}
-        for part in self.states[MODEL].model:
-            for name, parameter in part.named_parameters():
-                names[parameter] = name
-                yield name, parameter
-        for optimizer in self.states[OPTIMIZER]:
-            for parameter, values in optimizer.state.items():
-                for key, value in values.items():
-                    if isinstance(value, torch.Tensor):
-                        yield f"{key} of {names.get(parameter, 'a weight')}", value
-
-    def _not_finite_here(self) -> Iterator[str]:
-        """Names of this rank's tensors that are not finite; waits for the device once."""
-        tensors = list(self._tensors())
-        with torch.no_grad():
-            finite = [is_finite(x.to_local() if isinstance(x, DTensor) else x) for _, x in tensors]
-        return (name for (name, _), good in zip(tensors, _on_host(finite), strict=True) if not good)
+        return named_tensors(self.states[MODEL].model, list(self.states[OPTIMIZER]))
 
     def _check_finite(self, step: int) -> None:
         """Raise a NonFiniteError on every rank if what is to be saved is not finite on any."""
-        found = _gathered(next(self._not_finite_here(), None))
+        found = gathered(first_not_finite(self._tensors()))
         if name := next((each for each in found if each), None):
             kept = next(reversed(complete_checkpoints(self.folder).values()), None)
             raise NonFiniteError(
@@ -433,33 +384,6 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"saved; the last good checkpoint is {kept or 'none: there is no other'}. Lower "
                 "optimizer.lr, lengthen the warmup or check the data."
             )
-
-    def _on_rank_0(self, action: Callable[[], None]) -> None:
-        """Let rank 0 do something, and raise its error on every rank."""
-        error = None
-        if dist.get_rank() == 0:
-            try:
-                action()
-            except UserError as caught:
-                error = caught
-        if error := _gathered(error)[0]:
-            raise error
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The values of all ranks, in their order."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _on_host(flags: Iterable[torch.Tensor | bool]) -> list[bool]:
-    """Flags that may lie on a device, fetched at once."""
-    flags = list(flags)
-    tensors = [x for x in flags if isinstance(x, torch.Tensor)]
-    device = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
-    values = iter(torch.stack([x.to(device) for x in tensors]).tolist() if tensors else [])
-    return [next(values) if isinstance(x, torch.Tensor) else x for x in flags]
 
 
 def _newest_whole(complete: dict[int, Path]) -> Path | None:

@@ -9,11 +9,13 @@ import mmap
 import os
 import pickle
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
@@ -23,12 +25,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-from ..errors import UserError, UserFileError
+from ..errors import UserError, UserFileError, UserValueError
 from .checksums import FileFault, check_checksum, require_file
 from .folders import METADATA_FILE
+from .tensors import is_finite
 
 # Classes that occur in the metadata of torch's checkpoints; torch's dtypes do besides.
 ALLOWED = {
@@ -288,6 +291,34 @@ def read_metadata(path: str | Path) -> Metadata:
     return CheckpointReader(path).read_metadata()
 
 
+@contextmanager
+def in_one_process() -> Generator[None]:
+    """Read or write a checkpoint in a single process without torch's warning about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
+    """Check that a checkpoint holds every tensor of a model's state dict, in its shape.
+
+    Raises:
+        ValueError: the checkpoint belongs to another model.
+        DamagedCheckpointError: its metadata cannot be read.
+    """
+    stored = read_metadata(path).state_dict_metadata
+    for name, tensor in model_state.items():
+        entry = stored.get(name)
+        shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        if shape != tuple(tensor.shape):
+            held = f"has shape {shape}" if shape else "is missing"
+            raise UserValueError(
+                f"checkpoint {path} is of another model: its '{name}' {held}, this run's has "
+                f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
+                "pass another checkpoint folder"
+            )
+
+
 def verify(path: str | Path) -> None:
     """Read a whole checkpoint, and check that it is what was saved and that all of it is finite.
 
@@ -307,14 +338,6 @@ def verify(path: str | Path) -> None:
                 raise FileFault(f"'{index.fqn}' holds values that are not finite")
     except (OSError, FileFault, pickle.UnpicklingError) as error:
         raise DamagedCheckpointError(path, _reason(error)) from None
-
-
-def is_finite(tensor: torch.Tensor) -> torch.Tensor | bool:
-    """Whether all of a tensor is finite; stays on the tensor's device."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    # NaN and infinities show in the extremes, without a temporary as large as the tensor.
-    return torch.stack(torch.aminmax(tensor)).isfinite().all()
 
 
 def _reason(error: BaseException) -> str:

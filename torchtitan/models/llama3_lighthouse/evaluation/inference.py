@@ -12,9 +12,8 @@ from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..checkpoints.folders import METADATA_FILE, complete_checkpoints
-from ..checkpoints.manager import check_shapes, in_one_process
 from ..checkpoints.record import CheckpointRecord, read_record
-from ..checkpoints.storage import load_state
+from ..checkpoints.storage import check_shapes, in_one_process, load_state
 from ..checks import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError

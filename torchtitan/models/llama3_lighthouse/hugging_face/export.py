@@ -10,9 +10,15 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ..checkpoints.manager import check_shapes, in_one_process
 from ..checkpoints.record import CheckpointRecord, read_record
-from ..checkpoints.storage import DamagedCheckpointError, is_finite, load_state, read_metadata
+from ..checkpoints.storage import (
+    DamagedCheckpointError,
+    check_shapes,
+    in_one_process,
+    is_finite,
+    load_state,
+    read_metadata,
+)
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import find_checkpoint, read_configuration

@@ -11,8 +11,9 @@ import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
 
 from ..checkpoints.checksums import write_checksums
-from ..checkpoints.manager import SEALED_FILES, in_one_process
+from ..checkpoints.folders import SEALED_FILES
 from ..checkpoints.record import CheckpointRecord, write_record
+from ..checkpoints.storage import in_one_process
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import model_arguments, parse_over
