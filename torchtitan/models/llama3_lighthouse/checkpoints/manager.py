@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ class LighthouseCheckpointManager(CheckpointManager):
     on_saved: Callable[[float], None] | None = None
     config: dict[str, Any]
     last_lighthouse_step: int | None = 0
+    save_future: Future[Any] | None
     # The folder that an asynchronous save is writing.
     _in_flight: Path | None = None
     _whatever_the_interval = False
