@@ -1,4 +1,4 @@
-"""Positions in the text as older versions saved them: pickles, and text known by names and sizes."""
+"""Positions as older versions saved them: in pickles, of text known by its names and sizes."""
 
 import io
 import pickle

@@ -144,8 +144,8 @@ class PackedTextDataloader(ParallelAwareDataloader):
             return
         if saved is not None and saved == self._source.older_fingerprint():
             logger.warning(
-                f"The checkpoint's {self._text} fits by names and sizes of files, which is all that "
-                "its version of Lighthouse kept; their contents could not be compared"
+                f"The checkpoint's {self._text} fits by the names and sizes of its files, which is "
+                "all that older versions kept; their contents could not be compared"
             )
             return
         raise UserValueError(

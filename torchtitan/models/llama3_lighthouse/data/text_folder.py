@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from fsspec.compression import compr
-from fsspec.utils import infer_compression
 
 from ..errors import UserFileError, UserValueError
 from .text_files import TextFiles
@@ -245,10 +244,8 @@ def _check_name(path: str) -> None:
             f"{path!r} has '::' or '://' in its name, which the reader takes for an address; "
             "rename it"
         )
-    if infer_compression(path) not in compr:
-        raise UserValueError(
-            f"{path} is compressed in a way that needs a package; pip install zstandard"
-        )
+    if path.lower().endswith(".zst") and "zstd" not in compr:
+        raise UserValueError(f"{path} needs the package zstandard; pip install zstandard")
 
 
 def _is_hidden(name: str) -> bool:
