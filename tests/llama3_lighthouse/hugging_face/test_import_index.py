@@ -48,7 +48,7 @@ def test_an_index_of_another_form_is_refused(tmp_path: Path, index: Any, message
 
 
 def test_links_of_a_download_are_read(tmp_path: Path) -> None:
-    """Hugging Face's cache keeps contents elsewhere, and links to them by the names in the index."""
+    """Hugging Face's cache keeps contents elsewhere, and links to them by these names."""
     folder = with_index(tmp_path / "model", {"weight_map": {"a": "a.safetensors"}})
     (tmp_path / "blob").write_text("")
     (folder / "a.safetensors").symlink_to("../blob")

@@ -75,6 +75,7 @@ class TextFiles:
         with open(path, "rb") as file:
             if progress:
                 progress(file)
+            # pyrefly: ignore[bad-index]  fsspec adds to this table later.
             yield compr[infer_compression(path)](file, mode="rb")
 
     def rows(self, path: str, progress: Callable[[BinaryIO], None] | None = None) -> Iterator[Row]:

@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.data_files import DataFilesList
@@ -69,7 +70,7 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     """
     folder = read_folder(path, key)
     files = folder.files(split, key)
-    options = {"sample_by": "document"} if files.kind == "text" else {}
+    options: dict[str, Any] = {"sample_by": "document"} if files.kind == "text" else {}
     # A list of this class is read as it is. Names in another one are taken for patterns.
     paths = DataFilesList(list(files.paths), [() for _ in files.paths])
     try:
