@@ -110,34 +110,46 @@ def files(folder: Path) -> list[str]:
     return [str(folder / f"part-{i}.jsonl") for i in range(3)]
 
 
+def text_hash(folder: Path) -> str:
+    return contents_fingerprint(str(folder), "json", files(folder))
+
+
 def test_files_are_read_again_only_if_they_changed(folder: Path, hashed: list[str]) -> None:
-    before = contents_fingerprint("json", files(folder))
+    before = text_hash(folder)
     assert sorted(hashed) == files(folder)
-    assert contents_fingerprint("json", files(folder)) == before and len(hashed) == 3
+    assert text_hash(folder) == before and len(hashed) == 3
     edit(folder)
-    after = contents_fingerprint("json", files(folder))
+    after = text_hash(folder)
     assert after != before and hashed[3:] == files(folder)[1:2]
     reverse(folder)
-    assert contents_fingerprint("json", files(folder)) != after
+    assert text_hash(folder) != after
     assert hashed[4:] == files(folder)[2:]
+
+
+def test_another_file_leaves_the_hashes_of_the_others(folder: Path, hashed: list[str]) -> None:
+    job = config(path=folder)
+    before = loader(job).fingerprint
+    add(folder)
+    assert loader(job).fingerprint != before
+    assert len(hashed) == 4 and hashed[3] == str(folder / "part-3.jsonl")
 
 
 def test_a_file_that_changed_just_now_is_read_again(folder: Path, hashed, monkeypatch) -> None:
     """Its next change might bear the same time."""
     monkeypatch.setattr(fingerprint, "SECONDS_TO_SETTLE", 60)
     for count in (3, 6):
-        contents_fingerprint("json", files(folder))
+        text_hash(folder)
         assert len(hashed) == count
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "5", '{"%s": 3}', '{"%s": [[]]}', "[" * 100_000])
 def test_a_damaged_cache_is_ignored(folder: Path, own_cache: Path, hashed, damage: str) -> None:
-    before = contents_fingerprint("json", files(folder))
+    before = text_hash(folder)
     (cache,) = own_cache.glob("*.json")
     assert set(json.loads(cache.read_text())) == set(files(folder))
     cache.write_text(damage.replace("%s", files(folder)[0]))
-    assert contents_fingerprint("json", files(folder)) == before and len(hashed) == 6
-    assert contents_fingerprint("json", files(folder)) == before and len(hashed) == 6
+    assert text_hash(folder) == before and len(hashed) == 6
+    assert text_hash(folder) == before and len(hashed) == 6
     assert {file.suffix for file in own_cache.iterdir()} == {".json", ".lock"}
 
 
@@ -145,9 +157,9 @@ def test_a_cache_that_cannot_be_written_costs_reading(
     folder: Path, tmp_path: Path, hashed, monkeypatch, caplog
 ) -> None:
     (tmp_path / "file").write_text("")
-    before = contents_fingerprint("json", files(folder))
+    before = text_hash(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert contents_fingerprint("json", files(folder)) == before and len(hashed) == 6
+    assert text_hash(folder) == before and len(hashed) == 6
     assert "set XDG_CACHE_HOME to a folder that can be written" in caplog.text
 
 
@@ -161,7 +173,7 @@ def ask(folder: Path, answers: Any) -> None:
         return hash_file(path, progress)
 
     hash_file, fingerprint._hash_file = fingerprint._hash_file, slowly
-    answers.put((contents_fingerprint("json", files(folder)), len(read)))
+    answers.put((text_hash(folder), len(read)))
 
 
 def test_processes_that_ask_at_once_share_the_work(folder: Path, hashed) -> None:
@@ -187,10 +199,10 @@ def test_a_file_that_changes_or_vanishes_meanwhile_is_named(folder: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(fingerprint, "_state", changing)
         with pytest.raises(UserFileError, match=r"part-\d\.jsonl changes while it is read"):
-            contents_fingerprint("json", files(folder))
+            text_hash(folder)
     remove(folder)
     with pytest.raises(UserFileError, match=r"part-2\.jsonl cannot be read: No such file"):
-        contents_fingerprint("json", files(folder))
+        text_hash(folder)
 
 
 def test_long_reading_shows_how_far_it_is(folder: Path, monkeypatch, caplog) -> None:
@@ -201,7 +213,7 @@ def test_long_reading_shows_how_far_it_is(folder: Path, monkeypatch, caplog) -> 
         fingerprint, "_hash_file", lambda *given: time.sleep(0.1) or hash_file(*given)
     )
     with caplog.at_level(logging.INFO):
-        contents_fingerprint("json", files(folder))
+        text_hash(folder)
     assert "Reading the training text once, to know it again at a resume: 0.0 of 0.0 GB (33%)" in (
         caplog.text
     )

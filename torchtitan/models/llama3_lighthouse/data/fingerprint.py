@@ -1,6 +1,6 @@
 """The fingerprint of files by their contents, hashed once and kept in the user's cache.
 
-The cache is a JSON file for each list of files, in ``$XDG_CACHE_HOME/lighthouse`` or
+The cache is a JSON file for each folder of text, in ``$XDG_CACHE_HOME/lighthouse`` or
 ``~/.cache/lighthouse``. A hash in it counts as long as size, inode and times of its file are the
 same. No tool can set back the time of a file's last change (ctime).
 """
@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from fcntl import LOCK_EX, flock
@@ -37,20 +37,20 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
-def contents_fingerprint(kind: str, paths: Iterable[str]) -> str:
+def contents_fingerprint(folder: str, kind: str, paths: Sequence[str]) -> str:
     """A hash of the contents of files in their order, which no name and no time is part of.
 
     Processes of one machine that ask at the same time share the work: the first one reads, and the
     others wait for its cache.
 
     Args:
+        folder: the folder of the files, which has a cache of its own.
         kind: the reader of the files.
 
     Raises:
         OSError: a file cannot be read, or changes meanwhile.
     """
-    paths = list(paths)
-    cache = cache_folder() / f"{digest(json.dumps(paths))[:32]}.json"
+    cache = cache_folder() / f"{digest(os.path.realpath(folder))[:32]}.json"
     known = _fitting(_read(cache), paths)
     if len(known) < len(paths):
         with _alone(cache):
@@ -68,7 +68,7 @@ def cache_folder() -> Path:
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "lighthouse")
 
 
-def _hash_rest(paths: list[str], known: dict[str, str], cache: Path) -> dict[str, str]:
+def _hash_rest(paths: Sequence[str], known: dict[str, str], cache: Path) -> dict[str, str]:
     """Hash the files that are not in ``known``, and keep all hashes; path -> hash."""
     start = time.time()
     rest = [path for path in paths if path not in known]
@@ -96,7 +96,8 @@ def _hash_rest(paths: list[str], known: dict[str, str], cache: Path) -> dict[str
         if path not in states or states[path][2] < settled
     }
     try:
-        _write(cache, entries)
+        if entries:
+            _write(cache, entries)
     except OSError as error:
         logger.warning(
             f"The text's hashes cannot be kept in {cache} ({error.strerror}), so that every start "
@@ -110,7 +111,7 @@ class _Progress:
 
     def __init__(self, paths: list[str]) -> None:
         self.stopped = False
-        self._whole = sum(map(os.path.getsize, paths))
+        self._whole = sum(_state(path)[0] for path in paths)
         self._read = 0
         self._lock = threading.Lock()
 
@@ -133,10 +134,13 @@ def _hash_file(path: str, progress: _Progress) -> tuple[str, State, str]:
         OSError: it cannot be read, or changes meanwhile.
     """
     hashed, before = hashlib.sha256(), _state(path)
-    with open(path, "rb", buffering=0) as file:
-        while not progress.stopped and (chunk := file.read(BYTES_AT_ONCE)):
-            hashed.update(chunk)
-            progress.add(len(chunk))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while not progress.stopped and (chunk := file.read(BYTES_AT_ONCE)):
+                hashed.update(chunk)
+                progress.add(len(chunk))
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if _state(path) != before:
         raise UserFileError(f"{path} changes while it is read; wait until it is complete")
     return path, before, hashed.hexdigest()
@@ -146,13 +150,15 @@ def _state(path: str) -> State:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise UserFileError(
-            f"{path} cannot be read: {error.strerror}; restore it, or start again without it"
-        ) from None
+        raise _unreadable(path, error) from None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _fitting(entries: dict[str, list], paths: list[str]) -> dict[str, str]:
+def _unreadable(path: str, error: OSError) -> UserFileError:
+    return UserFileError(f"{path} cannot be read: {error.strerror}; restore it, or move it away")
+
+
+def _fitting(entries: dict[str, list], paths: Sequence[str]) -> dict[str, str]:
     """The hashes of files that are as they were when they were hashed; path -> hash."""
     return {path: entries[path][-1] for path in paths if entries.get(path, [])[:-1] == _state(path)}
 

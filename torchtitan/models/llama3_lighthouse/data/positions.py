@@ -2,6 +2,7 @@
 
 import base64
 import json
+import operator
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ def encode(state: dict[str, Any]) -> str:
     if buffer is not None:
         contents = base64.b64encode(buffer.astype("<i4").tobytes()).decode()
         state = {**state, "buffer": contents}
-    return json.dumps(state)
+    # Numbers of numpy count as well.
+    return json.dumps(state, default=operator.index)
 
 
 def decode(saved: Any, name: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from functools import cache
+from pathlib import PurePath
 
 from fsspec.compression import compr
 
@@ -126,8 +127,7 @@ def read_folder(path: str | None, key: str) -> TextFolder:
             "with the folder that holds the text"
         )
     setting = f"{key}.dataset_path = {path!r}"
-    # Hugging Face's reader gives whole paths, and so do messages.
-    root = os.path.abspath(path)
+    root = os.path.realpath(path)
     sizes: dict[str, int] = {}
     left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
     try:
@@ -138,7 +138,7 @@ def read_folder(path: str | None, key: str) -> TextFolder:
             found = _judge(root, name, targets)
             if isinstance(found, int):
                 sizes[name] = found
-                targets.add(os.path.realpath(os.path.join(root, name)))
+                targets.add(_target(root, name))
             else:
                 left_out[found].append(name)
     except OSError as error:
@@ -170,7 +170,7 @@ def _files(root: str, left_out: dict[tuple[str, str], list[str]]) -> Iterator[st
             if _is_hidden(name):
                 left_out[HIDDEN].append(f"{path}/")
             elif _is_link(root, path):
-                inside = _is_inside(root, os.path.realpath(os.path.join(folder, name)))
+                inside = _is_inside(root, _target(root, path))
                 left_out[TO_A_FOLDER if inside else LEADS_OUT].append(f"{path}/")
             else:
                 entered.append(name)
@@ -189,11 +189,10 @@ def _judge(root: str, name: str, targets: set[str]) -> int | tuple[str, str]:
     Args:
         targets: files that are read already, without links.
     """
-    path = os.path.join(root, name)
-    is_link, target = _is_link(root, name), os.path.realpath(path)
-    if is_link and not os.path.exists(path):
+    path, target = os.path.join(root, name), _target(root, name)
+    if _is_link(root, name) and not os.path.exists(path):
         return LEADS_NOWHERE
-    if is_link and not _is_inside(root, target):
+    if not _is_inside(root, target):
         return LEADS_OUT
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -256,8 +255,14 @@ def _is_link(root: str, name: str) -> bool:
     return os.path.islink(os.path.join(root, name))
 
 
-def _is_inside(root: str, path: str) -> bool:
-    return Path(path).is_relative_to(os.path.realpath(root))
+def _target(root: str, name: str) -> str:
+    """The path of a file without links; no folder below ``root`` that is entered is one."""
+    path = os.path.join(root, name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def _is_inside(root: str, target: str) -> bool:
+    return PurePath(target).is_relative_to(root)
 
 
 def _raise(error: OSError) -> None:
@@ -267,15 +272,23 @@ def _raise(error: OSError) -> None:
 def _counted(kind: str, files: dict[str, int]) -> str:
     """Files, documents where that is quickly known, and bytes."""
     parts = [f"{len(files):,} {kind} file{'s' if len(files) > 1 else ''}"]
-    if kind in ("text", "parquet"):
-        text = TextFiles(kind, tuple(files))
-        try:
-            documents = sum(text.count(path) or 0 for path in files)
-            parts.append(f"{documents:,} document{'s' if documents != 1 else ''}")
-        # The reader says what is wrong with a damaged file.
-        except Exception:
-            pass
+    documents = _documents(kind, tuple(files))
+    if documents is not None:
+        parts.append(f"{documents:,} document{'s' if documents != 1 else ''}")
     return ", ".join([*parts, _in_bytes(sum(files.values()))])
+
+
+@cache
+def _documents(kind: str, paths: tuple[str, ...]) -> int | None:
+    """Documents of files, counted once; None if that takes long or a file is damaged."""
+    if kind not in ("text", "parquet"):
+        return None
+    files = TextFiles(kind, paths)
+    try:
+        return sum(files.count(path) or 0 for path in paths)
+    # The reader says what is wrong with the file.
+    except Exception:
+        return None
 
 
 def _in_bytes(size: float) -> str:

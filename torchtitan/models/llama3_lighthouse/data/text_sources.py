@@ -84,7 +84,7 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     assert isinstance(data, IterableDataset)
     return TextSource(
         lambda: data,
-        lambda: contents_fingerprint(files.kind, files.paths),
+        lambda: contents_fingerprint(folder.path, files.kind, files.paths),
         is_local=True,
         files=files,
         describe=lambda: folder.describe(split),
