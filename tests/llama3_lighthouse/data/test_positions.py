@@ -61,7 +61,7 @@ def test_an_older_position_in_other_files_or_another_order_is_refused(folder: Pa
     for name in ("a-train.jsonl", "books.jsonl"):
         write_jsonl(folder, {name: ["more"]})
         part = loader(config(path=folder))
-        with pytest.raises(UserValueError, match=r"another text of training\.dataset"):
+        with pytest.raises(UserValueError, match=r"training\.dataset: an older version read other"):
             part.load_state_dict(older_state(part, folder, 4))
         (folder / name).unlink()
 
@@ -143,6 +143,14 @@ def changed_data(change: Any) -> Any:
         (changed(data=None), "'data' is not made of examples_iterable, epoch"),
         (changed_data(lambda data: {**data, "epoch": 1.5}), "'data.epoch' is no number from 0 on"),
         (changed_data(lambda data: {"epoch": 0}), "'data' is not made of examples_iterable"),
+        (
+            changed_data(
+                lambda data: json.loads(
+                    json.dumps(data).replace('"previous_state": null', '"previous_state": {"a": 1}')
+                )
+            ),
+            "'data.examples_iterable.previous_state' is not made of shard_idx, shard_example_idx",
+        ),
         (
             changed_data(lambda data: json.loads(json.dumps(data).replace("Arrow", "Other"))),
             "'data.examples_iterable.examples_iterable.type' is not 'ArrowExamplesIterable'",

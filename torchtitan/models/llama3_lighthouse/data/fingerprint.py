@@ -2,7 +2,8 @@
 
 The cache is a JSON file for each folder of text, in ``$XDG_CACHE_HOME/lighthouse`` or
 ``~/.cache/lighthouse``. A hash in it counts as long as size, inode and times of its file are the
-same. No tool can set back the time of a file's last change (ctime).
+same. ``touch`` and ``cp -p`` can set back the time of the last write, but not that of the last
+change (ctime).
 """
 
 import hashlib
@@ -21,6 +22,8 @@ from torchtitan.tools.logging import logger
 
 from ..errors import UserFileError
 
+# Fingerprints by contents begin so. Those of older versions have no such word.
+BY_CONTENT = "content:"
 BYTES_AT_ONCE = 4 * 2**20
 MOST_THREADS = 8
 SECONDS_BETWEEN_MESSAGES = 10.0
@@ -58,7 +61,7 @@ def contents_fingerprint(folder: str, kind: str, paths: Sequence[str]) -> str:
             known = _fitting(_read(cache), paths)
             if len(known) < len(paths):
                 known = _hash_rest(paths, known, cache)
-    return "content:" + digest(json.dumps([kind, *(known[path] for path in paths)]))
+    return BY_CONTENT + digest(json.dumps([kind, *(known[path] for path in paths)]))
 
 
 def cache_folder() -> Path:
@@ -71,28 +74,11 @@ def cache_folder() -> Path:
 def _hash_rest(paths: Sequence[str], known: dict[str, str], cache: Path) -> dict[str, str]:
     """Hash the files that are not in ``known``, and keep all hashes; path -> hash."""
     start = time.time()
-    rest = [path for path in paths if path not in known]
-    progress = _Progress(rest)
-    states: dict[str, State] = {}
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        running = [pool.submit(_hash_file, path, progress) for path in rest]
-        left = set(running)
-        try:
-            while left:
-                done, left = wait(left, SECONDS_BETWEEN_MESSAGES, FIRST_EXCEPTION)
-                for each in done:
-                    path, state, hashed = each.result()
-                    states[path], known[path] = state, hashed
-                if left:
-                    progress.tell()
-        except BaseException:
-            progress.stopped = True
-            pool.shutdown(cancel_futures=True)
-            raise
+    states, hashes = _hash_files([path for path in paths if path not in known])
     settled = (start - SECONDS_TO_SETTLE) * 1e9
     entries = {
-        path: [*(states.get(path) or _state(path)), known[path]]
-        for path in paths
+        path: [*(states.get(path) or _state(path)), hashed]
+        for path, hashed in (known | hashes).items()
         if path not in states or states[path][2] < settled
     }
     try:
@@ -103,7 +89,28 @@ def _hash_rest(paths: Sequence[str], known: dict[str, str], cache: Path) -> dict
             f"The text's hashes cannot be kept in {cache} ({error.strerror}), so that every start "
             "reads the whole text; set XDG_CACHE_HOME to a folder that can be written"
         )
-    return known
+    return known | hashes
+
+
+def _hash_files(paths: list[str]) -> tuple[dict[str, State], dict[str, str]]:
+    """States and hashes by path; the log shows how far the reading is."""
+    progress = _Progress(paths)
+    states, hashes = {}, {}
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        left = {pool.submit(_hash_file, path, progress) for path in paths}
+        try:
+            while left:
+                done, left = wait(left, SECONDS_BETWEEN_MESSAGES, FIRST_EXCEPTION)
+                for each in done:
+                    path, state, hashed = each.result()
+                    states[path], hashes[path] = state, hashed
+                if left:
+                    progress.tell()
+        except BaseException:
+            progress.stopped = True
+            pool.shutdown(cancel_futures=True)
+            raise
+    return states, hashes
 
 
 class _Progress:

@@ -19,6 +19,7 @@ from torchtitan.tools.logging import logger
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
+from .fingerprint import BY_CONTENT
 from .positions import START_OVER, decode, encode
 from .retrieval import PromptEncoder
 from .retrieval_mix import RetrievalMix
@@ -142,15 +143,20 @@ class PackedTextDataloader(ParallelAwareDataloader):
         """
         if saved == self.fingerprint:
             return
-        if saved is not None and saved == self._source.older_fingerprint():
-            logger.warning(
-                f"The checkpoint's {self._text} fits by the names and sizes of its files, which is "
-                "all that older versions kept; their contents could not be compared"
-            )
-            return
+        problem = "its files, their contents or their order changed since; restore them, or"
+        if self._source.older_fingerprint and not str(saved).startswith(BY_CONTENT):
+            older = self._source.older_fingerprint()
+            if older is not None and saved == older:
+                logger.warning(
+                    f"The checkpoint's {self._text} fits by the names and sizes of its files, "
+                    "which is all that older versions kept; their contents could not be compared"
+                )
+                return
+            if older is None:
+                problem = "an older version read other files or in another order;"
         raise UserValueError(
-            f"the checkpoint's position in the data is for another {self._text}: its files, their "
-            f"contents or their order changed since; restore them, or {START_OVER}"
+            f"the checkpoint's position in the data is for another {self._text}: {problem} "
+            f"{START_OVER}"
         )
 
 

@@ -294,9 +294,9 @@ def _documents(kind: str, paths: tuple[str, ...]) -> int | None:
 def _in_bytes(size: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
-            return f"{size:.3g} {unit}"
+            return f"{size:,.4g} {unit}"
         size /= 1000
-    return f"{size:,.3g} TB"
+    return f"{size:,.4g} TB"
 
 
 def _reasons(left_out: dict[tuple[str, str], list[str]]) -> str:

@@ -30,7 +30,8 @@ class TextSource:
         files: the files that hold the documents, in this order; None if messages cannot name them.
         describe: lines for the log on what is read.
         older_fingerprint: the fingerprint that older versions gave to the same documents in the
-            same order without reading them; None if they read others.
+            same order without reading them, which is None if they read others; None if theirs are
+            those of this version.
     """
 
     open: Callable[[], IterableDataset]
@@ -38,7 +39,7 @@ class TextSource:
     is_local: bool
     files: TextFiles | None = None
     describe: Callable[[], list[str]] = list
-    older_fingerprint: Callable[[], str | None] = lambda: None
+    older_fingerprint: Callable[[], str | None] | None = None
 
 
 def c4(split: str, path: str | None, key: str) -> TextSource:
