@@ -32,6 +32,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
         section = getattr(job, key)
         if split == "train" or section.enable:
             checks[split] = TextCheck(section.dataset, split, section.dataset_path, key)
+    # Both splits of a folder leave out the same files.
+    for line in dict.fromkeys(line for check in checks.values() for line in check.described):
+        print(line)
     reports: dict[str, TextReport] = {}
     for split, check in checks.items():
         with Progress(f"reading {split}", check.size or None, "bytes", scaled=True) as bar:

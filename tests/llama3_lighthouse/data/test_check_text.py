@@ -77,8 +77,11 @@ def run(folder: Path, *more: str) -> None:
 
 def test_the_command_prints_a_table_and_refuses_bad_text(tmp_path: Path, capsys) -> None:
     write_jsonl(tmp_path, {"train.jsonl": ["good", "", "fine"], "validation.jsonl": ["held", None]})
+    (tmp_path / "LICENSE").write_text("free")
     run(tmp_path, "--validation.no-enable")
     told = capsys.readouterr().out
+    assert told.startswith(f"Training reads 1 json file, 74 bytes of {tmp_path}; held out: 1 json")
+    assert f"\nNot read in {tmp_path}: 1 file is no text (LICENSE)\n" in told
     assert "reading train: " in told and "100% done" in told
     assert [line.split() for line in told.splitlines()[-2:]] == [
         ["split", "documents", "empty", "bad", "characters"],

@@ -8,7 +8,8 @@ from typing import BinaryIO
 from ..errors import UserValueError
 from .origins import find_fault
 from .text_files import Row, TextFiles, document_problem, one_line
-from .text_sources import find_source, local_files
+from .text_folder import read_folder
+from .text_sources import find_source
 
 # Bad documents that a report names.
 MOST_NAMED = 10
@@ -67,6 +68,7 @@ class TextCheck:
 
     Attributes:
         size: bytes of the files, on the disk; 0 for a source without files.
+        described: lines on the files that are read, and those that are not.
 
     Raises:
         ValueError: the source is unknown, cannot be found, or lies on the network.
@@ -82,8 +84,11 @@ class TextCheck:
         self._key = key
         self._files: TextFiles | None = None
         self.size = 0
+        self.described: list[str] = []
         if name == "c4_local":
-            self._files = local_files(split, path, key)
+            folder = read_folder(path, key)
+            self._files = folder.files(split, key)
+            self.described = folder.describe(split)
             self.size = sum(Path(file).stat().st_size for file in self._files.paths)
 
     def run(self, progress: Callable[[float], object]) -> TextReport:

@@ -4,8 +4,8 @@ Documents are dealt to streams (``streams.TextStream``). Every rank reads its sh
 and a checkpoint holds the position of each stream, whichever rank reads it.
 """
 
-import pickle
 from collections.abc import Iterable, Iterator
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,18 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
+from .fingerprint import BY_CONTENT
+from .positions import START_OVER, decode, encode
 from .retrieval import PromptEncoder
 from .retrieval_mix import RetrievalMix
 from .stream_messages import StreamMessages
-from .streams import TextStream, TrainingSequence
-from .text_sources import find_source
+from .streams import TextStream, TrainingSequence, state_key
+from .text_sources import TextSource, find_source
 
-START_OVER = (
-    "pass --checkpoint.exclude_from_loading dataloader to start the text over on purpose, with "
-    "weights and optimizer as saved"
-)
 # Characters of local text that are read when a loader is built, so that bad documents show at once.
 CHECKED_CHARACTERS = 32 * 2**20
 
@@ -49,15 +48,11 @@ class PackedTextDataset(IterableDataset, Stateful):
             yield sequence
 
     def state_dict(self) -> dict[str, Any]:
-        return {_state_key(stream.number): stream.state_dict() for stream in self.streams}
+        return {state_key(stream.number): stream.state_dict() for stream in self.streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for stream in self.streams:
-            stream.load_state_dict(state_dict[_state_key(stream.number)])
-
-
-def _state_key(stream: int) -> str:
-    return f"stream_{stream}"
+            stream.load_state_dict(state_dict[state_key(stream.number)])
 
 
 class PackedTextDataloader(ParallelAwareDataloader):
@@ -65,7 +60,9 @@ class PackedTextDataloader(ParallelAwareDataloader):
 
     Args:
         stream_count: streams of all ranks together.
-        identity: the settings that a saved position depends on, by configuration key.
+        settings: those that a saved position depends on, by configuration key.
+        key: section of the configuration that names the text.
+        source: the text, on which a saved position depends as well.
     """
 
     dataset: PackedTextDataset
@@ -76,12 +73,21 @@ class PackedTextDataloader(ParallelAwareDataloader):
         dp_rank: int,
         dp_world_size: int,
         stream_count: int,
-        identity: dict[str, str],
+        settings: dict[str, str],
+        key: str,
+        source: TextSource,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
         self.stream_count = stream_count
-        self._identity = identity
+        self._settings = settings
+        self._key = key
+        self._source = source
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the text; the first call may read all of it."""
+        return self._source.fingerprint()
 
     # pyrefly: ignore[bad-override]  torchtitan's trainer and validator only call next().
     def __iter__(self) -> Iterator[Any]:
@@ -95,8 +101,8 @@ class PackedTextDataloader(ParallelAwareDataloader):
             loader_state = StatefulDataLoader.state_dict(self)
             streams = loader_state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
         return {
-            **{key: pickle.dumps(state) for key, state in streams.items()},
-            "identity": pickle.dumps(self._identity),
+            **{key: encode(state) for key, state in streams.items()},
+            "identity": encode({**self._settings, self._text: self.fingerprint}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,18 +113,50 @@ class PackedTextDataloader(ParallelAwareDataloader):
         """
         if "identity" not in state_dict:
             raise _no_position("the checkpoint")
-        identity = pickle.loads(state_dict["identity"])
-        for key, value in self._identity.items():
+        identity = decode(state_dict["identity"], "identity")
+        for key, value in self._settings.items():
             if identity.get(key) != value:
                 raise UserValueError(
                     f"the checkpoint's position in the data is for {key} = {identity.get(key)}, "
                     f"this run has {value}; restore that, or {START_OVER}"
                 )
-        self.dataset.load_state_dict({
-            key: pickle.loads(state) for key, state in state_dict.items() if key != "identity"
-        })  # fmt: skip
+        self._check_text(identity.get(self._text))
+        # Positions of other ranks' streams need not be read.
+        names = [state_key(stream.number) for stream in self.dataset.streams]
+        if missing := [name for name in names if name not in state_dict]:
+            raise _no_position(f"the checkpoint's entry 'dataloader.{missing[0]}'")
+        self.dataset.load_state_dict({name: decode(state_dict[name], name) for name in names})
         # An iterator that has begun would go on from its old position.
         self._iterator = None
+
+    @property
+    def _text(self) -> str:
+        """The name of the text's fingerprint in a saved position."""
+        return f"text of {self._key}.dataset"
+
+    def _check_text(self, saved: Any) -> None:
+        """Check that a position is for the text of this run.
+
+        Raises:
+            ValueError: the text is another one.
+        """
+        if saved == self.fingerprint:
+            return
+        problem = "its files, their contents or their order changed since; restore them, or"
+        if self._source.older_fingerprint and not str(saved).startswith(BY_CONTENT):
+            older = self._source.older_fingerprint()
+            if older is not None and saved == older:
+                logger.warning(
+                    f"The checkpoint's {self._text} fits by the names and sizes of its files, "
+                    "which is all that older versions kept; their contents could not be compared"
+                )
+                return
+            if older is None:
+                problem = "an older version read other files or in another order;"
+        raise UserValueError(
+            f"the checkpoint's position in the data is for another {self._text}: {problem} "
+            f"{START_OVER}"
+        )
 
 
 def _without_traceback(batches: Iterator[Any]) -> Iterator[Any]:
@@ -140,10 +178,10 @@ def check_dataloader_state(
 ) -> None:
     """Check that a checkpoint folder holds the position of every stream.
 
+    Without this check, torch's error would name an internal key instead.
+
     Args:
         stored: names of what the checkpoint holds.
-
-    Without this check, torch's error would name an internal key instead.
 
     Raises:
         ValueError: the folder holds no position, or the positions of another number of streams.
@@ -213,6 +251,8 @@ def _build(
             "packed in one sequence, by 1 worker at most; use 0 or 1"
         )
     source = find_source(section.dataset, split, section.dataset_path, key)
+    for line in source.describe():
+        _say_once(line)
     mix, method = None, job_config.lighthouse
     if method.passkey_mix and split == "train":
         mix = RetrievalMix(
@@ -231,22 +271,29 @@ def _build(
     if source.is_local:
         for stream in own:
             stream.check_first_documents(CHECKED_CHARACTERS // share)
-    identity = {
+    settings = {
         f"{key}.dataset": section.dataset,
         f"{key}.seq_len": str(section.seq_len),
         "lighthouse.tokenizer": job_config.lighthouse.tokenizer,
         "lighthouse.data_streams": str(streams),
-        f"text of {key}.dataset": source.fingerprint,
     }
     return PackedTextDataloader(
         PackedTextDataset(own),
         dp_rank,
         dp_world_size,
         streams,
-        identity,
+        settings,
+        key,
+        source,
         batch_size=section.local_batch_size,
         **vars(section.dataloader),
     )
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Log a line if it was not logged before; every validation builds a loader."""
+    logger.info(line)
 
 
 def build_dataloader(
@@ -262,9 +309,13 @@ def build_dataloader(
         ValueError: the text cannot be found or read, or a document near its beginning has no text.
     """
     streams = stream_count(job_config, dp_world_size)
-    return _build(
+    loader = _build(
         "training", "train", streams, dp_world_size, dp_rank, tokenizer, job_config, infinite
     )
+    if job_config.checkpoint.enable:
+        # The first save would wait for it otherwise, and might find text that changed meanwhile.
+        _ = loader.fingerprint
+    return loader
 
 
 def build_validation_dataloader(

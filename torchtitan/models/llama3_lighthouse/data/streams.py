@@ -11,6 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from .positions import check_stream
 from .retrieval_mix import RetrievalMix
 from .stream_messages import StreamMessages
 from .text_files import document_problem
@@ -19,6 +20,11 @@ from .tokenizer import ByteTokenizer
 
 # Inputs by name, and labels.
 TrainingSequence = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def state_key(stream: int) -> str:
+    """The name of a stream's position in the state of a loader."""
+    return f"stream_{stream}"
 
 
 class _Documents:
@@ -195,11 +201,18 @@ class TextStream:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a position.
+
+        Raises:
+            ValueError: it is no position of such a stream.
+        """
+        # A dataset whose state was taken may begin anywhere when it is read, so it is another one.
+        start = {"data": self._open().state_dict()}
+        check_stream(state_dict, start, state_key(self.number))
+        self._data = self._open()
         self.sequences = state_dict["sequences"]
         self._buffer = state_dict["buffer"]
         self._epoch = state_dict["epoch"]
         self._documents = state_dict["documents"]
-        # Empty documents were an error when positions did not count them yet.
-        self._empty = state_dict.get("empty", 0)
-        self._data = self._open()
+        self._empty = state_dict["empty"]
         self._data.load_state_dict(state_dict["data"])

@@ -45,6 +45,8 @@ class Row:
             raise ValueError(f"{self.place} {problem}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.place} is not UTF-8 (byte {error.start + 1})") from error
+        except RecursionError as error:
+            raise ValueError(f"{self.place} is nested too deeply") from error
         if not isinstance(document, dict):
             raise ValueError(f"{self.place} is not a JSON object with a 'text'")
         return document
@@ -69,17 +71,12 @@ class TextFiles:
 
         Args:
             progress: is given the file as it lies on the disk, which tells how far it is read.
-
-        Raises:
-            ValueError: a package for the compression is missing.
         """
         with open(path, "rb") as file:
             if progress:
                 progress(file)
-            compression = infer_compression(path)
-            if compression not in compr:
-                raise ValueError(f"{compression} files need a package; pip install zstandard")
-            yield compr[compression](file, mode="rb")
+            # pyrefly: ignore[bad-index]  fsspec adds to this table later.
+            yield compr[infer_compression(path)](file, mode="rb")
 
     def rows(self, path: str, progress: Callable[[BinaryIO], None] | None = None) -> Iterator[Row]:
         """The rows of one file; ``progress`` as in ``opened``.

@@ -1,6 +1,5 @@
 """Where training text comes from: every source gives documents, each a row with a ``text``."""
 
-import hashlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -8,21 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetBuilder, IterableDataset, load_dataset, load_dataset_builder
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
+from datasets.data_files import DataFilesList
 
 from ..errors import UserValueError
+from .fingerprint import contents_fingerprint, digest
+from .older_positions import older_fingerprint
 from .origins import blank_line, first_fault
 from .text_files import TextFiles, one_line
-
-# Suffix of a file -> name of the reader in Hugging Face datasets.
-FILE_KINDS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
-COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
+from .text_folder import read_folder
 
 
 @dataclass(frozen=True)
@@ -31,15 +24,22 @@ class TextSource:
 
     Attributes:
         open: starts at the first document; the order is the same every time.
-        fingerprint: changes when the documents change, which makes saved positions void.
+        fingerprint: changes when the documents change, which makes saved positions void. It is
+            asked for only where positions are saved.
         is_local: whether the documents can be read ahead without a network.
         files: the files that hold the documents, in this order; None if messages cannot name them.
+        describe: lines for the log on what is read.
+        older_fingerprint: the fingerprint that older versions gave to the same documents in the
+            same order without reading them, which is None if they read others; None if theirs are
+            those of this version.
     """
 
     open: Callable[[], IterableDataset]
-    fingerprint: str
+    fingerprint: Callable[[], str]
     is_local: bool
     files: TextFiles | None = None
+    describe: Callable[[], list[str]] = list
+    older_fingerprint: Callable[[], str | None] | None = None
 
 
 def c4(split: str, path: str | None, key: str) -> TextSource:
@@ -59,97 +59,45 @@ def c4(split: str, path: str | None, key: str) -> TextSource:
                 f"or use {key}.dataset = 'c4_local' with a folder"
             ) from error
 
-    return TextSource(open_documents, name, is_local=False)
+    return TextSource(open_documents, lambda: name, is_local=False)
 
 
 def c4_local(split: str, path: str | None, key: str) -> TextSource:
     """A folder of JSON lines, Parquet, Arrow or text files, read in place.
 
     Raises:
-        ValueError: as ``local_files``, or the first file cannot be read.
+        ValueError, OSError: as ``read_folder`` and ``TextFolder.files``, or the first file cannot
+            be read.
     """
-    files, builder, fingerprint = _local_files(split, path, key)
+    folder = read_folder(path, key)
+    files = folder.files(split, key)
+    options: dict[str, Any] = {"sample_by": "document"} if files.kind == "text" else {}
+    # A list of this class is read as it is. Names in another one are taken for patterns.
+    paths = DataFilesList(list(files.paths), [() for _ in files.paths])
     try:
-        splits = builder.as_streaming_dataset()
+        builder = load_dataset_builder(files.kind, data_files={split: paths}, **options)
+        data = builder.as_streaming_dataset(split)
     except Exception as error:
         raise UserValueError(
-            f"{key}.dataset_path = '{path}' cannot be read as {files.kind}: "
-            f"{_fault_at_the_start(files.kind, builder, error)}; mend or remove it"
+            f"{key}.dataset_path = {path!r} cannot be read as {files.kind}: "
+            f"{_fault_at_the_start(files, error)}; mend or remove it"
         ) from error
-    # Without a split's name, the builder gives all splits by name.
-    assert isinstance(splits, dict)
-    return TextSource(lambda: splits[split], fingerprint, is_local=True, files=files)
+    assert isinstance(data, IterableDataset)
+    return TextSource(
+        lambda: data,
+        lambda: contents_fingerprint(folder.path, files.kind, files.paths),
+        is_local=True,
+        files=files,
+        describe=lambda: folder.describe(split),
+        older_fingerprint=lambda: older_fingerprint(folder),
+    )
 
 
-def _fault_at_the_start(kind: str, builder: DatasetBuilder, error: Exception) -> str:
-    """The fault in the first file of the first split, which the columns are told from."""
-    first = next(iter((builder.config.data_files or {}).values()))
-    files = TextFiles(kind, tuple(first))
+def _fault_at_the_start(files: TextFiles, error: Exception) -> str:
+    """The fault in the first file, which the columns are told from."""
     fault = first_fault(files, 0, 0, error)
     # A blank line is a fault only if nothing else is.
     return (blank_line(files) if one_line(error) in fault else None) or fault
-
-
-def local_files(split: str, path: str | None, key: str) -> TextFiles:
-    """The files of a split of ``c4_local``, in the order in which training reads them.
-
-    Hugging Face datasets tells from the names of the files which split each belongs to.
-
-    Raises:
-        ValueError: the folder is missing, holds no files or files of several kinds, or has no such
-            split.
-    """
-    return _local_files(split, path, key)[0]
-
-
-def _local_files(split: str, path: str | None, key: str) -> tuple[TextFiles, DatasetBuilder, str]:
-    """The files of the split, the builder that reads them, and the folder's fingerprint."""
-    folder, kind, fingerprint = _folder(path, key)
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        builder = load_dataset_builder(kind, data_dir=str(folder), **options)
-    except Exception as error:
-        raise UserValueError(
-            f"{key}.dataset_path = '{path}' cannot be read as {kind}: {one_line(error)}; "
-            "mend or remove the file"
-        ) from error
-    paths = builder.config.data_files or {}
-    if split not in paths:
-        others = ", ".join(map(str, paths))
-        raise UserValueError(
-            f"{key}.dataset_path = '{path}' has no {split} split, only {others}; "
-            f"give it files with '{split}' in their name, or use another {key}.dataset_path"
-        )
-    return TextFiles(kind, tuple(paths[split])), builder, fingerprint
-
-
-def _folder(path: str | None, key: str) -> tuple[Path, str, str]:
-    """The folder, the kind of its files, and a hash of their names and sizes."""
-    if not path:
-        raise UserValueError(
-            f"{key}.dataset = 'c4_local' needs a folder; pass --{key}.dataset_path FOLDER"
-        )
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserValueError(
-            f"{key}.dataset_path = '{path}' is not a folder; pass --{key}.dataset_path FOLDER "
-            "with the folder that holds the text"
-        )
-    files = {file: kind for file in sorted(folder.rglob("*")) if (kind := _file_kind(file))}
-    kinds = sorted(set(files.values()))
-    if len(kinds) != 1:
-        found = f"files of {len(kinds)} kinds ({', '.join(kinds)})" if kinds else "no readable file"
-        raise UserValueError(
-            f"{key}.dataset_path = '{path}' holds {found}; give it files of one kind of "
-            f"{', '.join(FILE_KINDS)}, the JSON and text ones compressed or not"
-        )
-    listing = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
-    return folder, kinds[0], _digest(listing)
-
-
-def _file_kind(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
-    return FILE_KINDS.get(suffixes[-1]) if suffixes and path.is_file() else None
 
 
 def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
@@ -164,7 +112,7 @@ def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
     for file in _library_files(root):
-        rank = _digest(file.relative_to(root).as_posix())
+        rank = digest(file.relative_to(root).as_posix())
         if (int(rank, 16) % 20 == 0) == (split == "validation"):
             documents.append((rank, file))
     texts = []
@@ -181,7 +129,8 @@ def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
             f"use {key}.dataset = 'c4_local' with a folder of your own"
         )
     dataset = Dataset.from_dict({"text": texts})
-    return TextSource(dataset.to_iterable_dataset, _digest("\0".join(texts)), is_local=True)
+    fingerprint = digest("\0".join(texts))
+    return TextSource(dataset.to_iterable_dataset, lambda: fingerprint, is_local=True)
 
 
 def _library_files(root: Path) -> Iterator[Path]:
@@ -194,10 +143,6 @@ def _library_files(root: Path) -> Iterator[Path]:
             name for name in subfolders if name not in left_out and not name.endswith("-packages")
         ]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ``training.dataset`` or ``validation.dataset`` -> function of split, dataset_path and section.

@@ -196,19 +196,41 @@ def _check_tensor(
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX_FILE).is_file():
-        try:
-            index = json.loads((folder / INDEX_FILE).read_text())
-        except json.JSONDecodeError as error:
-            raise UserValueError(
-                f"{folder / INDEX_FILE} is not JSON: {error}; download or export it again"
-            ) from None
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    else:
-        files = [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    files = _indexed_files(index) if index.is_file() else [folder / WEIGHTS_FILE]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserValueError(
             f"{folder} holds no {missing[0]}; weights must be safetensors, as save_pretrained of "
             "transformers writes them"
         )
     return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files beside ``index`` that it names.
+
+    Raises:
+        ValueError: it cannot be read, or names something that does not lie beside it.
+    """
+    advice = "download or export it again"
+    try:
+        whole = json.loads(index.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserValueError(f"{index} is not JSON: {error}; {advice}") from None
+    entries = whole.get("weight_map") if isinstance(whole, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise UserValueError(
+            f"{index} has no 'weight_map' that says which file holds each tensor; {advice}"
+        )
+    for tensor, name in entries.items():
+        if not isinstance(name, str) or not _lies_beside(name):
+            raise UserValueError(
+                f"{index} says that '{tensor}' is in {name!r}, which is no name of a file beside "
+                f"it; {advice}"
+            )
+    return [index.parent / name for name in sorted(set(entries.values()))]
+
+
+def _lies_beside(name: str) -> bool:
+    """Whether a name is a file's alone, without a folder that leads elsewhere."""
+    return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
