@@ -149,7 +149,9 @@ def test_folders_that_no_rule_fits_are_refused(tmp_path: Path, names: str, messa
         read(write_names(tmp_path, names))
 
 
-@pytest.mark.parametrize("name", ["nul\0byte", "a" * 5000, "a.txt"])
+@pytest.mark.parametrize(
+    "name", ["nul\0byte", "a" * 5000, "a.txt"], ids=["NUL", "too long", "a file"]
+)
 def test_what_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
     write_names(tmp_path, "a.txt")
     with pytest.raises(
@@ -200,9 +202,14 @@ def test_zstandard_text_trains(tmp_path: Path) -> None:
         ("b.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"line 2 of .*b\.jsonl is nested too dee"),
         ("b.jsonl", b"[" * 100_000, r"b\.jsonl cannot be read: maximum recursion depth"),
         ("b.txt", b"caf\xe9", r"b\.txt cannot be read: 'utf-8' codec can't decode byte 0xe9"),
-        ("b.txt.gz", gzip.compress(bytes(99))[:20], r"b\.txt\.gz cannot be read: Compressed file"),
+        (
+            "b.txt.gz",
+            gzip.compress(bytes(99), mtime=0)[:20],
+            r"b\.txt\.gz cannot be read: Compressed file",
+        ),
         ("b.parquet", b"", r"b\.parquet cannot be read: Parquet file size is 0 bytes"),
     ],
+    ids=["deep line", "deep array", "not UTF-8", "truncated", "empty"],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_bytes(content)
