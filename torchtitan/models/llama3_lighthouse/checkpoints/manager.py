@@ -115,6 +115,21 @@ class LighthouseCheckpointManager(CheckpointManager):
         if self.on_saved:
             self.on_saved(seconds)
 
+    def save_now(self, step: int) -> None:
+        """Save a full checkpoint of ``step``, whatever the interval, and wait until it is written.
+
+        A checkpoint of this step that is complete stays as it is.
+        """
+        self._async_wait()
+        if self.load_only or checkpoints_in(self.folder).get(step, (None, False))[1]:
+            return
+        mode, interval = self.async_mode, self.interval
+        self.async_mode, self.interval = AsyncMode.DISABLED, 1
+        try:
+            self.save(step)
+        finally:
+            self.async_mode, self.interval = mode, interval
+
     def _write_record(self, step: int) -> None:
         record = CheckpointRecord(step, self.last_lighthouse_step, self.config)
         write_record(self._create_checkpoint_id(step), record)

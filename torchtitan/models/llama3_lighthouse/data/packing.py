@@ -18,6 +18,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
+from ..processes import serve_parent
 from .retrieval import PromptEncoder
 from .retrieval_mix import RetrievalMix
 from .stream_messages import StreamMessages
@@ -242,6 +243,7 @@ def _build(
         streams,
         identity,
         batch_size=section.local_batch_size,
+        worker_init_fn=serve_parent,
         **vars(section.dataloader),
     )
 
