@@ -19,8 +19,8 @@ LAYERS = [
     [
         f"{OVERLAY}.{name}"
         for name in (
-            "stages", "console", "stopping", "verdict", "checkpoints", "checks", "metrics", "selection_statistics",
-            "validate",
+            "stages", "console", "stopping", "verdict", "checkpoints", "checks", "metrics",
+            "selection_statistics", "validate",
         )
     ],
     [

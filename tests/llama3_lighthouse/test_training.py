@@ -32,10 +32,12 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
     Run(interrupted, processes=processes).crash_after_step(6)
     assert (interrupted / "dump/checkpoint/step-5/.metadata").is_file()
     # A scheduler tells torchrun to stop, so this launch uses torchrun.
-    Run(interrupted, processes=processes, torchrun=True).stop_after_step(11)
-    assert (interrupted / "dump/checkpoint/step-10/.metadata").is_file()
+    stopped = Run(interrupted, processes=processes, torchrun=True)
+    stopped.stop_after_step(7)
+    saved = max(stopped.steps())
+    assert (interrupted / f"dump/checkpoint/step-{saved}/.metadata").is_file()
     resumed = Run(interrupted, processes=processes).succeed()
-    assert "checkpoint/step-10\n" in resumed.log
+    assert f"checkpoint/step-{saved}\n" in resumed.log
 
     for rank in range(processes):
         assert sorted(exact(expected, rank)) == list(range(1, 13))
@@ -46,7 +48,7 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
 def test_stop_of_one_rank_saves_on_all(tmp_path: Path, mode: str) -> None:
     """Only the second of two processes gets the signal; a second run is refused meanwhile."""
     settings = {"training.steps": 1000, "checkpoint.async_mode": mode, "checkpoint.interval": 3}
@@ -59,7 +61,8 @@ def test_stop_of_one_rank_saves_on_all(tmp_path: Path, mode: str) -> None:
     os.kill(run.lines(1)[-1]["pid"], signal.SIGTERM)
     assert run.wait(60) == 75, run.log[-3000:]
     last = max(run.steps())
-    assert run.log.count(f"SIGTERM: step {last} is the last one now") == 1
+    # Both processes write to one log here.
+    assert run.log.count(f"SIGTERM: step {last} is the last one now") == 2
     assert f"stopped by SIGTERM: saved step {last} in {tmp_path}/dump/checkpoint/step-" in run.log
     assert list(run.steps(1)) == list(run.steps(0)) == list(range(1, last + 1))
     resumed = Run(tmp_path, {**settings, "training.steps": last + 1}, processes=2).succeed()
