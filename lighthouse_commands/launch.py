@@ -4,16 +4,27 @@ import itertools
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from logging.handlers import MemoryHandler
+from typing import TYPE_CHECKING, NoReturn
 
 from .arguments import CommandError
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from .grace import Grace
+
 TRAINER = "torchtitan.models.llama3_lighthouse.train"
 MASTER_PORT = 29500
+# Seconds after a signal. Slurm and Kubernetes have to wait as long.
+GRACE = 300
+# Exit codes of a process that a signal ended before its first step was over.
+ENDED_BY_SIGNAL = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
 
 
 def check_count(flag: str, value: int) -> None:
@@ -97,6 +108,8 @@ def torchrun_arguments(
     elif hidden:
         # 3 stands for standard output and standard error.
         line += ["--redirects", ",".join(f"{rank}:3" for rank in hidden)]
+    # Signals that stop training are the launcher's own; torchrun handles the others.
+    line += ["--signals-to-handle", "SIGHUP,SIGQUIT"]
     return [*line, "-m", TRAINER, *trainer_arguments]
 
 
@@ -130,8 +143,11 @@ def gpus_here() -> int:
     return min(found, len(list(names)))
 
 
-def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
+def run_torchrun(line: list[str], environment: dict[str, str], grace: int) -> None:
     """Train with torchrun in this process, which starts the training processes.
+
+    Args:
+        grace: seconds that processes have to save after a signal, before they are killed.
 
     Raises:
         CommandError: training ended with a user's mistake, whose message this is.
@@ -142,30 +158,24 @@ def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    from torchtitan.models.llama3_lighthouse.errors import LAUNCHER_PRINTS, USERS_MISTAKE
+    from torchtitan.models.llama3_lighthouse.errors import LAUNCHER
+
+    from .grace import Grace
 
     os.environ.clear()
-    os.environ.update({**environment, LAUNCHER_PRINTS: "1"})
+    os.environ.update({**environment, LAUNCHER: str(os.getpid())})
     logger = logging.getLogger("torch.distributed.elastic")
     held_back = MemoryHandler(
         capacity=1000, flushLevel=logging.CRITICAL + 1, target=logging.StreamHandler()
     )
     logger.propagate = False
     logger.addHandler(held_back)
+    watch = Grace(grace)
+    watch.listen()
     try:
         run(parse_args(line))
     except ChildFailedError as error:
-        # Other processes may have failed since, because this one was gone.
-        mistakes = [
-            failure
-            for failure in error.failures.values()
-            if failure.error_file_data.get(USERS_MISTAKE)
-        ]
-        if mistakes:
-            held_back.buffer.clear()
-            raise CommandError(mistakes[0].message) from None
-        held_back.flush()
-        sys.exit(str(error))
+        end_of(error, watch, held_back)
     except DistNetworkError as error:
         held_back.buffer.clear()
         raise CommandError(
@@ -174,7 +184,48 @@ def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
         ) from None
     except SignalException as error:
         held_back.buffer.clear()
-        print(f"stopped by {error.sigval.name}; the same command goes on from the last checkpoint, "
-              "if one was saved",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(128 + error.sigval)
+        end_by_signal(error.sigval)
+
+
+def end_of(error: "ChildFailedError", watch: "Grace", held_back: MemoryHandler) -> NoReturn:
+    """End as the training processes did.
+
+    Raises:
+        CommandError: one of them found a user's mistake, whose message this is.
+        SystemExit: a signal stopped them, or one of them crashed.
+    """
+    from torchtitan.models.llama3_lighthouse.errors import USERS_MISTAKE
+    from torchtitan.models.llama3_lighthouse.stopping import STOPPED
+
+    # Other processes may have failed since, because the first one was gone.
+    first = error.get_first_failure()[1]
+    reports = {
+        key: failure
+        for failure in error.failures.values()
+        for key in (USERS_MISTAKE, STOPPED)
+        if failure.error_file_data.get(key)
+    }
+    if failure := reports.get(USERS_MISTAKE):
+        held_back.buffer.clear()
+        raise CommandError(failure.message)
+    if failure := reports.get(STOPPED):
+        held_back.buffer.clear()
+        print(failure.message, file=sys.stderr)
+        sys.exit(failure.exitcode)
+    if watch.number and (watch.overdue or first.exitcode in ENDED_BY_SIGNAL):
+        held_back.buffer.clear()
+        end_by_signal(watch.number, watch.overdue)
+    held_back.flush()
+    sys.exit(str(error))
+
+
+def end_by_signal(number: signal.Signals, overdue: str = "") -> NoReturn:
+    """End with the exit code of a signal that stopped training before it could save.
+
+    Args:
+        overdue: why it did not save.
+    """
+    reason = f" {overdue}" if overdue else ""
+    print(f"stopped by {number.name}{reason}; the same command goes on from the last checkpoint, "
+          "if one was saved", file=sys.stderr)  # fmt: skip
+    sys.exit(128 + number)

@@ -17,8 +17,10 @@ from pathlib import Path
 from . import dry_run
 from .arguments import add_configuration, add_size, trainer_arguments
 from .launch import (
+    GRACE,
     MASTER_PORT,
     Machines,
+    check_count,
     gpus_here,
     run_torchrun,
     torchrun_arguments,
@@ -50,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="0",
         metavar="RANKS",
         help="ranks whose output is shown, separated by commas; default: 0",
+    )
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=GRACE,
+        metavar="SECONDS",
+        help="time that SIGTERM or SIGINT leaves processes to finish their step and save, before "
+        f"they are killed; default: {GRACE}",
     )
     parser.add_argument(
         "--list-keys",
@@ -84,6 +94,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
         options.master_address,
         options.master_port,
     )
+    check_count("--grace", options.grace)
     line = torchrun_arguments(machines, arguments, options.log_rank)
     count = machines.processes * machines.nodes
     # Importing the trainer takes seconds, here and in each process: the lines tell what goes on.
@@ -94,6 +105,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     run_torchrun(
         line,
         training_environment(os.environ, machines.processes, gpus, cores=os.cpu_count() or 1),
+        options.grace,
     )
 
 

@@ -12,15 +12,15 @@ PACKAGES = ["lighthouse", OVERLAY, "lighthouse_commands"]
 # The lowest layer comes first. Modules and packages of one layer may import one another.
 LAYERS = [
     ["lighthouse"],
-    [f"{OVERLAY}.{name}" for name in ("errors", "job_config", "environment")],
+    [f"{OVERLAY}.{name}" for name in ("errors", "job_config", "environment", "processes")],
     [f"{OVERLAY}.data"],
     [f"{OVERLAY}.model"],
     [f"{OVERLAY}.infra"],
     [
         f"{OVERLAY}.{name}"
         for name in (
-            "stages", "console", "checkpoints", "checks", "metrics", "selection_statistics",
-            "validate",
+            "stages", "console", "stopping", "verdict", "checkpoints", "checks", "metrics",
+            "selection_statistics", "validate",
         )
     ],
     [

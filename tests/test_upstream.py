@@ -84,6 +84,9 @@ def uses_in(tree: ast.Module, ours: set[str]) -> Iterator[tuple[int, str]]:
             yield node.lineno, part
     for node in ast.walk(tree):
         match node:
+            # Python documents this one.
+            case ast.Attribute(value=ast.Name(id="os"), attr="_exit"):
+                pass
             case ast.Attribute(value=value, attr=name) if is_private(name):
                 is_inherited = isinstance(value, ast.Call) and ast.unparse(value.func) == "super"
                 if name not in ours or is_inherited:

@@ -188,8 +188,8 @@ def launched(monkeypatch) -> dict:
     """The arguments of torchrun that ``lighthouse train`` passes, on a machine with two GPUs."""
     found: dict = {}
 
-    def run_torchrun(line: list[str], environment: dict[str, str]) -> None:
-        found.update(line=line, environment=environment)
+    def run_torchrun(line: list[str], environment: dict[str, str], grace: int) -> None:
+        found.update(line=line, environment=environment, grace=grace)
 
     monkeypatch.setattr("lighthouse_commands.train.run_torchrun", run_torchrun)
     monkeypatch.setattr("lighthouse_commands.train.gpus_here", lambda: 2)
@@ -201,12 +201,14 @@ def test_train_calls_torchrun(launched: dict, capsys) -> None:
     # The second rank's output goes to a file, and the first one's is not touched.
     assert launched["line"] == [
         "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-        "--redirects", "1:3", "-m", "torchtitan.models.llama3_lighthouse.train",
+        "--redirects", "1:3", "--signals-to-handle", "SIGHUP,SIGQUIT",
+        "-m", "torchtitan.models.llama3_lighthouse.train",
         "--job.config_file", DEBUG, "--training.steps", "5",
     ]  # fmt: skip
     assert capsys.readouterr().out == (
         "checking the configuration\nstarting 2 training processes\n"
     )
+    assert launched["grace"] == 300
     main(["train", "--processes", "1", "--job.config_file", DEBUG])
     assert launched["line"][:2] == ["--nproc-per-node", "1"]
     assert "--redirects" not in launched["line"] and "--tee" not in launched["line"]

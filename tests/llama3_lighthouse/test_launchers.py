@@ -136,7 +136,7 @@ def test_slurm_script_launches_every_node(tmp_path: Path) -> None:
     shutil.copy(ROOT / "scripts/slurm/train.sbatch", tmp_path)
     scripts = {
         "scontrol": '[[ "$1" == requeue ]] && echo "requeued $2" || printf "node1\\nnode2\\n"',
-        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || exit 3; done',
+        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || exit; done',
         "run_train.sh": 'echo "$NODE_RANK/$NNODES $NGPU $MASTER_ADDR $CONFIG_FILE $*"; exit $FAIL',
     }
     for name, body in scripts.items():
@@ -162,3 +162,6 @@ def test_slurm_script_launches_every_node(tmp_path: Path) -> None:
     failed = submit(FAIL="1")
     assert failed.returncode != 0 and "requeued 7" in failed.stdout
     assert "requeued" not in submit(FAIL="1", SLURM_RESTART_COUNT="3").stdout
+    # A run that has saved goes on as often as it is stopped.
+    saved = submit(FAIL="75", SLURM_RESTART_COUNT="3")
+    assert saved.returncode == 75 and "requeued 7" in saved.stdout

@@ -1,6 +1,7 @@
 """Whole training runs: stages, resume, non-finite values, agreement with upstream."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from torchtitan.models.llama3_lighthouse.checkpoints.record import read_record
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
-from torchtitan.models.llama3_lighthouse.train import skips_non_finite_steps
+from torchtitan.models.llama3_lighthouse.verdict import skips_non_finite_steps
 
 # The numbers that have to be the same after a resume, on every rank.
 EXACT = ("stage", "batches", "loss", "maximum_loss", "grad_norm", "tokens_seen")
@@ -31,10 +32,12 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
     Run(interrupted, processes=processes).crash_after_step(6)
     assert (interrupted / "dump/checkpoint/step-5/.metadata").is_file()
     # A scheduler tells torchrun to stop, so this launch uses torchrun.
-    Run(interrupted, processes=processes, torchrun=True).stop_after_step(11)
-    assert (interrupted / "dump/checkpoint/step-10/.metadata").is_file()
+    stopped = Run(interrupted, processes=processes, torchrun=True)
+    stopped.stop_after_step(7)
+    saved = max(stopped.steps())
+    assert (interrupted / f"dump/checkpoint/step-{saved}/.metadata").is_file()
     resumed = Run(interrupted, processes=processes).succeed()
-    assert "checkpoint/step-10\n" in resumed.log
+    assert f"checkpoint/step-{saved}\n" in resumed.log
 
     for rank in range(processes):
         assert sorted(exact(expected, rank)) == list(range(1, 13))
@@ -43,6 +46,37 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
     assert stages == ["lighthouse"] * 6 + ["dense"] * 6
     losses = [float.fromhex(line["loss"]) for line in expected.steps().values()]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
+def test_stop_of_one_rank_saves_on_all(tmp_path: Path, mode: str) -> None:
+    """Only the second of two processes gets the signal; a second run is refused meanwhile."""
+    settings = {"training.steps": 1000, "checkpoint.async_mode": mode, "checkpoint.interval": 3}
+    run = Run(tmp_path, settings, processes=2)
+    run.wait_for_step(4)
+    if mode == "disabled":
+        second = Run(tmp_path, settings)
+        assert second.wait() == 1
+        assert "is in use by another run (process " in second.log
+    os.kill(run.lines(1)[-1]["pid"], signal.SIGTERM)
+    assert run.wait(60) == 75, run.log[-3000:]
+    last = max(run.steps())
+    # Both processes write to one log here.
+    assert run.log.count(f"SIGTERM: step {last} is the last one now") == 2
+    assert f"stopped by SIGTERM: saved step {last} in {tmp_path}/dump/checkpoint/step-" in run.log
+    assert list(run.steps(1)) == list(run.steps(0)) == list(range(1, last + 1))
+    resumed = Run(tmp_path, {**settings, "training.steps": last + 1}, processes=2).succeed()
+    assert f"checkpoint/step-{last}\n" in resumed.log
+    assert list(resumed.steps()) == list(range(1, last + 2))
+
+
+def test_stop_without_checkpoints_says_that_nothing_was_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path, {"training.steps": 1000, "checkpoint.enable": False})
+    run.wait_for_step(2)
+    os.kill(run.lines(0)[-1]["pid"], signal.SIGINT)
+    assert run.wait(60) == 128 + signal.SIGINT
+    assert "stopped by SIGINT after step " in run.log and "nothing was saved" in run.log
+    assert not (tmp_path / "dump/checkpoint").exists()
 
 
 def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:

@@ -200,18 +200,19 @@ class Run:
 
     def crash_after_step(self, step: int) -> None:
         """Kill every worker without warning as soon as ``step`` has been recorded."""
-        self._wait_for_step(step)
+        self.wait_for_step(step)
         for pid in {line["pid"] for line in self.all_lines()[-self.processes :]}:
             os.kill(pid, signal.SIGKILL)
         assert self.wait() != 0
 
     def stop_after_step(self, step: int) -> None:
         """Ask the launcher to stop, as a cluster's scheduler does, once ``step`` is recorded."""
-        self._wait_for_step(step)
+        self.wait_for_step(step)
         self.process.terminate()
         assert self.wait() != 0
 
-    def _wait_for_step(self, step: int, timeout: float = 300) -> None:
+    def wait_for_step(self, step: int, timeout: float = 300) -> None:
+        """Wait until this launch has recorded ``step``, or a later one, on the first rank."""
         deadline = time.monotonic() + timeout
         while not any(line["step"] >= step for line in self.lines(0)[self.lines_before :]):
             if self.process.poll() is not None or time.monotonic() > deadline:

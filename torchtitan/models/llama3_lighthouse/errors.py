@@ -2,8 +2,8 @@
 
 # A training process marks its report to the launcher with this key if a user can mend the error.
 USERS_MISTAKE = "users_mistake"
-# This environment variable tells it that the launcher prints the report.
-LAUNCHER_PRINTS = "LIGHTHOUSE_LAUNCHER_PRINTS"
+# This environment variable holds the launcher's process id. The launcher prints the report.
+LAUNCHER = "LIGHTHOUSE_LAUNCHER"
 
 
 class UserError(Exception):

@@ -1,13 +1,12 @@
 """Two-stage training: ``torchrun -m torchtitan.models.llama3_lighthouse.train``."""
 
-import json
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, cast
+from signal import Signals
+from typing import Any, NoReturn, cast
 from unittest.mock import patch
 
 import torch
@@ -25,7 +24,7 @@ from .checkpoints.manager import LighthouseCheckpointManager
 from .checks import check_config, check_device, schedule_warnings
 from .console import log_to_file, set_up_console
 from .description import describe, ending, output_line
-from .errors import LAUNCHER_PRINTS, USERS_MISTAKE, NonFiniteError, UserError, UserValueError
+from .errors import NonFiniteError, UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
@@ -38,11 +37,11 @@ from .metrics import (
 )
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer
+from .processes import lock_run
 from .selection_statistics import Selected, selection_statistics, selections
 from .stages import ATTENTIONS, attention_at, stage_at
-
-# The launcher looks after its processes ten times a second.
-SECONDS_FOR_THE_LAUNCHER = 3.0
+from .stopping import StopRequest, ends_as_the_launcher_expects, stopped
+from .verdict import skips_non_finite_steps, verdict_of_all_ranks
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -64,6 +63,7 @@ class LighthouseTrainer(upstream.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         check_config(job_config, flavors)
         check_device(job_config, device_type)
+        self._lock = lock_run(job_config.job.dump_folder)
         log_to_file(job_config.job.dump_folder)
         # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -86,6 +86,7 @@ class LighthouseTrainer(upstream.Trainer):
         # Empty before the first step.
         self.stage = ""
         self.steps_taken = 0
+        self.stop_request, self._stopped_by = StopRequest(), 0
         seq_len = job_config.training.seq_len
         with torch.device("meta"):
             # Under pipeline parallelism no rank holds the whole model.
@@ -104,7 +105,11 @@ class LighthouseTrainer(upstream.Trainer):
         )
 
     def train(self) -> None:
-        """Train up to the last step, and say what the run is and how it ended."""
+        """Train up to the last step, and say what the run is and how it ended.
+
+        Raises:
+            StoppedBySignal: on every rank, after a signal to any of them and a checkpoint.
+        """
         config, start = self.job_config, time.monotonic()
         parameters = sum(map(local_parameters, self.model_parts))
         for line in describe(config, self.parallel_dims, self.model_args, parameters):
@@ -116,9 +121,20 @@ class LighthouseTrainer(upstream.Trainer):
             logger.info("The first step of each stage compiles the model, which can take minutes")
         self.metrics_processor.start_clock()
         super().train()
+        if self._stopped_by and self.step < config.training.steps:
+            self._save_and_stop()
         seconds = time.monotonic() - start
         for line in ending(config, self.step, self.steps_taken, self.stage, seconds):
             logger.info(line)
+
+    def should_continue_training(self) -> bool:
+        """Whether steps are left, and no signal has asked any rank to stop."""
+        return super().should_continue_training() and not self._stopped_by
+
+    def _save_and_stop(self) -> NoReturn:
+        folder = self.checkpointer.save_now(self.step)
+        self.stop_request.ignore()
+        raise stopped(self._stopped_by, self.step, folder)
 
     def _attention_at(self, step: int) -> str:
         section = self.job_config.lighthouse
@@ -214,21 +230,24 @@ class LighthouseTrainer(upstream.Trainer):
             foreach=True,
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
         )
-        failed = self._not_finite(loss_share, grad_norm)
+        verdict = verdict_of_all_ranks(loss_share, grad_norm, self.stop_request.number)
         # Where optimizers skip steps themselves, the host queues the step without waiting.
-        skipping = all(skips_non_finite_steps(x, failed.device) for x in self.optimizers)
+        skipping = all(skips_non_finite_steps(x, verdict.device) for x in self.optimizers)
         if skipping:
             for optimizer in self.optimizers:
-                optimizer.found_inf = failed
+                optimizer.found_inf = verdict[0]
         else:
-            self._stop_if(failed, loss_share, grad_norm)
+            self._heed(verdict, loss_share, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
         if skipping:
-            self._stop_if(failed, loss_share, grad_norm)
+            self._heed(verdict, loss_share, grad_norm)
         self.lr_schedulers.step()
 
         self.steps_taken += 1
+        if self.steps_taken == 1:
+            # The first step compiles, which can take minutes. Until here, signals end it at once.
+            self.stop_request.listen()
         self.metrics_processor.record_step(self._flops_per_token[attention], attention)
         if self.metrics_processor.should_log(self.step):
             self._log(attention, loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
@@ -282,17 +301,13 @@ class LighthouseTrainer(upstream.Trainer):
         # A single rank leaves its counts on the host, which then need not wait for the device.
         return dist_utils.dist_sum(value if ranks is None else value.to(self.device), ranks)
 
-    def _not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """1.0 if the loss or the gradient norm of any rank is not finite, otherwise 0.0."""
-        finite = torch.isfinite(loss).all() & torch.isfinite(grad_norm).all()
-        failed = (~finite).float()
-        # All ranks must agree, so that they stop together instead of waiting for one another.
-        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
-        return failed
-
-    def _stop_if(self, failed: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Raise a NonFiniteError if ``failed`` is 1."""
-        if failed.item() == 0:
+    def _heed(self, verdict: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Note whether to stop after this step; raise a NonFiniteError if it was not finite."""
+        not_finite, number = verdict.tolist()
+        if number and not self._stopped_by:
+            self._stopped_by = int(number)
+            logger.info(f"{Signals(self._stopped_by).name}: step {self.step} is the last one now")
+        if not not_finite:
             return
         message = (
             f"step {self.step} ({self.stage} stage): not finite on at least one rank (this rank: "
@@ -335,15 +350,10 @@ class LighthouseTrainer(upstream.Trainer):
             extra_metrics=metrics,
         )
 
-
-def skips_non_finite_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether the optimizer itself skips steps that are not finite.
-
-    Fused optimizers take no step if ``found_inf``, which GradScaler sets, is 1. Those with weights
-    on the host do not count: they would not wait for the value of ``found_inf`` on ``device``.
-    """
-    weights_are_on = optimizer.param_groups[0]["params"][0].device.type
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and weights_are_on == device.type
+    def close(self) -> None:
+        super().close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def run(config: JobConfig) -> None:
@@ -369,26 +379,8 @@ def run(config: JobConfig) -> None:
 def main() -> None:
     """Parse the command line and train; a user's mistake ends in one message and exit code 1."""
     set_up_console()
-    try:
+    with ends_as_the_launcher_expects():
         run(LighthouseConfigManager().parse_args(sys.argv[1:]))
-    except UserError as error:
-        message = str(error)
-        if LAUNCHER_PRINTS not in os.environ:
-            logger.error(message)
-        # torchrun prints this report last; without it, it explains how to get tracebacks.
-        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            report = {"message": message, "timestamp": int(time.time()), USERS_MISTAKE: True}
-            Path(error_file).write_text(json.dumps(report))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        # The launcher says how training ended.
-        sys.exit(130)
-    except Exception:
-        # If another process failed first, this error only follows from it. The launcher ends this
-        # process in the meantime, and the other one's message stands alone.
-        if LAUNCHER_PRINTS in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-            time.sleep(SECONDS_FOR_THE_LAUNCHER)
-        raise
 
 
 if __name__ == "__main__":

@@ -53,7 +53,6 @@ class LighthouseCheckpointManager(CheckpointManager):
     save_future: Future[Any] | None
     # The folder that an asynchronous save is writing.
     _in_flight: Path | None = None
-    _whatever_the_interval = False
     # An asynchronous save is finished by its own thread or by the one that waits for it.
     _finishing = threading.Lock()
 
@@ -263,17 +262,24 @@ class LighthouseCheckpointManager(CheckpointManager):
         if self.on_saved:
             self.on_saved(seconds)
 
-    def save_now(self, step: int) -> None:
-        """Save a full checkpoint of ``step`` at once, unless there is one or none may be saved."""
+    def save_now(self, step: int) -> Path | None:
+        """Save a full checkpoint of ``step`` at once, unless there is one, and return its folder.
+
+        None if this run saves none.
+        """
+        if not self.enable or self.load_only:
+            return None
         self.wait()
-        if not self.enable or step in complete_checkpoints(self.folder):
-            return
-        mode, self.async_mode = self.async_mode, AsyncMode.DISABLED
-        self._whatever_the_interval = True
+        path = Path(self._create_checkpoint_id(step))
+        if step in complete_checkpoints(self.folder):
+            return path
+        mode, interval = self.async_mode, self.interval
+        self.async_mode, self.interval = AsyncMode.DISABLED, 1
         try:
             self.save(step)
         finally:
-            self.async_mode, self._whatever_the_interval = mode, False
+            self.async_mode, self.interval = mode, interval
+        return path
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for an asynchronous save.
@@ -313,11 +319,6 @@ class LighthouseCheckpointManager(CheckpointManager):
         except UserFileError as error:
             logger.error(str(error))
         return next(reversed(complete_checkpoints(self.folder).values()), None)
-
-    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
-        if self._whatever_the_interval and self.enable and not self.load_only:
-            return True
-        return super()._should_save(curr_step, last_step)
 
     def _begin(self, path: Path, step: int) -> None:
         """Make the folder of a save with its record, so that every complete one has a record."""

@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
+from ..processes import serve_parent
 from .fingerprint import BY_CONTENT
 from .positions import START_OVER, decode, encode
 from .retrieval import PromptEncoder
@@ -286,6 +287,7 @@ def _build(
         key,
         source,
         batch_size=section.local_batch_size,
+        worker_init_fn=serve_parent,
         **vars(section.dataloader),
     )
 

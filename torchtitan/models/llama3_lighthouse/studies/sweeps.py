@@ -1,7 +1,5 @@
 """Training runs, a few at a time, each in a folder of its own, taken up where they stopped."""
 
-import ctypes
-import fcntl
 import json
 import math
 import os
@@ -15,6 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,11 +26,10 @@ from ..evaluation.figures import check_plots
 from ..evaluation.progress import Progress, say
 from ..job_config import JobConfig
 from ..metrics import METRICS_FILE, STEP_LINE
+from ..processes import LOCK_FILE, die_with_parent, open_locked
 from .settings import record_of
 
 ERROR_LINE = re.compile(r"^Error: (.+)", re.MULTILINE)
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
 # This file in a run's folder says that the run trained to its end.
 FINISHED = "finished"
 # Processes that the threads of a sweep wait for, so that the main thread can end them.
@@ -144,11 +142,6 @@ def trainer_command(processes: int, arguments: list[str]) -> list[str]:
     return [*command, "--processes", str(processes), *arguments]
 
 
-def end_with_parent() -> None:
-    """Make a child process end with its parent, however that ends; to be its ``preexec_fn``."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def train(run: Run, processes: int, title: str, environment: Environment, lock: TextIO) -> int:
     """Train ``run`` through torchrun, show its progress, and return the exit code."""
     threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
@@ -162,7 +155,8 @@ def train(run: Run, processes: int, title: str, environment: Environment, lock: 
             errors="replace",
             # Runs side by side would compete for cores if each of several processes took its share.
             env={**threads, **os.environ, **environment},
-            preexec_fn=end_with_parent,
+            # It saves at this signal, and ends.
+            preexec_fn=partial(die_with_parent, number=signal.SIGTERM),
             # The process keeps the lock until it has ended.
             pass_fds=[lock.fileno()],
         ) as process,
@@ -317,18 +311,16 @@ def lock_folder(output: Path) -> Generator[TextIO, None, None]:
     """Keep other sweeps out of ``output``, an existing folder.
 
     A run that inherits the file keeps the lock until it has ended, even if the sweep is killed.
-    filelock cannot be used here: it unlocks when it is released, for every process that inherited
-    the file, and not only when the last of them closes it.
 
     Raises:
         ValueError: another sweep uses the folder.
     """
-    with (output / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserValueError(
-                f"{output} is in use by another sweep, or one that is just ending; wait for it, or "
-                "pass --output FOLDER"
-            ) from None
+    try:
+        lock = open_locked(output / LOCK_FILE)
+    except BlockingIOError:
+        raise UserValueError(
+            f"{output} is in use by another sweep, or one that is just ending; wait for it, or "
+            "pass --output FOLDER"
+        ) from None
+    with lock:
         yield lock
