@@ -7,9 +7,13 @@ import pytest
 import torch
 from launch import SMALL, Run, arguments
 
-from torchtitan.models.llama3_lighthouse import checks
 from torchtitan.models.llama3_lighthouse.checkpoints.record import RECORD_FILE, read_record
-from torchtitan.models.llama3_lighthouse.checks import check_config, check_device, check_output
+from torchtitan.models.llama3_lighthouse.checks import configuration as checks
+from torchtitan.models.llama3_lighthouse.checks.configuration import (
+    check_config,
+    check_device,
+    check_output,
+)
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserFileError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors

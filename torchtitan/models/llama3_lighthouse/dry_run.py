@@ -13,7 +13,7 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
-from .checks import check_launch
+from .checks.configuration import check_launch
 from .description import describe
 from .errors import UserError, UserValueError
 from .infra.parallelize import parallelize_lighthouse

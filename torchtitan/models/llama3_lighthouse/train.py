@@ -22,7 +22,7 @@ from torchtitan.tools.utils import device_module, device_type
 # This import registers the model with torchtitan.
 from . import train_spec  # noqa: F401
 from .checkpoints.manager import LighthouseCheckpointManager
-from .checks import check_config, check_device, schedule_warnings
+from .checks.configuration import check_config, check_device, schedule_warnings
 from .console import log_to_file, set_up_console
 from .description import describe, ending, output_line
 from .errors import LAUNCHER_PRINTS, USERS_MISTAKE, UserError, UserValueError

@@ -14,7 +14,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..checkpoints.manager import check_shapes, checkpoints_in, in_one_process
 from ..checkpoints.record import CheckpointRecord, read_record
-from ..checks import check_model
+from ..checks.configuration import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager

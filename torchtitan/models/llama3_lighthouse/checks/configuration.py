@@ -13,14 +13,14 @@ from lighthouse import ContextParallel
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
-from .data.packing import stream_count
-from .data.retrieval import TASKS, PromptEncoder
-from .data.retrieval_mix import RetrievalMix
-from .data.tokenizer import ByteTokenizer
-from .errors import UserFileError, UserTypeError, UserValueError
-from .infra.pipeline import check_pipeline
-from .job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Lighthouse, Parallelism
-from .model.model import LighthouseModelArgs, lighthouse_config
+from ..data.packing import stream_count
+from ..data.retrieval import TASKS, PromptEncoder
+from ..data.retrieval_mix import RetrievalMix
+from ..data.tokenizer import ByteTokenizer
+from ..errors import UserFileError, UserTypeError, UserValueError
+from ..infra.pipeline import check_pipeline
+from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Lighthouse, Parallelism
+from ..model.model import LighthouseModelArgs, lighthouse_config
 
 STAGES: tuple[str, ...] = get_args(get_type_hints(Lighthouse)["stage"])
 
