@@ -52,12 +52,21 @@ NOT_DRAWN = ("job.config_file",)
 # A word of a command line; the next one is a TOML text, which ``run_one`` puts into a file.
 TOML = "--toml"
 MEMORY_LIMIT = 12 * 2**30
-HUGE = str(2**70)
-INTEGERS = ("0", "1", "2", "-1", "-5", "7", str(2**31), str(10**13), str(2**63), HUGE, "1.5", "")
-FLOATS = ("0", "1", "0.5", "-1", "1e-30", "1e30", "nan", "inf", "-inf", HUGE, "many", "")
-TEXTS = ("", " ", "nonsense", "with\0nul", "h\u00e9 \u2603", "/proc/no/such", "x" * 300, "a/../b")
+HUGE, NUL = str(2**70), "with\0nul"
+TYPICAL: dict[type, tuple[str, ...]] = {
+    int: ("0", "1", "2"),
+    float: ("0", "0.5", "1"),
+    str: (),
+}
+HOSTILE: dict[type, tuple[str, ...]] = {
+    int: ("-1", "-5", "7", str(2**31), str(10**13), str(2**63), HUGE, "1.5", ""),
+    float: ("-1", "1e-30", "1e30", "nan", "inf", "-inf", HUGE, "many", ""),
+    str: ("", " ", "nonsense", NUL, "h\u00e9 \u2603", "/proc/no/such", "x" * 300, "a/../b"),
+}
+# Items of lists that are no choices.
+LISTS: dict[type, tuple[Any, ...]] = {str: ("model", "loss"), int: (0, 5)}
 # No key means any of these.
-NEVER = ("nan", "inf", "-inf", HUGE, "with\0nul")
+NEVER = ("nan", "inf", "-inf", HUGE, NUL)
 BROKEN_TOML = (
     "[training\nsteps = 3",
     "[training]\nsteps = 3\nsteps = 4",
@@ -105,8 +114,12 @@ def _line(generator: random.Random, keys: list[Any]) -> list[str]:
     if generator.random() < 0.04:
         return [TOML, generator.choice(BROKEN_TOML)]
     changed: dict[str, list[str]] = {}
-    for leaf in generator.sample(keys, generator.choice((1, 1, 2, 3))):
-        changed[leaf.key] = generator.choice(values_of(leaf.key, leaf.kind, leaf.default))
+    # One hostile value ends a run. Some lines have none, so that keys meet one another in training.
+    only_typical = generator.random() < 0.4
+    for leaf in generator.sample(keys, 3 if only_typical else generator.choice((1, 1, 2, 3))):
+        values = values_of(leaf.key, leaf.kind, leaf.default, only_typical)
+        if values:
+            changed[leaf.key] = generator.choice(values)
     # Keys of a section that is off are read by no one; half of the time it is on.
     for section in ("checkpoint", "validation", "profiling"):
         switch = f"--{section}.enable{'_profiling' if section == 'profiling' else ''}"
@@ -118,27 +131,38 @@ def _line(generator: random.Random, keys: list[Any]) -> list[str]:
     return [word for words in changed.values() for word in words]
 
 
-def values_of(key: str, kind: Any, default: Any) -> list[list[str]]:
-    """Words that set ``key`` to a typical, a boundary and hostile values of its type."""
+def values_of(key: str, kind: Any, default: Any, only_typical: bool) -> list[list[str]]:
+    """Words that set ``key`` to a typical value of its type, or to a boundary or hostile one."""
+    inner = [part for part in get_args(kind) if part is not type(None)]
     if kind is bool:
         section, _, name = key.rpartition(".")
         return [[f"--{key}"], [f"--{section}.no-{name}"]]
-    optional = [["None"]] if type(None) in get_args(kind) else []
-    inner = [part for part in get_args(kind) if part is not type(None)]
     if get_origin(kind) is Literal:
-        values = [[str(choice)] for choice in get_args(kind)] + [["nonsense"], [""]]
-    elif inner and get_origin(kind) is not list:
-        words = values_of(key, inner[0], default)
-        return words + [[f"--{key}", *value] for value in optional]
-    elif get_origin(kind) is list and inner[0] is str:
-        values = [["model"], ["loss,model"], ["model,model"], ["nonsense"], [""], ["with\0nul"]]
+        typical, others = [[str(choice)] for choice in inner], [["nonsense"], [""]]
     elif get_origin(kind) is list:
-        values = [["0"], ["0", "0"], ["99"], ["-1"], [HUGE], ["nonsense"], ["wq"], ["wq", "wq"], []]
+        items = get_args(inner[0]) or LISTS.get(inner[0], ("a",))
+        typical = [[str(items[0])], list(map(str, items))]
+        if inner[0] is str:
+            typical = [[",".join(words)] for words in typical]
+        others = [
+            ["nonsense"],
+            ["model,model"],
+            ["0", "0"],
+            ["99"],
+            ["-1"],
+            [HUGE],
+            [NUL],
+            [""],
+            [],
+        ]
+    elif inner:
+        words = values_of(key, inner[0], default, only_typical)
+        return words if default is None else [*words, [f"--{key}", "None"]]
     else:
-        values = [[value] for value in {int: INTEGERS, float: FLOATS, str: TEXTS}[kind]]
-        if default not in (None, ""):
-            values.append([str(default)])
-    return [[f"--{key}", *value] for value in values]
+        typical, others = TYPICAL[kind], HOSTILE[kind]
+        typical = [[value] for value in (*typical, *([str(default)] if default else []))]
+        others = [[value] for value in others]
+    return [[f"--{key}", *value] for value in (typical if only_typical else typical + others)]
 
 
 def command_line(arguments: list[str], folder: Path) -> list[str]:
@@ -181,7 +205,7 @@ def run_one(arguments: list[str], folder: Path, timeout: float) -> Outcome:
         return Outcome("refused" if _names(message, arguments) else "unclear", message, seconds)
     if code != 0:
         return Outcome("traceback", _tail(log), seconds)
-    fault = _fault(arguments, folder)
+    fault = fault_of(arguments, folder)
     return Outcome("silent" if fault else "trained", fault or "", seconds)
 
 
@@ -241,7 +265,7 @@ def _names(message: str, arguments: list[str]) -> bool:
     return any(key in said or f"[{key.partition('.')[0]}]" in said for key in keys)
 
 
-def _fault(arguments: list[str], folder: Path) -> str | None:
+def fault_of(arguments: list[str], folder: Path) -> str | None:
     """What a run that came to its end should not have accepted or done; None if nothing."""
     never = [word for word in arguments if word in NEVER]
     if never:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UserTypeError, UserValueError
+from ..infra.pipeline import SCHEDULES
 from ..job_config import JobConfig, leaves, type_fault
 from .rules import (
     MOST,
@@ -128,7 +129,7 @@ BOUNDS: dict[str, Rule] = {
     "parallelism.pipeline_parallel_first_stage_less_layers": count(0),
     "parallelism.pipeline_parallel_last_stage_less_layers": count(0),
     "parallelism.pipeline_parallel_layers_per_stage": count(),
-    "parallelism.pipeline_parallel_schedule": TEXT,
+    "parallelism.pipeline_parallel_schedule": OneOf(SCHEDULES),
     "parallelism.pipeline_parallel_schedule_csv": OPTIONAL_FILE,
     "parallelism.pipeline_parallel_microbatch_size": count(1, MOST_POSITIONS),
     "parallelism.pipeline_parallel_expert_parallel_overlap": NO_EXPERTS,

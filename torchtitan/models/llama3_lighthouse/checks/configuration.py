@@ -1,5 +1,7 @@
 """Checks of a configuration that need nothing built: one message names key, value and fix."""
 
+from pathlib import Path
+
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
@@ -7,7 +9,7 @@ from ..data.packing import global_batch_size, stream_count
 from ..data.retrieval import PromptEncoder
 from ..data.retrieval_mix import RetrievalMix
 from ..data.tokenizer import ByteTokenizer
-from ..errors import UserTypeError, UserValueError
+from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
 from ..model.model import LighthouseModelArgs, lighthouse_config
 from .bounds import check_bounds
@@ -15,15 +17,14 @@ from .output import check_output_of_run, is_installed
 from .parallelism import check_parallelism, check_world_size, layout_on_rank_0
 from .rules import MOST_POSITIONS, shown
 
-# Keys that decide what a model is and what goes into it. Evaluation reads no others.
+# Keys that decide what a model is and what goes into it; evaluation reads no others.
 OF_THE_MODEL = (
     "model.flavor",
     "model.hf_assets_path",
     "lighthouse.",
     "training.seq_len",
     "training.local_batch_size",
-    "validation.seq_len",
-    "validation.local_batch_size",
+    "validation.",
     "parallelism.context_parallel_",
 )
 # Sources of text that come from no folder.
@@ -223,6 +224,13 @@ def _check_checkpoints(config: JobConfig) -> None:
                 f"checkpoint.{key} = {shown(getattr(section, key))} needs checkpoint.enable = true,"
                 " without which no checkpoint is read or written; pass --checkpoint.enable"
             )
+    source, own = section.initial_load_path, Path(config.job.dump_folder, section.folder)
+    # A run that goes on from its own checkpoints no longer reads where it began.
+    if source and not own.exists() and not Path(source).is_dir():
+        raise UserFileError(
+            f"checkpoint.initial_load_path = '{source}' is not a folder; pass "
+            "--checkpoint.initial_load_path FOLDER with the step-N folder to begin from"
+        )
     if section.initial_load_in_hf and not section.initial_load_model_only:
         raise UserValueError(
             "checkpoint.initial_load_in_hf = true loads weights alone, but "
