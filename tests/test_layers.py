@@ -19,7 +19,8 @@ LAYERS = [
     [
         f"{OVERLAY}.{name}"
         for name in (
-            "stages", "console", "stopping", "verdict", "checkpoints", "checks", "metrics",
+            "stages", "console", "stopping", "verdict", "checkpoints", "checks", "lr_schedule",
+            "metrics",
             "selection_statistics", "validate",
         )
     ],

@@ -8,7 +8,7 @@ import torch
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
-from torchtitan.models.llama3_lighthouse.checks import check_config
+from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors

@@ -17,7 +17,7 @@ from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.models.llama3 import Transformer
 
 from lighthouse import LighthouseConfig
-from torchtitan.models.llama3_lighthouse.checks import check_config
+from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.memory_estimate import head_bytes
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel, linear_cross_entropy

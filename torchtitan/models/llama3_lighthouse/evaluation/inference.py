@@ -14,7 +14,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from ..checkpoints.folders import METADATA_FILE, complete_checkpoints
 from ..checkpoints.record import CheckpointRecord, read_record
 from ..checkpoints.storage import check_shapes, in_one_process, load_state
-from ..checks import check_model
+from ..checks.configuration import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
@@ -203,11 +203,7 @@ def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConf
     Raises:
         ValueError, TypeError, OSError: a value breaks a rule.
     """
-    try:
-        return _RecordedConfigManager(recorded).parse_args(overrides)
-    except AssertionError as error:
-        # torchtitan refuses values by an assertion.
-        raise UserValueError(str(error)) from None
+    return _RecordedConfigManager(recorded).parse_args(overrides)
 
 
 def model_arguments(config: JobConfig) -> LighthouseModelArgs:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_config, check_output
+from ..checks.configuration import check_config
+from ..checks.output import check_output
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors

@@ -1,0 +1,1 @@
+"""Checks of a configuration before anything is built, with one message for each mistake."""

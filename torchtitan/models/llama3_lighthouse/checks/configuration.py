@@ -1,0 +1,275 @@
+"""Checks of a configuration that need nothing built: one message names key, value and fix."""
+
+from pathlib import Path
+
+from lighthouse.context_parallel import check_chunks
+from lighthouse.geometry import PyramidGeometry
+
+from ..data.packing import global_batch_size, stream_count
+from ..data.retrieval import PromptEncoder
+from ..data.retrieval_mix import RetrievalMix
+from ..data.tokenizer import ByteTokenizer
+from ..errors import UserFileError, UserTypeError, UserValueError
+from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
+from ..model.model import LighthouseModelArgs, lighthouse_config
+from .bounds import check_bounds
+from .output import check_output_of_run, is_installed
+from .parallelism import check_parallelism, check_world_size, layout_on_rank_0
+from .rules import MOST_POSITIONS, shown
+
+# Keys that decide what a model is and what goes into it; evaluation reads no others.
+OF_THE_MODEL = (
+    "model.flavor",
+    "model.hf_assets_path",
+    "lighthouse.",
+    "training.seq_len",
+    "training.local_batch_size",
+    "validation.",
+    "parallelism.context_parallel_",
+)
+# Sources of text that come from no folder.
+WITHOUT_PATH = ("python_stdlib",)
+
+
+def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
+    """Check everything that needs neither a device nor the data.
+
+    Raises:
+        ValueError, TypeError: a value breaks a rule; the message names key, value and fix.
+        OSError: job.dump_folder or a folder for output cannot be written to.
+    """
+    check_bounds(config)
+    check_model(config, flavors)
+    check_parallelism(config, flavors[config.model.flavor].n_layers)
+    _check_optimizer(config)
+    _check_schedule(config)
+    _check_paths_of_text(config)
+    _check_checkpoints(config)
+    _check_activation_checkpoint(config)
+    _check_profiling(config)
+    _check_modules(config)
+    check_output_of_run(config)
+
+
+def check_launch(
+    config: JobConfig, flavors: dict[str, LighthouseModelArgs], world_size: int
+) -> None:
+    """Check everything that can be known of a run before its ``world_size`` processes start.
+
+    Raises:
+        ValueError, TypeError, OSError: as ``check_config``, or the processes do not make up the
+            mesh or cannot share a global batch.
+    """
+    check_config(config, flavors)
+    check_world_size(config.parallelism, world_size)
+    section = config.parallelism
+    data_parallel = world_size // (
+        section.context_parallel_degree
+        * section.tensor_parallel_degree
+        * section.pipeline_parallel_degree
+    )
+    batch, local = config.training.global_batch_size, config.training.local_batch_size
+    if batch > 0 and batch % (local * data_parallel):
+        raise UserValueError(
+            f"training.global_batch_size = {batch} must be a multiple of training.local_batch_size "
+            f"= {local} times the data-parallel degree of {data_parallel}, or -1 for just that"
+        )
+    stream_count(config, data_parallel)
+    tokens = global_batch_size(config, data_parallel) // data_parallel * config.training.seq_len
+    if tokens > MOST_POSITIONS:
+        raise UserValueError(
+            f"training.global_batch_size = {batch} and training.local_batch_size = {local} give "
+            f"each rank {tokens:,} tokens a step, which it reads before it begins the step; lower "
+            f"them to {MOST_POSITIONS:,} tokens or fewer"
+        )
+
+
+def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
+    """Check the settings of the model and its input, which evaluation needs too.
+
+    Raises:
+        ValueError, TypeError: as ``check_config``.
+    """
+    check_bounds(config, OF_THE_MODEL)
+    if config.model.flavor not in flavors:
+        raise UserValueError(
+            f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
+        )
+    _check_selections(config)
+    _check_dense_layers(config, flavors[config.model.flavor].n_layers)
+    _check_lengths(config)
+    _check_tokenizer(config)
+    _check_retrieval_mix(config)
+
+
+def _check_selections(config: JobConfig) -> None:
+    """Check that selections can be logged."""
+    section = config.lighthouse
+    degree = config.parallelism.pipeline_parallel_degree
+    if section.log_selection_every and degree > 1:
+        raise UserValueError(
+            f"lighthouse.log_selection_every = {section.log_selection_every} needs whole forward "
+            f"passes, which parallelism.pipeline_parallel_degree = {degree} cuts into parts; set "
+            "it to 0"
+        )
+
+
+def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
+    dense_layers = config.lighthouse.dense_layers
+    outside = [layer for layer in dense_layers if not 0 <= layer < n_layers]
+    if outside:
+        raise UserValueError(
+            f"lighthouse.dense_layers = {dense_layers}: {outside} are not layers of model.flavor "
+            f"'{config.model.flavor}', which has layers 0 to {n_layers - 1}; name only those"
+        )
+
+
+def _check_lengths(config: JobConfig) -> None:
+    """Check the method's own rules, and put the section of the key before its messages."""
+    try:
+        method = lighthouse_config(config.lighthouse)
+    except (ValueError, TypeError) as error:
+        kind = UserTypeError if isinstance(error, TypeError) else UserValueError
+        raise kind(f"[lighthouse] {error}") from None
+    seq_lens = {"training": config.training.seq_len}
+    if config.validation.enable:
+        seq_lens["validation"] = config.validation.seq_len
+    for name, seq_len in seq_lens.items():
+        try:
+            PyramidGeometry(method, seq_len)
+        except ValueError as error:
+            raise UserValueError(
+                f"{name}.seq_len = {seq_len} does not fit [lighthouse]: {error}"
+            ) from None
+        try:
+            check_chunks(method, seq_len, layout_on_rank_0(config.parallelism).chunks)
+        except ValueError as error:
+            degree = config.parallelism.context_parallel_degree
+            raise UserValueError(
+                f"parallelism.context_parallel_degree = {degree} does not fit {name}.seq_len = "
+                f"{seq_len} and [lighthouse]: {error}"
+            ) from None
+    if config.validation.enable and config.validation.seq_len > config.training.seq_len:
+        raise UserValueError(
+            f"validation.seq_len = {config.validation.seq_len} exceeds training.seq_len = "
+            f"{config.training.seq_len}, the longest sequence that the model is built for; lower it"
+        )
+
+
+def _check_tokenizer(config: JobConfig) -> None:
+    if config.lighthouse.tokenizer == "hf" and config.model.hf_assets_path == BYTE_TOKENIZER_FOLDER:
+        raise UserValueError(
+            "lighthouse.tokenizer = 'hf' reads the tokenizer from model.hf_assets_path, which is "
+            "not set; pass --model.hf_assets_path FOLDER, the folder of its tokenizer.json"
+        )
+
+
+def _check_retrieval_mix(config: JobConfig) -> None:
+    section = config.lighthouse
+    rate, tasks = section.passkey_mix, section.passkey_tasks
+    if rate and section.tokenizer == "byte":
+        # Other tokenizers have not been read yet, and lengths of prompts depend on them.
+        RetrievalMix(PromptEncoder(ByteTokenizer()), rate, config.training.seq_len + 1, 1, tasks)
+
+
+def _check_optimizer(config: JobConfig) -> None:
+    section = config.optimizer
+    if section.early_step_in_backward:
+        raise UserValueError(
+            "optimizer.early_step_in_backward = true steps before gradients are clipped to "
+            f"training.max_norm = {config.training.max_norm} and found to be finite, and frees "
+            "them before their norm is taken; set it to false"
+        )
+    if section.lr * section.weight_decay >= 1:
+        raise UserValueError(
+            f"optimizer.weight_decay = {section.weight_decay} with optimizer.lr = {section.lr} "
+            "takes away each weight's whole value at a step, or more; lower one of them"
+        )
+
+
+def _check_schedule(config: JobConfig) -> None:
+    total, steps = config.lr_scheduler.total_steps, config.training.steps
+    if total is not None and total < steps:
+        raise UserValueError(
+            f"lr_scheduler.total_steps = {total} is below training.steps = {steps}: the learning "
+            "rate has come to its end before the last steps; pass --lr_scheduler.total_steps "
+            f"{steps} or more, or --training.steps {total} or fewer"
+        )
+
+
+def _check_paths_of_text(config: JobConfig) -> None:
+    sections: dict[str, Training | Validation] = {"training": config.training}
+    if config.validation.enable:
+        sections["validation"] = config.validation
+    for key, section in sections.items():
+        if section.dataset_path and section.dataset in WITHOUT_PATH:
+            raise UserValueError(
+                f"{key}.dataset_path = '{section.dataset_path}' is not read by {key}.dataset = "
+                f"'{section.dataset}'; pass --{key}.dataset c4_local to read the folder, or leave "
+                f"{key}.dataset_path out"
+            )
+
+
+def _check_checkpoints(config: JobConfig) -> None:
+    section = config.checkpoint
+    asked = {
+        "load_step": section.load_step != -1,
+        "initial_load_path": section.initial_load_path is not None,
+        "load_only": section.load_only,
+        "create_seed_checkpoint": section.create_seed_checkpoint,
+    }
+    for key, given in asked.items():
+        if given and not section.enable:
+            raise UserValueError(
+                f"checkpoint.{key} = {shown(getattr(section, key))} needs checkpoint.enable = true,"
+                " without which no checkpoint is read or written; pass --checkpoint.enable"
+            )
+    source, own = section.initial_load_path, Path(config.job.dump_folder, section.folder)
+    # A run that goes on from its own checkpoints no longer reads where it began.
+    if source and not own.exists() and not Path(source).is_dir():
+        raise UserFileError(
+            f"checkpoint.initial_load_path = '{source}' is not a folder; pass "
+            "--checkpoint.initial_load_path FOLDER with the step-N folder to begin from"
+        )
+    if section.initial_load_in_hf and not section.initial_load_model_only:
+        raise UserValueError(
+            "checkpoint.initial_load_in_hf = true loads weights alone, but "
+            "checkpoint.initial_load_model_only = false asks for more; pass "
+            "--checkpoint.initial_load_model_only"
+        )
+
+
+def _check_activation_checkpoint(config: JobConfig) -> None:
+    compiled = config.compile.enable and "model" in config.compile.components
+    if config.activation_checkpoint.mode == "memory_budget" and not compiled:
+        raise UserValueError(
+            "activation_checkpoint.mode = 'memory_budget' is a mode of the compiler; pass "
+            "--compile.enable with compile.components = ['model', 'loss'], or use another mode"
+        )
+
+
+def _check_profiling(config: JobConfig) -> None:
+    section = config.profiling
+    shortest = section.profiler_warmup + section.profiler_active
+    if section.enable_profiling and section.profile_freq < shortest:
+        raise UserValueError(
+            f"profiling.profile_freq = {section.profile_freq} must be at least "
+            "profiling.profiler_warmup + profiling.profiler_active = "
+            f"{section.profiler_warmup} + {section.profiler_active}; pass "
+            f"--profiling.profile_freq {shortest} or more"
+        )
+
+
+def _check_modules(config: JobConfig) -> None:
+    """Check that modules and packages that the configuration names are there."""
+    name = config.experimental.custom_import
+    if name and not is_installed(name):
+        raise UserValueError(
+            f"experimental.custom_import = '{name}' is no module that Python finds; pass "
+            "--experimental.custom_import MODULE with one on PYTHONPATH"
+        )
+    if config.model.converters and not is_installed("torchao"):
+        raise UserValueError(
+            f"model.converters = {config.model.converters} needs the package torchao, which is "
+            "missing; run pip install torchao, or leave model.converters out"
+        )
