@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from . import kills
+from . import corruptions, faults, kills, texts
 from .cases import Bad, Case, Result, World, adopt_orphans, kill_descendants
 from .references import NAMES, reference
 from .report import Entry, table, write
@@ -32,6 +32,10 @@ from .runs import FORKS, warm_up, write_text
 CASE_LIMIT, PROGRESS = 420.0, 5.0
 CLASSES: dict[str, tuple[int, Callable[[Case], Result]]] = {
     "kills": (kills.KILLS, kills.kill),
+    "corruptions": (corruptions.COUNT, corruptions.corrupt),
+    "faults": (faults.COUNT, faults.break_disk),
+    "texts": (texts.BROKEN, texts.break_text),
+    "changed-texts": (texts.CHANGED, texts.change_text),
     "signals": (kills.TERMINATIONS, kills.terminate),
 }
 
@@ -163,6 +167,7 @@ def _campaign(options: argparse.Namespace, scratch: Path) -> int:
         Task((name, 0), folder := scratch / "references" / name.replace(" ", "-"),
              lambda name=name, folder=folder: reference(name, text, folder))
         for name in NAMES
+        if name.startswith("forked") or not options.only or {"kills", "signals"} & {*options.only}
     ]  # fmt: skip
     for task, result, _ in in_forks(tasks, options.jobs, CASE_LIMIT):
         if isinstance(result, Exception | Result):

@@ -1,4 +1,4 @@
-"""The common parts of all cases: their surroundings, their results, and the restart after a fault."""
+"""The common parts of all cases: surroundings, results, and the restart after a fault."""
 
 import ctypes
 import random
@@ -61,12 +61,16 @@ class Bad(Exception):
         self.outcome, self.found = outcome, found
 
 
-def clear(end: End, doing: str) -> End:
-    """``end`` itself, unless it was a hang or a crash that no message explains."""
+def clear(end: End, doing: str, asked: bool = False) -> End:
+    """``end`` itself, unless it was a hang or a crash that no message explains.
+
+    Args:
+        asked: whether a signal had asked for the end, which needs no message then.
+    """
     if end.hung:
         raise Bad("hang", f"{doing}: {end.log[-600:]}")
-    if end.traceback:
-        raise Bad("traceback", f"{doing}: {end.traceback[-900:]}")
+    if crash := end.traceback or ("" if asked else end.unexplained):
+        raise Bad("traceback", f"{doing}: {crash[-900:]}")
     return end
 
 
@@ -79,19 +83,26 @@ def go_on(case: Case, reference: Reference, line: list[str], least: int) -> None
     check_finished(case, reference, before, least)
 
 
-def check_finished(case: Case, reference: Reference, before: int, least: int) -> None:
-    """Check a finished restart, whose metrics begin after ``before`` lines."""
+def check_finished(
+    case: Case, reference: Reference, before: int, least: int, first: int = 1
+) -> None:
+    """Check a finished restart, whose metrics begin after ``before`` lines.
+
+    Args:
+        least: the step that it must have gone on from, or a later one.
+        first: the first step that has to be in the metrics.
+    """
     new = logged(case.dump)[before:]
     if new and new[0][0] - 1 < least:
         raise Bad("lost", f"went on from step {new[0][0] - 1}; step {least} was whole")
-    if problem := reference.problem(case.dump):
+    if problem := reference.problem(case.dump, first):
         raise Bad("silent", problem)
     if reference.newest_whole(case.dump) != STEPS:
         raise Bad("lost", f"the checkpoint of step {STEPS} is not whole")
 
 
 def adopt_orphans() -> None:
-    """Become the parent of processes whose parent dies below this one, so that none is forgotten."""
+    """Become the parent of all processes below this one whose own parent dies."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

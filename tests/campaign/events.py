@@ -1,4 +1,4 @@
-"""Operations on files below a folder, seen in a process before they happen, by Python's audit hooks.
+"""Changes to files below a folder, seen before they happen by Python's audit hooks.
 
 Whatever a hook raises, the operation raises. So one place serves to count operations, to kill the
 process between any two of them, and to let one of them fail.

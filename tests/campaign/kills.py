@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .cases import Bad, Case, Result, all_gone, check_finished, clear, go_on, kill_descendants
 from .events import REMOVALS, kill_at, on_change
-from .runs import INTERVAL, LIMIT, STEPS, End, Launch, Reference, command, logged
+from .runs import INTERVAL, STEPS, End, Launch, Reference, command, logged, until
 
 KILLS, TERMINATIONS = 160, 16
 # One case in so many goes through torchrun, which imports the trainer again in each process.
@@ -47,7 +47,7 @@ def kill(case: Case) -> Result:
         launch = Launch(line, case.folder, processes)
         when = _moment(case, reference, trigger)
         tried += f" {when[0]}"
-        _await(launch, when[1])
+        until(launch, when[1])
         time.sleep(draw.uniform(0, 0.03) if trigger != "time" else 0)
         launch.kill(victim)
     launch.wait()
@@ -74,12 +74,12 @@ def terminate(case: Case) -> Result:
     line = command(case.dump, case.world.text, checkpoint__async_mode=mode)
     launch = Launch(line, case.folder, processes)
     step = draw.randint(1, STEPS - 2)
-    _await(launch, lambda: reached(case.dump) >= step)
+    until(launch, lambda: reached(case.dump) >= step)
     for rank in launch.ranks:
         if rank.exitcode is None:
             os.kill(rank.pid, number)
     try:
-        _check_saved(case, reference, clear(launch.wait(), number.name))
+        _check_saved(case, reference, clear(launch.wait(), number.name, asked=True))
         go_on(case, reference, line, reached(case.dump))
         _check_no_step_twice(case.dump)
     except Bad as bad:
@@ -150,13 +150,6 @@ def _moment(case: Case, reference: Reference, trigger: str) -> tuple[str, Callab
     return f"at the sight of {sign} of step {saved}", tests[sign]
 
 
-def _await(launch: Launch, happened: Callable[[], bool]) -> None:
-    """Wait until something happened, or the launch ended before."""
-    deadline = time.monotonic() + LIMIT
-    while launch.running and not happened() and time.monotonic() < deadline:
-        time.sleep(0.002)
-
-
 def _through_launcher(
     case: Case, reference: Reference, tried: str, mode: str, number: signal.Signals
 ) -> Result:
@@ -175,7 +168,7 @@ def _through_launcher(
 
     launch = start()
     step = case.random.randint(1, STEPS - 2)
-    _await(launch, lambda: reached(case.dump) >= step)
+    until(launch, lambda: reached(case.dump) >= step)
     if launch.running:
         os.kill(launch.ranks[0].pid, number)
     try:
@@ -186,7 +179,7 @@ def _through_launcher(
         if number == signal.SIGKILL:
             least = newest_there(case.dump, reference, mode)
         else:
-            _check_saved(case, reference, clear(end, number.name))
+            _check_saved(case, reference, clear(end, number.name, asked=True))
             least = reached(case.dump)
         before = len(logged(case.dump))
         end = clear(start().wait(), "restart")

@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from .events import count_in, on_change
+from .readings import evaluated, exported
 from .runs import FLAVOR, FORKS, STEPS, Launch, Reference, command, logged
 
+# A run that stopped after step DAMAGED; its checkpoint before that is of step OLDER.
+OLDER, DAMAGED = 6, 8
 NAMES = ("forked 1", "forked 2", "launched 1", "launched 2")
 
 
@@ -37,7 +40,20 @@ def reference(name: str, text: Path, folder: Path) -> Reference:
     )
     if problem := found.problem(purging):
         raise RuntimeError(f"{name}: undisturbed runs differ: {problem}")
-    return replace(found, events=[counter.value for counter in counters], seconds=seconds)
+    events = [counter.value for counter in counters]
+    digests = {step: _digests(found.checkpoint(step), folder) for step in (OLDER, DAMAGED)}
+    return replace(found, events=events, seconds=seconds, digests=digests)
+
+
+def _digests(checkpoint: Path, folder: Path) -> tuple[str, str]:
+    """Digests of a sound checkpoint's weights, as evaluation and export read them."""
+    found = []
+    for reading in (evaluated, exported):
+        end, digest = reading(checkpoint, folder)
+        if not digest:
+            raise RuntimeError(f"{checkpoint} cannot be read: {end.message or end.log}")
+        found.append(digest)
+    return found[0], found[1]
 
 
 def _train(

@@ -88,7 +88,8 @@ class End:
     Attributes:
         code: exit code of the rank that failed first, negative for a signal; 0 if none failed.
         message: the user's mistake that a rank reported, or "".
-        traceback: what a user would see of a crash, or "".
+        traceback: a traceback in the output of the first rank, or "".
+        unexplained: the end of a failure without a message, or "".
         hung: whether it had to be killed after its time.
         log: output of the first rank.
     """
@@ -96,6 +97,7 @@ class End:
     code: int
     message: str
     traceback: str
+    unexplained: str
     hung: bool
     log: str
 
@@ -203,9 +205,15 @@ class Launch:
         printed = re.search(r"^Error: (.*)", log, re.MULTILINE)
         message = message or (printed.group(1) if printed else "")
         traceback = log[log.index("Traceback (") :] if "Traceback (" in log else ""
-        if code > 0 and not message:
-            traceback = traceback or crash or log[-2000:]
-        return End(code, message, traceback, hung, log)
+        unexplained = (crash or log[-2000:]) if code > 0 and not message else ""
+        return End(code, message, traceback, unexplained, hung, log)
+
+
+def until(launch: Launch, happened: Callable[[], bool]) -> None:
+    """Wait until something happened, or the launch ended before."""
+    deadline = time.monotonic() + LIMIT
+    while launch.running and not happened() and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _join_group(pid: int, group: int) -> None:
@@ -235,6 +243,7 @@ def _rank(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     faulthandler.enable()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = "1"
     environment = {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
@@ -259,6 +268,7 @@ class Reference:
         losses: each step's loss, in hexadecimal.
         events: file operations in the checkpoint folder, by rank, of a run that purges.
         seconds: how long that run took.
+        digests: of the weights as evaluation and export read them, by step.
     """
 
     folder: Path
@@ -266,6 +276,7 @@ class Reference:
     losses: dict[int, str]
     events: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    digests: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "dump" / "checkpoint" / f"step-{step}"
@@ -279,14 +290,14 @@ class Reference:
                 whole.append(int(number))
         return max(whole)
 
-    def problem(self, dump: Path, last: int = STEPS) -> str:
-        """How a run's losses differ from this one's, or "" if every step is there and equal."""
+    def problem(self, dump: Path, first: int = 1) -> str:
+        """How a run's losses differ, or "" if all are equal and there from step ``first`` on."""
         seen = set()
         for step, loss in logged(dump):
             if loss != self.losses[step]:
                 return f"loss of step {step} is {loss}, undisturbed {self.losses[step]}"
             seen.add(step)
-        missing = sorted(set(range(1, last + 1)) - seen)
+        missing = sorted(set(range(first, STEPS + 1)) - seen)
         return f"steps {missing} were not trained" if missing else ""
 
 
