@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from . import corruptions, faults, kills, texts
+from . import corruptions, faults, kills, malicious, non_finite, settings, texts
 from .cases import Bad, Case, Result, World, adopt_orphans, kill_descendants
 from .references import NAMES, reference
 from .report import Entry, table, write
@@ -36,8 +36,13 @@ CLASSES: dict[str, tuple[int, Callable[[Case], Result]]] = {
     "faults": (faults.COUNT, faults.break_disk),
     "texts": (texts.BROKEN, texts.break_text),
     "changed-texts": (texts.CHANGED, texts.change_text),
+    "malicious": (malicious.COUNT, malicious.attack),
+    "numbers": (non_finite.COUNT, non_finite.poison),
+    "configurations": (settings.COUNT, settings.configure),
     "signals": (kills.TERMINATIONS, kills.terminate),
 }
+# Classes some of whose cases go through the launcher, which knows the ordinary models alone.
+LAUNCHED = {"kills", "signals"}
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ def main(line: list[str] | None = None) -> int:
     options = parse(line)
     scratch = Path(tempfile.mkdtemp(prefix="campaign-", dir=options.scratch))
     print(f"importing the trainer; runs write to {scratch}", flush=True)
+    # Forks cannot share a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warm_up()
     try:
         return _campaign(options, scratch)
@@ -167,7 +174,7 @@ def _campaign(options: argparse.Namespace, scratch: Path) -> int:
         Task((name, 0), folder := scratch / "references" / name.replace(" ", "-"),
              lambda name=name, folder=folder: reference(name, text, folder))
         for name in NAMES
-        if name.startswith("forked") or not options.only or {"kills", "signals"} & {*options.only}
+        if name.startswith("forked") or not options.only or LAUNCHED & {*options.only}
     ]  # fmt: skip
     for task, result, _ in in_forks(tasks, options.jobs, CASE_LIMIT):
         if isinstance(result, Exception | Result):
@@ -179,7 +186,8 @@ def _campaign(options: argparse.Namespace, scratch: Path) -> int:
     tasks = []
     for kind, number in chosen(options):
         folder = scratch / kind / str(number)
-        case = Case(number, random.Random(f"{options.seed} {kind} {number}"), folder, world)
+        draw = random.Random(f"{options.seed} {kind} {number}")
+        case = Case(number, options.seed, draw, folder, world)
         work = CLASSES[kind][1]
         tasks.append(Task((kind, number), folder, lambda work=work, case=case: work(case)))
     entries: list[Entry] = []

@@ -44,6 +44,7 @@ class Case:
     """One try: its number, what it draws from, and a folder of its own."""
 
     number: int
+    seed: int
     random: random.Random
     folder: Path
     world: World

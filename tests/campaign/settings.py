@@ -1,0 +1,18 @@
+"""Configurations drawn over all keys, as cases of the campaign."""
+
+from .cases import Case, Result
+
+COUNT = 500
+LIMIT = 150.0
+OUTCOMES = {"trained": "ok", "unclear": "traceback"}
+
+
+def configure(case: Case) -> Result:
+    """Train on one of the drawn configurations."""
+    try:
+        from .configurations import draw, run_one
+    except ImportError as error:
+        return Result("skipped", "", str(error))
+    arguments = draw(case.seed, COUNT)[case.number]
+    end = run_one(arguments, case.folder / "run", LIMIT)
+    return Result(OUTCOMES.get(end.kind, end.kind), " ".join(arguments), end.message[-900:])
