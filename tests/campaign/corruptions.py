@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cases import Bad, Case, Result, check_finished, clear
-from .readings import evaluated, exported
+from .readings import READINGS
 from .references import DAMAGED, OLDER
 from .runs import End, Launch, Reference, command, logged
 
@@ -117,14 +117,13 @@ def corrupt(case: Case) -> Result:
     tried = damage(file, draw, older)
     try:
         found = [
-            _read(newest, case, reference, evaluated, 0),
-            _read(newest, case, reference, exported, 1),
+            *(_read(newest, case, reference, reading) for reading in READINGS),
             _train_on(case, reference),
         ]
     except Bad as bad:
         return Result(bad.outcome, tried, bad.found)
     outcome = "refused" if "refused" in found else "harmless"
-    return Result(outcome, tried, f"evaluation, export, training: {', '.join(found)}")
+    return Result(outcome, tried, f"readings and training: {', '.join(found)}")
 
 
 def take_two(case: Case, reference: Reference) -> tuple[Path, Path]:
@@ -142,7 +141,6 @@ def _read(
     case: Case,
     reference: Reference,
     reading: Callable[[Path, Path], tuple[End, str]],
-    kind: int,
 ) -> str:
     """Refused or harmless, or it raises Bad."""
     whole = not newest.exists()
@@ -151,9 +149,9 @@ def _read(
     if end.code:
         named(end, case, reading.__name__)
         return "refused"
-    allowed = {reference.digests[DAMAGED][kind]}
+    allowed = {reference.digests[DAMAGED][reading.__name__]}
     if whole:
-        allowed.add(reference.digests[OLDER][kind])
+        allowed.add(reference.digests[OLDER][reading.__name__])
     if digest not in allowed:
         raise Bad("silent", f"{reading.__name__} took other weights than were saved")
     return "harmless"

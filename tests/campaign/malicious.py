@@ -14,7 +14,7 @@ from typing import Any
 
 from .cases import Bad, Case, Result, clear
 from .corruptions import take_two
-from .readings import evaluated, exported, imported
+from .readings import CAN_EXPORT, READINGS, exported, imported
 from .references import DAMAGED
 from .runs import Launch, command
 
@@ -191,6 +191,8 @@ def attack(case: Case) -> Result:
     attacks = CHECKPOINTS if on_checkpoint else IMPORTS
     how = attacks[case.number % len(CHECKPOINTS) if on_checkpoint else case.number % len(IMPORTS)]
     tried = f"{how.__name__}, {payload.call[0].__name__}"
+    if not on_checkpoint and not CAN_EXPORT:
+        return Result("skipped", tried, "safetensors is not installed")
     try:
         ends = _checkpoint(case, how, payload) if on_checkpoint else _import(case, how, payload)
         if marker.exists():
@@ -213,7 +215,7 @@ def _checkpoint(case: Case, how: Callable[[Path, Payload], None], payload: Paylo
         if file.name not in NEEDED and file.suffix != ".distcp":
             file.unlink()
     ends = []
-    for reading in (evaluated, exported):
+    for reading in READINGS:
         end, _ = reading(newest, case.folder)
         ends.append("refused" if clear(end, reading.__name__).code else "read")
     line = command(case.dump, case.world.text)

@@ -3,9 +3,13 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from .runs import End, Launch
+
+# The format of an export needs a package that is not one of the trainer's.
+CAN_EXPORT = find_spec("safetensors") is not None
 
 
 def evaluated(path: Path, folder: Path) -> tuple[End, str]:
@@ -46,6 +50,9 @@ def imported(source: Path, folder: Path) -> tuple[End, str]:
         output.write_text("made")
 
     return _in_fork(make, folder)
+
+
+READINGS = (evaluated, exported) if CAN_EXPORT else (evaluated,)
 
 
 def _in_fork(work: Callable[[Path], None], folder: Path) -> tuple[End, str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .events import count_in, on_change
-from .readings import evaluated, exported
+from .readings import READINGS
 from .runs import FLAVOR, FORKS, STEPS, Launch, Reference, command, logged
 
 # A run that stopped after step DAMAGED; its checkpoint before that is of step OLDER.
@@ -45,15 +45,15 @@ def reference(name: str, text: Path, folder: Path) -> Reference:
     return replace(found, events=events, seconds=seconds, digests=digests)
 
 
-def _digests(checkpoint: Path, folder: Path) -> tuple[str, str]:
-    """Digests of a sound checkpoint's weights, as evaluation and export read them."""
-    found = []
-    for reading in (evaluated, exported):
+def _digests(checkpoint: Path, folder: Path) -> dict[str, str]:
+    """Digests of a sound checkpoint's weights, by the name of the reading."""
+    found = {}
+    for reading in READINGS:
         end, digest = reading(checkpoint, folder)
         if not digest:
             raise RuntimeError(f"{checkpoint} cannot be read: {end.message or end.log}")
-        found.append(digest)
-    return found[0], found[1]
+        found[reading.__name__] = digest
+    return found
 
 
 def _train(

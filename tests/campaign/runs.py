@@ -272,7 +272,7 @@ class Reference:
         losses: each step's loss, in hexadecimal.
         events: file operations in the checkpoint folder, by rank, of a run that purges.
         seconds: how long that run took.
-        digests: of the weights as evaluation and export read them, by step.
+        digests: of the weights, by step and by the reading that read them.
     """
 
     folder: Path
@@ -280,7 +280,7 @@ class Reference:
     losses: dict[int, str]
     events: list[int] = field(default_factory=list)
     seconds: float = 0.0
-    digests: dict[int, tuple[str, str]] = field(default_factory=dict)
+    digests: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "dump" / "checkpoint" / f"step-{step}"

@@ -10,9 +10,11 @@ OUTCOMES = {"trained": "ok", "unclear": "traceback"}
 def configure(case: Case) -> Result:
     """Train on one of the drawn configurations."""
     try:
-        from .configurations import draw, run_one
+        from .configurations import CONFIG, draw, run_one
     except ImportError as error:
         return Result("skipped", "", str(error))
+    if not CONFIG.is_file():
+        return Result("skipped", "", f"{CONFIG} is not there; run the campaign in a clone")
     arguments = draw(case.seed, COUNT)[case.number]
     end = run_one(arguments, case.folder / "run", LIMIT)
     return Result(OUTCOMES.get(end.kind, end.kind), " ".join(arguments), end.message[-900:])
