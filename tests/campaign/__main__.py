@@ -29,7 +29,7 @@ from .report import Entry, table, write
 from .runs import FORKS, warm_up, write_text
 
 # Seconds for a case with all its launches, and between lines of progress.
-CASE_LIMIT, PROGRESS = 420.0, 5.0
+CASE_LIMIT, PROGRESS = 700.0, 5.0
 CLASSES: dict[str, tuple[int, Callable[[Case], Result]]] = {
     "kills": (kills.KILLS, kills.kill),
     "corruptions": (corruptions.COUNT, corruptions.corrupt),

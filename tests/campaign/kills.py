@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .cases import Bad, Case, Result, all_gone, check_finished, clear, go_on, kill_descendants
 from .events import REMOVALS, kill_at, on_change
-from .runs import INTERVAL, STEPS, End, Launch, Reference, command, logged, until
+from .runs import INTERVAL, LAUNCHER_LIMIT, STEPS, End, Launch, Reference, command, logged, until
 
 KILLS, TERMINATIONS = 160, 16
 # One case in so many goes through torchrun, which imports the trainer again in each process.
@@ -172,7 +172,7 @@ def _through_launcher(
     if launch.running:
         os.kill(launch.ranks[0].pid, number)
     try:
-        end = launch.wait()
+        end = launch.wait(LAUNCHER_LIMIT)
         if not all_gone(20):
             kill_descendants()
             raise Bad("hang", "training processes outlive their launcher by 20 s")
@@ -182,7 +182,7 @@ def _through_launcher(
             _check_saved(case, reference, clear(end, number.name, asked=True))
             least = reached(case.dump)
         before = len(logged(case.dump))
-        end = clear(start().wait(), "restart")
+        end = clear(start().wait(LAUNCHER_LIMIT), "restart")
         if end.code:
             raise Bad("lost", f"does not go on by itself: {end.message or end.log[-300:]}")
         check_finished(case, reference, before, least)

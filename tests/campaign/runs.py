@@ -25,6 +25,8 @@ FORKS = multiprocessing.get_context("fork")
 FLAVOR = "campaign"
 # Seconds for the other ranks once one has failed or a signal came, and for a whole launch.
 GRACE, LIMIT = 30.0, 120.0
+# Launches by torchrun import the trainer again.
+LAUNCHER_LIMIT = 240.0
 STEPS, INTERVAL = 12, 2
 SETTINGS: dict[str, Any] = {
     "model.flavor": FLAVOR,
@@ -211,7 +213,7 @@ class Launch:
 
 def until(launch: Launch, happened: Callable[[], bool]) -> None:
     """Wait until something happened, or the launch ended before."""
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + LAUNCHER_LIMIT
     while launch.running and not happened() and time.monotonic() < deadline:
         time.sleep(0.002)
 
@@ -236,8 +238,7 @@ def _rank(
 ) -> None:
     import torchtitan.train as upstream
 
-    from torchtitan.models.llama3_lighthouse import train
-    from torchtitan.models.llama3_lighthouse.errors import LAUNCHER_PRINTS
+    from torchtitan.models.llama3_lighthouse import errors, train
 
     if rank == 0:
         _join_group(0, 0)
@@ -245,12 +246,13 @@ def _rank(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     faulthandler.enable()
+    launcher_key = getattr(errors, "LAUNCHER", "LIGHTHOUSE_LAUNCHER")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = "1"
     environment = {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), LAUNCHER_PRINTS: "1",
+        "MASTER_PORT": str(port), launcher_key: str(os.getppid()),
         "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{rank}.json"),
     }  # fmt: skip
     os.environ.update({} if launcher else environment)
