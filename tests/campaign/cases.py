@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from .runs import STEPS, End, Launch, Reference, logged
+from .references import Reference, logged
+from .runs import STEPS, End, Launch
 
 GOOD = ("ok", "harmless", "refused")
 BAD = ("silent", "lost", "traceback", "hang", "executed")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .cases import Bad, Case, Result, check_finished, clear
 from .readings import READINGS
-from .references import DAMAGED, OLDER
-from .runs import End, Launch, Reference, command, logged
+from .references import DAMAGED, OLDER, Reference, logged
+from .runs import End, Launch, command
 
 COUNT = 100
 SET_ASIDE = "--checkpoint.set_damaged_aside"

@@ -12,7 +12,8 @@ from pathlib import Path
 from .cases import Bad, Case, Result, check_finished, clear
 from .events import fail_at, on_change, slow_by
 from .kills import reached
-from .runs import LIMIT, STEPS, End, Launch, Reference, command, logged, until
+from .references import Reference, logged
+from .runs import LIMIT, STEPS, End, Launch, command, until
 
 COUNT = 60
 ERRORS = (errno.ENOSPC, errno.EACCES, errno.EIO, errno.EROFS, errno.EDQUOT)

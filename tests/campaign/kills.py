@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .cases import Bad, Case, Result, all_gone, check_finished, clear, go_on, kill_descendants
 from .events import REMOVALS, kill_at, on_change
-from .runs import INTERVAL, LAUNCHER_LIMIT, STEPS, End, Launch, Reference, command, logged, until
+from .references import Reference, logged
+from .runs import INTERVAL, LAUNCHER_LIMIT, STEPS, End, Launch, command, until
 
 KILLS, TERMINATIONS = 160, 16
 # One case in so many goes through torchrun, which imports the trainer again in each process.

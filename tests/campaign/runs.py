@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -264,68 +264,6 @@ def _rank(
     if inside:
         inside(rank)
     (main or train.main)()
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An undisturbed run that kept every checkpoint.
-
-    Attributes:
-        losses: each step's loss, in hexadecimal.
-        events: file operations in the checkpoint folder, by rank, of a run that purges.
-        seconds: how long that run took.
-        digests: of the weights, by step and by the reading that read them.
-    """
-
-    folder: Path
-    processes: int
-    losses: dict[int, str]
-    events: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    digests: dict[int, dict[str, str]] = field(default_factory=dict)
-
-    def checkpoint(self, step: int) -> Path:
-        return self.folder / "dump" / "checkpoint" / f"step-{step}"
-
-    def newest_whole(self, dump: Path) -> int:
-        """The last step in a dump folder of which every file is there in full; 0 without one."""
-        whole = [0]
-        for path in (dump / "checkpoint").glob("step-*"):
-            number = path.name.removeprefix("step-")
-            if number.isdigit() and _sizes(self.checkpoint(int(number))) == _sizes(path):
-                whole.append(int(number))
-        return max(whole)
-
-    def problem(self, dump: Path, first: int = 1) -> str:
-        """How a run's losses differ, or "" if all are equal and there from step ``first`` on."""
-        seen = set()
-        for step, loss in logged(dump):
-            if loss != self.losses[step]:
-                return f"loss of step {step} is {loss}, undisturbed {self.losses[step]}"
-            seen.add(step)
-        missing = sorted(set(range(first, STEPS + 1)) - seen)
-        return f"steps {missing} were not trained" if missing else ""
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    """Sizes of the files that hold a checkpoint's state; the metadata is only there or not."""
-    if not (path / ".metadata").is_file():
-        return {}
-    return {file.name: file.stat().st_size for file in path.glob("*.distcp")}
-
-
-def logged(dump: Path) -> list[tuple[int, str]]:
-    """Step and exact loss of every line of a run's metrics, in the order of the lines."""
-    file, found = dump / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            # A kill cut it off.
-            continue
-        if "loss_metrics/global_avg_loss" in entry:
-            found.append((entry["step"], float(entry["loss_metrics/global_avg_loss"]).hex()))
-    return found
 
 
 def command(dump: Path, text: Path, **settings: Any) -> list[str]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from random import Random
 
 from .cases import Bad, Case, Result, clear
-from .runs import SETTINGS, End, Launch, command, logged, write_text
+from .references import logged
+from .runs import SETTINGS, End, Launch, command, write_text
 
 BROKEN, CHANGED = 75, 24
 STEPS = 8
