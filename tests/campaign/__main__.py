@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -84,14 +85,14 @@ def in_forks(tasks: Iterable[Task], jobs: int, limit: float) -> Iterable[tuple[T
 
 
 def _work(task: Task) -> None:
-    import signal
-
     def stop(number: int, frame: object) -> None:
         kill_descendants()
         os._exit(1)
 
     adopt_orphans()
     signal.signal(signal.SIGTERM, stop)
+    # The campaign itself ends all of its processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         result: Any = task.work()
     except Bad as bad:
@@ -159,9 +160,14 @@ def main(line: list[str] | None = None) -> int:
     # Forks cannot share a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warm_up()
+    adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return _campaign(options, scratch)
+    except KeyboardInterrupt:
+        return 130
     finally:
+        kill_descendants()
         if not options.keep:
             shutil.rmtree(scratch, ignore_errors=True)
 

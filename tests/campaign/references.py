@@ -17,7 +17,7 @@ NAMES = ("forked 1", "forked 2", "launched 1", "launched 2")
 
 @dataclass(frozen=True)
 class Reference:
-    """An undisturbed run that kept every checkpoint.
+    """An undisturbed run that saved every step and kept all checkpoints.
 
     Attributes:
         losses: each step's loss, in hexadecimal.
@@ -78,7 +78,7 @@ def logged(dump: Path) -> list[tuple[int, str]]:
 
 
 def reference(name: str, text: Path, folder: Path) -> Reference:
-    """Train ``name`` twice: once keeping all checkpoints, once as the disturbed runs do.
+    """Train ``name`` twice: once saving every step, once as the disturbed runs do.
 
     Raises:
         RuntimeError: a run fails, or the two differ.
@@ -87,7 +87,9 @@ def reference(name: str, text: Path, folder: Path) -> Reference:
     processes = int(number)
     flavor = FLAVOR if kind == "forked" else "debugmodel"
     kept = folder / "dump"
-    line = command(kept, text, model__flavor=flavor, checkpoint__keep_latest_k=0)
+    # A signal has a run save any step.
+    settings = {"checkpoint__interval": 1, "checkpoint__keep_latest_k": 0}
+    line = command(kept, text, model__flavor=flavor, **settings)
     losses = dict(logged(kept)) if _train(line, folder, processes) else {}
     found = Reference(folder, processes, losses)
     if sorted(losses) != list(range(1, STEPS + 1)):

@@ -248,6 +248,7 @@ def _rank(
     faulthandler.enable()
     launcher_key = getattr(errors, "LAUNCHER", "LIGHTHOUSE_LAUNCHER")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["OMP_NUM_THREADS"] = "1"
     environment = {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
