@@ -44,6 +44,8 @@ CLASSES: dict[str, tuple[int, Callable[[Case], Result]]] = {
 }
 # Classes some of whose cases go through the launcher, which knows the ordinary models alone.
 LAUNCHED = {"kills", "signals"}
+# Classes that compare with no undisturbed run.
+ALONE = {"configurations"}
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,13 @@ def main(line: list[str] | None = None) -> int:
 def _campaign(options: argparse.Namespace, scratch: Path) -> int:
     start = time.monotonic()
     print("training without faults, to compare with", flush=True)
+    classes = set(options.only or CLASSES)
     text, references = write_text(scratch / "text"), {}
     tasks = [
         Task((name, 0), folder := scratch / "references" / name.replace(" ", "-"),
              lambda name=name, folder=folder: reference(name, text, folder))
         for name in NAMES
-        if name.startswith("forked") or not options.only or LAUNCHED & {*options.only}
+        if classes & (LAUNCHED if name.startswith("launched") else CLASSES.keys() - ALONE)
     ]  # fmt: skip
     for task, result, _ in in_forks(tasks, options.jobs, CASE_LIMIT):
         if isinstance(result, Exception | Result):

@@ -1,5 +1,7 @@
 """Configurations drawn over all keys, as cases of the campaign."""
 
+import shlex
+
 from .cases import Case, Result
 
 COUNT = 500
@@ -17,4 +19,5 @@ def configure(case: Case) -> Result:
         return Result("skipped", "", f"{CONFIG} is not there; run the campaign in a clone")
     arguments = draw(case.seed, COUNT)[case.number]
     end = run_one(arguments, case.folder / "run", LIMIT)
-    return Result(OUTCOMES.get(end.kind, end.kind), " ".join(arguments), end.message[-900:])
+    tried = shlex.join(arguments).encode("unicode_escape").decode()
+    return Result(OUTCOMES.get(end.kind, end.kind), tried, end.message[-900:])
