@@ -1,0 +1,1 @@
+"""A campaign of faults against training: kills, damaged files, full disks, nonsense."""
