@@ -107,7 +107,8 @@ def test_preempted_run_loses_no_step(
     assert process.returncode == 75, errors
     folder = tmp_path / f"run/checkpoint/step-{step}"
     assert (folder / ".metadata").is_file()
-    asked, ended = errors.splitlines()
+    # With several processes on a CPU, torchtitan warns once before.
+    asked, ended = errors.splitlines()[-2:]
     assert asked.startswith(f"{number.name}: processes that train finish their step and save, for ")
     assert ended == f"stopped by SIGTERM: saved step {step} in {folder}; the same command goes on"
     assert not psutil.wait_procs(workers, timeout=10)[1]
