@@ -81,7 +81,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {step: line[LOSS] for step, line in read_metrics(folder).items()}
 
 
-LONG = {"training.steps": 16, "checkpoint.interval": 100}
+LONG = {"training.steps": 12, "checkpoint.interval": 100}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_preempted_run_loses_no_step(
 ) -> None:
     """It ends with a code for schedulers, and goes on bit for bit as if it had not stopped."""
     process = start(tmp_path, processes, LONG)
-    wait_for_steps(process, tmp_path / "run", random.randrange(2, 6))
+    wait_for_steps(process, tmp_path / "run", random.randrange(2, 5))
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= processes
     process.send_signal(number)
@@ -107,7 +107,8 @@ def test_preempted_run_loses_no_step(
     assert process.returncode == 75, errors
     folder = tmp_path / f"run/checkpoint/step-{step}"
     assert (folder / ".metadata").is_file()
-    asked, ended = errors.splitlines()
+    # With several processes on a CPU, torchtitan warns once before.
+    asked, ended = errors.splitlines()[-2:]
     assert asked.startswith(f"{number.name}: processes that train finish their step and save, for ")
     assert ended == f"stopped by SIGTERM: saved step {step} in {folder}; the same command goes on"
     assert not psutil.wait_procs(workers, timeout=10)[1]
@@ -116,7 +117,7 @@ def test_preempted_run_loses_no_step(
     (tmp_path / "straight").mkdir()
     Run(tmp_path / "straight", LONG, processes).succeed()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight/dump")
-    assert list(losses(tmp_path / "run")) == list(range(1, 17))
+    assert list(losses(tmp_path / "run")) == list(range(1, 13))
 
 
 @pytest.mark.slow
