@@ -159,8 +159,9 @@ def values_of(key: str, kind: Any, default: Any, only_typical: bool) -> list[lis
         words = values_of(key, inner[0], default, only_typical)
         return words if default is None else [*words, [f"--{key}", "None"]]
     else:
+        usual = SMALL.get(key, default)
         typical, others = TYPICAL[kind], HOSTILE[kind]
-        typical = [[value] for value in (*typical, *([str(default)] if default else []))]
+        typical = [[value] for value in (*typical, *([str(usual)] if usual else []))]
         others = [[value] for value in others]
     return [[f"--{key}", *value] for value in (typical if only_typical else typical + others)]
 

@@ -167,6 +167,10 @@ def test_bounds_themselves_are_taken(config: JobConfig) -> None:
         ({"checkpoint.last_save_in_hf": True}, "last_save_in_hf = true fails .*export-hf"),
         ({"checkpoint.initial_load_in_hf": True, "checkpoint.initial_load_model_only": False},
          "checkpoint.initial_load_in_hf = true loads weights alone"),
+        ({"checkpoint.initial_load_in_hf": True},
+         "initial_load_in_hf = true reads model.hf_assets_path = .* no .safetensors file; pass"),
+        ({"checkpoint.initial_load_path": "/proc/no"},
+         "checkpoint.initial_load_path = '/proc/no' is not a folder"),
         ({"activation_checkpoint.mode": "memory_budget"}, "'memory_budget' is a mode of the comp"),
         ({"profiling.enable_profiling": True, "profiling.profile_freq": 3},
          "profiling.profile_freq = 3 must be at least .*pass --profiling.profile_freq 4 or more"),
@@ -197,7 +201,7 @@ def test_steps_that_fill_memory_are_refused(config: JobConfig) -> None:
 
 @pytest.mark.parametrize("key", [
     "profiling.enable_profiling", "profiling.enable_memory_snapshot",
-    "training.enable_cpu_offload",
+    "training.enable_cpu_offload", "training.gc_debug",
 ])  # fmt: skip
 def test_what_needs_a_gpu_is_refused_without_one(config: JobConfig, key: str) -> None:
     given = with_settings(config, {key: True})

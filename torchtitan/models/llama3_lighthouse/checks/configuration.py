@@ -224,18 +224,32 @@ def _check_checkpoints(config: JobConfig) -> None:
                 f"checkpoint.{key} = {shown(getattr(section, key))} needs checkpoint.enable = true,"
                 " without which no checkpoint is read or written; pass --checkpoint.enable"
             )
-    source, own = section.initial_load_path, Path(config.job.dump_folder, section.folder)
     # A run that goes on from its own checkpoints no longer reads where it began.
-    if source and not own.exists() and not Path(source).is_dir():
-        raise UserFileError(
-            f"checkpoint.initial_load_path = '{source}' is not a folder; pass "
-            "--checkpoint.initial_load_path FOLDER with the step-N folder to begin from"
-        )
+    if not Path(config.job.dump_folder, section.folder).exists():
+        _check_beginning(config)
+
+
+def _check_beginning(config: JobConfig) -> None:
+    """Check the folder that a new run takes its first weights from."""
+    section, key = config.checkpoint, "checkpoint.initial_load_path"
+    source = section.initial_load_path
     if section.initial_load_in_hf and not section.initial_load_model_only:
         raise UserValueError(
             "checkpoint.initial_load_in_hf = true loads weights alone, but "
             "checkpoint.initial_load_model_only = false asks for more; pass "
             "--checkpoint.initial_load_model_only"
+        )
+    if section.initial_load_in_hf and source is None:
+        key, source = "model.hf_assets_path", config.model.hf_assets_path
+    if source is not None and not Path(source).is_dir():
+        raise UserFileError(
+            f"{key} = '{source}' is not a folder; pass --{key} FOLDER with the one to begin from"
+        )
+    if section.initial_load_in_hf and not list(Path(source or "").glob("*.safetensors")):
+        raise UserFileError(
+            f"checkpoint.initial_load_in_hf = true reads {key} = '{source}', which holds no "
+            f".safetensors file; pass --{key} FOLDER with a model's, or make a checkpoint of it "
+            "with lighthouse import-hf"
         )
 
 

@@ -150,6 +150,7 @@ def check_device(config: JobConfig, device_type: str) -> None:
         "activation_checkpoint.offload_inputs": "needs a GPU (CUDA) to offload from",
         "profiling.enable_profiling": "profiles GPUs, and upstream fails without one",
         "profiling.enable_memory_snapshot": "records the memory of GPUs",
+        "training.gc_debug": "looks for what holds the memory of GPUs",
         "training.enable_cpu_offload": "moves weights out of a GPU's memory",
     }
     for key, reason in needs_gpu.items():
