@@ -164,6 +164,9 @@ def test_bounds_themselves_are_taken(config: JobConfig) -> None:
          "checkpoint.load_step = 4 needs checkpoint.enable = true, .*--checkpoint.enable"),
         ({"checkpoint.enable": False, "checkpoint.initial_load_path": "step-4"},
          "checkpoint.initial_load_path = 'step-4' needs checkpoint.enable"),
+        ({"checkpoint.load_step": 4}, "checkpoint.load_step = 4 but .* holds no checkpoint; leave"),
+        ({"activation_checkpoint.mode": "lighthouse", "activation_checkpoint.debug": True},
+         "activation_checkpoint.debug = true does not go .*pass --activation_checkpoint.no-debug"),
         ({"checkpoint.last_save_in_hf": True}, "last_save_in_hf = true fails .*export-hf"),
         ({"checkpoint.initial_load_in_hf": True, "checkpoint.initial_load_model_only": False},
          "checkpoint.initial_load_in_hf = true loads weights alone"),
@@ -208,6 +211,13 @@ def test_what_needs_a_gpu_is_refused_without_one(config: JobConfig, key: str) ->
     check_device(given, "cuda")
     name = key.rpartition(".")[2]
     with pytest.raises(UserValueError, match=rf"^{key} = true .*on 'cpu'; pass .*\.no-{name}"):
+        check_device(given, "cpu")
+
+
+def test_pinned_memory_is_refused_without_a_gpu(config: JobConfig) -> None:
+    given = with_settings(config, {"checkpoint.async_mode": "async_with_pinned_mem"})
+    check_device(given, "cuda")
+    with pytest.raises(UserValueError, match="async_with_pinned_mem' copies from a GPU"):
         check_device(given, "cpu")
 
 

@@ -224,8 +224,15 @@ def _check_checkpoints(config: JobConfig) -> None:
                 f"checkpoint.{key} = {shown(getattr(section, key))} needs checkpoint.enable = true,"
                 " without which no checkpoint is read or written; pass --checkpoint.enable"
             )
+    own = Path(config.job.dump_folder, section.folder)
+    if section.load_step != -1 and not list(own.glob("step-*")):
+        raise UserFileError(
+            f"checkpoint.load_step = {section.load_step} but {own} holds no checkpoint; leave "
+            "checkpoint.load_step out to begin anew, or pass the --job.dump_folder of the run to "
+            "go on with"
+        )
     # A run that goes on from its own checkpoints no longer reads where it began.
-    if not Path(config.job.dump_folder, section.folder).exists():
+    if not own.exists():
         _check_beginning(config)
 
 
@@ -254,8 +261,18 @@ def _check_beginning(config: JobConfig) -> None:
 
 
 def _check_activation_checkpoint(config: JobConfig) -> None:
+    section = config.activation_checkpoint
+    chooses = section.mode == "lighthouse" or (
+        section.mode == "selective" and section.selective_ac_option == "op"
+    )
+    if section.debug and chooses:
+        raise UserValueError(
+            "activation_checkpoint.debug = true does not go with modes that choose operations to "
+            f"keep, such as activation_checkpoint.mode = '{section.mode}' here; pass "
+            "--activation_checkpoint.no-debug or --activation_checkpoint.mode full"
+        )
     compiled = config.compile.enable and "model" in config.compile.components
-    if config.activation_checkpoint.mode == "memory_budget" and not compiled:
+    if section.mode == "memory_budget" and not compiled:
         raise UserValueError(
             "activation_checkpoint.mode = 'memory_budget' is a mode of the compiler; pass "
             "--compile.enable with compile.components = ['model', 'loss'], or use another mode"

@@ -160,6 +160,11 @@ def check_device(config: JobConfig, device_type: str) -> None:
                 f"{key} = true {reason}, and this run is on '{device_type}'; pass "
                 f"--{section}.no-{name}"
             )
+    if config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem":
+        raise UserValueError(
+            "checkpoint.async_mode = 'async_with_pinned_mem' copies from a GPU, and this run is on "
+            f"'{device_type}'; pass --checkpoint.async_mode async"
+        )
     if config.model.converters and not config.quantize.linear.float8.emulate:
         raise UserValueError(
             f"model.converters = {config.model.converters} needs a GPU, and this run is on "
