@@ -279,8 +279,9 @@ def fault_of(arguments: list[str], folder: Path) -> str | None:
         if rate is not None and not 0 <= rate <= 1:
             return f"step {row['step']} has learning rate {rate}"
     losses = [row[LOSS] for row in rows if LOSS in row]
-    # A learning rate that is drawn may be far too high, and still mean what it says.
-    if "--optimizer.lr" not in arguments and losses and losses[-1] > losses[0] + 3:
+    # An optimizer that is drawn may be of no use, and still be what was asked for.
+    drawn = any(word.startswith("--optimizer.") for word in arguments)
+    if not drawn and losses and losses[-1] > losses[0] + 3:
         return f"the loss rose from {losses[0]} to {losses[-1]}"
     return None
 

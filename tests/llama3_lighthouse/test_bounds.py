@@ -181,6 +181,7 @@ def test_bounds_themselves_are_taken(config: JobConfig) -> None:
         ({"experimental.custom_import": "no.such"}, "custom_import = 'no.such' is no module"),
         ({"metrics.enable_tensorboard": True, "metrics.save_tb_folder": "/proc/no"},
          "metrics.save_tb_folder = '/proc/no' cannot be written to"),
+        ({"checkpoint.folder": "./metrics.jsonl"}, "'./metrics.jsonl' is the name of a file that"),
         ({"job.save_config_file": "."}, "job.save_config_file = '.' is a folder"),
         ({"lighthouse.levels": 10**7}, "levels = 10000000 with pooling_factor = 2 would pool"),
     ],
@@ -211,6 +212,13 @@ def test_what_needs_a_gpu_is_refused_without_one(config: JobConfig, key: str) ->
     check_device(given, "cuda")
     name = key.rpartition(".")[2]
     with pytest.raises(UserValueError, match=rf"^{key} = true .*on 'cpu'; pass .*\.no-{name}"):
+        check_device(given, "cpu")
+
+
+def test_sequences_that_no_memory_holds_are_refused_on_a_cpu(config: JobConfig) -> None:
+    given = with_settings(config, {"training.seq_len": 2**31 - 512})
+    check_device(given, "cuda")
+    with pytest.raises(UserValueError, match="seq_len = 2147483136 .* 2,048 GiB for the input"):
         check_device(given, "cpu")
 
 
