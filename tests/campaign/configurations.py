@@ -159,8 +159,9 @@ def values_of(key: str, kind: Any, default: Any, only_typical: bool) -> list[lis
         words = values_of(key, inner[0], default, only_typical)
         return words if default is None else [*words, [f"--{key}", "None"]]
     else:
+        usual = SMALL.get(key, default)
         typical, others = TYPICAL[kind], HOSTILE[kind]
-        typical = [[value] for value in (*typical, *([str(default)] if default else []))]
+        typical = [[value] for value in (*typical, *([str(usual)] if usual else []))]
         others = [[value] for value in others]
     return [[f"--{key}", *value] for value in (typical if only_typical else typical + others)]
 
@@ -278,7 +279,9 @@ def fault_of(arguments: list[str], folder: Path) -> str | None:
         if rate is not None and not 0 <= rate <= 1:
             return f"step {row['step']} has learning rate {rate}"
     losses = [row[LOSS] for row in rows if LOSS in row]
-    if losses and losses[-1] > losses[0] + 3:
+    # An optimizer that is drawn may be of no use, and still be what was asked for.
+    drawn = any(word.startswith("--optimizer.") for word in arguments)
+    if not drawn and losses and losses[-1] > losses[0] + 3:
         return f"the loss rose from {losses[0]} to {losses[-1]}"
     return None
 

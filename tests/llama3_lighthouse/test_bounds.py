@@ -164,9 +164,16 @@ def test_bounds_themselves_are_taken(config: JobConfig) -> None:
          "checkpoint.load_step = 4 needs checkpoint.enable = true, .*--checkpoint.enable"),
         ({"checkpoint.enable": False, "checkpoint.initial_load_path": "step-4"},
          "checkpoint.initial_load_path = 'step-4' needs checkpoint.enable"),
+        ({"checkpoint.load_step": 4}, "checkpoint.load_step = 4 but .* holds no checkpoint; leave"),
+        ({"activation_checkpoint.mode": "lighthouse", "activation_checkpoint.debug": True},
+         "activation_checkpoint.debug = true does not go .*pass --activation_checkpoint.no-debug"),
         ({"checkpoint.last_save_in_hf": True}, "last_save_in_hf = true fails .*export-hf"),
         ({"checkpoint.initial_load_in_hf": True, "checkpoint.initial_load_model_only": False},
          "checkpoint.initial_load_in_hf = true loads weights alone"),
+        ({"checkpoint.initial_load_in_hf": True},
+         "initial_load_in_hf = true reads model.hf_assets_path = .* no .safetensors file; pass"),
+        ({"checkpoint.initial_load_path": "/proc/no"},
+         "checkpoint.initial_load_path = '/proc/no' is not a folder"),
         ({"activation_checkpoint.mode": "memory_budget"}, "'memory_budget' is a mode of the comp"),
         ({"profiling.enable_profiling": True, "profiling.profile_freq": 3},
          "profiling.profile_freq = 3 must be at least .*pass --profiling.profile_freq 4 or more"),
@@ -174,6 +181,7 @@ def test_bounds_themselves_are_taken(config: JobConfig) -> None:
         ({"experimental.custom_import": "no.such"}, "custom_import = 'no.such' is no module"),
         ({"metrics.enable_tensorboard": True, "metrics.save_tb_folder": "/proc/no"},
          "metrics.save_tb_folder = '/proc/no' cannot be written to"),
+        ({"checkpoint.folder": "./metrics.jsonl"}, "'./metrics.jsonl' is the name of a file that"),
         ({"job.save_config_file": "."}, "job.save_config_file = '.' is a folder"),
         ({"lighthouse.levels": 10**7}, "levels = 10000000 with pooling_factor = 2 would pool"),
     ],
@@ -197,13 +205,27 @@ def test_steps_that_fill_memory_are_refused(config: JobConfig) -> None:
 
 @pytest.mark.parametrize("key", [
     "profiling.enable_profiling", "profiling.enable_memory_snapshot",
-    "training.enable_cpu_offload",
+    "training.enable_cpu_offload", "training.gc_debug",
 ])  # fmt: skip
 def test_what_needs_a_gpu_is_refused_without_one(config: JobConfig, key: str) -> None:
     given = with_settings(config, {key: True})
     check_device(given, "cuda")
     name = key.rpartition(".")[2]
     with pytest.raises(UserValueError, match=rf"^{key} = true .*on 'cpu'; pass .*\.no-{name}"):
+        check_device(given, "cpu")
+
+
+def test_sequences_that_no_memory_holds_are_refused_on_a_cpu(config: JobConfig) -> None:
+    given = with_settings(config, {"training.seq_len": 2**31 - 512})
+    check_device(given, "cuda")
+    with pytest.raises(UserValueError, match="seq_len = 2147483136 .* 2,048 GiB for the input"):
+        check_device(given, "cpu")
+
+
+def test_pinned_memory_is_refused_without_a_gpu(config: JobConfig) -> None:
+    given = with_settings(config, {"checkpoint.async_mode": "async_with_pinned_mem"})
+    check_device(given, "cuda")
+    with pytest.raises(UserValueError, match="async_with_pinned_mem' copies from a GPU"):
         check_device(given, "cpu")
 
 

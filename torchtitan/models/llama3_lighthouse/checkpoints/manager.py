@@ -343,9 +343,15 @@ class LighthouseCheckpointManager(CheckpointManager):
     def _finish(self, path: Path) -> None:
         """Seal the folder of a save that is complete."""
         with self._finishing:
-            if dist.get_rank() == 0 and folders.is_unfinished(path):
+            if dist.get_rank() != 0 or not folders.is_unfinished(path):
+                return
+            try:
                 write_checksums(path, SEALED_FILES)
                 folders.finish(path)
+            except OSError as error:
+                logger.warning(
+                    f"{path} is complete, but its checksums could not be written ({_cause(error)})"
+                )
 
     def _finish_if_saved(self, path: Path, save: Any) -> None:
         if not save.exception():
@@ -353,7 +359,7 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     def _not_written(self, path: Path, error: BaseException) -> UserFileError:
         """The error for a save that failed; the room that it took is free again."""
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and path not in complete_checkpoints(self.folder).values():
             shutil.rmtree(path, ignore_errors=True)
         disk = next(each for each in path.parents if each.exists())
         free = shutil.disk_usage(disk).free / 1e9

@@ -43,7 +43,7 @@ NO_ESTIMATION = Default(
 )
 DEGREE = count(1, 2**20, note="1 turns it off")
 # The trainer keeps a number for each step, to tell the time left.
-MOST_STEPS = 10**8
+MOST_STEPS = 10**7
 LINEAR_LAYERS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 # Upstream copies these keys to others, whose messages would name what no one wrote.

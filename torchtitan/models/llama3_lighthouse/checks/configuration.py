@@ -224,24 +224,55 @@ def _check_checkpoints(config: JobConfig) -> None:
                 f"checkpoint.{key} = {shown(getattr(section, key))} needs checkpoint.enable = true,"
                 " without which no checkpoint is read or written; pass --checkpoint.enable"
             )
-    source, own = section.initial_load_path, Path(config.job.dump_folder, section.folder)
-    # A run that goes on from its own checkpoints no longer reads where it began.
-    if source and not own.exists() and not Path(source).is_dir():
+    own = Path(config.job.dump_folder, section.folder)
+    if section.load_step != -1 and not list(own.glob("step-*")):
         raise UserFileError(
-            f"checkpoint.initial_load_path = '{source}' is not a folder; pass "
-            "--checkpoint.initial_load_path FOLDER with the step-N folder to begin from"
+            f"checkpoint.load_step = {section.load_step} but {own} holds no checkpoint; leave "
+            "checkpoint.load_step out to begin anew, or pass the --job.dump_folder of the run to "
+            "go on with"
         )
+    # A run that goes on from its own checkpoints no longer reads where it began.
+    if not own.exists():
+        _check_beginning(config)
+
+
+def _check_beginning(config: JobConfig) -> None:
+    """Check the folder that a new run takes its first weights from."""
+    section, key = config.checkpoint, "checkpoint.initial_load_path"
+    source = section.initial_load_path
     if section.initial_load_in_hf and not section.initial_load_model_only:
         raise UserValueError(
             "checkpoint.initial_load_in_hf = true loads weights alone, but "
             "checkpoint.initial_load_model_only = false asks for more; pass "
             "--checkpoint.initial_load_model_only"
         )
+    if section.initial_load_in_hf and source is None:
+        key, source = "model.hf_assets_path", config.model.hf_assets_path
+    if source is not None and not Path(source).is_dir():
+        raise UserFileError(
+            f"{key} = '{source}' is not a folder; pass --{key} FOLDER with the one to begin from"
+        )
+    if section.initial_load_in_hf and not list(Path(source or "").glob("*.safetensors")):
+        raise UserFileError(
+            f"checkpoint.initial_load_in_hf = true reads {key} = '{source}', which holds no "
+            f".safetensors file; pass --{key} FOLDER with a model's, or make a checkpoint of it "
+            "with lighthouse import-hf"
+        )
 
 
 def _check_activation_checkpoint(config: JobConfig) -> None:
+    section = config.activation_checkpoint
+    chooses = section.mode == "lighthouse" or (
+        section.mode == "selective" and section.selective_ac_option == "op"
+    )
+    if section.debug and chooses:
+        raise UserValueError(
+            "activation_checkpoint.debug = true does not go with modes that choose operations to "
+            f"keep, such as activation_checkpoint.mode = '{section.mode}' here; pass "
+            "--activation_checkpoint.no-debug or --activation_checkpoint.mode full"
+        )
     compiled = config.compile.enable and "model" in config.compile.components
-    if config.activation_checkpoint.mode == "memory_budget" and not compiled:
+    if section.mode == "memory_budget" and not compiled:
         raise UserValueError(
             "activation_checkpoint.mode = 'memory_budget' is a mode of the compiler; pass "
             "--compile.enable with compile.components = ['model', 'loss'], or use another mode"

@@ -1,11 +1,14 @@
 """Checks of what a run or a command writes: its folders, and who is to take its metrics."""
 
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 
+from ..console import LOG_FILE
 from ..errors import UserFileError, UserValueError
 from ..job_config import JobConfig
+from ..metrics import METRICS_FILE
 
 
 def check_output_of_run(config: JobConfig) -> None:
@@ -54,6 +57,11 @@ def _check_folders(config: JobConfig) -> None:
         section, _, name = key.partition(".")
         folder = getattr(getattr(config, section), name)
         _check_folder(key, folder, dump / folder)
+        if os.path.normpath(folder) in (METRICS_FILE, LOG_FILE):
+            raise UserFileError(
+                f"{key} = '{folder}' is the name of a file that each run writes; pass --{key} with "
+                "another name"
+            )
     if file := config.job.save_config_file:
         _check_folder("job.save_config_file", file, (dump / file).parent)
         if (dump / file).is_dir():

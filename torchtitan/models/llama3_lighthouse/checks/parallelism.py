@@ -2,6 +2,7 @@
 
 import math
 
+import psutil
 import torch
 from packaging.version import Version
 
@@ -10,6 +11,7 @@ from lighthouse import ContextParallel
 from ..errors import UserValueError
 from ..infra.pipeline import check_pipeline
 from ..job_config import JobConfig, Parallelism
+from ..model.flavors import flavors
 
 
 def check_parallelism(config: JobConfig, n_layers: int) -> None:
@@ -133,8 +135,8 @@ def check_device(config: JobConfig, device_type: str) -> None:
     """Check the settings that depend on the device, such as "cuda" or "cpu".
 
     Raises:
-        ValueError: a setting needs a GPU and the device is none, or context parallelism on GPUs is
-            to run in float32.
+        ValueError: a setting needs a GPU and the device is none, one sequence does not fit a CPU's
+            memory, or context parallelism on GPUs is to run in float32.
     """
     training = config.training
     several = config.parallelism.context_parallel_degree > 1
@@ -146,10 +148,12 @@ def check_device(config: JobConfig, device_type: str) -> None:
         )
     if device_type == "cuda":
         return
+    _check_memory(config)
     needs_gpu = {
         "activation_checkpoint.offload_inputs": "needs a GPU (CUDA) to offload from",
         "profiling.enable_profiling": "profiles GPUs, and upstream fails without one",
         "profiling.enable_memory_snapshot": "records the memory of GPUs",
+        "training.gc_debug": "looks for what holds the memory of GPUs",
         "training.enable_cpu_offload": "moves weights out of a GPU's memory",
     }
     for key, reason in needs_gpu.items():
@@ -159,8 +163,27 @@ def check_device(config: JobConfig, device_type: str) -> None:
                 f"{key} = true {reason}, and this run is on '{device_type}'; pass "
                 f"--{section}.no-{name}"
             )
+    if config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem":
+        raise UserValueError(
+            "checkpoint.async_mode = 'async_with_pinned_mem' copies from a GPU, and this run is on "
+            f"'{device_type}'; pass --checkpoint.async_mode async"
+        )
     if config.model.converters and not config.quantize.linear.float8.emulate:
         raise UserValueError(
             f"model.converters = {config.model.converters} needs a GPU, and this run is on "
             f"'{device_type}'; leave model.converters out"
+        )
+
+
+def _check_memory(config: JobConfig) -> None:
+    """Check that the machine could hold the input of one layer, the least that a pass needs."""
+    section, width = config.training, flavors[config.model.flavor].dim
+    # A float32 takes 4 bytes.
+    needed = 4 * width * section.seq_len * section.local_batch_size
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise UserValueError(
+            f"training.seq_len = {section.seq_len} and training.local_batch_size = "
+            f"{section.local_batch_size} take {needed / 2**30:,.0f} GiB for the input of one layer,"
+            f" and this machine has {there / 2**30:,.0f} GiB; lower one of them"
         )

@@ -37,7 +37,7 @@ READ_WHEN: dict[str, tuple[str, Callable[[JobConfig], bool]]] = {
         "checkpoint.last_save_model_only is true",
         lambda config: config.checkpoint.last_save_model_only,
     ),
-    "checkpoint.initial_load_": (
+    "checkpoint.initial_load_model_only": (
         "checkpoint.initial_load_path is given",
         lambda config: config.checkpoint.initial_load_path is not None,
     ),

@@ -47,6 +47,9 @@ class Row:
             raise ValueError(f"{self.place} is not UTF-8 (byte {error.start + 1})") from error
         except RecursionError as error:
             raise ValueError(f"{self.place} is nested too deeply") from error
+        # Python reads no numbers of more than 4,300 digits.
+        except ValueError as error:
+            raise ValueError(f"{self.place} cannot be read: {one_line(error)}") from error
         if not isinstance(document, dict):
             raise ValueError(f"{self.place} is not a JSON object with a 'text'")
         return document

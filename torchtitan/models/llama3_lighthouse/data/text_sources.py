@@ -76,6 +76,8 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     paths = DataFilesList(list(files.paths), [() for _ in files.paths])
     try:
         builder = load_dataset_builder(files.kind, data_files={split: paths}, **options)
+        # The reader would make text of numbers and lists, which check_text and training refuse.
+        builder.config.on_mixed_types = None
         data = builder.as_streaming_dataset(split)
     except Exception as error:
         raise UserValueError(
