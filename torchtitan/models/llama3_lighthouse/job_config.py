@@ -25,6 +25,7 @@ BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 
 # Messages list no more keys than this.
 MOST_LISTED = 40
+FLAG = re.compile(r"--[A-Za-z_]")
 ALL_KEYS = "lighthouse train --list-keys shows all keys"
 
 
@@ -240,6 +241,8 @@ class LighthouseConfigManager(ConfigManager):
             if not exit.code:
                 raise
             message = _first_part_of_box(printed.getvalue()).rstrip(".")
+        if stray := _with_a_second_value(args):
+            message += f", after {stray}; lists of names are written with commas"
         raise UserValueError(f"{message}; {ALL_KEYS}")
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
@@ -297,6 +300,17 @@ def _first_part_of_box(text: str) -> str:
     return " ".join(parts[1] if len(parts) > 1 else parts[0])
 
 
+def _with_a_second_value(args: list[str]) -> str:
+    """The first flag of a command line that more than one word follows, or nothing."""
+    flag, values = "", 0
+    for word in args:
+        is_flag = bool(FLAG.match(word))
+        flag, values = (word, 0) if is_flag else (flag, values + 1)
+        if values > 1:
+            return flag
+    return ""
+
+
 def _check_flags(config_cls: type, args: list[str]) -> None:
     """Check that every flag of a command line is a key.
 
@@ -306,7 +320,7 @@ def _check_flags(config_cls: type, args: list[str]) -> None:
     keys = {leaf.key: leaf.kind for leaf in leaves(config_cls())}
     for word in args:
         flag = word.partition("=")[0]
-        if not re.match(r"--[A-Za-z_]", flag) or flag == "--help":
+        if not FLAG.match(flag) or flag == "--help":
             continue
         key = flag[2:].replace("-", "_")
         section, _, name = key.rpartition(".")

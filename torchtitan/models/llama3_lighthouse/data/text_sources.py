@@ -77,6 +77,7 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     try:
         builder = load_dataset_builder(files.kind, data_files={split: paths}, **options)
         # The reader would make text of numbers and lists, which check_text and training refuse.
+        # pyrefly: ignore[missing-attribute]  Its class knows the option from datasets 4.7 on.
         builder.config.on_mixed_types = None
         data = builder.as_streaming_dataset(split)
     except Exception as error:
