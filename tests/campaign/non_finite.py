@@ -98,7 +98,7 @@ def not_finite(path: Path, folder: Path) -> str:
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    from torchtitan.models.llama3_lighthouse.checkpoints.manager import in_one_process
+    from torchtitan.models.llama3_lighthouse.checkpoints.storage import in_one_process
 
     file = folder / "whole.pt"
     with in_one_process():

@@ -254,7 +254,7 @@ def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warn
         (["--checkpoint.no-enabel"], "unknown key '--checkpoint.no-enabel'.*did you mean 'check"),
         (["--x"], "unknown key '--x' on the command line; lighthouse train --list-keys"),
         (["--training.steps", "many"], "--training.steps: .*'many'; lighthouse train --list-keys"),
-        (["--training.steps", "1", "2"], "Unrecognized options: 2; lighthouse train"),
+        (["--training.steps", "1", "2"], "Unrecognized options: 2, after --training.steps"),
         (["--lighthouse.scorer", "best"], "'best'.*Expected one of .'norm', 'dilated', 'gla'"),
         (["--job.config_file"], "--job.config_file.*name a TOML file"),
         (["--job.custom_config_module", "nowhere"], "job.custom_config_module.*'nowhere'"),
