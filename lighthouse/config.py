@@ -14,6 +14,9 @@ COMBINATIONS: tuple[str, ...] = get_args(Combine)
 # A scorer that attends needs the whole sequence, in steps of the dilation, to score one position.
 ATTENDS: dict[str, bool] = {"norm": False, "dilated": True, "gla": True}
 
+# Positions are numbered with 32 bits.
+LARGEST_SPAN = 2**30
+
 
 @dataclass(frozen=True)
 class LighthouseConfig:
@@ -63,6 +66,12 @@ class LighthouseConfig:
             raise ValueError(
                 f"pooling_factor must be a power of two, at least 2, got pooling_factor = {p}; "
                 "use 2, 4 or 8"
+            )
+        # Powers of two are compared by their exponents, because the number itself may fill memory.
+        if (self.levels - 1) * (p.bit_length() - 1) > LARGEST_SPAN.bit_length() - 1:
+            raise ValueError(
+                f"levels = {self.levels} with pooling_factor = {p} would pool more than "
+                f"{LARGEST_SPAN:,} positions into one entry; lower one of them"
             )
         if self.picks_per_stratum < 2 or self.picks_per_stratum % 2:
             raise ValueError(

@@ -63,6 +63,9 @@ def test_module_refuses_what_it_cannot_do() -> None:
     ("values", "error", "message"),
     [
         (dict(levels=1), ValueError, "levels = 1"),
+        # The span of such an entry is a number of 12 million bits.
+        (dict(levels=10**7), ValueError, "levels = 10000000"),
+        (dict(pooling_factor=2**40), ValueError, "would pool more than"),
         (dict(levels="3"), TypeError, "levels.*'3'"),
         (dict(levels=True), TypeError, "levels.*True"),
         (dict(pooling_factor=6), ValueError, "pooling_factor = 6"),
