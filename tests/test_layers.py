@@ -19,8 +19,8 @@ LAYERS = [
     [
         f"{OVERLAY}.{name}"
         for name in (
-            "stages", "console", "checkpoints", "checks", "metrics", "selection_statistics",
-            "validate",
+            "stages", "console", "checkpoints", "checks", "lr_schedule", "metrics",
+            "selection_statistics", "validate",
         )
     ],
     [

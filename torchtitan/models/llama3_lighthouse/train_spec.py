@@ -1,6 +1,5 @@
 """Llama 3 with Lighthouse attention, registered with torchtitan as ``llama3_lighthouse``."""
 
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
@@ -8,6 +7,7 @@ from .data.packing import build_dataloader
 from .data.tokenizer import build_tokenizer
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
+from .lr_schedule import build_lr_schedulers
 from .metrics import build_metrics_processor
 from .model.flavors import flavors
 from .model.loss import build_loss
