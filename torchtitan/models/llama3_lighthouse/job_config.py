@@ -1,13 +1,16 @@
 """torchtitan's configuration with a [lighthouse] section, and TOML errors that name the key."""
 
 import argparse
+import contextlib
 import difflib
+import io
+import re
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 import typeguard
 from torchtitan.config import ConfigManager
@@ -19,6 +22,10 @@ from .errors import UserFileError, UserTypeError, UserValueError
 
 RetrievalTask = Literal["passkey", "long_passkey", "several_keys", "variables"]
 BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
+
+# Messages list no more keys than this.
+MOST_LISTED = 40
+ALL_KEYS = "lighthouse train --list-keys shows all keys"
 
 
 @dataclass
@@ -98,6 +105,9 @@ class Training(upstream.Training):
 class Validation(upstream.Validation):
     dataset: str = "python_stdlib"
 
+    def __post_init__(self) -> None:
+        """Upstream asserts here what the table of bounds says with a message."""
+
 
 @dataclass
 class Checkpoint(upstream.Checkpoint):
@@ -168,6 +178,41 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """One key of a configuration, as section.key, with its type, its value and its default."""
+
+    key: str
+    kind: Any
+    value: Any
+    default: Any
+
+
+def leaves(config: Any, defaults: Any = None, prefix: str = "") -> Iterator[Leaf]:
+    """Every key of a configuration, in its order."""
+    defaults = type(config)() if defaults is None else defaults
+    kinds = get_type_hints(type(config))
+    for each in fields(config):
+        value, default = getattr(config, each.name), getattr(defaults, each.name)
+        if is_dataclass(default):
+            yield from leaves(value, default, f"{prefix}{each.name}.")
+        else:
+            yield Leaf(f"{prefix}{each.name}", kinds[each.name], value, default)
+
+
+def type_fault(value: Any, kind: Any) -> str | None:
+    """How ``value`` misses the type ``kind``, as typeguard words it; None if it does not."""
+    items = value if isinstance(value, list) else [value]
+    # Python takes a bool for a number, but no key means one.
+    if kind is not bool and any(isinstance(item, bool) for item in items):
+        return "true and false are no values of this key"
+    try:
+        typeguard.check_type(value, kind)
+    except typeguard.TypeCheckError as error:
+        return f"the value {error}"
+    return None
+
+
 class LighthouseConfigManager(ConfigManager):
     """Parses a TOML file and the command line into a ``JobConfig``; the command line wins."""
 
@@ -175,32 +220,106 @@ class LighthouseConfigManager(ConfigManager):
         super().__init__(JobConfig)
 
     def parse_args(self, args: list[str] | None = None) -> JobConfig:
-        """The configuration of a command line, by default of this process's."""
-        # Upstream returns an object of the class that it was made with, or of a subclass.
-        return cast(JobConfig, super().parse_args(sys.argv[1:] if args is None else args))
+        """The configuration of a command line, by default of this process's.
+
+        Raises:
+            ValueError, TypeError, OSError: a key is unknown, a value has the wrong type, or a file
+                or module cannot be read.
+        """
+        args = sys.argv[1:] if args is None else args
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(printed):
+                # Upstream returns an object of the class that it was made with, or of a subclass.
+                return cast(JobConfig, super().parse_args(args))
+        except SystemExit as exit:
+            if not exit.code:
+                raise
+            message = _first_part_of_box(printed.getvalue()).rstrip(".")
+        raise UserValueError(f"{message}; {ALL_KEYS}")
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         # Upstream's version also logs a traceback when the file cannot be read.
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--job.config_file", "--job.config-file", dest="file", type=Path)
-        file: Path | None = parser.parse_known_args(args)[0].file
+        try:
+            file: Path | None = parser.parse_known_args(args)[0].file
+        except argparse.ArgumentError as error:
+            raise UserValueError(f"{error}; name a TOML file") from None
         if file is None:
             return None
         try:
-            return tomllib.loads(file.read_text())
-        except OSError as error:
+            text = file.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UserFileError(
-                f"--job.config_file {file} cannot be read ({error.strerror}); name a TOML file"
+                f"--job.config_file {file} cannot be read ({reason}); name a TOML file"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        try:
+            return tomllib.loads(text.decode())
+        except RecursionError:
+            raise UserValueError(f"{file} is nested too deeply; mend it") from None
+        # Python's own errors on bytes and numbers are ValueErrors, as is tomllib's.
+        except ValueError as error:
             raise UserValueError(f"{file} is not TOML: {error}; mend it") from None
 
     def _maybe_add_custom_config(
         self, args: list[str], toml_values: dict[str, Any] | None
     ) -> type[upstream.JobConfig]:
-        config_cls = super()._maybe_add_custom_config(args, toml_values)
+        try:
+            config_cls = super()._maybe_add_custom_config(args, toml_values)
+        except (ImportError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserValueError(
+                f"job.custom_config_module cannot be used: {error}; name a module on PYTHONPATH "
+                "that holds a dataclass JobConfig"
+            ) from error
         check_toml(config_cls, toml_values or {})
+        _check_flags(config_cls, args)
         return config_cls
+
+
+def _first_part_of_box(text: str) -> str:
+    """The words of tyro's box between its heading and its next rule; the rest explains the key.
+
+    The heading interrupts the upper edge of the box, or comes before it where lines are plain.
+    """
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines():
+        words = line.strip(" │")
+        if words.startswith("╭") or (words and set(words) <= set("─-├┤╰╯")):
+            parts.append([])
+        elif words:
+            parts[-1].append(words)
+    return " ".join(parts[1] if len(parts) > 1 else parts[0])
+
+
+def _check_flags(config_cls: type, args: list[str]) -> None:
+    """Check that every flag of a command line is a key.
+
+    Raises:
+        ValueError: one is unknown; the closest known key is suggested.
+    """
+    keys = {leaf.key: leaf.kind for leaf in leaves(config_cls())}
+    for word in args:
+        flag = word.partition("=")[0]
+        if not re.match(r"--[A-Za-z_]", flag) or flag == "--help":
+            continue
+        key = flag[2:].replace("-", "_")
+        section, _, name = key.rpartition(".")
+        turned_off = f"{section}.{name.removeprefix('no_')}"
+        if key in keys or keys.get(turned_off) is bool:
+            continue
+        raise UserValueError(f"unknown key '{flag}' on the command line; {_closest(key, keys)}")
+
+
+def _closest(key: str, known: Iterable[str]) -> str:
+    """What to write instead of ``key``: the most similar key, or any of those there are."""
+    known = list(known)
+    if close := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean '{close[0]}'?"
+    if len(known) > MOST_LISTED:
+        return ALL_KEYS
+    return f"known keys: {', '.join(known)}."
 
 
 def check_toml(config_cls: type, values: dict[str, Any], section: str = "") -> None:
@@ -214,16 +333,12 @@ def check_toml(config_cls: type, values: dict[str, Any], section: str = "") -> N
     for key, value in values.items():
         path = f"{section}.{key}" if section else key
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            fix = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}."
-            raise UserValueError(f"unknown key '{path}' in the TOML file; {fix}")
+            raise UserValueError(f"unknown key '{path}' in the TOML file; {_closest(key, known)}")
         expected = known[key]
         if isinstance(expected, type) and is_dataclass(expected):
             if not isinstance(value, dict):
                 raise UserTypeError(f"'{path}' is a section: write [{path}] in the TOML file")
             check_toml(expected, value, path)
             continue
-        try:
-            typeguard.check_type(value, expected)
-        except typeguard.TypeCheckError as error:
-            raise UserTypeError(f"{path} = {value!r} in the TOML file: the value {error}") from None
+        if fault := type_fault(value, expected):
+            raise UserTypeError(f"{path} = {value!r} in the TOML file: {fault}")

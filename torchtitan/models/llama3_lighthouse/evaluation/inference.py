@@ -200,11 +200,7 @@ def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConf
     Raises:
         ValueError, TypeError, OSError: a value breaks a rule.
     """
-    try:
-        return _RecordedConfigManager(recorded).parse_args(overrides)
-    except AssertionError as error:
-        # torchtitan refuses values by an assertion.
-        raise UserValueError(str(error)) from None
+    return _RecordedConfigManager(recorded).parse_args(overrides)
 
 
 def model_arguments(config: JobConfig) -> LighthouseModelArgs:
