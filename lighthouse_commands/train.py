@@ -103,7 +103,8 @@ def check(arguments: list[str], world_size: int, device_type: str) -> None:
     Raises:
         ValueError, TypeError, OSError: the run cannot work; the message names key, value and fix.
     """
-    from torchtitan.models.llama3_lighthouse.checks.configuration import check_device, check_launch
+    from torchtitan.models.llama3_lighthouse.checks.configuration import check_launch
+    from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
     from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
     from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 

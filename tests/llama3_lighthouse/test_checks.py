@@ -8,12 +8,11 @@ import torch
 from launch import SMALL, Run, arguments
 
 from torchtitan.models.llama3_lighthouse.checkpoints.record import RECORD_FILE, read_record
-from torchtitan.models.llama3_lighthouse.checks import configuration as checks
-from torchtitan.models.llama3_lighthouse.checks.configuration import (
-    check_config,
-    check_device,
-    check_output,
-)
+from torchtitan.models.llama3_lighthouse.checks import output
+from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
+from torchtitan.models.llama3_lighthouse.checks.output import check_output
+from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
+from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserFileError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
@@ -43,12 +42,12 @@ def check(tmp_path: Path, toml: str = "", **settings: Any) -> JobConfig:
         ("lighthouse.top_k", 256, "top_k"),
         ("lighthouse.picks_per_stratum", 15, "even"),
         ("lighthouse.dense_from_step", -1, "0 trains dense throughout"),
-        ("lighthouse.dense_every", 1, "must be 2 or more, or 0"),
+        ("lighthouse.dense_every", 1, "must be at least 2 (0 mixes"),
         ("lighthouse.log_selection_every", -1, "0 logs no selections"),
-        ("lighthouse.passkey_mix", 1.1, "from 0 to 1"),
-        ("lighthouse.passkey_mix", -0.1, "from 0 to 1"),
-        ("lighthouse.passkey_mix", float("nan"), "from 0 to 1"),
-        ("lighthouse.passkey_tasks", ("passkey", "passkey"), "one or more of passkey, "),
+        ("lighthouse.passkey_mix", 1.1, "at least 0 and at most 1"),
+        ("lighthouse.passkey_mix", -0.1, "at least 0 and at most 1"),
+        ("lighthouse.passkey_mix", float("nan"), "at least 0 and at most 1"),
+        ("lighthouse.passkey_tasks", ("passkey", "passkey"), "name each once"),
         ("lighthouse.dense_layers", (0, 6), "0 to 5"),
         ("lighthouse.dense_layers", (1, 1), "twice"),
         ("training.seq_len", 510, "training.seq_len"),
@@ -276,10 +275,10 @@ def test_replicas_without_sharding_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
 def test_missing_logger_is_refused_at_the_start(tmp_path: Path, monkeypatch, package: str) -> None:
     key = f"metrics.enable_{package}"
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserValueError, match=rf"{key} = true needs the package {package}.*pip"):
         check(tmp_path, **{key: True})
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: name)
     check(tmp_path, **{key: True})
 
 
@@ -288,7 +287,7 @@ def test_missing_logger_is_refused_at_the_start(tmp_path: Path, monkeypatch, pac
     ({"lighthouse.dense_from_step": 12, "lighthouse.stage": "lighthouse"}, False),
 ])  # fmt: skip
 def test_run_that_never_gets_dense_is_warned_of(tmp_path: Path, settings, warned: bool) -> None:
-    warnings = checks.schedule_warnings(check(tmp_path, **settings))
+    warnings = warnings_of(check(tmp_path, **settings))
     assert len(warnings) == warned
     if warned:
         assert "lighthouse.dense_from_step = 12 is not below training.steps = 12" in warnings[0]

@@ -9,6 +9,7 @@ import torch
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
+from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
@@ -49,6 +50,7 @@ def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
         line += ["--model.hf_assets_path", str(tmp_path)]
     config = LighthouseConfigManager().parse_args(line)
     check_config(config, flavors)
+    assert warnings_of(config) == []
     # Attention runs on a small part of the sequence, and in the study on half of it.
     part = 2 if path.stem == "recovery_books_32k" else 3
     assert check_model(config) <= config.training.seq_len // part

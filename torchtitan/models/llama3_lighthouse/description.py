@@ -10,7 +10,7 @@ from torchtitan.distributed import ParallelDims
 
 from lighthouse.geometry import PyramidGeometry
 
-from .checks.configuration import layout_on_rank_0
+from .checks.parallelism import layout_on_rank_0
 from .console import LOG_FILE, duration
 from .data.packing import global_batch_size, stream_count
 from .data.tokenizer import build_tokenizer

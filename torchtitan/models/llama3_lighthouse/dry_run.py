@@ -14,6 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
 from .checks.configuration import check_launch
+from .checks.unread import warnings_of
 from .description import describe
 from .errors import UserError, UserValueError
 from .infra.parallelize import parallelize_lighthouse
@@ -51,7 +52,8 @@ def _describe(config: JobConfig, world_size: int) -> str:
     with torch.device("meta"):
         model = LighthouseTransformer(args)
     parameters = sum(local_parameters(part) for part in _parts(model, dims, config, args))
-    return "\n".join([f"{config.job.config_file}", *describe(config, dims, args, parameters)])
+    lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
+    return "\n".join([*lines, *(f"warning       {line}" for line in warnings_of(config))])
 
 
 def _mesh(section: Parallelism, world_size: int) -> ParallelDims:

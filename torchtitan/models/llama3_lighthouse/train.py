@@ -22,7 +22,9 @@ from torchtitan.tools.utils import device_module, device_type
 # This import registers the model with torchtitan.
 from . import train_spec  # noqa: F401
 from .checkpoints.manager import LighthouseCheckpointManager
-from .checks.configuration import check_config, check_device, schedule_warnings
+from .checks.configuration import check_launch
+from .checks.parallelism import check_device
+from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
 from .description import describe, ending, output_line
 from .errors import LAUNCHER_PRINTS, USERS_MISTAKE, UserError, UserValueError
@@ -66,7 +68,7 @@ class LighthouseTrainer(upstream.Trainer):
     tokenizer: BaseTokenizer
 
     def __init__(self, job_config: JobConfig) -> None:
-        check_config(job_config, flavors)
+        check_launch(job_config, flavors, int(os.environ.get("WORLD_SIZE", 1)))
         check_device(job_config, device_type)
         log_to_file(job_config.job.dump_folder)
         # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
@@ -114,7 +116,7 @@ class LighthouseTrainer(upstream.Trainer):
         for line in describe(config, self.parallel_dims, self.model_args, parameters):
             logger.info(line)
         logger.info(output_line(config))
-        for warning in schedule_warnings(config):
+        for warning in warnings_of(config):
             logger.warning(warning)
         if config.compile.enable:
             logger.info("The first step of each stage compiles the model, which can take minutes")

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..checkpoints.record import read_record
-from ..checks.configuration import check_output
+from ..checks.output import check_output
 from ..data.packing import build_validation_dataloader
 from ..environment import environment
 from ..errors import UserValueError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checks.configuration import check_output
+from ..checks.output import check_output
 from ..environment import environment
 from ..errors import UserValueError
 from .figures import DENSE, colours, length_axis, new_figure, save

@@ -11,7 +11,7 @@ import torch
 
 from lighthouse import LighthouseConfig
 
-from ..checks.configuration import check_output
+from ..checks.output import check_output
 from ..data.retrieval import PromptEncoder, Task, check_length, find_task
 from ..data.tokenizer import ByteTokenizer, build_tokenizer
 from ..environment import environment

@@ -6,7 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from ..checks.configuration import check_config, check_output
+from ..checks.configuration import check_config
+from ..checks.output import check_output
 from ..errors import UserTypeError, UserValueError
 from ..evaluation.progress import say, say_what_was_written
 from ..evaluation.tables import Row

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks.configuration import check_config, check_output
+from ..checks.configuration import check_config
+from ..checks.output import check_output
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
@@ -81,7 +82,6 @@ def check_base(config: JobConfig) -> None:
     Raises:
         ValueError, TypeError, OSError: it cannot; the message names the key and the fix.
     """
-    check_config(config, flavors)
     steps, validation, checkpoint = config.training.steps, config.validation, config.checkpoint
     if not validation.enable:
         raise UserValueError(
@@ -108,6 +108,7 @@ def check_base(config: JobConfig) -> None:
                 f"checkpoint.{key} = {given!r}: the study trains from scratch and carries whole "
                 f"checkpoints over; leave it at {value!r}"
             )
+    check_config(config, flavors)
 
 
 def check_dense_steps(config: JobConfig, lengths: list[int]) -> None:

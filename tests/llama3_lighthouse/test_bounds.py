@@ -1,0 +1,289 @@
+"""Every key of a configuration has bounds, and one message says which it breaks."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+from launch import SMALL, arguments
+
+from torchtitan.models.llama3_lighthouse.checks.bounds import BOUNDS, check_bounds
+from torchtitan.models.llama3_lighthouse.checks.configuration import check_config, check_launch
+from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
+from torchtitan.models.llama3_lighthouse.checks.unread import READ_WHEN, warnings_of
+from torchtitan.models.llama3_lighthouse.errors import UserError, UserTypeError, UserValueError
+from torchtitan.models.llama3_lighthouse.job_config import (
+    JobConfig,
+    Leaf,
+    LighthouseConfigManager,
+    leaves,
+)
+from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.studies.settings import with_settings
+from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer
+
+KEYS = list(leaves(JobConfig()))
+TOO_LARGE = 2**70
+# Rules of a row that no type shows, each with a value that trained, or ended in a traceback, once.
+BROKEN: dict[str, Any] = {
+    "activation_checkpoint.selective_ac_option": "²",
+    "activation_checkpoint.determinism_check": "sometimes",
+    "activation_checkpoint.memory_budget": 1.5,
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": ["attention"],
+    "checkpoint.exclude_from_loading": ["optimiser"],
+    "checkpoint.folder": "",
+    "checkpoint.interval": 0,
+    "checkpoint.keep_latest_k": 1,
+    "checkpoint.load_step": -2,
+    "comm.init_timeout_seconds": 10**13,
+    "compile.backend": "magic",
+    "compile.components": ["modle"],
+    "lr_scheduler.decay_ratio": -0.1,
+    "lr_scheduler.min_lr_factor": -1.0,
+    "lr_scheduler.total_steps": 0,
+    "lr_scheduler.warmup_steps": -1,
+    "metrics.log_freq": 0,
+    "model.converters": ["float7"],
+    "model.name": "llama3",
+    "optimizer.beta1": 1.0,
+    "optimizer.eps": 0.0,
+    "optimizer.lr": -1e-3,
+    "optimizer.name": "SGD",
+    "optimizer.weight_decay": -0.1,
+    "parallelism.data_parallel_shard_degree": 0,
+    "parallelism.pipeline_parallel_degree": 0,
+    "parallelism.tensor_parallel_degree": -1,
+    "profiling.profile_freq": 0,
+    "training.dataloader.num_workers": 2,
+    "training.dataloader.prefetch_factor": 0,
+    "training.gc_freq": 0,
+    "training.global_batch_size": -5,
+    "training.local_batch_size": 0,
+    "training.max_norm": 0.0,
+    "training.seq_len": 10**13,
+    "training.steps": -5,
+    "validation.freq": 0,
+    "validation.steps": 0,
+}  # fmt: skip
+# Settings of upstream's that nothing in this trainer reads, or that fail where they are read.
+IGNORED: dict[str, Any] = {
+    "checkpoint.enable_ft_dataloader_checkpoints": False,
+    "checkpoint.last_save_in_hf": True,
+    "checkpoint.initial_load_in_hf_quantized": True,
+    "comm.mode": "fake_backend",
+    "debug.moe_force_load_balance": True,
+    "experimental.custom_args_module": "mine",
+    "fault_tolerance.enable": True,
+    "fault_tolerance.group_size": 2,
+    "memory_estimation.enable": True,
+    "parallelism.expert_parallel_degree": 2,
+    "quantize.grouped_mm.mx.fqns": ["experts"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> JobConfig:
+    line = {"job.dump_folder": tmp_path_factory.mktemp("dump"), **SMALL}
+    return LighthouseConfigManager().parse_args(arguments(line))
+
+
+def refusal(config: JobConfig, check: Callable[..., None] = check_bounds, **settings: Any) -> str:
+    """The message with which ``check`` refuses ``settings``."""
+    arguments = () if check is check_bounds else (flavors,)
+    with pytest.raises(UserError) as caught:
+        check(with_settings(config, settings), *arguments)
+    return str(caught.value)
+
+
+def test_every_key_has_a_row() -> None:
+    keys = {leaf.key for leaf in KEYS}
+    assert keys == BOUNDS.keys(), "give each key a row in checks/bounds.py: decide on its bounds"
+    unknown = [key for key in READ_WHEN if not any(name.startswith(key) for name in keys)]
+    assert not unknown
+    assert {condition.key for each in READ_WHEN.values() for condition in each} <= keys
+
+
+@pytest.mark.parametrize("key", BROKEN)
+def test_values_out_of_bounds_are_refused(config: JobConfig, key: str) -> None:
+    shown = re.escape(repr(BROKEN[key]))
+    message = refusal(config, **{key: BROKEN[key]})
+    assert re.fullmatch(rf"{key} = {shown} (must|is not|names) .*; pass --{key} .*", message)
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_settings_that_nothing_reads_are_refused(config: JobConfig, key: str) -> None:
+    message = refusal(config, **{key: IGNORED[key]})
+    assert message.startswith(f"{key} = ") and "; " in message
+
+
+def hostile(leaf: Leaf) -> list[tuple[Any, type[UserError]]]:
+    """Values that no key of this type means, and the error for each."""
+    kinds = set(get_args(leaf.kind) or [leaf.kind]) - {type(None)}
+    found: list[tuple[Any, type[UserError]]] = [(object(), UserTypeError)]
+    if bool not in kinds:
+        found.append((True, UserTypeError))
+    if float in kinds:
+        found += [(float(value), UserValueError) for value in ("nan", "inf", "-inf")]
+    if kinds & {int, float}:
+        found += [(TOO_LARGE, UserValueError), ("many", UserTypeError)]
+    if str in kinds and get_origin(leaf.kind) is not list:
+        found.append(("a\0b", UserValueError))
+    if get_origin(leaf.kind) is list:
+        return [([value], error) for value, error in found]
+    return found
+
+
+@pytest.mark.parametrize("leaf", KEYS, ids=lambda leaf: leaf.key)
+def test_no_key_takes_what_its_type_does_not_mean(config: JobConfig, leaf: Leaf) -> None:
+    for value, error in hostile(leaf):
+        with pytest.raises(error, match=f"^{re.escape(leaf.key)} = "):
+            check_bounds(with_settings(config, {leaf.key: value}))
+
+
+def test_bounds_themselves_are_taken(config: JobConfig) -> None:
+    for key, value in (
+        ("checkpoint.keep_latest_k", 0), ("checkpoint.keep_latest_k", 2),
+        ("validation.steps", -1), ("training.global_batch_size", -1), ("debug.seed", -1),
+        ("debug.seed", None), ("lr_scheduler.warmup_steps", 0), ("lr_scheduler.decay_ratio", 1),
+        ("optimizer.lr", 1.0), ("activation_checkpoint.selective_ac_option", "op"),
+        ("compile.backend", "eager"), ("lighthouse.passkey_mix", 1),
+    ):  # fmt: skip
+        check_bounds(with_settings(config, {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training.steps": 14, "lr_scheduler.total_steps": 8},
+         "lr_scheduler.total_steps = 8 is below training.steps = 14: .*total_steps 14 or more"),
+        ({"training.dataset_path": "books"},
+         "training.dataset_path = 'books' is not read by training.dataset = 'python_stdlib'"),
+        ({"validation.enable": True, "validation.dataset_path": "books", "validation.seq_len": 512},
+         "validation.dataset_path = 'books' is not read"),
+        ({"checkpoint.enable": False, "checkpoint.load_step": 4},
+         "checkpoint.load_step = 4 needs checkpoint.enable = true, .*--checkpoint.enable"),
+        ({"checkpoint.enable": False, "checkpoint.initial_load_path": "step-4"},
+         "checkpoint.initial_load_path = 'step-4' needs checkpoint.enable"),
+        ({"checkpoint.load_step": 4}, "checkpoint.load_step = 4 but .* holds no checkpoint; leave"),
+        ({"activation_checkpoint.mode": "lighthouse", "activation_checkpoint.debug": True},
+         "activation_checkpoint.debug = true does not go .*pass --activation_checkpoint.no-debug"),
+        ({"checkpoint.last_save_in_hf": True}, "last_save_in_hf = true fails .*export-hf"),
+        ({"checkpoint.initial_load_in_hf": True, "checkpoint.initial_load_model_only": False},
+         "checkpoint.initial_load_in_hf = true loads weights alone"),
+        ({"checkpoint.initial_load_in_hf": True},
+         "initial_load_in_hf = true reads model.hf_assets_path = .* no .safetensors file; pass"),
+        ({"checkpoint.initial_load_path": "/proc/no"},
+         "checkpoint.initial_load_path = '/proc/no' is not a folder"),
+        ({"activation_checkpoint.mode": "memory_budget"}, "'memory_budget' is a mode of the comp"),
+        ({"profiling.enable_profiling": True, "profiling.profile_freq": 3},
+         "profiling.profile_freq = 3 must be at least .*pass --profiling.profile_freq 4 or more"),
+        ({"optimizer.weight_decay": 2, "optimizer.lr": 1}, "optimizer.weight_decay = 2 with"),
+        ({"experimental.custom_import": "no.such"}, "custom_import = 'no.such' is no module"),
+        ({"metrics.enable_tensorboard": True, "metrics.save_tb_folder": "/proc/no"},
+         "metrics.save_tb_folder = '/proc/no' cannot be written to"),
+        ({"checkpoint.folder": "./metrics.jsonl"}, "'./metrics.jsonl' is the name of a file that"),
+        ({"job.save_config_file": "."}, "job.save_config_file = '.' is a folder"),
+        ({"lighthouse.levels": 10**7}, "levels = 10000000 with pooling_factor = 2 would pool"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(config, settings, message) -> None:
+    assert re.search(message, refusal(config, check_config, **settings))
+
+
+def test_a_trainer_that_is_started_alone_checks_its_degrees(config: JobConfig, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    two = with_settings(config, {"parallelism.tensor_parallel_degree": 2})
+    with pytest.raises(UserValueError, match="needs a multiple of 2 processes"):
+        LighthouseTrainer(two)
+
+
+def test_steps_that_fill_memory_are_refused(config: JobConfig) -> None:
+    settings = {"training.global_batch_size": 2**30}
+    with pytest.raises(UserValueError, match="global_batch_size = 1073741824 .* tokens a step"):
+        check_launch(with_settings(config, settings), flavors, 1)
+
+
+@pytest.mark.parametrize("key", [
+    "profiling.enable_profiling", "profiling.enable_memory_snapshot",
+    "training.enable_cpu_offload", "training.gc_debug",
+])  # fmt: skip
+def test_what_needs_a_gpu_is_refused_without_one(config: JobConfig, key: str) -> None:
+    given = with_settings(config, {key: True})
+    check_device(given, "cuda")
+    name = key.rpartition(".")[2]
+    with pytest.raises(UserValueError, match=rf"^{key} = true .*on 'cpu'; pass .*\.no-{name}"):
+        check_device(given, "cpu")
+
+
+def test_sequences_that_no_memory_holds_are_refused_on_a_cpu(config: JobConfig) -> None:
+    given = with_settings(config, {"training.seq_len": 2**31 - 512})
+    check_device(given, "cuda")
+    with pytest.raises(UserValueError, match="seq_len = 2147483136 .* 2,048 GiB for the input"):
+        check_device(given, "cpu")
+
+
+def test_pinned_memory_is_refused_without_a_gpu(config: JobConfig) -> None:
+    given = with_settings(config, {"checkpoint.async_mode": "async_with_pinned_mem"})
+    check_device(given, "cuda")
+    with pytest.raises(UserValueError, match="async_with_pinned_mem' copies from a GPU"):
+        check_device(given, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"activation_checkpoint.keep_products": ["wo"]}, "keep_products = ['wo'] has no effect"),
+        ({"activation_checkpoint.keep_products": ["wo"],
+          "activation_checkpoint.mode": "lighthouse"}, None),
+        ({"quantize.linear.float8.filter_fqns": ["output"]}, "when model.converters is given"),
+        ({"checkpoint.export_dtype": "float16"}, "checkpoint.last_save_model_only is true"),
+        ({"parallelism.pipeline_parallel_schedule": "GPipe"}, "pipeline_parallel_degree is above"),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warned) -> None:
+    found = warnings_of(with_settings(config, settings))
+    assert len(found) == (warned is not None)
+    assert warned is None or warned in found[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--training.stepz", "3"], "unknown key '--training.stepz' .*did you mean 'training.step"),
+        (["--checkpoint.no-enabel"], "unknown key '--checkpoint.no-enabel'.*did you mean 'check"),
+        (["--x"], "unknown key '--x' on the command line; lighthouse train --list-keys"),
+        (["--training.steps", "many"], "--training.steps: .*'many'; lighthouse train --list-keys"),
+        (["--training.steps", "1", "2"], "Unrecognized options: 2; lighthouse train"),
+        (["--lighthouse.scorer", "best"], "'best'.*Expected one of .'norm', 'dilated', 'gla'"),
+        (["--job.config_file"], "--job.config_file.*name a TOML file"),
+        (["--job.custom_config_module", "nowhere"], "job.custom_config_module.*'nowhere'"),
+        (["--job.config_file", "a\0b"], "embedded null byte.*name a TOML file"),
+    ],
+)
+def test_command_lines_that_cannot_be_read_end_in_one_line(line, message, capsys) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        LighthouseConfigManager().parse_args(line)
+    assert "\n" not in str(caught.value)
+    printed = capsys.readouterr()
+    assert not printed.out and not printed.err
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[training]\nsteps = true", "training.steps = True in the TOML file: true and false are"),
+        ("[optimizer]\nlr = true", "optimizer.lr = True"),
+        ("[lighthouse]\ndense_layers = [true]", "lighthouse.dense_layers"),
+        ("[training]\nsteps = 3\nsteps = 4", "is not TOML: .*; mend it"),
+        ("a = " + "[" * 5000, "is nested too deeply; mend it"),
+        ("[training]\nsteps = " + "9" * 5000, "is not TOML: .*; mend it"),
+        (b"\xff\xfe", "is not TOML: .*; mend it"),
+    ],
+)
+def test_toml_that_no_run_can_use_is_named(tmp_path: Path, toml: str | bytes, message: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_bytes(toml.encode() if isinstance(toml, str) else toml)
+    with pytest.raises(UserError, match=message):
+        LighthouseConfigManager().parse_args(["--job.config_file", str(file)])
