@@ -241,7 +241,7 @@ class LighthouseConfigManager(ConfigManager):
             if not exit.code:
                 raise
             message = _first_part_of_box(printed.getvalue()).rstrip(".")
-        if stray := _with_a_second_value(args):
+        if message.startswith("Unrecognized") and (stray := _with_a_second_value(args)):
             message += f", after {stray}; lists of names are written with commas"
         raise UserValueError(f"{message}; {ALL_KEYS}")
 

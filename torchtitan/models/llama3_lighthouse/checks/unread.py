@@ -1,96 +1,61 @@
 """Warnings of what a run would not do, although its configuration seems to ask for it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from ..job_config import JobConfig, leaves
 from .rules import shown
 
-PIPELINE = "parallelism.pipeline_parallel_degree is above 1"
-MODE = "activation_checkpoint.mode is"
-# Keys by their beginnings -> when they are read, in words and as a test. A section with a key
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on the value of one key, in words and as a test."""
+
+    key: str
+    words: str
+    test: Callable[[Any], bool]
+
+
+def _is(key: str, *values: Any) -> Condition:
+    return Condition(key, f"is {' or '.join(map(shown, values))}", lambda value: value in values)
+
+
+def _above(key: str, least: float) -> Condition:
+    return Condition(key, f"is above {least}", lambda value: value > least)
+
+
+def _given(key: str) -> Condition:
+    return Condition(key, "is given", bool)
+
+
+MODE = "activation_checkpoint.mode"
+IN_PIPELINES = (_above("parallelism.pipeline_parallel_degree", 1),)
+UNDER_TENSOR_PARALLELISM = (_above("parallelism.tensor_parallel_degree", 1),)
+WITH_WORKERS = (_above("training.dataloader.num_workers", 0),)
+# How keys begin -> conditions that must all hold for them to be read. A section with a key
 # ``enable`` is off on purpose, so its other keys are not listed.
-READ_WHEN: dict[str, tuple[str, Callable[[JobConfig], bool]]] = {
-    "activation_checkpoint.keep_products": (
-        f"{MODE} 'lighthouse'",
-        lambda config: config.activation_checkpoint.mode == "lighthouse",
-    ),
-    "activation_checkpoint.selective_ac_option": (
-        f"{MODE} 'selective'",
-        lambda config: config.activation_checkpoint.mode == "selective",
-    ),
+READ_WHEN: dict[str, tuple[Condition, ...]] = {
+    "activation_checkpoint.keep_products": (_is(MODE, "lighthouse"),),
+    "activation_checkpoint.selective_ac_option": (_is(MODE, "selective"),),
     "activation_checkpoint.per_op_sac_": (
-        f"{MODE} 'selective' and activation_checkpoint.selective_ac_option is 'op'",
-        lambda config: (
-            config.activation_checkpoint.mode == "selective"
-            and config.activation_checkpoint.selective_ac_option == "op"
-        ),
+        _is(MODE, "selective"), _is("activation_checkpoint.selective_ac_option", "op"),
     ),
-    "activation_checkpoint.memory_budget": (
-        f"{MODE} 'memory_budget'",
-        lambda config: config.activation_checkpoint.mode == "memory_budget",
-    ),
-    "activation_checkpoint.visualize_memory_budget_pareto": (
-        f"{MODE} 'memory_budget'",
-        lambda config: config.activation_checkpoint.mode == "memory_budget",
-    ),
-    "checkpoint.export_dtype": (
-        "checkpoint.last_save_model_only is true",
-        lambda config: config.checkpoint.last_save_model_only,
-    ),
-    "checkpoint.initial_load_model_only": (
-        "checkpoint.initial_load_path is given",
-        lambda config: config.checkpoint.initial_load_path is not None,
-    ),
-    "parallelism.pipeline_parallel_": (
-        PIPELINE, lambda config: config.parallelism.pipeline_parallel_degree > 1
-    ),
-    "parallelism.module_fqns_per_model_part": (
-        PIPELINE, lambda config: config.parallelism.pipeline_parallel_degree > 1
-    ),
-    "parallelism.disable_loss_parallel": (
-        "parallelism.tensor_parallel_degree is above 1",
-        lambda config: config.parallelism.tensor_parallel_degree > 1,
-    ),
-    "parallelism.enable_async_tensor_parallel": (
-        "parallelism.tensor_parallel_degree is above 1",
-        lambda config: config.parallelism.tensor_parallel_degree > 1,
-    ),
-    "quantize.": (
-        "model.converters names a converter", lambda config: bool(config.model.converters)
-    ),
-    "debug.deterministic_warn_only": (
-        "debug.deterministic is true", lambda config: config.debug.deterministic
-    ),
-    "lighthouse.dilation": (
-        "lighthouse.scorer is 'dilated' or 'gla'", lambda config: config.lighthouse.scorer != "norm"
-    ),
-    "lighthouse.passkey_tasks": (
-        "lighthouse.passkey_mix is above 0", lambda config: config.lighthouse.passkey_mix > 0
-    ),
-    "training.dataloader.persistent_workers": (
-        "training.dataloader.num_workers is 1",
-        lambda config: config.training.dataloader.num_workers > 0,
-    ),
-    "training.dataloader.prefetch_factor": (
-        "training.dataloader.num_workers is 1",
-        lambda config: config.training.dataloader.num_workers > 0,
-    ),
+    "activation_checkpoint.memory_budget": (_is(MODE, "memory_budget"),),
+    "activation_checkpoint.visualize_memory_budget_pareto": (_is(MODE, "memory_budget"),),
+    "checkpoint.export_dtype": (_is("checkpoint.last_save_model_only", True),),
+    "checkpoint.initial_load_model_only": (_given("checkpoint.initial_load_path"),),
+    "parallelism.pipeline_parallel_": IN_PIPELINES,
+    "parallelism.module_fqns_per_model_part": IN_PIPELINES,
+    "parallelism.disable_loss_parallel": UNDER_TENSOR_PARALLELISM,
+    "parallelism.enable_async_tensor_parallel": UNDER_TENSOR_PARALLELISM,
+    "quantize.": (_given("model.converters"),),
+    "debug.deterministic_warn_only": (_is("debug.deterministic", True),),
+    "lighthouse.dilation": (_is("lighthouse.scorer", "dilated", "gla"),),
+    "lighthouse.passkey_tasks": (_above("lighthouse.passkey_mix", 0),),
+    "training.dataloader.persistent_workers": WITH_WORKERS,
+    "training.dataloader.prefetch_factor": WITH_WORKERS,
 }  # fmt: skip
-
-
-def _unused(config: JobConfig) -> list[str]:
-    """Settings that nothing reads, because another setting has another value."""
-    found = []
-    for leaf in leaves(config):
-        for beginning, (when, is_read) in READ_WHEN.items():
-            if (
-                leaf.key.startswith(beginning)
-                and leaf.value != leaf.default
-                and not is_read(config)
-            ):
-                found.append(f"{leaf.key} = {shown(leaf.value)} has no effect: it is read when "
-                             f"{when}")  # fmt: skip
-    return found
 
 
 def warnings_of(config: JobConfig) -> list[str]:
@@ -107,3 +72,18 @@ def _stages(config: JobConfig) -> list[str]:
         f"{steps:,}: no step of this run is dense, and export refuses its checkpoints; lower "
         "dense_from_step, or set lighthouse.stage = 'lighthouse' if that is meant"
     ]
+
+
+def _unused(config: JobConfig) -> list[str]:
+    """Settings that nothing reads, because another setting has another value."""
+    found, all_leaves = [], list(leaves(config))
+    values = {leaf.key: leaf.value for leaf in all_leaves}
+    for leaf in (leaf for leaf in all_leaves if leaf.value != leaf.default):
+        for beginning, conditions in READ_WHEN.items():
+            missed = [each for each in conditions if not each.test(values[each.key])]
+            if leaf.key.startswith(beginning) and missed:
+                found.append(
+                    f"{leaf.key} = {shown(leaf.value)} has no effect: it is read when "
+                    + " and ".join(f"{each.key} {each.words}" for each in missed)
+                )
+    return found
