@@ -41,7 +41,8 @@ class Reference:
         whole = [0]
         for path in (dump / "checkpoint").glob("step-*"):
             number = path.name.removeprefix("step-")
-            if number.isdigit() and _sizes(self.checkpoint(int(number))) == _sizes(path):
+            sizes = _sizes(path)
+            if number.isdigit() and sizes and _sizes(self.checkpoint(int(number))) == sizes:
                 whole.append(int(number))
         return max(whole)
 

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -124,14 +125,13 @@ class Launch:
         main: Callable[[], None] | None = None,
         launcher: bool = False,
     ) -> None:
-        from torch.distributed.elastic.utils.distributed import get_free_port
 
         self.folder = folder / f"launch-{time.monotonic_ns()}"
         self.folder.mkdir(parents=True)
         self.group = 0
         self.started = time.monotonic()
         self.ranks: list[Any] = []
-        port = get_free_port()
+        port = _free_port()
         for rank in range(processes):
             arguments = (line, self.folder, rank, processes, port, inside, main, launcher)
             process = FORKS.Process(target=_rank, args=arguments)
@@ -209,6 +209,18 @@ class Launch:
         traceback = log[log.index("Traceback (") :] if "Traceback (" in log else ""
         unexplained = (crash or log[-2000:]) if code > 0 and not message else ""
         return End(code, message, traceback, unexplained, hung, log)
+
+
+def _free_port() -> int:
+    """A port below those that the system hands out, which other cases may take meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as attempt:
+            try:
+                attempt.bind(("", port))
+            except OSError:
+                continue
+        return port
 
 
 def until(launch: Launch, happened: Callable[[], bool]) -> None:

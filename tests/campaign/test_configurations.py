@@ -1,6 +1,7 @@
 """A few configurations of each ending, which the campaign has to tell apart."""
 
 import json
+import runpy
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from launch import CAN_FORK, FORKS
 
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, leaves
 
+IN_A_FORK = "in_a_fork"
 # Command lines and how each ends, with what its message has to hold.
 SAMPLE = [
     (["--training.steps", "2", "--checkpoint.enable"], "trained", ""),
@@ -41,7 +43,9 @@ def _run(folder: Path) -> None:
 @pytest.mark.skipif(not CAN_FORK, reason="a process that used a GPU cannot fork")
 def test_runs_end_as_they_should(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text('raise RuntimeError("broken on purpose")')
-    process = FORKS.Process(target=_run, args=(tmp_path,))
+    # A fork cannot import a test by the name that pytest gives it.
+    arguments = (__file__, {"FOLDER": str(tmp_path)}, IN_A_FORK)
+    process = FORKS.Process(target=runpy.run_path, args=arguments)
     process.start()
     process.join(200)
     *found, hang = json.loads((tmp_path / "outcomes.json").read_text())
@@ -85,3 +89,7 @@ def test_every_key_is_drawn_and_a_seed_draws_the_same_again(campaign) -> None:
     assert lines == campaign.draw(7, 3000) and lines[:100] != campaign.draw(8, 100)
     words = {word[2:].replace(".no-", ".") for line in lines for word in line}
     assert {leaf.key for leaf in leaves(JobConfig())} - words == set(campaign.NOT_DRAWN)
+
+
+if __name__ == IN_A_FORK:
+    _run(Path(globals()["FOLDER"]))

@@ -27,11 +27,12 @@ from ..data.packing import check_dataloader_state
 from ..errors import NonFiniteError, UserError, UserFileError, UserValueError
 from . import folders
 from .checksums import write_checksums
+from .failed_saves import cause, not_written
 from .folders import METADATA_FILE, SEALED_FILES, Condition, checkpoints_in, complete_checkpoints
-from .ranks import gathered, on_rank_0
+from .ranks import gathered, on_rank_0, unusable
 from .record import CheckpointRecord, read_record, write_record
 from .resume import check_settings
-from .storage import DamagedCheckpointError, check_shapes, load_state, read_metadata, verify
+from .storage import DamagedCheckpointError, check_shapes, load_state, newest_whole, read_metadata
 from .tensors import first_not_finite, named_tensors
 
 SET_ASIDE = "checkpoint.set_damaged_aside"
@@ -73,6 +74,8 @@ class LighthouseCheckpointManager(CheckpointManager):
                 loaded = self._load(step)
             except UserError as caught:
                 error = caught
+            except OSError as caught:
+                error = unusable(caught)
             found = [each for each in gathered(error) if each is not None]
             if not found:
                 return loaded
@@ -122,7 +125,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         if error.path.parent != Path(self.folder) or step != -1:
             raise UserFileError(f"{error}; restore it, or pass another checkpoint")
         number = int(error.path.name.removeprefix("step-"))
-        older = _newest_whole({n: path for n, path in here.items() if n < number})
+        older = newest_whole({n: path for n, path in here.items() if n < number})
         if older is None:
             raise UserFileError(
                 f"{error}. No older checkpoint of {self.folder} is whole; restore the file, or "
@@ -318,7 +321,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             self.wait(SECONDS_FOR_A_SAVE)
         except UserFileError as error:
             logger.error(str(error))
-        return next(reversed(complete_checkpoints(self.folder).values()), None)
+        return self._kept()
 
     def _begin(self, path: Path, step: int) -> None:
         """Make the folder of a save with its record, so that every complete one has a record."""
@@ -350,7 +353,7 @@ class LighthouseCheckpointManager(CheckpointManager):
                 folders.finish(path)
             except OSError as error:
                 logger.warning(
-                    f"{path} is complete, but its checksums could not be written ({_cause(error)})"
+                    f"{path} is complete, but its checksums could not be written ({cause(error)})"
                 )
 
     def _finish_if_saved(self, path: Path, save: Any) -> None:
@@ -358,25 +361,22 @@ class LighthouseCheckpointManager(CheckpointManager):
             self._finish(path)
 
     def _not_written(self, path: Path, error: BaseException) -> UserFileError:
-        """The error for a save that failed; the room that it took is free again."""
-        if dist.get_rank() == 0 and path not in complete_checkpoints(self.folder).values():
-            shutil.rmtree(path, ignore_errors=True)
-        disk = next(each for each in path.parents if each.exists())
-        free = shutil.disk_usage(disk).free / 1e9
-        needed = sum(x.numel() * x.element_size() for _, x in self._tensors()) / 1e9
-        kept = next(reversed(complete_checkpoints(self.folder).values()), None)
-        return UserFileError(
-            f"checkpoint {path} could not be written: {_cause(error)}. It needs {needed:.2f} GB, "
-            f"and {disk} has {free:.2f} GB free; make room or mend the folder, and the same "
-            f"command goes on from {kept or 'the beginning: nothing was saved before'}"
-        )
+        needed = sum(x.numel() * x.element_size() for _, x in self._tensors())
+        return not_written(path, error, needed, self._kept())
+
+    def _kept(self) -> Path | None:
+        """The newest complete checkpoint of the run's folder."""
+        return next(reversed(complete_checkpoints(self.folder).values()), None)
 
     def _purge_stale_checkpoints(self) -> None:
         """Keep the last ``keep_latest_k`` complete checkpoints; upstream counts all folders."""
         if self.keep_latest_k <= 0 or dist.get_rank() != 0:
             return
         for path in [*complete_checkpoints(self.folder).values()][: -self.keep_latest_k]:
-            self.purge_queue.put(str(folders.take_out(path)))
+            try:
+                self.purge_queue.put(str(folders.take_out(path)))
+            except OSError as error:
+                logger.warning(f"{path} cannot be deleted ({cause(error)})")
 
     # What is saved
 
@@ -387,31 +387,8 @@ class LighthouseCheckpointManager(CheckpointManager):
         """Raise a NonFiniteError on every rank if what is to be saved is not finite on any."""
         found = gathered(first_not_finite(self._tensors()))
         if name := next((each for each in found if each), None):
-            kept = next(reversed(complete_checkpoints(self.folder).values()), None)
             raise NonFiniteError(
                 f"step {step}: '{name}' is not finite after the optimizer's step, and nothing was "
-                f"saved; the last good checkpoint is {kept or 'none: there is no other'}. Lower "
-                "optimizer.lr, lengthen the warmup or check the data."
+                f"saved; the last good checkpoint is {self._kept() or 'none: there is no other'}. "
+                "Lower optimizer.lr, lengthen the warmup or check the data."
             )
-
-
-def _newest_whole(complete: dict[int, Path]) -> Path | None:
-    """The newest of some checkpoints that is whole; reads them to find out."""
-    for path in reversed(complete.values()):
-        logger.info(f"Looks whether {path} is whole")
-        try:
-            verify(path)
-        except DamagedCheckpointError as error:
-            logger.warning(str(error))
-            continue
-        return path
-    return None
-
-
-def _cause(error: BaseException) -> str:
-    """The reason of a failed save in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f" ({error.filename})" if error.filename else "")
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..errors import UserError
+from ..errors import UserError, UserFileError
 
 
 def gathered(value: Any) -> list[Any]:
@@ -16,12 +16,19 @@ def gathered(value: Any) -> list[Any]:
 
 
 def on_rank_0(action: Callable[[], None]) -> None:
-    """Let rank 0 do something, and raise its ``UserError``, if there is one, on every rank."""
-    error = None
+    """Let rank 0 do something, and raise its error, if a user can mend it, on every rank."""
+    error: UserError | None = None
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as caught:
             error = caught
+        except OSError as caught:
+            error = unusable(caught)
     if error := gathered(error)[0]:
         raise error
+
+
+def unusable(error: OSError) -> UserFileError:
+    """The error for a file or folder that the system does not let us use."""
+    return UserFileError(f"{error.filename}: {error.strerror}; make it usable, and start again")

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torchtitan.tools.logging import logger
 
 from ..errors import UserError, UserFileError, UserValueError
 from .checksums import FileFault, check_checksum, require_file
@@ -338,6 +339,19 @@ def verify(path: str | Path) -> None:
                 raise FileFault(f"'{index.fqn}' holds values that are not finite")
     except (OSError, FileFault, pickle.UnpicklingError) as error:
         raise DamagedCheckpointError(path, _reason(error)) from None
+
+
+def newest_whole(complete: dict[int, Path]) -> Path | None:
+    """The newest of some checkpoints that is whole; reads them to find out."""
+    for path in reversed(complete.values()):
+        logger.info(f"Looks whether {path} is whole")
+        try:
+            verify(path)
+        except DamagedCheckpointError as error:
+            logger.warning(str(error))
+            continue
+        return path
+    return None
 
 
 def _reason(error: BaseException) -> str:
