@@ -40,7 +40,7 @@ from reporting import write_report
 from torchtitan.models.llama3_lighthouse.environment import environment
 from torchtitan.models.llama3_lighthouse.errors import UserFileError, UserValueError
 from torchtitan.models.llama3_lighthouse.evaluation.figures import check_plots
-from torchtitan.models.llama3_lighthouse.studies.sweeps import end_with_parent
+from torchtitan.models.llama3_lighthouse.processes import die_with_parent
 
 PARTS = ("layer", "equivalence", "resume", "training", "short", "longest")
 LENGTHS = ["524288,3,4,8192", "1048576,4,4,4096", "1572864,4,4,6144", "2097152,4,4,8192"]
@@ -88,7 +88,7 @@ def layer(folder: Path, gpus: int) -> dict[str, Any]:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(gpus), str(LAYER_SCRIPT), str(folder)]
-    subprocess.run(command, check=True, preexec_fn=end_with_parent)
+    subprocess.run(command, check=True, preexec_fn=die_with_parent)
     return json.loads((folder / "layer.json").read_text())
 
 

@@ -17,12 +17,9 @@ from torchtitan.models.llama3_lighthouse.metrics import (
     MFU,
     THROUGHPUT,
 )
+from torchtitan.models.llama3_lighthouse.processes import die_with_parent
 from torchtitan.models.llama3_lighthouse.studies.settings import command_line
-from torchtitan.models.llama3_lighthouse.studies.sweeps import (
-    end_with_parent,
-    read_metrics,
-    trainer_command,
-)
+from torchtitan.models.llama3_lighthouse.studies.sweeps import read_metrics, trainer_command
 
 Steps = dict[int, dict[str, float]]
 
@@ -68,7 +65,7 @@ class Job:
             trainer_command(len(gpus), line),
             stdout=self.log_file.open("a"),
             stderr=subprocess.STDOUT,
-            preexec_fn=end_with_parent,
+            preexec_fn=die_with_parent,
             env={
                 **os.environ,
                 "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),

@@ -81,7 +81,7 @@ def go_on(case: Case, reference: Reference, line: list[str], least: int) -> None
     before = len(logged(case.dump))
     end = clear(Launch(line, case.folder, reference.processes).wait(), "restart")
     if end.code:
-        raise Bad("lost", f"does not go on by itself: {end.message or end.code}")
+        raise Bad("lost", f"does not go on by itself: {end.message or end.code} {end.log[-900:]}")
     check_finished(case, reference, before, least)
 
 

@@ -6,6 +6,7 @@ mistake from the report that the rank leaves.
 """
 
 import faulthandler
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ GRACE, LIMIT = 30.0, 120.0
 # Launches by torchrun import the trainer again.
 LAUNCHER_LIMIT = 240.0
 STEPS, INTERVAL = 12, 2
+LAUNCHES = itertools.count()
 SETTINGS: dict[str, Any] = {
     "model.flavor": FLAVOR,
     "lighthouse.dense_from_step": 5,
@@ -212,9 +214,9 @@ class Launch:
 
 
 def _free_port() -> int:
-    """A port below those that the system hands out, which other cases may take meanwhile."""
+    """A port that no other case takes: below those that the system hands out, by process."""
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
+        port = 10_000 + (4 * os.getpid() + next(LAUNCHES)) % 22_000
         with socket.socket() as attempt:
             try:
                 attempt.bind(("", port))

@@ -58,7 +58,7 @@ LINES: dict[str, bytes] = {
     "a huge number": b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n",
 }
 # Lines that hold a document, which need not be left out.
-WHOLE = ("an escaped NUL", "a huge number", "a lone surrogate")
+WHOLE = ("an escaped NUL", "a huge number", "a lone surrogate", "two objects")
 
 
 def break_line(file: Path, clean: Path, draw: Random) -> str:

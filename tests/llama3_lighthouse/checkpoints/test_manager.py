@@ -151,6 +151,15 @@ def test_zeros_in_a_moment_are_found_and_older_damage_too(run: Start, tmp_path: 
     assert names(tmp_path) == ["step-2", "step-4"]
 
 
+def test_data_of_another_step_is_found(run: Start, tmp_path: Path) -> None:
+    """Every tensor of it fits its own checksum."""
+    run().train(4)
+    folder = tmp_path / "dump/checkpoint"
+    shutil.copy(folder / "step-2/__0_0.distcp", folder / "step-4/__0_0.distcp")
+    with pytest.raises(UserFileError, match=r"step-4/__0_0\.distcp has changed.*is .*step-2"):
+        run()
+
+
 def test_weights_that_are_not_finite_are_not_saved(run: Start, tmp_path: Path) -> None:
     first = run()
     first.train(3)

@@ -22,6 +22,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import Color, NoColor, device_module
 
 from .console import coloured, duration
+from .errors import UserFileError
 
 # The file lies in job.dump_folder. Restarts append to it, so a step that ran twice is there twice.
 METRICS_FILE = "metrics.jsonl"
@@ -53,7 +54,13 @@ class JSONLinesLogger(BaseLogger):
             self.file.write("\n")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise UserFileError(
+                f"{self.file.name} cannot be written: {error.strerror}; make room or mend the "
+                "folder, and the same command goes on from the last checkpoint"
+            ) from None
 
     def close(self) -> None:
         self.file.close()

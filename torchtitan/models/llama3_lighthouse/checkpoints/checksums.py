@@ -1,4 +1,8 @@
-"""Checksums of the checkpoint files that have none of their own, and writing files whole."""
+"""Checksums of checkpoint files, and writing files whole.
+
+Files of tensors hold a CRC32 of each. The end of such a file tells it from the same file of another
+step, because the smallest tensors come last and change with every step.
+"""
 
 import hashlib
 import json
@@ -6,6 +10,8 @@ import os
 from pathlib import Path
 
 CHECKSUMS_FILE = ".checksums"
+DATA_SUFFIX = ".distcp"
+BYTES_OF_THE_END = 64 * 2**10
 
 
 class FileFault(Exception):
@@ -13,8 +19,9 @@ class FileFault(Exception):
 
 
 def write_checksums(folder: Path, names: tuple[str, ...]) -> None:
-    """Put the checksums of the named files, if they are there, into ``folder``."""
-    sums = {name: _sha256(folder / name) for name in names if (folder / name).is_file()}
+    """Put checksums into ``folder``: of the named files, if they are there, and of data files."""
+    files = [folder / name for name in names if (folder / name).is_file()]
+    sums = {file.name: _sha256(file) for file in [*files, *folder.glob(f"*{DATA_SUFFIX}")]}
     replace_file(folder / CHECKSUMS_FILE, json.dumps({"sha256": sums}, indent=1) + "\n")
 
 
@@ -47,10 +54,10 @@ def replace_file(file: Path, text: str) -> None:
 
 
 def require_file(file: Path) -> Path:
-    """``file``, unless it is a folder, or a pipe, which would be waited for.
+    """Return ``file`` if it is a regular file or missing. Reading a pipe would wait for ever.
 
     Raises:
-        FileFault: it is one.
+        FileFault: it is something else.
     """
     if file.exists() and not file.is_file():
         raise FileFault(f"{file} is no file")
@@ -58,4 +65,9 @@ def require_file(file: Path) -> Path:
 
 
 def _sha256(file: Path) -> str:
-    return hashlib.sha256(require_file(file).read_bytes()).hexdigest()
+    """SHA-256 of a file; of its end alone if it is a data file."""
+    with require_file(file).open("rb") as opened:
+        if file.suffix == DATA_SUFFIX:
+            size = os.fstat(opened.fileno()).st_size
+            opened.seek(max(0, size - BYTES_OF_THE_END))
+        return hashlib.file_digest(opened, "sha256").hexdigest()

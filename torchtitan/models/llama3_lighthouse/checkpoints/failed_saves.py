@@ -9,9 +9,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..errors import UserFileError
 from .folders import Condition, condition
 
+NOT_IN_FULL = "a file could not be written in full"
+
 
 def not_written(path: Path, error: BaseException, needed: int, kept: Path | None) -> UserFileError:
-    """The error for a save that failed, after its part of the disk is free again.
+    """Remove what a failed save has written, and return its error.
 
     Args:
         path: folder of the save.
@@ -23,8 +25,11 @@ def not_written(path: Path, error: BaseException, needed: int, kept: Path | None
     partial = path.is_dir() and condition(path) is not Condition.COMPLETE
     if dist.get_rank() == 0 and partial:
         shutil.rmtree(path, ignore_errors=True)
+    reason = cause(error)
+    if reason.startswith(NOT_IN_FULL) and free < needed:
+        reason = "no space left on the disk"
     return UserFileError(
-        f"checkpoint {path} could not be written: {cause(error)}. It needs {_mebibytes(needed)}, "
+        f"checkpoint {path} could not be written: {reason}. It needs {_mebibytes(needed)}, "
         f"and {disk} had {_mebibytes(free)} left; make room or mend the folder, and the same "
         f"command goes on from {kept or 'the beginning: nothing was saved before'}"
     )
@@ -42,7 +47,7 @@ def cause(error: BaseException) -> str:
         link = link.__cause__ or link.__context__
     text = (str(error).splitlines() or [type(error).__name__])[0]
     if "inline_container" in text:
-        return f"a file could not be written in full, as on a full disk ({text})"
+        return f"{NOT_IN_FULL} ({text})"
     return text
 
 

@@ -5,7 +5,6 @@ check when it reads. ``.metadata`` is a pickle without one; our saves put its SH
 """
 
 import io
-import mmap
 import os
 import pickle
 import struct
@@ -58,6 +57,7 @@ CHECKING_THREADS = 4
 # Batches of items are checked ahead of the copy into the model.
 BATCH_BYTES = 8 * 2**20
 BATCHES_AHEAD = 16
+BYTES_AT_ONCE = 2**20
 
 
 class DamagedCheckpointError(UserFileError):
@@ -153,21 +153,21 @@ class CheckpointReader(FileSystemReader):
         return super()._slice_file(file, sinfo)
 
     def checks(self, stored: list[Any]) -> Iterator[None]:
-        """Check tensors and values against their CRC32; yields when each, in order, is checked.
+        """Check tensors and values against their CRC32; yields once after each, in their order.
 
         Args:
             stored: torch's ``_StorageInfo`` of each. Their files are opened at once.
         """
         names = dict.fromkeys(item.relative_path for item in stored)
-        return self._checks_of(stored, {name: _mapped(Path(self.path, name)) for name in names})
+        files = {name: _DataFile(Path(self.path, name)) for name in names}
+        return self._checks_of(stored, files)
 
-    def _checks_of(self, stored: list[Any], files: dict[str, memoryview]) -> Iterator[None]:
+    def _checks_of(self, stored: list[Any], files: dict[str, "_DataFile"]) -> Iterator[None]:
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
 
             def check(batch: list[Any]) -> int:
                 for item in batch:
-                    name = item.relative_path
-                    _check_slice(Path(self.path, name), files[name], item)
+                    files[item.relative_path].check(item.offset, item.length)
                 return len(batch)
 
             waiting: deque[Future[int]] = deque()
@@ -192,59 +192,76 @@ def _batches(stored: list[Any]) -> Iterator[list[Any]]:
     yield batch
 
 
-def _mapped(file: Path) -> memoryview:
-    """The content of a file, which is read from the disk when it is used."""
-    with require_file(file).open("rb") as opened:
-        if not os.fstat(opened.fileno()).st_size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+class _DataFile:
+    """A file of tensors and values, open for reading by several threads.
 
-
-def _check_slice(file: Path, content: memoryview, item: Any) -> None:
-    end = item.offset + item.length
-    if len(content) < end:
-        raise FileFault(f"{file} is too short: it ends before byte {end:,}")
-    data = content[item.offset : end]
-    try:
-        sound = _fits_its_checksums(data)
-    # Nonsense in an archive raises whatever it likes.
-    except Exception:
-        sound = False
-    if not sound:
-        raise FileFault(
-            f"{file} has changed since it was written: bytes {item.offset:,} to {end:,} do not fit "
-            "their checksum"
-        )
-
-
-def _fits_its_checksums(data: memoryview) -> bool:
-    """Whether every entry of a zip archive is stored as its CRC32 says.
-
-    ``zipfile`` reads the directory. Its own test copies all data, which takes longer than reading.
+    Raises:
+        FileFault: it is not the file that was written.
+        OSError: it cannot be read.
     """
-    with zipfile.ZipFile(_View(data)) as archive:
-        for entry in archive.infolist():
-            header = data[entry.header_offset : entry.header_offset + LOCAL_HEADER.size]
-            signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
-            start = entry.header_offset + LOCAL_HEADER.size + name_length + extra_length
-            content = data[start : start + entry.file_size]
-            stored = signature == b"PK\3\4" and entry.compress_type == zipfile.ZIP_STORED
-            if not stored or zlib.crc32(content) != entry.CRC:
-                return False
-    return True
+
+    def __init__(self, file: Path) -> None:
+        check_checksum(file.parent, file.name)
+        self._file = file
+        self._opened = require_file(file).open("rb", buffering=0)
+        self._size = os.fstat(self._opened.fileno()).st_size
+
+    def read(self, start: int, size: int) -> bytes:
+        return os.pread(self._opened.fileno(), size, start)
+
+    def check(self, start: int, size: int) -> None:
+        """Compare every entry of the zip archive at ``start`` with its CRC32.
+
+        Raises:
+            FileFault: one has changed.
+        """
+        if start + size > self._size:
+            raise FileFault(f"{self._file} is too short: it ends before byte {start + size:,}")
+        try:
+            sound = self._is_sound(start, size)
+        except OSError:
+            raise
+        # Nonsense in an archive raises whatever it likes.
+        except Exception:
+            sound = False
+        if not sound:
+            raise FileFault(
+                f"{self._file} has changed since it was written: bytes {start:,} to "
+                f"{start + size:,} do not fit their checksum"
+            )
+
+    def _is_sound(self, start: int, size: int) -> bool:
+        # ``zipfile`` reads the directory. Its own test takes longer than reading the data.
+        with zipfile.ZipFile(_Part(self, start, size)) as archive:
+            for entry in archive.infolist():
+                place = start + entry.header_offset
+                header = LOCAL_HEADER.unpack(self.read(place, LOCAL_HEADER.size))
+                signature, name_length, extra_length = header
+                if signature != b"PK\3\4" or entry.compress_type != zipfile.ZIP_STORED:
+                    return False
+                place += LOCAL_HEADER.size + name_length + extra_length
+                if self._crc(place, entry.file_size) != entry.CRC:
+                    return False
+        return True
+
+    def _crc(self, start: int, size: int) -> int:
+        crc = 0
+        for place in range(start, start + size, BYTES_AT_ONCE):
+            crc = zlib.crc32(self.read(place, min(BYTES_AT_ONCE, start + size - place)), crc)
+        return crc
 
 
-class _View(io.RawIOBase):
-    """A file to read over memory, which is not copied."""
+class _Part(io.RawIOBase):
+    """A read-only file over a part of a data file."""
 
-    def __init__(self, data: memoryview) -> None:
-        self._data, self._place = data, 0
+    def __init__(self, whole: _DataFile, start: int, size: int) -> None:
+        self._whole, self._start, self._size, self._place = whole, start, size, 0
 
     def seekable(self) -> bool:
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: len(self._data)}
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}
         self._place = max(0, origin[whence] + offset)
         return self._place
 
@@ -252,8 +269,9 @@ class _View(io.RawIOBase):
         return self._place
 
     def read(self, size: int = -1) -> bytes:
-        end = len(self._data) if size is None or size < 0 else self._place + size
-        found = bytes(self._data[self._place : end])
+        left = max(0, self._size - self._place)
+        size = left if size is None or size < 0 else min(size, left)
+        found = self._whole.read(self._start + self._place, size)
         self._place += len(found)
         return found
 
@@ -344,7 +362,7 @@ def verify(path: str | Path) -> None:
 def newest_whole(complete: dict[int, Path]) -> Path | None:
     """The newest of some checkpoints that is whole; reads them to find out."""
     for path in reversed(complete.values()):
-        logger.info(f"Looks whether {path} is whole")
+        logger.info(f"Checking whether {path} is whole")
         try:
             verify(path)
         except DamagedCheckpointError as error:

@@ -45,7 +45,7 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
     """Whether all of a tensor is finite, as a scalar on its device.
 
-    NaN and infinities show in the extremes, without a temporary as large as the tensor.
+    NaN and infinities show in the extremes, which take no temporary as large as the tensor.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return torch.tensor(True, device=tensor.device)
