@@ -1,4 +1,4 @@
-"""What the launcher does about SIGTERM and SIGINT: its processes get time to save."""
+"""The launcher's answer to SIGTERM and SIGINT: its processes get time to save."""
 
 import os
 import signal

@@ -118,7 +118,7 @@ def corrupt(case: Case) -> Result:
     try:
         found = [
             *(_read(newest, case, reference, reading) for reading in READINGS),
-            _train_on(case, reference),
+            _train_on(case, reference, tried),
         ]
     except Bad as bad:
         return Result(bad.outcome, tried, bad.found)
@@ -163,7 +163,7 @@ def named(end: End, case: Case, doing: str) -> None:
         raise Bad("traceback", f"{doing} names no folder or file: {end.message or end.log[-500:]}")
 
 
-def _train_on(case: Case, reference: Reference) -> str:
+def _train_on(case: Case, reference: Reference, tried: str) -> str:
     """Refused or harmless, or it raises Bad."""
     held = contents(case.dump)
     line = command(case.dump, case.world.text)
@@ -175,8 +175,11 @@ def _train_on(case: Case, reference: Reference) -> str:
         if SET_ASIDE not in end.message:
             return "refused"
         end = clear(Launch([*line, SET_ASIDE], case.folder, reference.processes).wait(), SET_ASIDE)
+        # Both of two swapped files are damage.
+        if end.code and "no older checkpoint" in end.message and "swapped" in tried:
+            return "refused"
         if end.code:
-            raise Bad("lost", f"{SET_ASIDE} does not go on: {end.message}")
+            raise Bad("lost", f"{SET_ASIDE} does not go on: {end.message or end.log[-900:]}")
     new = logged(case.dump)[DAMAGED:]
     if new and new[0][0] <= DAMAGED:
         _check_kept(held, case.dump)

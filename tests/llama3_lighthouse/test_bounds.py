@@ -182,7 +182,7 @@ def test_bounds_themselves_are_taken(config: JobConfig) -> None:
         ({"experimental.custom_import": "no.such"}, "custom_import = 'no.such' is no module"),
         ({"metrics.enable_tensorboard": True, "metrics.save_tb_folder": "/proc/no"},
          "metrics.save_tb_folder = '/proc/no' cannot be written to"),
-        ({"checkpoint.folder": "./metrics.jsonl"}, "'./metrics.jsonl' is the name of a file that"),
+        ({"checkpoint.folder": "./metrics.jsonl"}, "'./metrics.jsonl' is in the place of"),
         ({"job.save_config_file": "."}, "job.save_config_file = '.' is a folder"),
         ({"lighthouse.levels": 10**7}, "levels = 10000000 with pooling_factor = 2 would pool"),
     ],

@@ -1,4 +1,4 @@
-"""What a run goes on from, what it refuses, and what it leaves on the disk."""
+"""Checkpoints that a run goes on from, that it refuses, and that it leaves on the disk."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_damage_is_found_named_and_passed_by(
         run()
     message = str(caught.value)
     assert f"{folder}/step-4" in message and file in message
-    assert f"The newest whole one is {folder}/step-2" in message
+    assert f"The one before it is {folder}/step-2" in message
     assert "--checkpoint.set_damaged_aside" in message
 
     second = run(set_damaged_aside=True)
@@ -144,11 +144,51 @@ def test_zeros_in_a_moment_are_found_and_older_damage_too(run: Start, tmp_path: 
         half = len(content) // 3
         content[half : half + 4096] = bytes(4096)
         file.write_bytes(content)
-    with pytest.raises(UserFileError, match="No older checkpoint of .* is whole"):
+    with pytest.raises(UserFileError, match="step-4 is damaged: .* before it is .*step-2"):
         run()
-    with pytest.raises(UserFileError, match="No older checkpoint of .* is whole"):
-        run(set_damaged_aside=True)
     assert names(tmp_path) == ["step-2", "step-4"]
+    with pytest.raises(UserFileError, match="step-2 is damaged: .*holds no older checkpoint"):
+        run(set_damaged_aside=True)
+    assert names(tmp_path) == ["step-2", "step-4.damaged"]
+
+
+def test_a_file_system_that_fails_is_no_damage(
+    run: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run().train(4)
+
+    def stale(*arguments: object) -> bytes:
+        raise OSError(116, "Stale file handle", "step-4/__0_0.distcp")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", stale)
+        with pytest.raises(UserFileError, match=r"step-4 cannot be read: .*Stale file handle"):
+            run(set_damaged_aside=True)
+    assert names(tmp_path) == ["step-2", "step-4"]
+    assert run().progress.step == 4
+
+
+def test_weights_alone_are_not_called_damaged(run: Start, tmp_path: Path) -> None:
+    first = run(last_save_model_only=True)
+    first.train(3)
+    first.manager.save(4, last_step=True)
+    with pytest.raises(UserValueError, match="step-4 holds weights without 'optimizer'"):
+        run(set_damaged_aside=True, exclude_from_loading=["dataloader"])
+    assert names(tmp_path) == ["step-2", "step-4"]
+
+
+def test_a_renamed_folder_is_refused(run: Start, tmp_path: Path) -> None:
+    run().train(4)
+    folder = tmp_path / "dump/checkpoint"
+    (folder / "step-4").rename(folder / "step-8")
+    with pytest.raises(UserValueError, match="step-8 holds step 4; give the folder the name"):
+        run()
+
+
+def test_counting_from_one_again_in_the_same_folder_is_refused(run: Start, tmp_path: Path) -> None:
+    run().train(2)
+    with pytest.raises(UserValueError, match="would train from step 1 on in"):
+        run(exclude_from_loading=["train_state"])
 
 
 def test_data_of_another_step_is_found(run: Start, tmp_path: Path) -> None:
@@ -201,8 +241,9 @@ def test_purging_takes_a_folder_out_at_once(
     begun = threading.Event()
 
     def stopped_in_the_middle(path: str, **options: object) -> None:
-        Path(path, "lighthouse.json").unlink()
-        begun.set()
+        if Path(path).exists():
+            Path(path, "lighthouse.json").unlink()
+            begun.set()
 
     monkeypatch.setattr(shutil, "rmtree", stopped_in_the_middle)
     run(keep_latest_k=2).train(6)

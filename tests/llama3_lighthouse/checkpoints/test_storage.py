@@ -17,8 +17,8 @@ from torchtitan.models.llama3_lighthouse.checkpoints.storage import (
     DamagedCheckpointError,
     load_state,
     read_metadata,
-    verify,
 )
+from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.evaluation.inference import read_configuration
 
 FILES = [".metadata", "__0_0.distcp", ".checksums"]
@@ -57,7 +57,6 @@ def test_reads_what_was_saved(saved: tuple[Path, dict[str, Any]]) -> None:
     found = blank()
     load_state(found, folder, no_dist=True)
     assert equal(state, found)
-    verify(folder)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -133,8 +132,6 @@ def test_values_run_no_code(tmp_path: Path) -> None:
     dcp.save({"name": Payload(marker)}, checkpoint_id=folder, no_dist=True)
     with pytest.raises(DamagedCheckpointError, match="'name' is no plain value"):
         load_state({"name": ""}, folder, no_dist=True)
-    with pytest.raises(DamagedCheckpointError):
-        verify(folder)
     assert not marker.exists()
     dcp.load({"name": ""}, checkpoint_id=folder, no_dist=True)
     assert marker.exists(), "the payload works"
@@ -154,8 +151,8 @@ def test_metadata_cannot_name_files_elsewhere(
         load_state(blank(), folder, no_dist=True)
 
 
-def test_values_of_another_shape_are_refused(saved: tuple[Path, dict[str, Any]]) -> None:
-    with pytest.raises(DamagedCheckpointError):
+def test_values_that_are_not_there_are_no_damage(saved: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(UserValueError, match="does not fit this run: Missing key"):
         load_state({"missing": torch.zeros(2)}, saved[0], no_dist=True)
 
 

@@ -35,6 +35,7 @@ def write_names(folder: Path, names: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "train", "held_out"),
     [
+        ("a.txt Validation-b.txt", "a.txt", "Validation-b.txt"),
         ("train-0.txt books.txt", "books.txt train-0.txt", ""),
         (
             "dev.txt valid.txt val.txt test.txt eval.txt the-test.txt train.txt validation.txt",

@@ -331,7 +331,7 @@ def _check_flags(config_cls: type, args: list[str]) -> None:
 
 
 def _closest(key: str, known: Iterable[str]) -> str:
-    """What to write instead of ``key``: the most similar key, or any of those there are."""
+    """A hint for an unknown key: the most similar key, or those that there are."""
     known = list(known)
     if close := difflib.get_close_matches(key, known, n=1):
         return f"did you mean '{close[0]}'?"

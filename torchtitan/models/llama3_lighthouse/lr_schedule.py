@@ -12,7 +12,7 @@ from torchtitan.config import LRScheduler
 def build_lr_schedulers(
     optimizers: OptimizersContainer, config: LRScheduler, training_steps: int
 ) -> upstream.LRSchedulersContainer:
-    """Upstream's schedulers, held at ``min_lr_factor`` from their last step on.
+    """Upstream's schedulers, which keep their last value after the end of the schedule.
 
     Upstream goes on to decay: past zero under "linear" and "sqrt", and up again under "cosine".
     Where it does not decay, it fails.

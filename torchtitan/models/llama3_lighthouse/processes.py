@@ -1,4 +1,4 @@
-"""How the processes of runs get along: each ends with its parent, and one run has a folder."""
+"""Processes of a run end with their parents, and only one run at a time uses a folder."""
 
 import ctypes
 import errno
@@ -16,6 +16,7 @@ from typing import TextIO
 from torchtitan.tools.logging import logger
 
 from .errors import UserFileError
+from .job_config import JobConfig
 
 # This file in job.dump_folder is locked while a run writes there. Runs leave it behind, unlocked.
 LOCK_FILE = "lock"
@@ -92,37 +93,64 @@ def open_locked(path: Path) -> TextIO:
     return file
 
 
-def lock_run(dump_folder: str | Path) -> TextIO | None:
-    """Keep other runs out of ``dump_folder`` until the file that this returns is closed.
+def lock_folders(config: JobConfig) -> list[TextIO]:
+    """Keep other runs out of ``job.dump_folder``, and of a checkpoint folder that lies elsewhere.
+
+    Returns:
+        The files to close at the end; none on ranks other than the first.
+
+    Raises:
+        OSError: as ``lock_run``.
+    """
+    section = config.checkpoint
+    dump_folder = Path(config.job.dump_folder)
+    locks = [lock_run(dump_folder)]
+    checkpoints = Path(os.path.normpath(dump_folder / section.folder))
+    elsewhere = not checkpoints.is_relative_to(os.path.normpath(dump_folder))
+    if section.enable and not section.load_only and elsewhere:
+        # The folder itself must not be made yet: its being there says that there are checkpoints.
+        beside = f"{checkpoints.name}.{LOCK_FILE}"
+        locks.append(lock_run(checkpoints.parent, beside, "checkpoint.folder"))
+    return [lock for lock in locks if lock is not None]
+
+
+def lock_run(
+    folder: str | Path, name: str = LOCK_FILE, key: str = "job.dump_folder"
+) -> TextIO | None:
+    """Keep other runs out of ``folder`` until the file that this returns is closed.
 
     The first rank of a run does this for all of them; the others get None. The kernel unlocks the
     folder however the process ends.
+
+    Args:
+        name: the file in ``folder`` to lock.
+        key: the key of the configuration that names the folder.
 
     Raises:
         OSError: another run writes there, or nothing can be written there.
     """
     if os.environ.get("RANK", "0") != "0":
         return None
-    path = Path(dump_folder, LOCK_FILE)
+    path = Path(folder, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open_locked(path)
     except BlockingIOError:
         holder = path.read_text().strip() or "process unknown"
         raise UserFileError(
-            f"job.dump_folder = '{dump_folder}' is in use by another run ({holder}); wait until it "
-            "ends, or pass --job.dump_folder FOLDER for a folder of its own"
+            f"{key} = '{folder}' is in use by another run ({holder}); wait until it ends, or pass "
+            f"--{key} FOLDER for a folder of its own"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             logger.warning(
-                f"The file system of {dump_folder} knows no locks ({error.strerror}): make sure "
-                "that no other run writes to this folder"
+                f"The file system of {folder} knows no locks ({error.strerror}): make sure that no "
+                "other run writes to this folder"
             )
             return None
         raise UserFileError(
-            f"job.dump_folder = '{dump_folder}' cannot be written to ({error}); pass "
-            "--job.dump_folder FOLDER for another"
+            f"{key} = '{folder}' cannot be written to ({error.strerror}); pass --{key} FOLDER for "
+            "another"
         ) from error
     lock.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")

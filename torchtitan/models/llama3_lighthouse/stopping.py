@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 from .errors import LAUNCHER, USERS_MISTAKE, UserError
 from .processes import die_with_parent
 
-# Schedulers can tell by this code that the same command goes on from a checkpoint without loss.
+# This code tells a scheduler to run the same command again: nothing is lost.
 EXIT_SAVED = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Launcher, scheduler and terminal may each pass on one signal. Those within a second are one.
@@ -50,7 +50,7 @@ class StopRequest:
         self._since = 0.0
 
     def listen(self) -> None:
-        """Let signals no longer end this process at once, until the second one."""
+        """From now on, remember the first signal; only a second one ends the process."""
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
@@ -78,7 +78,7 @@ def stopped(number: int, step: int, checkpoint: Path | None) -> StoppedBySignal:
     if checkpoint is None:
         message = (
             f"stopped by {name} after step {step}; nothing was saved, because "
-            "checkpoint.enable = false; pass --checkpoint.enable to save"
+            "checkpoint.enable is false or checkpoint.load_only is true"
         )
         return StoppedBySignal(message, 128 + number)
     message = f"stopped by {name}: saved step {step} in {checkpoint}; the same command goes on"

@@ -39,7 +39,7 @@ from .metrics import (
 )
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer
-from .processes import lock_run
+from .processes import lock_folders
 from .selection_statistics import Selected, selection_statistics, selections
 from .stages import ATTENTIONS, attention_at, stage_at
 from .stopping import StopRequest, ends_as_the_launcher_expects, stopped
@@ -65,7 +65,7 @@ class LighthouseTrainer(upstream.Trainer):
     def __init__(self, job_config: JobConfig) -> None:
         check_launch(job_config, flavors, int(os.environ.get("WORLD_SIZE", 1)))
         check_device(job_config, device_type)
-        self._lock = lock_run(job_config.job.dump_folder)
+        self._locks = lock_folders(job_config)
         log_to_file(job_config.job.dump_folder)
         # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -253,6 +253,9 @@ class LighthouseTrainer(upstream.Trainer):
         self.metrics_processor.record_step(self._flops_per_token[attention], attention)
         if self.metrics_processor.should_log(self.step):
             self._log(attention, loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
+        if self._stopped_by and self.step < self.job_config.training.steps:
+            # A validation that is due now may take longer than whoever stopped the run waits.
+            self.checkpointer.save_now(self.step)
 
     def _forward_backward(
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
@@ -353,9 +356,13 @@ class LighthouseTrainer(upstream.Trainer):
         )
 
     def close(self) -> None:
-        super().close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            super().close()
+        # An error that ends the run must not be hidden by one of its loggers.
+        except OSError as error:
+            logger.warning(f"The logs of the run cannot be closed: {error.strerror}")
+        for lock in self._locks:
+            lock.close()
 
 
 def run(config: JobConfig) -> None:

@@ -6,7 +6,7 @@ import torch
 def verdict_of_all_ranks(
     loss: torch.Tensor, grad_norm: torch.Tensor, signal_number: int
 ) -> torch.Tensor:
-    """Two numbers, alike on all ranks, which therefore stop together instead of waiting.
+    """Two numbers, the same on all ranks, so that all stop together and none waits for another.
 
     The first is 1.0 if the loss or the gradient norm of any rank is not finite, otherwise 0.0. The
     second is the number of a signal that asked any rank to stop, or 0.0.

@@ -3,6 +3,7 @@
 A save makes ``step-N`` with the file ``.unfinished``, fills it, puts ``.metadata`` in place and
 then removes ``.unfinished``. A purge first renames the folder. So a folder without ``.metadata``
 either says that its save was cut off, or has lost the file since, as in a copy by ``step-N/*``.
+Saves that earlier versions cut off have no mark and count as the second.
 """
 
 import re
@@ -65,7 +66,7 @@ def condition(path: Path) -> Condition:
     """The condition of one checkpoint folder."""
     if any((path / name).is_file() for name in (METADATA_FILE, *WEIGHTS_FILES)):
         return Condition.COMPLETE
-    # A folder without anything else holds nothing that could be lost.
+    # A folder that holds at most a record has nothing to lose.
     others = {file.name for file in path.iterdir()} - {RECORD_FILE}
     if UNFINISHED_FILE in others or not others:
         return Condition.CUT_OFF
@@ -108,7 +109,10 @@ def set_aside(path: Path) -> Path:
 
 def take_out(path: Path) -> Path:
     """Rename a folder that is to be deleted, so that it never looks complete in between."""
-    return path.rename(path.with_name(path.name + PURGED))
+    new = path.with_name(path.name + PURGED)
+    # An earlier deletion may have stopped in the middle.
+    shutil.rmtree(new, ignore_errors=True)
+    return path.rename(new)
 
 
 def taken_out(folder: str | Path) -> list[Path]:

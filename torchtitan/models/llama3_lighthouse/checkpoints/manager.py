@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import (
     DATALOADER,
+    LR_SCHEDULER,
     MODEL,
     OPTIMIZER,
     TRAIN_STATE,
@@ -24,19 +25,19 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 
 from ..data.packing import check_dataloader_state
-from ..errors import NonFiniteError, UserError, UserFileError, UserValueError
+from ..errors import NonFiniteError, UserFileError, UserValueError
 from . import folders
 from .checksums import write_checksums
 from .failed_saves import cause, not_written
 from .folders import METADATA_FILE, SEALED_FILES, Condition, checkpoints_in, complete_checkpoints
-from .ranks import gathered, on_rank_0, unusable
+from .ranks import agreed, gathered, on_rank_0
 from .record import CheckpointRecord, read_record, write_record
 from .resume import check_settings
-from .storage import DamagedCheckpointError, check_shapes, load_state, newest_whole, read_metadata
+from .storage import DamagedCheckpointError, check_shapes, load_state
 from .tensors import first_not_finite, named_tensors
 
 SET_ASIDE = "checkpoint.set_damaged_aside"
-# A run that ends by an error waits so long for an asynchronous save.
+# A run that ends by an error waits at most this long for an asynchronous save.
 SECONDS_FOR_A_SAVE = 600
 
 
@@ -54,7 +55,9 @@ class LighthouseCheckpointManager(CheckpointManager):
     save_future: Future[Any] | None
     # The folder that an asynchronous save is writing.
     _in_flight: Path | None = None
-    # An asynchronous save is finished by its own thread or by the one that waits for it.
+    # The step of ``save_now``, which upstream's loop saves again if it is due.
+    _saved_now: int | None = None
+    # The save's own thread and the thread that waits for it may come to its end together.
     _finishing = threading.Lock()
 
     # Loading
@@ -69,23 +72,15 @@ class LighthouseCheckpointManager(CheckpointManager):
             return super().load(step)
         on_rank_0(self._clear)
         while True:
-            loaded, error = False, None
             try:
-                loaded = self._load(step)
-            except UserError as caught:
-                error = caught
-            except OSError as caught:
-                error = unusable(caught)
-            found = [each for each in gathered(error) if each is not None]
-            if not found:
-                return loaded
-            first = found[0]
-            if not isinstance(first, DamagedCheckpointError):
-                raise first
-            on_rank_0(partial(self._give_up_or_set_aside, first, step))
+                path = agreed(partial(self._check_before_load, step))
+                return agreed(partial(self._load, path))
+            except DamagedCheckpointError as error:
+                damaged = error
+            on_rank_0(partial(self._give_up_or_set_aside, damaged, step))
 
     def _clear(self) -> None:
-        """Remove what earlier runs did not get to save or to delete."""
+        """Remove half-written and half-deleted folders of earlier runs."""
         if self.load_only:
             return
         folder = Path(self.folder)
@@ -98,19 +93,23 @@ class LighthouseCheckpointManager(CheckpointManager):
         if removed and self.initial_load_path and not any(folder.iterdir()):
             folder.rmdir()
 
-    def _load(self, step: int) -> bool:
-        path = self._check_before_load(step)
+    def _load(self, path: Path | None) -> bool:
         from_here = path is not None and path.parent == Path(self.folder)
         number = int(path.name.removeprefix("step-")) if path and from_here else -1
         loaded = super().load(number)
         if not loaded:
             logger.info(f"Begins from scratch: no checkpoint in {self.folder}")
             return False
-        path = path or Path(self.initial_load_path or self.folder)
+        path = path or Path(self.initial_load_path or "weights in Hugging Face's format")
         if name := first_not_finite(self._tensors()):
             raise DamagedCheckpointError(path, f"'{name}' holds values that are not finite")
+        step = self.states[TRAIN_STATE].step
+        if from_here and step != number:
+            raise UserValueError(
+                f"{path} holds step {step}; give the folder the name step-{step} again"
+            )
         logger.info(f"Goes on from {path}")
-        if self.states[TRAIN_STATE].step > 0:
+        if step > 0:
             record = read_record(path)
             self.last_lighthouse_step = record.last_lighthouse_step if record else None
         return True
@@ -119,28 +118,28 @@ class LighthouseCheckpointManager(CheckpointManager):
         """Rename a damaged checkpoint if the user asked for that and an older one can follow.
 
         Raises:
-            UserError: training cannot go on; the message names the newest whole checkpoint.
+            UserError: training cannot go on; the message names the checkpoint before it.
         """
-        here = complete_checkpoints(self.folder)
         if error.path.parent != Path(self.folder) or step != -1:
-            raise UserFileError(f"{error}; restore it, or pass another checkpoint")
+            raise UserFileError(
+                f"{error}; restore it, or name another by --checkpoint.load_step or "
+                "--checkpoint.initial_load_path"
+            )
         number = int(error.path.name.removeprefix("step-"))
-        older = newest_whole({n: path for n, path in here.items() if n < number})
-        if older is None:
+        older = [path for n, path in complete_checkpoints(self.folder).items() if n < number]
+        if not older:
             raise UserFileError(
-                f"{error}. No older checkpoint of {self.folder} is whole; restore the file, or "
-                "begin anew with --checkpoint.folder NAME"
+                f"{error}. {self.folder} holds no older checkpoint; restore the file, or begin "
+                "anew with --checkpoint.folder NAME"
             )
-        if not self.config["checkpoint"]["set_damaged_aside"]:
+        if not self.config["checkpoint"]["set_damaged_aside"] or self.load_only:
             raise UserFileError(
-                f"{error}. The newest whole one is {older}; restore the file, or pass "
-                f"--{SET_ASIDE} to go on from there, which renames newer ones to "
-                "step-N.damaged"
+                f"{error}. The one before it is {older[-1]}; restore the file, or pass "
+                f"--{SET_ASIDE} to go on from the newest that is whole, which renames this one to "
+                f"{error.path.name}.damaged"
             )
-        for found in checkpoints_in(self.folder).values():
-            if found.step > int(older.name.removeprefix("step-")):
-                new = folders.set_aside(found.path)
-                logger.warning(f"{found.path} is damaged and set aside as {new.name}")
+        new = folders.set_aside(error.path)
+        logger.warning(f"{error}. It is set aside as {new.name}")
 
     def dcp_load(
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
@@ -169,11 +168,13 @@ class LighthouseCheckpointManager(CheckpointManager):
         for found in existing.values():
             if found.condition is not Condition.WITHOUT_METADATA:
                 continue
-            if found.step > newest:
+            if found.step > newest and step == -1:
                 raise DamagedCheckpointError(
                     found.path, f"it has no file {METADATA_FILE}, which copies by 'step-N/*' lack"
                 )
-            logger.warning(f"{found.path} has no file {METADATA_FILE} and is left out")
+            logger.warning(
+                f"{found.path} has no file {METADATA_FILE} and is not used; copy all of it again"
+            )
 
         if step != -1 and step not in complete:
             has = f"it has steps {', '.join(map(str, complete))}" if complete else "it has none"
@@ -206,6 +207,12 @@ class LighthouseCheckpointManager(CheckpointManager):
                 "--checkpoint.no-initial_load_model_only"
             )
         path = complete[step]
+        if TRAIN_STATE in self.exclude_from_loading and not self.load_only:
+            raise UserValueError(
+                f"checkpoint.exclude_from_loading = {self.exclude_from_loading} would train from "
+                f"step 1 on in {self.folder}, which has later ones; begin in another place with "
+                f"--checkpoint.folder NEW --checkpoint.initial_load_path {path}"
+            )
         self._check_fits(path, model_only=step == 0)
         self._check_settings(path, elsewhere=False, weights_only=step == 0)
         return path
@@ -217,9 +224,18 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"{path} is not a complete checkpoint (it has no .metadata file); "
                 "pass the path of a step-N folder"
             )
-        check_shapes(path, self.states[MODEL].state_dict())
-        if not model_only and DATALOADER not in self.exclude_from_loading:
-            stored = read_metadata(path).state_dict_metadata
+        stored = check_shapes(path, self.states[MODEL].state_dict())
+        if model_only:
+            return
+        for name in (OPTIMIZER, LR_SCHEDULER, TRAIN_STATE):
+            held = any(key.startswith(f"{name}.") for key in stored)
+            if name not in self.exclude_from_loading and not held:
+                raise UserValueError(
+                    f"{path} holds weights without '{name}', as checkpoint.last_save_model_only "
+                    "leaves them; train on from the weights in another place with "
+                    f"--checkpoint.folder NEW --checkpoint.initial_load_path {path}"
+                )
+        if DATALOADER not in self.exclude_from_loading:
             check_dataloader_state(path, stored, self.states[DATALOADER].stream_count)
 
     def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
@@ -239,7 +255,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             NonFiniteError: weights or optimizer state are not finite; nothing is saved.
             UserFileError: the checkpoint, or the one before it, could not be written.
         """
-        if not self._should_save(curr_step, last_step):
+        if curr_step == self._saved_now or not self._should_save(curr_step, last_step):
             return
         start = time.monotonic()
         self.wait()
@@ -248,8 +264,11 @@ class LighthouseCheckpointManager(CheckpointManager):
         on_rank_0(partial(self._begin, path, curr_step))
         try:
             super().save(curr_step, last_step)
-        except (CheckpointException, OSError, RuntimeError) as error:
+        except (CheckpointException, OSError) as error:
             raise self._not_written(path, error) from error
+        if last_step:
+            # Upstream keeps one more after the last save.
+            self._purge_stale_checkpoints()
         if self.save_future is None:
             self._finish(path)
         else:
@@ -274,7 +293,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             return None
         self.wait()
         path = Path(self._create_checkpoint_id(step))
-        if step in complete_checkpoints(self.folder):
+        if any(gathered(step in complete_checkpoints(self.folder))):
             return path
         mode, interval = self.async_mode, self.interval
         self.async_mode, self.interval = AsyncMode.DISABLED, 1
@@ -282,6 +301,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             self.save(step)
         finally:
             self.async_mode, self.interval = mode, interval
+        self._saved_now = step
         return path
 
     def wait(self, timeout: float | None = None) -> None:
@@ -300,7 +320,9 @@ class LighthouseCheckpointManager(CheckpointManager):
         try:
             future.result(timeout)
         except StillRunning:
-            raise UserFileError(f"checkpoint {path} is not saved after {timeout:.0f} s") from None
+            raise UserFileError(
+                f"checkpoint {path} is not saved after {timeout} s and may be incomplete"
+            ) from None
         except (CheckpointException, Exception) as error:
             raise self._not_written(path, error) from error
         # The result may be there before the save's own thread gets to this.
@@ -335,7 +357,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         if found and found.condition is not Condition.CUT_OFF:
             raise UserFileError(
                 f"{path} already holds a checkpoint and is not overwritten; "
-                "pass --checkpoint.folder NAME for a new one, or move the old one away"
+                "pass --checkpoint.folder NAME to save elsewhere, or move that folder away"
             )
         try:
             folders.begin(path)
@@ -378,7 +400,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             except OSError as error:
                 logger.warning(f"{path} cannot be deleted ({cause(error)})")
 
-    # What is saved
+    # Checks of the saved tensors
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return named_tensors(self.states[MODEL].model, list(self.states[OPTIMIZER]))

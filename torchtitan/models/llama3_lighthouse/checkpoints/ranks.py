@@ -15,20 +15,31 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def agreed(action: Callable[[], Any]) -> Any:
+    """Do something on every rank; returns what rank 0 got, or raises the first rank's error."""
+    error: UserError | None = None
+    result = None
+    try:
+        result = action()
+    except UserError as caught:
+        error = caught
+    except OSError as caught:
+        error = unusable(caught)
+    found = gathered((error, result))
+    if errors := [each for each, _ in found if each]:
+        raise errors[0]
+    return found[0][1]
+
+
 def on_rank_0(action: Callable[[], None]) -> None:
     """Let rank 0 do something, and raise its error, if a user can mend it, on every rank."""
-    error: UserError | None = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as caught:
-            error = caught
-        except OSError as caught:
-            error = unusable(caught)
-    if error := gathered(error)[0]:
-        raise error
+    agreed(action if dist.get_rank() == 0 else lambda: None)
 
 
 def unusable(error: OSError) -> UserFileError:
     """The error for a file or folder that the system does not let us use."""
-    return UserFileError(f"{error.filename}: {error.strerror}; make it usable, and start again")
+    file = error.filename or "a file of the run"
+    return UserFileError(
+        f"{file} cannot be used ({error.strerror}); mend its permissions or move it away, and "
+        "start again"
+    )

@@ -1,9 +1,10 @@
-"""Checkpoint files: nothing in them is run, and every byte that is read is checked first.
+"""Checkpoint files: nothing in them is run, and what is read is checked first.
 
 torch stores each tensor and each value as a zip archive of its own, with a CRC32 that it does not
 check when it reads. ``.metadata`` is a pickle without one; our saves put its SHA-256 beside it.
 """
 
+import errno
 import io
 import os
 import pickle
@@ -26,14 +27,12 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torchtitan.tools.logging import logger
 
 from ..errors import UserError, UserFileError, UserValueError
 from .checksums import FileFault, check_checksum, require_file
 from .folders import METADATA_FILE
-from .tensors import is_finite
 
-# Classes that occur in the metadata of torch's checkpoints; torch's dtypes do besides.
+# Classes that occur in the metadata of torch's checkpoints; torch's dtypes are allowed as well.
 ALLOWED = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -53,6 +52,7 @@ ALLOWED = {
 }  # fmt: skip
 # Signature of a zip entry, and the lengths of the two fields between its header and its data.
 LOCAL_HEADER = struct.Struct("<4s22xHH")
+MISSING = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
 CHECKING_THREADS = 4
 # Batches of items are checked ahead of the copy into the model.
 BATCH_BYTES = 8 * 2**20
@@ -105,6 +105,7 @@ class CheckpointReader(FileSystemReader):
     """
 
     _checks: Iterator[None]
+    _metadata: Metadata | None = None
 
     # pyrefly: ignore[bad-override]  Keyword arguments would make torch look for other files too.
     def read_metadata(self) -> Metadata:
@@ -113,10 +114,12 @@ class CheckpointReader(FileSystemReader):
         Raises:
             DamagedCheckpointError: it is missing, unreadable or changed.
         """
-        try:
-            return self._read_metadata()
-        except (OSError, FileFault) as error:
-            raise DamagedCheckpointError(Path(self.path), _reason(error)) from None
+        if self._metadata is None:
+            try:
+                self._metadata = self._read_metadata()
+            except (OSError, FileFault) as error:
+                raise _user_error(Path(self.path), error) from None
+        return self._metadata
 
     def _read_metadata(self) -> Metadata:
         folder = Path(self.path)
@@ -125,7 +128,7 @@ class CheckpointReader(FileSystemReader):
         try:
             metadata = _MetadataUnpickler(io.BytesIO(require_file(file).read_bytes())).load()
             for item in metadata.storage_data.values():
-                # A file of another folder is none of this checkpoint.
+                # A checkpoint's files all lie in its own folder.
                 if Path(item.relative_path).name != item.relative_path:
                     raise ValueError(f"it names {item.relative_path!r}, outside of the folder")
             dict(metadata.state_dict_metadata)
@@ -180,7 +183,10 @@ class CheckpointReader(FileSystemReader):
 
 
 def _batches(stored: list[Any]) -> Iterator[list[Any]]:
-    """Lists of at least ``BATCH_BYTES``: most values are small, and handing one over takes long."""
+    """Lists of at least ``BATCH_BYTES``, but for the last.
+
+    Handing a small value to a thread takes longer than checking it.
+    """
     batch: list[Any] = []
     size = 0
     for item in stored:
@@ -205,9 +211,15 @@ class _DataFile:
         self._file = file
         self._opened = require_file(file).open("rb", buffering=0)
         self._size = os.fstat(self._opened.fileno()).st_size
+        self._error: OSError | None = None
 
     def read(self, start: int, size: int) -> bytes:
-        return os.pread(self._opened.fileno(), size, start)
+        try:
+            return os.pread(self._opened.fileno(), size, start)
+        except OSError as error:
+            # ``zipfile`` would take it for a fault of the archive.
+            self._error = OSError(error.errno, error.strerror, str(self._file))
+            raise self._error from None
 
     def check(self, start: int, size: int) -> None:
         """Compare every entry of the zip archive at ``start`` with its CRC32.
@@ -219,11 +231,11 @@ class _DataFile:
             raise FileFault(f"{self._file} is too short: it ends before byte {start + size:,}")
         try:
             sound = self._is_sound(start, size)
-        except OSError:
-            raise
         # Nonsense in an archive raises whatever it likes.
         except Exception:
             sound = False
+        if self._error:
+            raise self._error
         if not sound:
             raise FileFault(
                 f"{self._file} has changed since it was written: bytes {start:,} to "
@@ -284,21 +296,20 @@ def load_state(state: dict[str, Any], path: str | Path, no_dist: bool = False) -
 
     Raises:
         DamagedCheckpointError: on every rank, if what any of them reads is not what was saved.
+        UserError: on every rank, if one cannot read it, or it lacks what ``state`` has.
     """
+    reader = CheckpointReader(path)
+    # torch would only say that there is none.
+    reader.read_metadata()
     try:
         dcp.load(
             state,
-            storage_reader=CheckpointReader(path),
+            storage_reader=reader,
             planner=_PlainValuesPlanner(),
             no_dist=no_dist,
         )
     except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise DamagedCheckpointError(path, _reason(first)) from None
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise DamagedCheckpointError(path, _reason(error)) from error
+        raise _user_error(Path(path), next(iter(error.failures.values()))[0]) from None
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -318,8 +329,11 @@ def in_one_process() -> Generator[None]:
         yield
 
 
-def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
+def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Check that a checkpoint holds every tensor of a model's state dict, in its shape.
+
+    Returns:
+        All that it holds, by name.
 
     Raises:
         ValueError: the checkpoint belongs to another model.
@@ -336,49 +350,25 @@ def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> None:
                 f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
                 "pass another checkpoint folder"
             )
+    return stored
 
 
-def verify(path: str | Path) -> None:
-    """Read a whole checkpoint, and check that it is what was saved and that all of it is finite.
-
-    Raises:
-        DamagedCheckpointError: it is not.
-    """
-    reader = CheckpointReader(path)
-    stored = reader.read_metadata().storage_data
-    try:
-        items = [*stored.values()]
-        for index, item, _ in zip(stored, items, reader.checks(items), strict=True):
-            with Path(path, item.relative_path).open("rb") as file:
-                file.seek(item.offset)
-                data = io.BytesIO(file.read(item.length))
-            value = torch.load(data, map_location="cpu", weights_only=True)
-            if isinstance(value, torch.Tensor) and not is_finite(value):
-                raise FileFault(f"'{index.fqn}' holds values that are not finite")
-    except (OSError, FileFault, pickle.UnpicklingError) as error:
-        raise DamagedCheckpointError(path, _reason(error)) from None
+def _user_error(path: Path, error: BaseException) -> UserError:
+    """The error for a checkpoint of which ``error`` kept us from reading a part."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, FileFault):
+        return DamagedCheckpointError(path, str(error))
+    if isinstance(error, OSError) and error.errno in MISSING:
+        return DamagedCheckpointError(path, f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError):
+        # The file may be sound, and the way to it broken.
+        return UserFileError(
+            f"checkpoint {path} cannot be read: {error.filename}: {error.strerror}; mend that, and "
+            "start again"
+        )
+    return UserValueError(f"checkpoint {path} does not fit this run: {_first_line(error)}")
 
 
-def newest_whole(complete: dict[int, Path]) -> Path | None:
-    """The newest of some checkpoints that is whole; reads them to find out."""
-    for path in reversed(complete.values()):
-        logger.info(f"Checking whether {path} is whole")
-        try:
-            verify(path)
-        except DamagedCheckpointError as error:
-            logger.warning(str(error))
-            continue
-        return path
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, DamagedCheckpointError):
-        return error.reason
-    if isinstance(error, OSError) and error.filename:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
-    return str(error) if isinstance(error, FileFault) else f"{type(error).__name__}: {error}"
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from ..console import LOG_FILE
 from ..errors import UserFileError, UserValueError
 from ..job_config import JobConfig
 from ..metrics import METRICS_FILE
+from ..processes import LOCK_FILE
 
 
 def check_output_of_run(config: JobConfig) -> None:
@@ -36,7 +37,7 @@ def _check_metrics(config: JobConfig) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether Python finds a module, which need not be imported for that."""
+    """Whether Python finds a module. Only its parent packages are imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, AttributeError, ValueError):
@@ -57,17 +58,24 @@ def _check_folders(config: JobConfig) -> None:
         section, _, name = key.partition(".")
         folder = getattr(getattr(config, section), name)
         _check_folder(key, folder, dump / folder)
-        if os.path.normpath(folder) in (METRICS_FILE, LOG_FILE):
-            raise UserFileError(
-                f"{key} = '{folder}' is the name of a file that each run writes; pass --{key} with "
-                "another name"
-            )
+        _check_name(key, folder)
     if file := config.job.save_config_file:
+        _check_name("job.save_config_file", file)
         _check_folder("job.save_config_file", file, (dump / file).parent)
         if (dump / file).is_dir():
             raise UserFileError(
                 f"job.save_config_file = '{file}' is a folder; pass --job.save_config_file FILE"
             )
+
+
+def _check_name(key: str, given: str) -> None:
+    """Refuse a path that is, or lies below, a file that each run writes to its folder."""
+    first = Path(os.path.normpath(given)).parts[:1]
+    if first and first[0] in (METRICS_FILE, LOG_FILE, LOCK_FILE):
+        raise UserFileError(
+            f"{key} = '{given}' is in the place of {first[0]}, a file that each run writes; pass "
+            f"--{key} with another name"
+        )
 
 
 def _check_folder(key: str, given: str, folder: Path) -> None:

@@ -60,8 +60,12 @@ def contents_fingerprint(folder: str, kind: str, paths: Sequence[str]) -> str:
             # Another process may have read the files while this one waited.
             known = _fitting(_read(cache), paths)
             if len(known) < len(paths):
-                known = _hash_rest(paths, known, cache)
-    return BY_CONTENT + digest(json.dumps([kind, *(known[path] for path in paths)]))
+                return _joined(kind, paths, _hash_rest(paths, known, cache))
+    return _joined(kind, paths, {path: entry[-1] for path, entry in known.items()})
+
+
+def _joined(kind: str, paths: Sequence[str], hashes: dict[str, str]) -> str:
+    return BY_CONTENT + digest(json.dumps([kind, *(hashes[path] for path in paths)]))
 
 
 def cache_folder() -> Path:
@@ -71,16 +75,16 @@ def cache_folder() -> Path:
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "lighthouse")
 
 
-def _hash_rest(paths: Sequence[str], known: dict[str, str], cache: Path) -> dict[str, str]:
-    """Hash the files that are not in ``known``, and keep all hashes; path -> hash."""
+def _hash_rest(paths: Sequence[str], known: dict[str, list], cache: Path) -> dict[str, str]:
+    """Hash the files that have no entry in ``known``, and keep all hashes; path -> hash."""
     start = time.time()
     states, hashes = _hash_files([path for path in paths if path not in known])
     settled = (start - SECONDS_TO_SETTLE) * 1e9
     entries = {
-        path: [*(states.get(path) or _state(path)), hashed]
-        for path, hashed in (known | hashes).items()
-        if path not in states or states[path][2] < settled
-    }
+        path: [*states[path], hashed]
+        for path, hashed in hashes.items()
+        if states[path][2] < settled
+    } | known
     try:
         if entries:
             _write(cache, entries)
@@ -89,7 +93,7 @@ def _hash_rest(paths: Sequence[str], known: dict[str, str], cache: Path) -> dict
             f"The text's hashes cannot be kept in {cache} ({error.strerror}), so that every start "
             "reads the whole text; set XDG_CACHE_HOME to a folder that can be written"
         )
-    return known | hashes
+    return {path: entry[-1] for path, entry in known.items()} | hashes
 
 
 def _hash_files(paths: list[str]) -> tuple[dict[str, State], dict[str, str]]:
@@ -165,9 +169,9 @@ def _unreadable(path: str, error: OSError) -> UserFileError:
     return UserFileError(f"{path} cannot be read: {error.strerror}; restore it, or move it away")
 
 
-def _fitting(entries: dict[str, list], paths: Sequence[str]) -> dict[str, str]:
-    """The hashes of files that are as they were when they were hashed; path -> hash."""
-    return {path: entries[path][-1] for path in paths if entries.get(path, [])[:-1] == _state(path)}
+def _fitting(entries: dict[str, list], paths: Sequence[str]) -> dict[str, list]:
+    """The entries of files that are as they were when they were hashed."""
+    return {path: entries[path] for path in paths if entries.get(path, [])[:-1] == _state(path)}
 
 
 def _read(cache: Path) -> dict[str, list]:

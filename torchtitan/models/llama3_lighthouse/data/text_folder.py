@@ -47,7 +47,7 @@ MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class TextFolder:
-    """What lies in a folder.
+    """The contents of a folder.
 
     Attributes:
         path: as the user gave it.
@@ -150,7 +150,7 @@ def read_folder(path: str | None, key: str) -> TextFolder:
     for name in sizes:
         _check_name(os.path.join(root, name))
     ordered = {os.path.join(root, name): sizes[name] for name in sorted(sizes)}
-    held_out = {os.path.join(root, name) for name in sizes if HELD_OUT in name}
+    held_out = {os.path.join(root, name) for name in sizes if HELD_OUT in name.lower()}
     return TextFolder(
         path,
         kind,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from ..checkpoints.folders import METADATA_FILE, complete_checkpoints
+from ..checkpoints.folders import METADATA_FILE, Condition, checkpoints_in
 from ..checkpoints.record import CheckpointRecord, read_record
 from ..checkpoints.storage import check_shapes, in_one_process, load_state
 from ..checks.configuration import check_model
@@ -21,9 +21,9 @@ from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
 
-# Keys that name Python code to import. A checkpoint may come from anyone, so its record's are left
-# out; a user can still pass them.
-NAMES_CODE = ("custom_config_module", "custom_args_module")
+# Keys that name Python code to import. A checkpoint may come from anyone, so such keys in its
+# record are ignored. A user can still pass them.
+NAMES_CODE = ("custom_config_module", "custom_args_module", "custom_import")
 
 
 @dataclass
@@ -57,8 +57,15 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / METADATA_FILE).is_file():
         return path
     for folder in (path, path / "checkpoint"):
-        if complete := complete_checkpoints(folder):
-            return _in_dcp_format(complete[max(complete)])
+        found = checkpoints_in(folder).values()
+        sound = [each for each in found if each.condition is not Condition.CUT_OFF]
+        if sound and sound[-1].condition is Condition.WITHOUT_METADATA:
+            raise UserValueError(
+                f"{sound[-1].path} has no file {METADATA_FILE}; restore it, or pass the step-N "
+                "folder to read"
+            )
+        if sound:
+            return _in_dcp_format(sound[-1].path)
     if any(path.glob("*.safetensors")):
         return _in_dcp_format(path)
     raise UserValueError(

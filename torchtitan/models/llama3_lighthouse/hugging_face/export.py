@@ -15,10 +15,10 @@ from ..checkpoints.storage import (
     DamagedCheckpointError,
     check_shapes,
     in_one_process,
-    is_finite,
     load_state,
     read_metadata,
 )
+from ..checkpoints.tensors import is_finite
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import find_checkpoint, read_configuration
