@@ -204,7 +204,11 @@ class Launch:
                 message = message or report["message"]
             else:
                 crash = crash or str(report["message"])
-        log = (self.folder / "output-0").read_text(errors="replace")
+        outputs = sorted(self.folder.glob("output-*"))
+        log = outputs[0].read_text(errors="replace")
+        if code < 0:
+            # A rank that a signal ended says why in its own output.
+            log += "".join(file.read_text(errors="replace")[-600:] for file in outputs[1:])
         # The launcher prints the mistake itself.
         printed = re.search(r"^Error: (.*)", log, re.MULTILINE)
         message = message or (printed.group(1) if printed else "")

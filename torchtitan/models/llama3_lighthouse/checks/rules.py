@@ -133,7 +133,7 @@ class Names(Rule):
 
     def fault(self, value: Any, default: Any) -> str | None:
         # TOML may hold one name as text where upstream takes both.
-        items = [value] if isinstance(value, str) else value
+        items = [value] if isinstance(value, str) else list(value or ())
         unknown = [item for item in items if self.known is not None and item not in self.known]
         if unknown:
             return f"names {shown(unknown)}, not known here; use {', '.join(self.known or ())}"
@@ -142,6 +142,19 @@ class Names(Rule):
         if self.needed and not items:
             return "must name at least one"
         if any("\0" in str(item) for item in items):
+            return "must not hold the character NUL"
+        return None
+
+    def fix(self, key: str) -> str:
+        return f"pass --{key} with others"
+
+
+@dataclass(frozen=True)
+class Parts(Rule):
+    """Lists of names, or None."""
+
+    def fault(self, value: Any, default: Any) -> str | None:
+        if any("\0" in name for part in value or () for name in part):
             return "must not hold the character NUL"
         return None
 
