@@ -254,12 +254,15 @@ def _rank(
     main: Callable[[], None] | None,
     launcher: bool,
 ) -> None:
+    import torch
     import torchtitan.train as upstream
 
     from torchtitan.models.llama3_lighthouse import errors, train
 
     if rank == 0:
         _join_group(0, 0)
+    # Many cases run at a time; each rank with a thread for every core would be too many threads.
+    torch.set_num_threads(1)
     with (folder / f"output-{rank}").open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
