@@ -219,7 +219,7 @@ def test_broken_file_and_missing_column(tmp_path: Path) -> None:
     folder = write_jsonl(tmp_path / "broken", {"train.jsonl": ["good"]})
     with (folder / "train.jsonl").open("a") as file:
         file.write("{not json\n")
-    with pytest.raises(ValueError, match=r"training\.dataset_path = .* cannot be read as json"):
+    with pytest.raises(ValueError, match=r"training\.dataset: line 2 of .* is not JSON"):
         loader(config(path=folder))
     (folder / "train.jsonl").rename(folder / "train-1.jsonl")
     write_jsonl(folder, {"train-0.jsonl": ["good"]})

@@ -21,6 +21,10 @@ def _is(key: str, *values: Any) -> Condition:
     return Condition(key, f"is {' or '.join(map(shown, values))}", lambda value: value in values)
 
 
+def _is_not(key: str, value: Any) -> Condition:
+    return Condition(key, f"is not {shown(value)}", lambda given: given != value)
+
+
 def _above(key: str, least: float) -> Condition:
     return Condition(key, f"is above {least}", lambda value: value > least)
 
@@ -51,7 +55,7 @@ READ_WHEN: dict[str, tuple[Condition, ...]] = {
     "parallelism.enable_async_tensor_parallel": UNDER_TENSOR_PARALLELISM,
     "quantize.": (_given("model.converters"),),
     "debug.deterministic_warn_only": (_is("debug.deterministic", True),),
-    "lighthouse.dilation": (_is("lighthouse.scorer", "dilated", "gla"),),
+    "lighthouse.dilation": (_is_not("lighthouse.scorer", "norm"),),
     "lighthouse.passkey_tasks": (_above("lighthouse.passkey_mix", 0),),
     "training.dataloader.persistent_workers": WITH_WORKERS,
     "training.dataloader.prefetch_factor": WITH_WORKERS,

@@ -68,25 +68,6 @@ def first_fault(files: TextFiles, unread: int, wanted: int, error: Exception) ->
     return f"{path} cannot be read: {one_line(error)}"
 
 
-def blank_line(files: TextFiles) -> str | None:
-    """The place of the first blank line of the first file of JSON lines.
-
-    Hugging Face's reader refuses blank lines where it infers the columns, and there alone.
-    """
-    if files.kind != "json":
-        return None
-    try:
-        with files.opened(files.paths[0]) as file:
-            blank = (number for number, line in enumerate(file, 1) if not line.strip())
-            number = next(blank, None)
-    # The file is damaged, and the message on that is there.
-    except Exception:
-        return None
-    if number is None:
-        return None
-    return f"line {number} of {files.paths[0]} is blank, which only the other files may have"
-
-
 def _share(files: TextFiles, stream: int, streams: int) -> tuple[TextFiles, int, int]:
     """The files that a stream reads, the first of its rows in them, and the step to the next."""
     if len(files.paths) % streams == 0:

@@ -13,8 +13,8 @@ from datasets.data_files import DataFilesList
 from ..errors import UserValueError
 from .fingerprint import contents_fingerprint, digest
 from .older_positions import older_fingerprint
-from .origins import blank_line, first_fault
-from .text_files import TextFiles, one_line
+from .origins import first_fault
+from .text_files import TextFiles
 from .text_folder import read_folder
 
 
@@ -83,7 +83,7 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
     except Exception as error:
         raise UserValueError(
             f"{key}.dataset_path = {path!r} cannot be read as {files.kind}: "
-            f"{_fault_at_the_start(files, error)}; mend or remove it"
+            f"{first_fault(files, 0, 0, error)}; mend or remove it"
         ) from error
     assert isinstance(data, IterableDataset)
     return TextSource(
@@ -94,13 +94,6 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
         describe=lambda: folder.describe(split),
         older_fingerprint=lambda: older_fingerprint(folder),
     )
-
-
-def _fault_at_the_start(files: TextFiles, error: Exception) -> str:
-    """The fault in the first file, which the columns are told from."""
-    fault = first_fault(files, 0, 0, error)
-    # A blank line is a fault only if nothing else is.
-    return (blank_line(files) if one_line(error) in fault else None) or fault
 
 
 def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
