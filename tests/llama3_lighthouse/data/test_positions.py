@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import pickle
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from text_data import config, digest, loader, write_jsonl
 
-from torchtitan.models.llama3_lighthouse.data.packing import PackedTextDataloader
+from torchtitan.models.llama3_lighthouse.data.packing import PackedTextDataloader, build_dataloader
 from torchtitan.models.llama3_lighthouse.data.positions import decode, encode
+from torchtitan.models.llama3_lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
+from torchtitan.models.llama3_lighthouse.job_config import BYTE_TOKENIZER_FOLDER
 
 
 @pytest.fixture
@@ -173,3 +176,26 @@ def test_a_missing_stream_is_named(folder: Path) -> None:
     del state["stream_1"]
     with pytest.raises(UserValueError, match=r"dataloader\.stream_1' holds no position"):
         part.load_state_dict(state)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Its ids would mean other text."""
+
+    def position(assets: Path) -> PackedTextDataloader:
+        job = config(path=folder)
+        job.lighthouse.tokenizer = "hf"
+        job.model.hf_assets_path = str(assets)
+        return build_dataloader(1, 0, build_tokenizer(job), job)
+
+    own = Path(BYTE_TOKENIZER_FOLDER)
+    other = tmp_path / "tokenizer"
+    shutil.copytree(own, other)
+    described = json.loads((own / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    first, second, *_ = vocabulary
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(described))
+    state = position(own).state_dict()
+    position(own).load_state_dict(state)
+    with pytest.raises(UserValueError, match="for the tokenizer in model.hf_assets_path = "):
+        position(other).load_state_dict(state)

@@ -26,7 +26,9 @@ from .retrieval_mix import RetrievalMix
 from .stream_messages import StreamMessages
 from .streams import TextStream, TrainingSequence, state_key
 from .text_sources import TextSource, find_source
+from .tokenizer import tokenizer_fingerprint
 
+TOKENIZER_FILE = "the tokenizer in model.hf_assets_path"
 # Characters of local text that are read when a loader is built, so that bad documents show at once.
 CHECKED_CHARACTERS = 32 * 2**20
 
@@ -116,6 +118,9 @@ class PackedTextDataloader(ParallelAwareDataloader):
             raise _no_position("the checkpoint")
         identity = decode(state_dict["identity"], "identity")
         for key, value in self._settings.items():
+            # Positions of earlier versions do not tell which file the tokenizer was read from.
+            if key == TOKENIZER_FILE and key not in identity:
+                continue
             if identity.get(key) != value:
                 raise UserValueError(
                     f"the checkpoint's position in the data is for {key} = {identity.get(key)}, "
@@ -278,6 +283,8 @@ def _build(
         "lighthouse.tokenizer": job_config.lighthouse.tokenizer,
         "lighthouse.data_streams": str(streams),
     }
+    if job_config.lighthouse.tokenizer == "hf":
+        settings[TOKENIZER_FILE] = tokenizer_fingerprint(tokenizer)
     return PackedTextDataloader(
         PackedTextDataset(own),
         dp_rank,

@@ -1,5 +1,6 @@
 """The byte-level tokenizer, and the same one as a file for Hugging Face's tools."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -116,3 +117,9 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
             "pass --model.hf_assets_path FOLDER with the tokenizer's files"
         )
     return build_hf_tokenizer(job_config)
+
+
+def tokenizer_fingerprint(tokenizer: BaseTokenizer) -> str:
+    """A hash of all that a Hugging Face tokenizer does with text."""
+    # pyrefly: ignore[missing-attribute]  torchtitan's class holds that of the tokenizers library.
+    return hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest()[:16]
