@@ -367,4 +367,4 @@ def test_ranks_can_send_the_error(tmp_path: Path) -> None:
     error = DamagedCheckpointError(tmp_path, "gone")
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) and again.path == tmp_path
-    assert manager_module.SET_ASIDE in "checkpoint.set_damaged_aside"
+    assert manager_module.SET_ASIDE == "checkpoint.set_damaged_aside"

@@ -5,6 +5,7 @@ from pathlib import Path
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
+from ..checkpoints.folders import checkpoints_in
 from ..data.packing import global_batch_size, stream_count
 from ..data.retrieval import PromptEncoder
 from ..data.retrieval_mix import RetrievalMix
@@ -225,7 +226,7 @@ def _check_checkpoints(config: JobConfig) -> None:
                 " without which no checkpoint is read or written; pass --checkpoint.enable"
             )
     own = Path(config.job.dump_folder, section.folder)
-    if section.load_step != -1 and not list(own.glob("step-*")):
+    if section.load_step != -1 and not checkpoints_in(own):
         raise UserFileError(
             f"checkpoint.load_step = {section.load_step} but {own} holds no checkpoint; leave "
             "checkpoint.load_step out to begin anew, or pass the --job.dump_folder of the run to "

@@ -11,6 +11,7 @@ MOST_POSITIONS = 2**31 - 1
 MOST = 2**63 - 1
 # File systems take names of so many bytes; paths end well below their own limit, for what is added.
 LONGEST_NAME, LONGEST_PATH = 255, 3000
+NO_NUL = "must not hold the character NUL"
 # torch turns seconds into nanoseconds of 64 bits; ten years are far below that.
 MOST_SECONDS = 10 * 365 * 24 * 3600
 
@@ -91,7 +92,7 @@ class Text(Rule):
 
     def fault(self, value: Any, default: Any) -> str | None:
         if "\0" in value:
-            return "must not hold the character NUL"
+            return NO_NUL
         if not self.empty and not value.strip():
             return "must not be empty"
         try:
@@ -133,7 +134,7 @@ class Names(Rule):
 
     def fault(self, value: Any, default: Any) -> str | None:
         # TOML may hold one name as text where upstream takes both.
-        items = [value] if isinstance(value, str) else list(value or ())
+        items = [value] if isinstance(value, str) else value
         unknown = [item for item in items if self.known is not None and item not in self.known]
         if unknown:
             return f"names {shown(unknown)}, not known here; use {', '.join(self.known or ())}"
@@ -142,7 +143,7 @@ class Names(Rule):
         if self.needed and not items:
             return "must name at least one"
         if any("\0" in str(item) for item in items):
-            return "must not hold the character NUL"
+            return NO_NUL
         return None
 
     def fix(self, key: str) -> str:
@@ -150,16 +151,11 @@ class Names(Rule):
 
 
 @dataclass(frozen=True)
-class Parts(Rule):
-    """Lists of names, or None."""
+class Parts(Names):
+    """Lists of names, which may come more than once."""
 
     def fault(self, value: Any, default: Any) -> str | None:
-        if any("\0" in name for part in value or () for name in part):
-            return "must not hold the character NUL"
-        return None
-
-    def fix(self, key: str) -> str:
-        return f"pass --{key} with others"
+        return NO_NUL if any("\0" in name for part in value for name in part) else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The byte-level tokenizer, and the same one as a file for Hugging Face's tools."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
+from .fingerprint import digest
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 BOS_ID, EOS_ID, PAD_ID = 256, 257, 258
@@ -122,4 +122,4 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer:
 def tokenizer_fingerprint(tokenizer: BaseTokenizer) -> str:
     """A hash of all that a Hugging Face tokenizer does with text."""
     # pyrefly: ignore[missing-attribute]  torchtitan's class holds that of the tokenizers library.
-    return hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest()[:16]
+    return digest(tokenizer.tokenizer.to_str())[:16]

@@ -16,9 +16,8 @@ from ..checkpoints.storage import (
     check_shapes,
     in_one_process,
     load_state,
-    read_metadata,
 )
-from ..checkpoints.tensors import is_finite
+from ..checkpoints.tensors import first_not_finite
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import find_checkpoint, read_configuration
@@ -101,8 +100,7 @@ def check_dense(path: Path, record: CheckpointRecord | None) -> None:
 
 
 def _stored_dtype(path: Path, state: dict[str, torch.Tensor]) -> torch.dtype:
-    check_shapes(path, state)
-    stored = read_metadata(path).state_dict_metadata
+    stored = check_shapes(path, state)
     tensors = [stored[name] for name in state]
     dtypes = {x.properties.dtype for x in tensors if isinstance(x, TensorStorageMetadata)}
     if len(dtypes) > 1:
@@ -133,8 +131,8 @@ def _write_weights(
         state = {name: torch.empty(x.shape, dtype=stored) for name, x in wanted.items()}
         with in_one_process():
             load_state(state, path, no_dist=True)
-        if broken := [name for name, tensor in state.items() if not is_finite(tensor)]:
-            raise DamagedCheckpointError(path, f"'{broken[0]}' holds values that are not finite")
+        if name := first_not_finite(state.items()):
+            raise DamagedCheckpointError(path, f"'{name}' holds values that are not finite")
         shard = {
             name: tensor.to(dtype).contiguous()
             for name, tensor in adapter(args).to_hf(state).items()
