@@ -128,6 +128,9 @@ def _line(generator: random.Random, keys: list[Any]) -> list[str]:
     # The compiler of kernels takes minutes; what may be compiled shows with the one that does not.
     if changed.get("compile.enable") == ["--compile.enable"]:
         changed.setdefault("compile.backend", ["--compile.backend", "eager"])
+    # Validating the whole held-out text takes minutes, which would read as a hang.
+    if changed.get("validation.steps") == ["--validation.steps", "-1"]:
+        changed["validation.enable"] = ["--validation.no-enable"]
     return [word for words in changed.values() for word in words]
 
 

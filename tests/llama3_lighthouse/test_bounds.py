@@ -52,6 +52,7 @@ BROKEN: dict[str, Any] = {
     "optimizer.name": "SGD",
     "optimizer.weight_decay": -0.1,
     "parallelism.data_parallel_shard_degree": 0,
+    "parallelism.module_fqns_per_model_part": [["tok_embeddings", "layers.00"]],
     "parallelism.pipeline_parallel_degree": 0,
     "parallelism.tensor_parallel_degree": -1,
     "profiling.profile_freq": 0,

@@ -116,6 +116,9 @@ def test_pipelines_that_cannot_run_are_refused(tmp_path: Path) -> None:
         ({"parallelism.pipeline_parallel_schedule": "ZBVZeroBubble"}, "'ZBVZeroBubble' is not"),
         ({"parallelism.pipeline_parallel_degree": 16, "training.local_batch_size": 16},
          "pipeline_parallel_degree = 16 makes 16 pipeline stages"),
+        # Upstream would train without the first layer.
+        ({"parallelism.module_fqns_per_model_part": ["tok_embeddings", "norm,output"]},
+         r"'norm', 'output'\]\] must name tok_embeddings, layers.0 to layers"),
         ({"validation.enable": True, "validation.seq_len": 512},
          "validation.local_batch_size = 8 must equal training.local_batch_size = 2"),
     ):  # fmt: skip

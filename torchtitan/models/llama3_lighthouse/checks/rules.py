@@ -1,6 +1,7 @@
 """Rules that the value of one key keeps, each with the words of its message."""
 
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ MOST = 2**63 - 1
 # File systems take names of so many bytes; paths end well below their own limit, for what is added.
 LONGEST_NAME, LONGEST_PATH = 255, 3000
 NO_NUL = "must not hold the character NUL"
+MODULE = re.compile(r"tok_embeddings|layers\.(0|[1-9]\d{0,4})|norm|output", re.ASCII)
 # torch turns seconds into nanoseconds of 64 bits; ten years are far below that.
 MOST_SECONDS = 10 * 365 * 24 * 3600
 
@@ -151,11 +153,15 @@ class Names(Rule):
 
 
 @dataclass(frozen=True)
-class Parts(Names):
-    """Lists of names, which may come more than once."""
+class Modules(Names):
+    """Lists of names of a Llama's modules. Pipelines judge whether all of them are there."""
 
     def fault(self, value: Any, default: Any) -> str | None:
-        return NO_NUL if any("\0" in name for part in value for name in part) else None
+        names = [name for part in value for name in part]
+        unknown = [name for name in names if not MODULE.fullmatch(name)]
+        if unknown:
+            return f"names {shown(unknown)}; use tok_embeddings, layers.0 and so on, norm, output"
+        return None
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,15 @@ def check_pipeline(config: Parallelism, local_batch_size: int, n_layers: int) ->
             f"parallelism.pipeline_parallel_degree x pipeline_parallel_microbatch_size = {degree} "
             f"x {size}, so that every pipeline stage has a microbatch to work on"
         )
-    if config.module_fqns_per_model_part or config.pipeline_parallel_layers_per_stage:
+    parts = config.module_fqns_per_model_part
+    layers = [f"layers.{number}" for number in range(n_layers)]
+    # Upstream drops what no part names, and trains what is left.
+    if parts and sum(parts, []) != ["tok_embeddings", *layers, "norm", "output"]:
+        raise UserValueError(
+            f"parallelism.module_fqns_per_model_part = {parts} must name tok_embeddings, "
+            f"layers.0 to {layers[-1]}, norm and output, each once and in this order"
+        )
+    if parts or config.pipeline_parallel_layers_per_stage:
         return
     pipeline_stages = degree * (2 if schedule == "Interleaved1F1B" else 1)
     try:
