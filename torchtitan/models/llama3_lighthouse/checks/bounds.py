@@ -108,7 +108,8 @@ BOUNDS: dict[str, Rule] = {
         1, MOST_POSITIONS, note="-1 is one sequence for each of a local batch", besides=(-1,)
     ),
     "training.seq_len": count(1, MOST_POSITIONS, note="positions are numbered with 32 bits"),
-    "training.max_norm": number(0, above=True),
+    # Beyond this nothing is clipped, and the number is a slip.
+    "training.max_norm": number(0, 1e12, above=True),
     "training.steps": count(1, MOST_STEPS),
     "training.enable_cpu_offload": BY_TYPE,
     "training.dtype": BY_TYPE,
