@@ -24,9 +24,10 @@ def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
         ValueError: ``impl`` is not known, or the kernels do not compute such tensors.
         ImportError: the kernels should run, and Triton is not installed.
     """
-    if _asks_for_torch(impl, q, IMPLEMENTATIONS):
+    found = _kernels_unless_torch(impl, q, IMPLEMENTATIONS)
+    if found is None:
         return "torch"
-    kernels.check_supported(q)
+    found.check_supported(q)
     return "triton"
 
 
@@ -38,25 +39,24 @@ def choose_window_implementation(impl: str | None, q: torch.Tensor) -> str:
             tensors.
         ImportError: the kernels should run, and Triton is not installed.
     """
-    if _asks_for_torch(impl, q, WINDOW_IMPLEMENTATIONS):
-        return "torch"
-    obstacle = kernels.obstacle_to_flash(q)
-    if impl is None and obstacle:
+    found = _kernels_unless_torch(impl, q, WINDOW_IMPLEMENTATIONS)
+    obstacle = found.obstacle_to_flash(q) if found is not None else None
+    if found is None or (impl is None and obstacle):
         return "torch"
     if obstacle:
         raise ValueError(f'the window of flash attention {obstacle}; pass impl="torch"')
     return "flash"
 
 
-def _asks_for_torch(impl: str | None, q: torch.Tensor, known: tuple[str, ...]) -> bool:
-    """Whether vectorised PyTorch is to run; otherwise the kernels are there."""
+def _kernels_unless_torch(impl: str | None, q: torch.Tensor, known: tuple[str, ...]) -> Any:
+    """The package of kernels, or None if vectorised PyTorch is to run."""
     if impl not in (None, *known):
         raise ValueError(f"impl must be one of {', '.join(known)}, got impl = {impl!r}")
     if impl == "torch" or (impl is None and not q.is_cuda):
-        return True
+        return None
     if kernels is None:
         raise ImportError(
             "Lighthouse on CUDA tensors uses Triton, which is not installed: pip install triton, "
             'or pass impl="torch" for the slower vectorised code'
         )
-    return False
+    return kernels

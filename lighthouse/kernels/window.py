@@ -1,8 +1,8 @@
 """Causal attention over a window by torch's flash attention, as operations of ours.
 
 flash attention takes a window and returns the logsumexp. Its backward knows no gradient of the
-logsumexp, but it reads ``out`` for one purpose alone, the row sums of dout * out. It subtracts these
-sums where the gradient of the logsumexp would be added, so ``fold_lse_gradient`` hands it another
+logsumexp, but it reads ``out`` for one purpose alone, the row sums of dout * out. It subtracts them
+where the gradient of the logsumexp would be added, so ``fold_lse_gradient`` gives it another
 ``out``:
 
     out' = out - dout dlse / |dout|^2,   for which   rowsum(dout out') = rowsum(dout out) - dlse
@@ -12,6 +12,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 
@@ -45,7 +46,7 @@ def repeating_bits() -> Generator[None]:
 
     It asks torch's process-wide mode for that. The mode would also fill all new memory.
     """
-    mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    mode, fills = torch.get_deterministic_debug_mode(), cast(Any, torch.utils.deterministic)
     filled = fills.fill_uninitialized_memory
     torch.set_deterministic_debug_mode(MUST_REPEAT)
     fills.fill_uninitialized_memory = False

@@ -1,5 +1,6 @@
 """Attention over a window: against the oracle, its gradients, its reach, and messages."""
 
+import inspect
 import math
 from typing import Any
 
@@ -208,7 +209,7 @@ def test_module_refuses_what_it_cannot_do() -> None:
             4,
             {"impl": "triton"},
             ValueError,
-            "impl must be one of flash, torch, got impl = 'triton'",
+            "must be one of flash, torch, got impl = 'triton'",
         ),
         (4, {"impl": "flash"}, ValueError, 'needs CUDA tensors, got cpu; pass impl="torch"'),
     ],
@@ -257,6 +258,18 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put PyTorch in the place of flash attention, which has no window on a CPU."""
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in_forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in_backward)
+
+
+def test_flash_attention_has_the_arguments_that_we_give() -> None:
+    """The stand-ins have them too."""
+    for name, stand_in in (("forward", stand_in_forward), ("backward", stand_in_backward)):
+        operation = getattr(torch.ops.aten, f"_flash_attention_{name}").default
+        there = [(each.name, each.kwarg_only) for each in operation._schema.arguments]
+        given = inspect.signature(stand_in).parameters.values()
+        by_place = [each for each in given if each.kind != each.KEYWORD_ONLY]
+        assert len(by_place) == sum(not keyword for _, keyword in there)
+        by_name = {each.name for each in given if each.kind == each.KEYWORD_ONLY}
+        assert by_name <= {name for name, keyword in there if keyword}
 
 
 @pytest.mark.parametrize("size", [5, 40])

@@ -1,9 +1,11 @@
 """The window alone as the attention of the first stage."""
 
+import csv
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,10 @@ from torchtitan.models.llama3_lighthouse.evaluation.retrieval_accuracy import (
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.memory_estimate import activation_bytes
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
-from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
+from torchtitan.models.llama3_lighthouse.studies.ablation_results import (
+    read_metrics,
+    summarise,
+)
 
 WINDOW = {"lighthouse.attention": "window", "lighthouse.window": 40}
 ARGS = replace(FOUR_LAYERS, attention="window", window=24)
@@ -95,9 +100,7 @@ def test_dense_stage_is_that_of_lighthouse(two_stages: Run, tmp_path: Path) -> N
     dense = continued(two_stages, tmp_path, 2, **lighthouse, **method)
     expected = exact(two_stages)
     assert exact(dense) == {step: expected[step] for step in (3, 4)}
-    assert "Other settings differ: lighthouse.attention = 'lighthouse' (checkpoint: 'window')" in (
-        dense.log
-    )
+    assert "lighthouse.attention = 'lighthouse' (checkpoint: 'window')" in dense.log
 
 
 def test_dense_attention_is_the_same_model_and_the_window_another() -> None:
@@ -135,6 +138,15 @@ def test_flops_and_memory_count_the_window() -> None:
     assert kept[0] == kept[1]
 
 
+def test_tables_of_sweeps_show_no_selection(two_stages: Run) -> None:
+    folder = two_stages.log_file.parent
+    config = parsed(folder, **two_stages.settings)
+    run = SimpleNamespace(name="window", config=config, folder=folder / "dump", settings={})
+    row = summarise(run, ["lighthouse.attention", "lighthouse.window"])
+    assert row["lighthouse.attention"] == "window" and row["lighthouse.window"] == 40
+    assert row["S"] is row["N/S"] is None and row["tokens/s, Lighthouse"] > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -154,6 +166,10 @@ def test_flops_and_memory_count_the_window() -> None:
             "lighthouse.log_selection_every = 5 does not go with .* selects nothing; set it to 0",
         ),
         (
+            {"training.seq_len": 411},
+            "training.seq_len = 411 must be a multiple of .* = 2 x 1 x 1 = 2, .*seq_len 412",
+        ),
+        (
             {"parallelism.context_parallel_degree": 2},
             "parallelism.context_parallel_degree = 2 does not go with lighthouse.attention = "
             "'window': .*; set the degree to 1, or lighthouse.attention to 'lighthouse'",
@@ -167,7 +183,7 @@ def test_refusals(tmp_path: Path, settings: dict[str, Any], message: str) -> Non
 
 def test_settings_of_the_method_have_no_effect(tmp_path: Path) -> None:
     """A sequence length that no pyramid fits is taken, and the warning names what is not read."""
-    config = parsed(tmp_path, **{"training.seq_len": 411, "lighthouse.scorer": "gla"})
+    config = parsed(tmp_path, **{"training.seq_len": 410, "lighthouse.scorer": "gla"})
     check_config(config, flavors)
     found = [line for line in warnings_of(config) if "lighthouse.attention is 'lighthouse'" in line]
     assert len(found) == 4
@@ -176,15 +192,15 @@ def test_settings_of_the_method_have_no_effect(tmp_path: Path) -> None:
 
 
 def test_dry_run_describes_the_window(tmp_path: Path) -> None:
-    text = dry_run(parsed(tmp_path, **{"training.seq_len": 411}), 1)
-    keys = sum(min(t + 1, 40) for t in range(411)) / 411
-    assert f"over the last 40 of 411 positions, {keys:.1f} on average" in text
+    text = dry_run(parsed(tmp_path, **{"training.seq_len": 410}), 1)
+    keys = sum(min(t + 1, 40) for t in range(410)) / 410
+    assert f"over the last 40 of 410 positions, {keys:.1f} on average" in text
     assert "FLOPs/token   window " in text and " GiB window, " in text
     assert "S = " not in text
 
 
 def test_evaluation_under_the_window(two_stages: Run, tmp_path: Path, monkeypatch) -> None:
-    """The loss of the first stage is the trainer's; prompts are not padded; causality is refused."""
+    """Losses are the trainer's, prompts are not padded, and causality is refused."""
     dump = two_stages.log_file.parent / "dump"
 
     def evaluate(what: str, *line: object) -> Any:
@@ -195,11 +211,9 @@ def test_evaluation_under_the_window(two_stages: Run, tmp_path: Path, monkeypatc
     assert not evaluate("loss", step, "--attention", "lighthouse")
     logged = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
     held_out = {line["step"]: line.get("validation_metrics/loss") for line in logged}
-    rows = (tmp_path / "loss/losses.csv").read_text().splitlines()
-    names, last = rows[0].split(","), rows[-1].split(",")
-    assert float(dict(zip(names, last, strict=True))["loss"]) == pytest.approx(
-        held_out[2], abs=1e-5
-    )
+    with (tmp_path / "loss/losses.csv").open() as file:
+        *_, whole = csv.DictReader(file)
+    assert float(whole["loss"]) == pytest.approx(held_out[2], abs=1e-5)
 
     asked = ["--lengths", 128, "--trials", 1, "--depths", 50, "--tasks", "passkey"]
     assert not evaluate("niah", step, "--attention", "lighthouse", *asked)

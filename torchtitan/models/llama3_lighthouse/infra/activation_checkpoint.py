@@ -1,9 +1,9 @@
 """Activation checkpointing that keeps what is small and costly: ``mode = "lighthouse"``.
 
-Each layer keeps its input, the output of attention, and the selection. In a dense layer the output
-of attention has N positions, as in one that attends over a window. In a Lighthouse layer it has S, and the gathered queries, keys and
-values, which have S as well, are kept with it. Backward then repeats neither attention nor
-selection.
+Each layer keeps its input, the output of attention, and the selection. In a dense layer, and in one
+that attends over a window, the output of attention has N positions. In a Lighthouse layer it has S,
+and the gathered queries, keys and values, which have S as well, are kept with it. Backward then
+repeats neither attention nor selection.
 
 Backward does repeat norms, rotary embedding, scattering, and the matrix products that
 ``keep_products`` does not name. One element of a product takes 2 bytes to keep and 2 K FLOPs to
