@@ -12,6 +12,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,9 @@ STEP_OF_D = 8
 # A row of dout below this share of its dlse is raised to it. float16 has no room for less.
 SMALLEST_SHARE = {torch.float16: 2.0**-10}
 SMALLEST_SHARE_OF_OTHERS = 2.0**-20
+# Backward runs about so many rounds of programs, in segments of at least so many positions and so
+# many times the positions that they share with the segment before.
+ROUNDS, SHORTEST_SEGMENT, LEAST_GAIN = 2, 512, 4
 # The mode of torch in which operations must repeat their bits.
 MUST_REPEAT = 2
 
@@ -62,9 +66,9 @@ def _flash_rows(rows: torch.Tensor) -> torch.Tensor:
     return row_strides(rows)[0].transpose(1, 2)
 
 
-def _options(length: int, window: int, scale: float) -> dict[str, float | int]:
-    # Without a limit to the left, a window that holds the whole sequence runs as dense attention.
-    left = window - 1 if window < length else -1
+def _options(keys: int, window: int, scale: float) -> dict[str, float | int]:
+    # Without a limit to the left, a window that holds all keys runs as dense attention.
+    left = window - 1 if window < keys else -1
     return {"scale": scale, "window_size_left": left, "window_size_right": 0}
 
 
@@ -98,16 +102,98 @@ def launch_backward(
     window: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of ``launch_forward``'s out, each lying in memory as its rows [B, N, H, D] do."""
-    n = q.shape[2]
-    rows = (_flash_rows(each) for each in (dout, q, k, v, out))
+    """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do.
+
+    One program of flash attention sums the gradient of one head's queries in order. Where batch and
+    heads are fewer than the GPU's processors, flash attention splits this sum, and keeps a float32
+    copy of the gradient for every part: seventeen of them for eight heads on an H100. The sequence
+    is then cut into segments instead, which flash attention takes as a batch.
+    """
+    batch, heads, n, _ = q.shape
+    rows = [_flash_rows(each) for each in (dout, q, k, v, out)]
+    segments = segments_of(n, window, batch * heads, _processors(q.device))
+    gradients = _gradients if segments == 1 else partial(_gradients_in_segments, segments)
+    with repeating_bits():
+        grads = gradients(rows, lse, window, scale)
+    dq, dk, dv = (grad.contiguous().transpose(1, 2) for grad in grads)
+    return dq, dk, dv
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def segments_of(length: int, window: int, planes: int, processors: int) -> int:
+    """Segments that ``length`` positions are cut into for backward.
+
+    Args:
+        planes: batch times heads, each of which a program works on by itself.
+    """
+    if planes >= processors:
+        return 1
+    wanted = -(-ROUNDS * processors // planes)
+    before = window - 1
+    return max(1, min(wanted, (length - before) // max(SHORTEST_SEGMENT, LEAST_GAIN * before)))
+
+
+def _gradients(
+    rows: list[torch.Tensor], lse: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, each [B, N, H, D], by one call of flash attention.
+
+    The last of the queries is at the place of the last of the keys, of which there may be more.
+
+    Args:
+        rows: dout, q, k, v and out, each [B, N, H, D].
+        lse: [B, Hq, N].
+    """
+    queries, keys = rows[1].shape[1], rows[2].shape[1]
     # Without dropout, the state of the random generator is not read.
     state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
-    with repeating_bits():
-        grads = torch.ops.aten._flash_attention_backward(
-            *rows, lse, None, None, n, n, 0.0, True, state, unused, **_options(n, window, scale)
-        )
-    dq, dk, dv = (grad.contiguous().transpose(1, 2) for grad in grads)
+    return torch.ops.aten._flash_attention_backward(
+        *rows, lse, None, None, queries, keys, 0.0, True, state, unused,
+        **_options(keys, window, scale),
+    )  # fmt: skip
+
+
+def _gradients_in_segments(
+    segments: int, rows: list[torch.Tensor], lse: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``_gradients``, with equal segments of the sequence as a batch.
+
+    A segment attends over its own keys and the W - 1 before it. The positions before the first
+    segment are at least as many; a call of their own takes them.
+    """
+    dout, q, k, v, out = rows
+    batch, n = q.shape[:2]
+    before = window - 1
+    length = (n - before) // segments
+    first = n - segments * length
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        return x[:, first:].unflatten(1, (segments, length)).flatten(0, 1)
+
+    def reached(x: torch.Tensor) -> torch.Tensor:
+        overlapping = x[:, first - before :].unfold(1, length + before, length)
+        return overlapping.movedim(-1, 2).flatten(0, 1)
+
+    own_lse = own(lse.transpose(1, 2)).transpose(1, 2).contiguous()
+    parts = _gradients(
+        [own(dout), own(q), reached(k), reached(v), own(out)], own_lse, window, scale
+    )
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    if first:
+        beginning = [x[:, :first] for x in rows]
+        begun = _gradients(beginning, lse[..., :first].contiguous(), window, scale)
+        for grad, part in zip(grads, begun, strict=True):
+            grad[:, :first] = part
+    for grad, part, shared in zip(grads, parts, (0, before, before), strict=True):
+        part = part.unflatten(0, (batch, segments))
+        grad[:, first:].unflatten(1, (segments, length)).copy_(part[:, :, shared:])
+        if shared:
+            reach = grad[:, first - shared : n - shared].unflatten(1, (segments, length))
+            reach[:, :, :shared] += part[:, :, :shared]
+    dq, dk, dv = grads
     return dq, dk, dv
 
 

@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+
+# opcheck imports it, which would look for flash attention where a test has put a stand-in.
+import torch.utils.flop_counter  # noqa: F401
 from attention_cases import Dense, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from lighthouse import LighthouseAttention, WindowAttention, reference, window, window_attention
-from lighthouse.kernels.window import fold_lse_gradient
+from lighthouse.kernels import window as kernel
+from lighthouse.kernels.window import fold_lse_gradient, segments_of
 from lighthouse.window import window_pairs
 
 
@@ -247,15 +252,23 @@ def stand_in_backward(dout, q, k, v, out, lse, _q, _k, max_q, max_k, dropout, is
     """flash attention's backward, which takes no gradient of the logsumexp."""
     assert torch.get_deterministic_debug_mode() == 2
     assert not torch.utils.deterministic.fill_uninitialized_memory
-    size = q.shape[1] if window_size_left < 0 else window_size_left + 1
+    assert (max_q, max_k, dropout, is_causal) == (q.shape[1], k.shape[1], 0, True)
+    assert window_size_right == 0 and lse.is_contiguous()
+    size = max_k if window_size_left < 0 else window_size_left + 1
+    # Keys before the first query get queries that weigh nothing.
+    more = max_k - max_q
+    dout, q, out = (pad(x, (0, 0, 0, 0, more, 0)) for x in (dout, q, out))
+    lse = pad(lse, (more, 0), value=math.inf)
     rows = [x.transpose(1, 2).contiguous() for x in (dout, q, k, v, out)]
     grads = torch.ops.lighthouse.window_backward(rows[0], None, *rows[1:], lse, size, scale)
-    return tuple(grad.transpose(1, 2) for grad in grads)
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return dq[:, more:], dk, dv
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put PyTorch in the place of flash attention, which has no window on a CPU."""
+    monkeypatch.setattr(kernel, "_processors", lambda device: 20)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in_forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in_backward)
 
@@ -295,6 +308,36 @@ def test_flash_attention_is_called_as_it_should(flash, size: int) -> None:
     torch.library.opcheck(
         torch.ops.lighthouse.flash_window_backward.default, (grad, *inputs, out, lse, size, 0.5)
     )
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_backward_in_segments_is_backward(flash, monkeypatch, size: int, batch: int) -> None:
+    """With segments of equal length and a shorter or longer beginning, which may be empty."""
+    monkeypatch.setattr(kernel, "SHORTEST_SEGMENT", 4)
+    calls = []
+    whole = kernel._gradients
+    monkeypatch.setattr(kernel, "_gradients", lambda *x: calls.append(x[0][1].shape) or whole(*x))
+    for n in (80, 83, 121):
+        *inputs, grad = rows(n, 4, 2, batch)
+        segments = segments_of(n, size, 4 * batch, 20)
+        assert segments > 1
+        expected = results(window_attention, inputs, grad, grad[..., 0] * 0, size, return_lse=True)
+        out, lse = expected[:2]
+        found = torch.ops.lighthouse.flash_window_backward(grad, *inputs, out, lse, size, 0.5)
+        for value, want in zip(found, expected[2:], strict=True):
+            torch.testing.assert_close(value, want)
+        assert calls[0][0] == batch * segments and calls[0][1] == (n - size + 1) // segments
+        assert sum(math.prod(shape[:2]) for shape in calls) == batch * n
+        calls.clear()
+
+
+def test_segments_fill_the_processors_and_share_little() -> None:
+    assert segments_of(98304, 256, 8, 132) == 33
+    assert segments_of(98304, 256, 132, 132) == 1
+    for n, size, planes in ((98304, 1024, 8), (3000, 200, 4), (100, 512, 1), (600, 600, 1)):
+        segments = segments_of(n, size, planes, 132)
+        assert segments == 1 or (n - size + 1) // segments >= 4 * (size - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -10,7 +10,8 @@ from lighthouse import WindowAttention, window_attention
 
 pytestmark = pytest.mark.gpu
 
-N, WINDOW = 1500, 200
+# Backward takes this sequence in four segments under this window.
+N, WINDOW = 4100, 200
 
 
 def inputs_of(dtype: torch.dtype, d: int, heads: int = 4, kv_heads: int = 2, n: int = N):
@@ -52,11 +53,13 @@ def test_errors_are_those_of_rounding(dtype: torch.dtype, d: int, size: int) -> 
     )
     found = results(window_attention, *given, size, impl="flash")
     rounded = results(plain, *given, size)
+    # Under a window of one position, gradients of q and k are those of lse alone. What is added to
+    # out to carry them is rounded with it, and summed over D.
+    alone = torch.finfo(dtype).eps * math.sqrt(d) if size == 1 else 1e-6
     for name, value, other, want in zip(
         ("out", "lse", "dq", "dk", "dv"), found, rounded, exact, strict=True
     ):
-        # Under a window of one position, out is v and the gradients of q and k are those of lse.
-        assert relative_error(value, want) <= 2 * relative_error(other, want) + 1e-6, name
+        assert relative_error(value, want) <= 2 * relative_error(other, want) + alone, name
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -116,15 +119,18 @@ def test_operations_are_registered_as_torch_asks() -> None:
     torch.library.opcheck(operations.flash_window.default, (*inputs, 50, 0.1))
 
 
-def test_memory_is_linear_in_the_sequence() -> None:
-    """Beside inputs, outputs and gradients, backward holds a few float32 copies of q."""
-    peaks = []
-    for n in (8192, 16384):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        results(window_attention, *inputs_of(torch.bfloat16, 64, n=n), 256)
-        peaks.append(torch.cuda.max_memory_allocated())
-    assert peaks[1] < 2.2 * peaks[0]
+def test_memory_of_backward_does_not_depend_on_the_number_of_processors() -> None:
+    """It holds a sum of q's size in float32, and results. Without segments it would hold a sum for
+    every few processors."""
+    inputs, grad, _ = inputs_of(torch.bfloat16, 128, 4, 4, n=32768)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = window_attention(*leaves, 256)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out.backward(grad)
+    size = out.numel() * 4
+    assert torch.cuda.max_memory_allocated() - before < 6 * size
 
 
 def test_no_host_synchronisation() -> None:
