@@ -4,7 +4,6 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from .context_parallel import ONE_DEVICE, ContextParallel
 from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
+from .inner_attention import InnerAttention
 from .inputs import checked_selection, chunked
 from .reach import seam_rows
 from .scatter import scatter_back
@@ -102,68 +102,30 @@ def _gather_with_kernels(
     return selection, [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
 
 
-class StockAttention(nn.Module):
-    """torch's ``scaled_dot_product_attention`` as a module."""
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        """[B, Hq, N, D]; ``options`` are the function's own."""
-        return nn.functional.scaled_dot_product_attention(q, k, v, **options)
-
-
-class LighthouseAttention(nn.Module):
+class LighthouseAttention(InnerAttention):
     """Lighthouse attention around a dense inner attention.
-
-    It has no parameters and no buffers, so it does not change a model's state dict.
 
     Args:
         config: settings of the method.
-        sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``, which
-            is the default.
-        impl: as in ``lighthouse_attention``.
+        sdpa, impl: as in ``InnerAttention``; "triton" and "torch" are implementations.
 
     Attributes:
-        enabled: whether Lighthouse attention runs; otherwise ``sdpa`` runs alone.
         context_parallel: as in ``lighthouse_attention``. To spread sequences over ranks, set it
             together with an ``sdpa`` that attends over all ranks.
     """
 
+    name = "Lighthouse attention"
+
     def __init__(
         self, config: LighthouseConfig, sdpa: nn.Module | None = None, impl: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(sdpa, impl)
         self.config = config
-        self.impl = impl
         self.context_parallel = ONE_DEVICE
-        self.sdpa = sdpa if sdpa is not None else StockAttention()
-        self.enabled = True
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        is_causal: bool = True,
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        """Attention output [B, Hq, N, D] for q [B, Hq, N, D] and k, v [B, Hkv, N, D].
-
-        Raises:
-            ValueError: Lighthouse attention is enabled, and ``is_causal`` is false or the heads
-                differ without ``enable_gqa``.
-        """
-        if not self.enabled:
-            return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)
-        if not is_causal:
-            raise ValueError("Lighthouse attention is causal; pass is_causal = True")
-        if q.shape[1] != k.shape[1] and not enable_gqa:
-            raise ValueError(
-                f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
-                "key-value heads"
-            )
         return lighthouse_attention(
             q,
             k,
@@ -175,5 +137,5 @@ class LighthouseAttention(nn.Module):
             context_parallel=self.context_parallel,
         )
 
-    def extra_repr(self) -> str:
-        return f"{self.config}, enabled={self.enabled}"
+    def settings(self) -> str:
+        return f"{self.config}"

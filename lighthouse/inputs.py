@@ -11,6 +11,34 @@ from .context_parallel import ContextParallel
 from .geometry import PyramidGeometry
 
 
+def check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Check that q [B, Hq, N, D] and k and v [B, Hkv, N, D] fit together.
+
+    Raises:
+        TypeError, ValueError: their shapes, dtypes or devices do not.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k and v must be [B, heads, N, D], got {shapes}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"q must be [B, Hq, N, D] and k and v [B, Hkv, N, D] with the same B, N and D, "
+            f"got {shapes}"
+        )
+    if not k.numel():
+        raise ValueError(f"k and v must not be empty, got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"the key-value heads must divide the query heads, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
+        )
+
+
 def chunked(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -32,26 +60,7 @@ def chunked(
     """
     if not isinstance(config, LighthouseConfig):
         raise TypeError(f"config must be a LighthouseConfig, got {type(config).__name__}")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k and v must be [B, heads, N, D], got {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(
-            f"q must be [B, Hq, N, D] and k and v [B, Hkv, N, D] with the same B, N and D, "
-            f"got {shapes}"
-        )
-    if not k.numel():
-        raise ValueError(f"k and v must not be empty, got {shapes}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key-value heads must divide the query heads, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q, k and v must be floating point, got {q.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(
-            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
-        )
+    check_rows(q, k, v)
     config = context_parallel.per_chunk(config, q.shape[2])
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     return (q, k, v), PyramidGeometry(config, q.shape[2])

@@ -1,5 +1,7 @@
 """The oracle: Lighthouse attention entry by entry, as the definition reads, with plain autograd.
 
+The attention over a window is here too, position by position.
+
 It is slow, and meant for comparison in float64. It shares only the configuration and the geometry
 with the code that it judges.
 
@@ -48,6 +50,31 @@ def lighthouse_attention(
             heads.append(_scatter_back(geometry, entries, out))
         batches.append(torch.stack(heads))
     return torch.stack(batches)
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+) -> Rows:
+    """Arguments as ``lighthouse.window_attention``; out [B, Hq, N, D] and lse [B, Hq, N]."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    out, lse = [], []
+    for head in range(q.shape[1]):
+        keys, values = k[:, head // group], v[:, head // group]
+        for position in range(q.shape[2]):
+            seen = slice(max(0, position - window + 1), position + 1)
+            scores = scale * (keys[:, seen] @ q[:, head, position, :, None]).squeeze(-1)
+            lse.append(scores.logsumexp(dim=-1))
+            out.append((scores.softmax(dim=-1)[:, None] @ values[:, seen]).squeeze(1))
+    return (
+        torch.stack(out, dim=1).unflatten(1, q.shape[1:3]),
+        torch.stack(lse, dim=1).unflatten(1, q.shape[1:3]),
+    )
 
 
 @torch.no_grad()

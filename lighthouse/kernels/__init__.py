@@ -6,6 +6,8 @@ have gradients, though no second ones, and the backward of each runs the other's
 
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: gather sums
+
+``window`` registers torch's flash attention over a window in the same way, with its backward.
 """
 
 from .gather import pool_gather
@@ -14,13 +16,17 @@ from .pooling import pool_coarsest
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
 from .selection import select_from_norms
+from .window import obstacle_to_flash, window_backward, window_forward
 
 __all__ = [
     "check_supported",
+    "obstacle_to_flash",
     "pool_coarsest",
     "pool_gather",
     "scatter_back",
     "score",
     "scores_by_pooling",
     "select_from_norms",
+    "window_backward",
+    "window_forward",
 ]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse import LighthouseConfig
+from lighthouse.inner_attention import InnerAttention
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     apply_lighthouse_checkpoint,
 )
@@ -44,22 +45,25 @@ def build(cls: type[nn.Module] = LighthouseTransformer, args: Any = FOUR_LAYERS)
 
 
 def build_on_device(
-    attention: str, impl: str | None, keep_products: tuple[str, ...] | None = None
+    attention: str,
+    impl: str | None,
+    keep_products: tuple[str, ...] | None = None,
+    args: LighthouseModelArgs = THREE_LAYERS,
 ) -> LighthouseTransformer:
-    """The model of ``THREE_LAYERS`` on ``DEVICE`` in ``DTYPE``.
+    """The model of ``args`` on ``DEVICE`` in ``DTYPE``.
 
     Args:
         attention: "lighthouse" or "dense".
-        impl: the implementation that Lighthouse layers use.
+        impl: the implementation that layers use in stage "lighthouse".
         keep_products: products that mode "lighthouse" keeps; None applies no checkpointing.
     """
-    model = build(args=THREE_LAYERS)
+    model = build(args=args)
     assert model.layers["0"].feed_forward.w1.weight.shape[0] == FFN
     model.to(DEVICE)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPE)
     for module in model.modules():
-        if isinstance(module, LighthouseAttention):
+        if isinstance(module, InnerAttention):
             module.impl = impl
     leave_out_math_backend(model)
     if keep_products is not None:

@@ -49,6 +49,7 @@ def test_same_settings_say_nothing(caplog) -> None:
     ("lighthouse__picks_per_stratum", 64), ("lighthouse__scorer", "gla"),
     ("lighthouse__dilation", 2), ("lighthouse__entry_score", "mean"),
     ("lighthouse__combine", "mean"), ("lighthouse__dense_layers", [0]),
+    ("lighthouse__attention", "window"), ("lighthouse__window", 512),
 ])  # fmt: skip
 def test_every_setting_of_the_method_is_refused_while_lighthouse_is_ahead(key, value) -> None:
     name = key.replace("__", ".")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     ATTENTION,
     SELECTION,
+    WINDOW,
 )
 from torchtitan.models.llama3_lighthouse.job_config import ActivationCheckpoint
 from torchtitan.models.llama3_lighthouse.memory_estimate import activation_bytes
@@ -103,6 +104,22 @@ def test_gradients_are_the_same_bits_and_attention_runs_once(
     assert selections == (2 if attention == "lighthouse" else 0)
     products = 3 * (3 * 7 + 1) + repeated_products(attention, keep_products)
     assert watch.count[MM] == products
+
+
+@pytest.mark.parametrize("keep_products", KEPT)
+def test_windows_run_once(keep_products: tuple[str, ...]) -> None:
+    args = replace(THREE_LAYERS, attention="window", window=40)
+    reference = build_on_device("lighthouse", None, args=args)
+    loss_of(reference).backward()
+    model = build_on_device("lighthouse", None, keep_products, args)
+    with Watch() as watch:
+        loss_of(model).backward()
+    expected, found = ([p.grad for p in m.parameters()] for m in (reference, model))
+    assert_equal_gradients(expected, found, exact=True)
+    assert sum(watch.count[operation] for operation in WINDOW) == 2
+    assert sum(watch.count[operation] for operation in ATTENTION) == 1
+    # Backward needs the queries, keys and values that a dense layer needs.
+    assert watch.count[MM] == 3 * (3 * 7 + 1) + repeated_products("dense", keep_products)
 
 
 def kept_bytes(

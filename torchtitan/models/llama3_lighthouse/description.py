@@ -9,6 +9,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.window import window_pairs
 
 from .checks.parallelism import layout_on_rank_0
 from .console import LOG_FILE, duration
@@ -19,11 +20,12 @@ from .infra.context_parallel import bytes_sent_per_layer
 from .job_config import JobConfig
 from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, pinned_bytes
 from .metrics import METRICS_FILE
-from .model.model import LighthouseModelArgs, LighthouseTransformer, lighthouse_config
+from .model.model import LighthouseModelArgs, LighthouseTransformer, selecting_config
 from .stages import ATTENTIONS
 
 GIB = 2**30
-NAMES = {"lighthouse": "Lighthouse", "dense": "dense"}
+# How lines name an attention, which for stage "lighthouse" is ``lighthouse.attention``.
+NAMES = {"lighthouse": "Lighthouse", "window": "window", "dense": "dense"}
 
 
 def describe(
@@ -59,12 +61,18 @@ def describe(
     lines += [
         _memory_line(config, dims, args, tokens, parameters),
         "FLOPs/token   "
-        + ", ".join(f"{NAMES[attention]} {flops:.3e}" for attention, (_, flops) in counts.items()),
+        + ", ".join(
+            f"{_name(config, attention)} {flops:.3e}" for attention, (_, flops) in counts.items()
+        ),
     ]
     if config.activation_checkpoint.offload_inputs:
         pinned = pinned_bytes(args, tokens) / GIB
         lines.append(f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host")
     return lines
+
+
+def _name(config: JobConfig, attention: str) -> str:
+    return NAMES[config.lighthouse.attention if attention == "lighthouse" else attention]
 
 
 def _count(number: int, noun: str) -> str:
@@ -141,7 +149,17 @@ def _batch_line(config: JobConfig, dims: ParallelDims) -> str:
 
 
 def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
-    geometry = PyramidGeometry(lighthouse_config(config.lighthouse), config.training.seq_len)
+    """The attention of the first stage."""
+    seq_len = config.training.seq_len
+    method = selecting_config(config.lighthouse)
+    if method is None:
+        window = config.lighthouse.window
+        keys = window_pairs(seq_len, window) / seq_len
+        return (
+            f"window        each position attends over the last {window:,} of {seq_len:,} "
+            f"positions, {keys:,.1f} on average; this is the Lighthouse stage's attention"
+        )
+    geometry = PyramidGeometry(method, seq_len)
     strata, gathered = geometry.strata, geometry.gathered_length
     chunks = layout_on_rank_0(config.parallelism).chunks
     shares = f", {gathered // dims.cp:,} on each rank" if dims.cp > 1 else ""
@@ -199,7 +217,7 @@ def _memory_line(
     found = memory_estimate(config, dims, args, tokens, parameters)
     state = found.pop("state")
     totals = ", ".join(
-        f"{_gib(state + kept)} GiB {NAMES[attention]}" for attention, kept in found.items()
+        f"{_gib(state + kept)} GiB {_name(config, attention)}" for attention, kept in found.items()
     )
     kept = " or ".join(map(_gib, found.values()))
     return (

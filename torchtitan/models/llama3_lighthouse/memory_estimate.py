@@ -46,9 +46,11 @@ def product_widths(args: LighthouseModelArgs) -> dict[str, int]:
 
 
 def layer_elements(
-    args: LighthouseModelArgs, section: ActivationCheckpoint, geometry: PyramidGeometry
+    args: LighthouseModelArgs, section: ActivationCheckpoint, geometry: PyramidGeometry | None
 ) -> tuple[float, float]:
     """Elements per token that a dense layer and a Lighthouse layer keep for backward.
+
+    Without a geometry the layer attends over a window, and keeps what a dense layer keeps.
 
     They depend on the mode of activation checkpointing: "lighthouse" keeps what
     ``infra/activation_checkpoint.py`` lists; "full" keeps the layer's input; "selective" also keeps
@@ -69,13 +71,16 @@ def layer_elements(
     # Logsumexps and indices take four bytes each.
     words = 4 / ACTIVATION_BYTES
     attention = args.dim + words * args.n_heads
+    dense = args.dim + after + before + attention
+    if geometry is None:
+        return dense, dense
     kv_heads = args.n_kv_heads or args.n_heads
     share = geometry.gathered_length / geometry.sequence_length
     pyramid = geometry.pyramid_length / geometry.sequence_length
     # Selections hold the maps of both directions, between places and pyramid entries.
     selection = words * kv_heads * (share + pyramid)
     gathered = share * (args.dim + 2 * widths["wk"] + attention) + selection
-    return args.dim + after + before + attention, args.dim + after + gathered
+    return dense, args.dim + after + gathered
 
 
 def activation_bytes(
@@ -91,7 +96,8 @@ def activation_bytes(
         tokens: tokens of a pass on this rank, of sequences of ``seq_len``.
         attention: "lighthouse" or "dense".
     """
-    dense, lighthouse = layer_elements(args, section, PyramidGeometry(args.lighthouse, seq_len))
+    geometry = PyramidGeometry(args.lighthouse, seq_len) if args.selects else None
+    dense, lighthouse = layer_elements(args, section, geometry)
     lighthouse_layers = args.n_layers - len(args.dense_layers) if attention == "lighthouse" else 0
     layers = (args.n_layers - lighthouse_layers) * dense + lighthouse_layers * lighthouse
     if section.offload_inputs:

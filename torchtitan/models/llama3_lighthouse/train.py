@@ -153,14 +153,17 @@ class LighthouseTrainer(upstream.Trainer):
         self.stage = stage
         self._use_attention(stage)
         seq_len = self.job_config.training.seq_len
-        length = self._gathered_length[stage]
+        runs = f"attention runs on {self._gathered_length[stage]:,}"
+        selects = stage == "lighthouse" and self.model_args.selects
+        if stage == "lighthouse" and not selects:
+            runs = f"each position attends over a window of {section.window:,}"
         logger.info(
-            f"Stage '{stage}' begins at step {step}{came_from}: attention runs on {length:,} of "
-            f"{seq_len:,} positions, {self._flops_per_token[stage]:.3e} FLOPs per token"
+            f"Stage '{stage}' begins at step {step}{came_from}: {runs} of {seq_len:,} positions, "
+            f"{self._flops_per_token[stage]:.3e} FLOPs per token"
         )
         if stage == "lighthouse" and section.dense_every:
             logger.info(f"Steps that {section.dense_every} divides train under dense attention")
-        if stage == "lighthouse" and section.entry_score == "max":
+        if selects and section.entry_score == "max":
             logger.warning(
                 "lighthouse.entry_score = 'max' lets the model read later tokens off the "
                 "selection: losses of this stage are too low; 'first' gives true ones"

@@ -237,6 +237,8 @@ BOUNDS: dict[str, Rule] = {
     "debug.deterministic_warn_only": BY_TYPE,
     "debug.moe_force_load_balance": NO_EXPERTS,
     "lighthouse.stage": BY_TYPE,
+    "lighthouse.attention": BY_TYPE,
+    "lighthouse.window": count(0, MOST_POSITIONS, note="0 means no window"),
     "lighthouse.dense_from_step": count(0, note="0 trains dense throughout"),
     "lighthouse.dense_every": count(
         2,

@@ -12,7 +12,7 @@ from ..data.retrieval_mix import RetrievalMix
 from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
-from ..model.model import LighthouseModelArgs, lighthouse_config
+from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
 from .bounds import check_bounds
 from .output import check_output_of_run, is_installed
 from .parallelism import check_parallelism, check_world_size, layout_on_rank_0
@@ -96,6 +96,7 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
         raise UserValueError(
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
+    _check_attention(config)
     _check_selections(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
     _check_lengths(config)
@@ -103,9 +104,31 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
     _check_retrieval_mix(config)
 
 
+def _check_attention(config: JobConfig) -> None:
+    """Check that a window is there if, and only if, the attention of the first stage has one."""
+    section = config.lighthouse
+    if section.attention == "window" and not section.window:
+        raise UserValueError(
+            "lighthouse.attention = 'window' needs lighthouse.window = 0 to be at least 1; pass "
+            "--lighthouse.window N with the positions that each position attends over"
+        )
+    if section.attention == "lighthouse" and section.window:
+        raise UserValueError(
+            f"lighthouse.window = {section.window} does not go with lighthouse.attention = "
+            "'lighthouse': a window beside Lighthouse attention follows; pass "
+            "--lighthouse.attention window to train under the window alone, or set "
+            "lighthouse.window to 0"
+        )
+
+
 def _check_selections(config: JobConfig) -> None:
     """Check that selections can be logged."""
     section = config.lighthouse
+    if section.log_selection_every and section.attention == "window":
+        raise UserValueError(
+            f"lighthouse.log_selection_every = {section.log_selection_every} does not go with "
+            "lighthouse.attention = 'window', which selects nothing; set it to 0"
+        )
     degree = config.parallelism.pipeline_parallel_degree
     if section.log_selection_every and degree > 1:
         raise UserValueError(
@@ -135,7 +158,8 @@ def _check_lengths(config: JobConfig) -> None:
     seq_lens = {"training": config.training.seq_len}
     if config.validation.enable:
         seq_lens["validation"] = config.validation.seq_len
-    for name, seq_len in seq_lens.items():
+    # A window takes every length.
+    for name, seq_len in seq_lens.items() if selecting_config(config.lighthouse) else ():
         try:
             PyramidGeometry(method, seq_len)
         except ValueError as error:

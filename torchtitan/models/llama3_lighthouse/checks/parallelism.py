@@ -21,6 +21,8 @@ def check_parallelism(config: JobConfig, n_layers: int) -> None:
         ValueError: two settings do not go together.
     """
     _check_degrees(config, n_layers)
+    _check_window(config)
+    _check_length(config)
     _check_compile(config)
     _check_loss(config)
     _check_offload(config)
@@ -50,6 +52,29 @@ def _check_validation_in_pipeline(config: JobConfig) -> None:
                 f"validation.{key} = {given} must equal training.{key} = {expected} under pipeline "
                 f"parallelism; set it so, or pass --validation.no-enable"
             )
+
+
+def _check_window(config: JobConfig) -> None:
+    degree = config.parallelism.context_parallel_degree
+    if config.lighthouse.attention == "window" and degree > 1:
+        raise UserValueError(
+            f"parallelism.context_parallel_degree = {degree} does not go with lighthouse.attention "
+            "= 'window': a window reaches into chunks that other ranks hold, and nothing hands "
+            "them over yet; set the degree to 1, or lighthouse.attention to 'lighthouse'"
+        )
+
+
+def _check_length(config: JobConfig) -> None:
+    """Check what upstream asserts; a pyramid implies it on one rank, a window does not."""
+    length, section = config.training.seq_len, config.parallelism
+    step = 2 * section.tensor_parallel_degree * section.context_parallel_degree
+    if length % step:
+        raise UserValueError(
+            f"training.seq_len = {length} must be a multiple of 2 x "
+            "parallelism.tensor_parallel_degree x parallelism.context_parallel_degree = 2 x "
+            f"{section.tensor_parallel_degree} x {section.context_parallel_degree} = {step}, as "
+            f"torchtitan asks; pass --training.seq_len {-(-length // step) * step}"
+        )
 
 
 def _check_compile(config: JobConfig) -> None:

@@ -1,8 +1,10 @@
 """Warnings of what a run would not do, although its configuration seems to ask for it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from lighthouse import LighthouseConfig
 
 from ..job_config import JobConfig, leaves
 from .rules import shown
@@ -36,10 +38,12 @@ def _given(key: str) -> Condition:
 MODE = "activation_checkpoint.mode"
 IN_PIPELINES = (_above("parallelism.pipeline_parallel_degree", 1),)
 UNDER_TENSOR_PARALLELISM = (_above("parallelism.tensor_parallel_degree", 1),)
+SELECTING = (_is("lighthouse.attention", "lighthouse"),)
 WITH_WORKERS = (_above("training.dataloader.num_workers", 0),)
 # How keys begin -> conditions that must all hold for them to be read. A section with a key
 # ``enable`` is off on purpose, so its other keys are not listed.
 READ_WHEN: dict[str, tuple[Condition, ...]] = {
+    **{f"lighthouse.{setting.name}": SELECTING for setting in fields(LighthouseConfig)},
     "activation_checkpoint.keep_products": (_is(MODE, "lighthouse"),),
     "activation_checkpoint.selective_ac_option": (_is(MODE, "selective"),),
     "activation_checkpoint.per_op_sac_": (
@@ -55,7 +59,7 @@ READ_WHEN: dict[str, tuple[Condition, ...]] = {
     "parallelism.enable_async_tensor_parallel": UNDER_TENSOR_PARALLELISM,
     "quantize.": (_given("model.converters"),),
     "debug.deterministic_warn_only": (_is("debug.deterministic", True),),
-    "lighthouse.dilation": (_is_not("lighthouse.scorer", "norm"),),
+    "lighthouse.dilation": (*SELECTING, _is_not("lighthouse.scorer", "norm")),
     "lighthouse.passkey_tasks": (_above("lighthouse.passkey_mix", 0),),
     "training.dataloader.persistent_workers": WITH_WORKERS,
     "training.dataloader.prefetch_factor": WITH_WORKERS,

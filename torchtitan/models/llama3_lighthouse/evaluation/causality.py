@@ -139,8 +139,8 @@ def with_text(path: Path, overrides: list[str]) -> list[str]:
     """Overrides that give the checkpoint at ``path`` a held-out text to be measured on.
 
     Raises:
-        ValueError, TypeError, OSError: there is no such text, or its sequences are too short for
-            the selection.
+        ValueError, TypeError, OSError: there is no such text, its sequences are too short for the
+            selection, or the attention of the first stage is a window.
     """
     config = recorded_config(path, overrides)
     if not config.validation.enable:
@@ -151,6 +151,11 @@ def with_text(path: Path, overrides: list[str]) -> list[str]:
             own += ["--validation.dataset_path", config.training.dataset_path]
         overrides = [*own, *overrides]
         config = recorded_config(path, overrides)
+    if config.lighthouse.attention == "window":
+        raise UserValueError(
+            f"{path} has lighthouse.attention = 'window', which selects nothing: no position sees "
+            "later tokens, and there is nothing to measure; name a checkpoint of another attention"
+        )
     check_text(config)
     span = lighthouse_config(config.lighthouse).coarsest_span
     if config.validation.seq_len < SHORTEST_IN_SPANS * span:

@@ -73,11 +73,13 @@ def sequence_length(
     """Tokens that the model reads for a prompt of ``length`` tokens, padding included.
 
     All digits of the answer but the last follow the prompt.
+
+    Args:
+        config: settings of the method; None if the attention takes every length.
     """
     needed = length + task.digits - 1
-    if attention != "lighthouse":
+    if attention != "lighthouse" or config is None:
         return needed
-    assert config is not None, "Lighthouse attention needs its settings"
     return fitting_length(config, needed)
 
 
@@ -113,7 +115,7 @@ def measure_cell(
     Args:
         predict: the model, under ``attention``.
         depth: depth of the needle, from 0 to 1.
-        config: settings of the method; needed only under attention "lighthouse".
+        config: as in ``sequence_length``.
         batch_tokens: tokens in a batch; one sequence at least.
         decode: gives the text of ids, for ``text_bytes``. None: each token but BOS is a byte.
 

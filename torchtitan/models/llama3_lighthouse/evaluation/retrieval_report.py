@@ -16,7 +16,7 @@ from ..data.retrieval import PromptEncoder, Task, check_length, find_task
 from ..data.tokenizer import ByteTokenizer, build_tokenizer
 from ..environment import environment
 from ..errors import UserValueError
-from ..model.model import lighthouse_config
+from ..model.model import selecting_config
 from .figures import length_name, new_figure, save
 from .inference import (
     find_checkpoint,
@@ -99,11 +99,12 @@ def report_retrieval(options: RetrievalOptions, overrides: list[str]) -> None:
 
 def prepare(
     options: RetrievalOptions, overrides: list[str]
-) -> tuple[RetrievalOptions, list[Evaluated], list[LighthouseConfig]]:
+) -> tuple[RetrievalOptions, list[Evaluated], list[LighthouseConfig | None]]:
     """Check what can be checked before a model is loaded.
 
     Returns:
-        The options with their lengths filled in, the checkpoints, and the method of each.
+        The options with their lengths filled in, the checkpoints, and the method of each, None
+        for the window.
 
     Raises:
         ValueError, TypeError, OSError: something is wrong; the message names the value and the fix.
@@ -137,7 +138,7 @@ def prepare(
         Evaluated(label, path, None, None, config.training.seq_len)
         for label, (path, config) in zip(labels_of(list(found)), found.items(), strict=True)
     ]
-    methods = [lighthouse_config(config.lighthouse) for config in found.values()]
+    methods = [selecting_config(config.lighthouse) for config in found.values()]
     return replace(options, lengths=lengths), evaluated, methods
 
 
@@ -145,7 +146,7 @@ def _measure(
     options: RetrievalOptions,
     overrides: list[str],
     checkpoints: list[Evaluated],
-    methods: list[LighthouseConfig],
+    methods: list[LighthouseConfig | None],
 ) -> None:
     """Measure every cell of every checkpoint, and write the tables as they grow."""
     plan = [
@@ -182,7 +183,7 @@ def _cells_of(
     options: RetrievalOptions,
     overrides: list[str],
     checkpoint: Evaluated,
-    method: LighthouseConfig,
+    method: LighthouseConfig | None,
     plan: Plan,
 ) -> Iterator[list[Cell]]:
     """Yield the cells, one for each depth, of each entry of the plan."""

@@ -1,9 +1,9 @@
 """Activation checkpointing that keeps what is small and costly: ``mode = "lighthouse"``.
 
-Each layer keeps its input, the output of attention, and the selection. In a dense layer the output
-of attention has N positions. In a Lighthouse layer it has S, and the gathered queries, keys and
-values, which have S as well, are kept with it. Backward then repeats neither attention nor
-selection.
+Each layer keeps its input, the output of attention, and the selection. In a dense layer, and in one
+that attends over a window, the output of attention has N positions. In a Lighthouse layer it has S,
+and the gathered queries, keys and values, which have S as well, are kept with it. Backward then
+repeats neither attention nor selection.
 
 Backward does repeat norms, rotary embedding, scattering, and the matrix products that
 ``keep_products`` does not name. One element of a product takes 2 bytes to keep and 2 K FLOPs to
@@ -40,9 +40,11 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+WINDOW = {torch.ops.lighthouse.window.default}
 SELECTION = {torch.ops.lighthouse.select.default}
 GATHERING: set[torch._ops.OpOverload] = set()
 if kernels is not None:
+    WINDOW |= {torch.ops.lighthouse.flash_window.default}
     SELECTION |= {
         torch.ops.lighthouse.score.default,
         torch.ops.lighthouse.select_from_norms.default,
@@ -79,7 +81,7 @@ def contexts_that_keep(
         keep_products: names from ``PRODUCTS``. Each is kept where backward needs it.
     """
     inner = block.get_submodule("attention.inner_attention")
-    kept = ATTENTION | SELECTION | GATHERING | EXCHANGE
+    kept = ATTENTION | WINDOW | SELECTION | GATHERING | EXCHANGE
 
     def contexts() -> tuple[Any, Any]:
         needed = set(keep_products)

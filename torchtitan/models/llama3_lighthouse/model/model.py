@@ -1,4 +1,4 @@
-"""The Llama-3 model with Lighthouse as the inner attention of most of its layers."""
+"""The Llama-3 model with Lighthouse or a window as the inner attention of most of its layers."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,10 +10,12 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.model import model as upstream
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
-from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse import LighthouseAttention, LighthouseConfig, WindowAttention
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.inner_attention import InnerAttention
 from lighthouse.precision import SDPA_BACKENDS
 from lighthouse.scoring import flops_per_position
+from lighthouse.window import window_pairs
 
 from ..job_config import JobConfig, Lighthouse
 from .loss import factored, is_chunked
@@ -31,9 +33,21 @@ def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
     )
 
 
+def selecting_config(section: Lighthouse) -> LighthouseConfig | None:
+    """The method's configuration if stage "lighthouse" selects entries, as a window does not.
+
+    Raises:
+        ValueError, TypeError: as ``lighthouse_config``.
+    """
+    return lighthouse_config(section) if section.attention == "lighthouse" else None
+
+
 @dataclass
 class LighthouseModelArgs(TransformerModelArgs):
     lighthouse: LighthouseConfig = LighthouseConfig()
+    attention: str = "lighthouse"
+    """As ``lighthouse.attention`` of the configuration."""
+    window: int = 0
     dense_layers: list[int] = field(default_factory=list)
     chunked_loss: bool = False
     """Whether the model returns the factors of its logits, for a loss in chunks of tokens."""
@@ -45,35 +59,58 @@ class LighthouseModelArgs(TransformerModelArgs):
         self.max_seq_len = job_config.training.seq_len
         super().update_from_config(job_config, **kwargs)
         self.lighthouse = lighthouse_config(job_config.lighthouse)
+        self.attention = job_config.lighthouse.attention
+        self.window = job_config.lighthouse.window
         self.dense_layers = list(job_config.lighthouse.dense_layers)
         self.chunked_loss = is_chunked(job_config, self.vocab_size)
 
+    @property
+    def selects(self) -> bool:
+        """Whether stage "lighthouse" runs Lighthouse attention, and not the window alone."""
+        return self.attention == "lighthouse"
+
     def gathered_length(self, seq_len: int) -> int:
-        """Length S of the sequence that attention runs on in a Lighthouse layer."""
+        """Length of the sequence that attention runs on in stage "lighthouse", but dense layers.
+
+        It is S under Lighthouse attention, and N under the window, which gathers nothing.
+        """
+        if not self.selects:
+            return seq_len
         return PyramidGeometry(self.lighthouse, seq_len).gathered_length
+
+    def stage_one_attention(self, dense: nn.Module) -> InnerAttention:
+        """The inner attention of stage "lighthouse" around ``dense``, which the dense stage runs.
+
+        An arrangement of window and Lighthouse attention belongs here.
+        """
+        if self.selects:
+            return LighthouseAttention(self.lighthouse, dense)
+        return WindowAttention(self.window, dense)
+
+    def _stage_one_flops(self, seq_len: int) -> float:
+        """FLOPs per token of one layer's attention in stage "lighthouse", forward and backward."""
+        per_pair = 12 * self.dim
+        if not self.selects:
+            return per_pair * window_pairs(seq_len, self.window) / seq_len
+        gathered = self.gathered_length(seq_len)
+        head_dim = self.dim // self.n_heads
+        scoring = flops_per_position(self.lighthouse, seq_len, self.n_heads, head_dim)
+        return per_pair * window_pairs(gathered, gathered) / seq_len + scoring
 
     def flops_per_token(self, matmul_parameters: int, seq_len: int, attention: str) -> float:
         """FLOPs of forward and backward per token, counting what runs.
 
         A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
-        M has M (M + 1) / 2 pairs. A pair costs 2 products of 2 D in each head forward, and twice
-        that backward. M is S in the Lighthouse layers under Lighthouse attention, and N elsewhere.
-        Scorers run forward only; ``lighthouse.scoring`` counts their operations. Recomputation,
-        pooling and picking are not counted.
+        M has M (M + 1) / 2 pairs, and over a window of W positions W N - W (W - 1) / 2. A pair
+        costs 2 products of 2 D in each head forward, and twice that backward. M is S in the layers
+        under Lighthouse attention, and N in dense ones. Scorers run forward only;
+        ``lighthouse.scoring`` counts their operations. Recomputation, pooling and picking are not
+        counted.
         """
-        per_pair = 12 * self.dim
-        lighthouse_layers = 0
-        if attention == "lighthouse":
-            lighthouse_layers = self.n_layers - len(self.dense_layers)
-        gathered = self.gathered_length(seq_len) if lighthouse_layers else 0
-        pairs = (self.n_layers - lighthouse_layers) * seq_len * (seq_len + 1) / 2
-        pairs += lighthouse_layers * gathered * (gathered + 1) / 2
-        scoring = 0.0
-        if lighthouse_layers:
-            scoring = lighthouse_layers * flops_per_position(
-                self.lighthouse, seq_len, self.n_heads, self.dim // self.n_heads
-            )
-        return 6 * matmul_parameters + per_pair * pairs / seq_len + scoring
+        sparse_layers = self.n_layers - len(self.dense_layers) if attention == "lighthouse" else 0
+        dense_flops = 12 * self.dim * window_pairs(seq_len, seq_len) / seq_len
+        flops = 6 * matmul_parameters + (self.n_layers - sparse_layers) * dense_flops
+        return flops + (sparse_layers * self._stage_one_flops(seq_len) if sparse_layers else 0.0)
 
     # pyrefly: ignore[bad-override]  Upstream divides by the FLOPs; they need not be an int.
     def get_nparams_and_flops(
@@ -126,14 +163,13 @@ class LighthouseTransformer(upstream.Transformer):
             if int(index) in model_args.dense_layers:
                 continue
             dense = block.get_submodule("attention.inner_attention")
-            lighthouse = LighthouseAttention(model_args.lighthouse, dense)
-            block.set_submodule("attention.inner_attention", lighthouse)
+            block.set_submodule("attention.inner_attention", model_args.stage_one_attention(dense))
 
     def _precompute_freqs_cis(self) -> torch.Tensor:
         return table_of(super()._precompute_freqs_cis())
 
     def use_attention(self, attention: str) -> None:
-        """Use Lighthouse ("lighthouse") or dense attention ("dense") from the next forward on."""
+        """Use the attention of stage "lighthouse" or "dense" from the next forward on."""
         for module in self.modules():
-            if isinstance(module, LighthouseAttention):
+            if isinstance(module, InnerAttention):
                 module.enabled = attention == "lighthouse"

@@ -10,7 +10,7 @@ from lighthouse.geometry import PyramidGeometry
 from ..evaluation.figures import DENSE, colours, mark_switches, new_figure, save
 from ..evaluation.tables import Row, columns_of, markdown, write_csv
 from ..metrics import HELD_OUT_LOSS, LOSS, MEMORY, THROUGHPUT, UNDER_LIGHTHOUSE
-from ..model.model import lighthouse_config
+from ..model.model import selecting_config
 from ..stages import stage_at
 from .settings import value_of
 from .sweeps import Run, read_metrics
@@ -64,9 +64,9 @@ def summarise(run: Run, keys: Iterable[str]) -> Row:
         row[f"tokens/s, {name}"] = round(speeds[name]) if name in speeds else None
     row["peak memory, GiB"] = max(entry[MEMORY] for entry in trained)
     row["S"] = row["N/S"] = None
-    if lighthouse:
+    if lighthouse and (method := selecting_config(section)):
         n = run.config.training.seq_len
-        row["S"] = PyramidGeometry(lighthouse_config(run.config.lighthouse), n).gathered_length
+        row["S"] = PyramidGeometry(method, n).gathered_length
         row["N/S"] = n / row["S"]
     return row | _last_selections(steps)
 

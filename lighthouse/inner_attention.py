@@ -1,0 +1,83 @@
+"""The place of an attention inside a model, with a switch to the dense attention that it holds.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class StockAttention(nn.Module):
+    """torch's ``scaled_dot_product_attention`` as a module."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """[B, Hq, N, D]; ``options`` are the function's own."""
+        return nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+
+class InnerAttention(nn.Module):
+    """A causal attention around a dense inner attention; subclasses say how it attends.
+
+    It has no parameters and no buffers, so it does not change a model's state dict.
+
+    Args:
+        sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``, which
+            is the default.
+        impl: an implementation that the subclass knows; by default the fastest on the device.
+
+    Attributes:
+        enabled: whether this attention runs; otherwise ``sdpa`` runs alone.
+        name: what messages call it.
+    """
+
+    name: str
+
+    def __init__(self, sdpa: nn.Module | None = None, impl: str | None = None) -> None:
+        super().__init__()
+        self.impl = impl
+        self.sdpa = sdpa if sdpa is not None else StockAttention()
+        self.enabled = True
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        is_causal: bool = True,
+    ) -> torch.Tensor:
+        """Attention output [B, Hq, N, D] for q [B, Hq, N, D] and k, v [B, Hkv, N, D].
+
+        Raises:
+            ValueError: the attention is enabled, and ``is_causal`` is false or the heads differ
+                without ``enable_gqa``.
+        """
+        if not self.enabled:
+            return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)
+        if not is_causal:
+            raise ValueError(f"{self.name} is causal; pass is_causal = True")
+        if q.shape[1] != k.shape[1] and not enable_gqa:
+            raise ValueError(
+                f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
+                "key-value heads"
+            )
+        return self.attend(q, k, v, scale)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """The output of ``forward`` when this attention is enabled."""
+        raise NotImplementedError
+
+    def settings(self) -> str:
+        """The settings that ``repr`` shows."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.settings()}, enabled={self.enabled}"

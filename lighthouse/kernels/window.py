@@ -1,0 +1,274 @@
+"""Causal attention over a window by torch's flash attention, as operations of ours.
+
+flash attention takes a window and returns the logsumexp. Its backward knows no gradient of the
+logsumexp, but it reads ``out`` for one purpose alone, the row sums of dout * out. It subtracts them
+where the gradient of the logsumexp would be added, so ``fold_lse_gradient`` gives it another
+``out``:
+
+    out' = out - dout dlse / |dout|^2,   for which   rowsum(dout out') = rowsum(dout out) - dlse
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from .launch import LARGEST_D, define, row_strides, sequence_first
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# flash attention copies rows of D elements in vectors of so many.
+STEP_OF_D = 8
+# A row of dout below this share of its dlse is raised to it. float16 has no room for less.
+SMALLEST_SHARE = {torch.float16: 2.0**-10}
+SMALLEST_SHARE_OF_OTHERS = 2.0**-20
+# Backward runs about so many rounds of programs, in segments of at least so many positions and so
+# many times the positions that they share with the segment before.
+ROUNDS, SHORTEST_SEGMENT, LEAST_GAIN = 2, 512, 4
+# The mode of torch in which operations must repeat their bits.
+MUST_REPEAT = 2
+
+
+def obstacle_to_flash(q: torch.Tensor) -> str | None:
+    """The reason why flash attention does not compute on tensors like ``q``, or None."""
+    d = q.shape[-1]
+    if not q.is_cuda:
+        return f"needs CUDA tensors, got {q.device}"
+    if q.dtype not in FLASH_DTYPES:
+        return f"computes bfloat16 and float16, got {q.dtype}"
+    if d % STEP_OF_D or d > LARGEST_D:
+        return f"takes head dimensions that {STEP_OF_D} divides up to {LARGEST_D}, got {d}"
+    return None
+
+
+@contextmanager
+def repeating_bits() -> Generator[None]:
+    """Let torch's flash attention sum its gradients in one order.
+
+    It asks torch's process-wide mode for that. The mode would also fill all new memory.
+    """
+    mode, fills = torch.get_deterministic_debug_mode(), cast(Any, torch.utils.deterministic)
+    filled = fills.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode(MUST_REPEAT)
+    fills.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        fills.fill_uninitialized_memory = filled
+
+
+def _flash_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] as flash attention takes it, [B, N, H, D] with D contiguous."""
+    return row_strides(rows)[0].transpose(1, 2)
+
+
+def _options(keys: int, window: int, scale: float) -> dict[str, float | int]:
+    # Without a limit to the left, a window that holds all keys runs as dense attention.
+    left = window - 1 if window < keys else -1
+    return {"scale": scale, "window_size_left": left, "window_size_right": 0}
+
+
+def launch_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over the window.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D].
+
+    Returns:
+        out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
+    """
+    n = q.shape[2]
+    rows = (_flash_rows(each) for each in (q, k, v))
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *rows, None, None, n, n, 0.0, True, False, **_options(n, window, scale)
+    )
+    return out.contiguous().transpose(1, 2), lse.contiguous()
+
+
+def launch_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do.
+
+    One program of flash attention sums the gradient of one head's queries in order. Where batch and
+    heads are fewer than the GPU's processors, flash attention splits this sum, and keeps a float32
+    copy of the gradient for every part: seventeen of them for eight heads on an H100. The sequence
+    is then cut into segments instead, which flash attention takes as a batch.
+    """
+    batch, heads, n, _ = q.shape
+    rows = [_flash_rows(each) for each in (dout, q, k, v, out)]
+    segments = segments_of(n, window, batch * heads, _processors(q.device))
+    gradients = _gradients if segments == 1 else partial(_gradients_in_segments, segments)
+    with repeating_bits():
+        grads = gradients(rows, lse, window, scale)
+    dq, dk, dv = (grad.contiguous().transpose(1, 2) for grad in grads)
+    return dq, dk, dv
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def segments_of(length: int, window: int, planes: int, processors: int) -> int:
+    """Segments that ``length`` positions are cut into for backward.
+
+    Args:
+        planes: batch times heads, each of which a program works on by itself.
+    """
+    if planes >= processors:
+        return 1
+    wanted = -(-ROUNDS * processors // planes)
+    before = window - 1
+    return max(1, min(wanted, (length - before) // max(SHORTEST_SEGMENT, LEAST_GAIN * before)))
+
+
+def _gradients(
+    rows: list[torch.Tensor], lse: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, each [B, N, H, D], by one call of flash attention.
+
+    The last of the queries is at the place of the last of the keys, of which there may be more.
+
+    Args:
+        rows: dout, q, k, v and out, each [B, N, H, D].
+        lse: [B, Hq, N].
+    """
+    queries, keys = rows[1].shape[1], rows[2].shape[1]
+    # Without dropout, the state of the random generator is not read.
+    state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    return torch.ops.aten._flash_attention_backward(
+        *rows, lse, None, None, queries, keys, 0.0, True, state, unused,
+        **_options(keys, window, scale),
+    )  # fmt: skip
+
+
+def _gradients_in_segments(
+    segments: int, rows: list[torch.Tensor], lse: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``_gradients``, with equal segments of the sequence as a batch.
+
+    A segment attends over its own keys and the W - 1 before it. The positions before the first
+    segment are at least as many; a call of their own takes them.
+    """
+    dout, q, k, v, out = rows
+    batch, n = q.shape[:2]
+    before = window - 1
+    length = (n - before) // segments
+    first = n - segments * length
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        return x[:, first:].unflatten(1, (segments, length)).flatten(0, 1)
+
+    def reached(x: torch.Tensor) -> torch.Tensor:
+        overlapping = x[:, first - before :].unfold(1, length + before, length)
+        return overlapping.movedim(-1, 2).flatten(0, 1)
+
+    own_lse = own(lse.transpose(1, 2)).transpose(1, 2).contiguous()
+    parts = _gradients(
+        [own(dout), own(q), reached(k), reached(v), own(out)], own_lse, window, scale
+    )
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    if first:
+        beginning = [x[:, :first] for x in rows]
+        begun = _gradients(beginning, lse[..., :first].contiguous(), window, scale)
+        for grad, part in zip(grads, begun, strict=True):
+            grad[:, :first] = part
+    for grad, part, shared in zip(grads, parts, (0, before, before), strict=True):
+        part = part.unflatten(0, (batch, segments))
+        grad[:, first:].unflatten(1, (segments, length)).copy_(part[:, :, shared:])
+        if shared:
+            reach = grad[:, first - shared : n - shared].unflatten(1, (segments, length))
+            reach[:, :, :shared] += part[:, :, :shared]
+    dq, dk, dv = grads
+    return dq, dk, dv
+
+
+def _fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = sequence_first(q, q.shape[2])
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = q.shape[2]
+    return sequence_first(q, n), sequence_first(k, n), sequence_first(v, n)
+
+
+define(
+    "flash_window(Tensor q, Tensor k, Tensor v, int window, float scale) -> (Tensor, Tensor)",
+    launch_forward,
+    _fake_forward,
+)
+define(
+    "flash_window_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " int window, float scale) -> (Tensor, Tensor, Tensor)",
+    launch_backward,
+    _fake_backward,
+)
+
+
+def window_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``lighthouse.window.window_attention``: out [B, Hq, N, D] and lse [B, Hq, N]."""
+    return torch.ops.lighthouse.flash_window(q, k, v, window, scale)
+
+
+def window_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v from those of out [B, Hq, N, D] and of lse [B, Hq, N]."""
+    if dlse is not None:
+        dout, out = fold_lse_gradient(dout, dlse, out)
+    return torch.ops.lighthouse.flash_window_backward(dout, q, k, v, out, lse, window, scale)
+
+
+def fold_lse_gradient(
+    dout: torch.Tensor, dlse: torch.Tensor, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows dout' and out', such that rowsum(dout' out') = rowsum(dout out) - dlse.
+
+    dout' is dout, save for rows that are zero or too small beside their dlse for out' to hold the
+    quotient. Such rows are raised to ``SMALLEST_SHARE`` of their dlse, and so change the gradient
+    of v by that share of it.
+
+    Args:
+        dout, out: [B, Hq, N, D].
+        dlse: [B, Hq, N].
+    """
+    dtype = dout.dtype
+    dlse = dlse.float().unsqueeze(-1)
+    rows = dout.float()
+    least = dlse.abs() * SMALLEST_SHARE.get(dtype, SMALLEST_SHARE_OF_OTHERS)
+    rows = torch.where(rows.abs().amax(dim=-1, keepdim=True) < least, least, rows).to(dtype)
+    # Squares of small gradients would vanish in float32.
+    size = rows.float().abs().amax(dim=-1, keepdim=True)
+    unit = rows.float() / torch.where(size > 0, size, 1.0)
+    squares = (unit * unit).sum(dim=-1, keepdim=True)
+    quotient = torch.where(size > 0, dlse / size / squares, 0.0)
+    return rows, (out.float() - unit * quotient).to(dtype)

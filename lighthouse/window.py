@@ -1,0 +1,292 @@
+"""Causal attention over a sliding window, as a function and as the inner attention of a model.
+
+Position t attends over positions t - W + 1 to t, with the softmax of all causal attention.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, G = Hq / Hkv, N positions, D head dimension,
+W positions of the window, R rows of a piece, C keys that these rows reach.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .implementation import choose_window_implementation, kernels
+from .inner_attention import InnerAttention
+from .inputs import check_rows
+from .precision import accumulation_dtype
+
+# The vectorised code holds about this many scores at once, and takes so many rows at most.
+SCORES_AT_ONCE = 2**24
+MOST_ROWS = 256
+
+
+def check_window(window: int) -> None:
+    """Check that ``window`` is a number of positions.
+
+    Raises:
+        TypeError, ValueError: it is no integer, or below 1.
+    """
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(
+            f"window must be of type int, got {window!r} of type {type(window).__name__}"
+        )
+    if window < 1:
+        raise ValueError(
+            f"window must be at least 1, the position itself, got window = {window}; use a few "
+            "hundred positions"
+        )
+
+
+def window_pairs(sequence_length: int, window: int) -> int:
+    """Pairs of a query and a key that attention over a window takes in one head.
+
+    Position t takes min(t + 1, W) keys.
+    """
+    reach = min(window, sequence_length)
+    return reach * sequence_length - reach * (reach - 1) // 2
+
+
+@overload
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention in which each position sees itself and the ``window`` - 1 before it.
+
+    A window of N or more is dense causal attention. Forward and backward repeat their bits, and
+    both results have exact first gradients.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D]; Hkv divides Hq.
+        window: W, at least 1.
+        scale: factor of the scores before the softmax; by default 1 / sqrt(D).
+        impl: "flash" for torch's flash attention, or "torch" for vectorised PyTorch, which takes
+            every device, dtype and D and is several times slower on a GPU. The default is "flash"
+            for bfloat16 and float16 on CUDA with a D that 8 divides, up to 256, and "torch" for
+            all others: float32 on CUDA is computed by PyTorch.
+        return_lse: also return the logsumexp of each position's scores.
+
+    Returns:
+        out [B, Hq, N, D] in q's dtype; with ``return_lse`` also lse [B, Hq, N], float32, or
+        float64 for float64 tensors.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit one another, or the window or
+            ``impl`` is none.
+    """
+    check_rows(q, k, v)
+    check_window(window)
+    impl = choose_window_implementation(impl, q)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse)
+
+
+class _WindowAttention(torch.autograd.Function):
+    """One operation forward and one backward, which computes the probabilities again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int,
+        scale: float,
+        impl: str,
+        return_lse: bool,
+    ) -> Any:
+        forward = kernels.window_forward if impl == "flash" else torch.ops.lighthouse.window
+        out, lse = forward(q, k, v, window, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.constants = window, scale, impl
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]  Without lse there is no gradient of it.
+    def backward(
+        ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        window, scale, impl = ctx.constants
+        if impl == "flash":
+            backward = kernels.window_backward
+        else:
+            backward = torch.ops.lighthouse.window_backward
+        grads = backward(dout, dlse, *ctx.saved_tensors, window, scale)
+        return *grads, None, None, None, None
+
+
+# The vectorised code is an operation too: the compiler neither unrolls its loop nor repeats it.
+@torch.library.custom_op(
+    "lighthouse::window",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, SymInt window, float scale) -> (Tensor, Tensor)",
+)
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = accumulation_dtype(q.dtype)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    # Autocast would round the scores.
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys in _pieces(q, window):
+            scores = _scores(q, k, rows, keys, window, scale)
+            sums = scores.logsumexp(dim=-1)
+            probabilities = (scores - sums[..., None]).exp_()
+            values = v[:, :, keys].to(dtype)
+            out[:, :, rows] = _of_heads(probabilities.flatten(2, 3) @ values, q)
+            lse[:, :, rows] = sums.flatten(1, 2)
+    return out, lse
+
+
+@_forward.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op(
+    "lighthouse::window_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " SymInt window, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With P = exp(s - lse): dv = P^T dout, and ds = P (dout v^T - rowsum(dout out) + dlse)."""
+    dtype, heads = accumulation_dtype(q.dtype), k.shape[1]
+    dq = q.new_empty(q.shape)
+    # Pieces share keys, so one piece after the other adds to their gradients.
+    dk, dv = (k.new_zeros(k.shape, dtype=dtype) for _ in range(2))
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys in _pieces(q, window):
+            grad = dout[:, :, rows].to(dtype)
+            shift = (grad * out[:, :, rows].to(dtype)).sum(dim=-1)
+            if dlse is not None:
+                shift = shift - dlse[:, :, rows]
+            grad = _by_key_head(grad, heads)
+            scores = _scores(q, k, rows, keys, window, scale)
+            sums = lse[:, :, rows].unflatten(1, (heads, -1))
+            probabilities = (scores - sums[..., None]).exp_().flatten(2, 3)
+            dv[:, :, keys] += probabilities.mT @ grad
+            shift = shift.unflatten(1, (heads, -1)).flatten(2, 3)
+            grad = grad @ v[:, :, keys].to(dtype).mT
+            grad = probabilities * (grad - shift[..., None]) * scale
+            dk[:, :, keys] += grad.mT @ _by_key_head(q[:, :, rows].to(dtype), heads)
+            dq[:, :, rows] = _of_heads(grad @ k[:, :, keys].to(dtype), q)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_backward.register_fake
+def _(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *others: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _pieces(q: torch.Tensor, window: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of R rows, and of the C keys that these rows see."""
+    batch, heads, length, _ = q.shape
+    reach = batch * heads * min(length, window + MOST_ROWS)
+    count = max(1, min(MOST_ROWS, SCORES_AT_ONCE // reach))
+    for first in range(0, length, count):
+        last = min(length, first + count)
+        yield slice(first, last), slice(max(0, first - window + 1), last)
+
+
+def _by_key_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, Hq, R, D] as [B, Hkv, G R, D], for ``heads`` = Hkv."""
+    return rows.unflatten(1, (heads, -1)).flatten(2, 3)
+
+
+def _of_heads(rows: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """[B, Hkv, G R, D] as [B, Hq, R, D]."""
+    return rows.unflatten(2, (q.shape[1] // rows.shape[1], -1)).flatten(1, 2)
+
+
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, rows: slice, keys: slice, window: int, scale: float
+) -> torch.Tensor:
+    """Scores of a piece, minus infinity outside of the window: [B, Hkv, G, R, C]."""
+    dtype, heads = accumulation_dtype(q.dtype), k.shape[1]
+    scores = _by_key_head(q[:, :, rows].to(dtype), heads) @ k[:, :, keys].to(dtype).mT * scale
+    row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+    distance = row - torch.arange(keys.start, keys.stop, device=q.device)
+    outside = (distance < 0) | (distance >= window)
+    return scores.unflatten(2, (-1, len(row))).masked_fill_(outside, -math.inf)
+
+
+class WindowAttention(InnerAttention):
+    """Attention over a window around a dense inner attention.
+
+    Args:
+        window: W, the positions that each position sees, itself included.
+        sdpa, impl: as in ``InnerAttention``; "flash" and "torch" are implementations.
+    """
+
+    name = "attention over a window"
+
+    def __init__(self, window: int, sdpa: nn.Module | None = None, impl: str | None = None) -> None:
+        check_window(window)
+        super().__init__(sdpa, impl)
+        self.window = window
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        return window_attention(q, k, v, self.window, scale=scale, impl=self.impl)
+
+    def settings(self) -> str:
+        return f"window={self.window}"

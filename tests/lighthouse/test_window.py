@@ -1,0 +1,360 @@
+"""Attention over a window: against the oracle, its gradients, its reach, and messages."""
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+
+# opcheck imports it, which would look for flash attention where a test has put a stand-in.
+import torch.utils.flop_counter  # noqa: F401
+from attention_cases import Dense, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import pad
+
+from lighthouse import LighthouseAttention, WindowAttention, reference, window, window_attention
+from lighthouse.kernels import window as kernel
+from lighthouse.kernels.window import fold_lse_gradient, segments_of
+from lighthouse.window import window_pairs
+
+
+def rows(
+    n: int, heads: int = 2, kv_heads: int = 1, batch: int = 1, d: int = 4, seed: int = 0
+) -> list[torch.Tensor]:
+    """q, k, v and a gradient of the output as a model has them, float64, not contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, n, h, d, generator=generator, dtype=torch.float64).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def results(function, inputs: list[torch.Tensor], grad, grad_lse, *arguments: Any, **options: Any):
+    """out, lse and the gradients of q, k and v."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = function(*inputs, *arguments, **options)
+    torch.autograd.backward((out, lse), (grad, grad_lse))
+    return [out.detach(), lse.detach(), *(x.grad for x in inputs)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    n = draw(st.integers(1, 40))
+    batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 1, 2), (1, 2, 3), (2, 2, 1)]))
+    return dict(
+        n=n,
+        window=draw(st.sampled_from([1, 2, 3, 7, 16, n, n + 5])),
+        batch=batch,
+        kv_heads=kv_heads,
+        heads=kv_heads * group,
+        d=draw(st.integers(1, 5)),
+        scale=draw(st.sampled_from([None, 0.3])),
+        # Rows and scores that are held at once, so that short sequences fall into pieces.
+        most_rows=draw(st.sampled_from([1, 5, 256])),
+        scores=draw(st.sampled_from([1, 64, 2**24])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=cases())
+def test_equals_the_oracle_in_float64(case: dict[str, Any]) -> None:
+    names = ("n", "heads", "kv_heads", "batch", "d", "seed")
+    *inputs, grad = rows(**{name: case[name] for name in names})
+    grad_lse = torch.randn(grad.shape[:3], dtype=torch.float64)
+    arguments = inputs, grad, grad_lse, case["window"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(window, "MOST_ROWS", case["most_rows"])
+        patched.setattr(window, "SCORES_AT_ONCE", case["scores"])
+        found = results(window_attention, *arguments, scale=case["scale"], return_lse=True)
+    expected = results(reference.window_attention, *arguments, scale=case["scale"])
+    for value, want in zip(found, expected, strict=True):
+        assert value.dtype == torch.float64 and value.shape == want.shape
+        torch.testing.assert_close(value, want, rtol=0, atol=1e-10)
+
+
+def test_gradients_by_finite_differences() -> None:
+    inputs = [x.contiguous().requires_grad_() for x in rows(6, d=2)[:3]]
+    assert torch.autograd.gradcheck(lambda *x: window_attention(*x, 4, return_lse=True), inputs)
+    assert torch.autograd.gradcheck(lambda *x: window_attention(*x, 4), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_errors_are_those_of_rounding(dtype: torch.dtype) -> None:
+    """No larger than twice those of dense attention in the same precision under the same mask."""
+    *inputs, grad = (x.to(dtype) for x in rows(300, 4, 2, d=16))
+    distance = torch.arange(300)[:, None] - torch.arange(300)
+    mask = (distance >= 0) & (distance < 50)
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: int) -> Any:
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        scores = (q @ k.mT / 4).masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
+
+    grad_lse = torch.zeros(grad.shape[:3], dtype=torch.float32)
+    exact = results(
+        reference.window_attention, [x.double() for x in inputs], grad.double(), grad_lse.double(),
+        50,
+    )  # fmt: skip
+    found = results(window_attention, inputs, grad, grad_lse, 50, return_lse=True)
+    rounded = results(plain, inputs, grad, grad_lse.to(dtype), 50)
+    assert found[1].dtype == torch.float32
+    for value, other, want in zip(found, rounded, exact, strict=True):
+        assert relative_error(value, want) <= 2 * relative_error(other, want)
+
+
+def test_window_of_the_whole_sequence_is_dense_attention() -> None:
+    q, k, v, _ = rows(33, 4, 2)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    for size in (33, 1000):
+        torch.testing.assert_close(window_attention(q, k, v, size), dense)
+    own = v.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(window_attention(q, k, v, 1), own)
+
+
+@pytest.mark.parametrize("position", [3, 20, 47])
+def test_a_key_reaches_its_window_and_nothing_else(position: int) -> None:
+    """Forward to position + W - 1, to the last bit; its gradients come from there alone."""
+    size, n = 9, 48
+    q, k, v, grad = rows(n)
+    out, lse = window_attention(q, k, v, size, return_lse=True)
+    seen = (torch.arange(n) >= position) & (torch.arange(n) < position + size)
+    for name, value in (("k", math.nan), ("k", 1e30), ("v", 1e30)):
+        changed = {"k": k.clone(), "v": v.clone()}
+        changed[name][:, :, position] = value
+        other, other_lse = window_attention(q, changed["k"], changed["v"], size, return_lse=True)
+        differs = ((other != out).any(-1)).any(1)[0]
+        assert torch.equal(differs, seen), name
+        lse_differs = (other_lse != lse).any(1)[0]
+        assert torch.equal(lse_differs, seen if name == "k" else torch.zeros(n, dtype=bool))
+    leaves = [x.clone().requires_grad_() for x in (k, v)]
+    part = window_attention(q, *leaves, size) * grad
+    for each in torch.autograd.grad(part[:, :, ~seen].sum(), leaves):
+        assert not each[:, :, position].any()
+
+
+def test_nan_beyond_the_window_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product touches a key or value that no row of its piece sees, in either direction."""
+    monkeypatch.setattr(window, "MOST_ROWS", 16)
+    *inputs, grad = rows(128)
+    clean = results(window_attention, inputs, grad, grad[..., 0], 10, return_lse=True)
+    for first, last in ((0, 39), (96, 128)):
+        poisoned = [x.clone() for x in inputs]
+        for x in poisoned[1:]:
+            x[:, :, first:last] = math.nan
+        found = results(window_attention, poisoned, grad, grad[..., 0], 10, return_lse=True)
+        # The pieces from 48 to 95 see keys from 39 to 95.
+        for value, want in zip(found[:3], clean[:3], strict=True):
+            assert torch.equal(value[:, :, 48:96], want[:, :, 48:96])
+
+
+def test_autocast_does_not_round_the_scores() -> None:
+    inputs = [x.bfloat16() for x in rows(64, d=16)[:3]]
+    expected = window_attention(*inputs, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(window_attention(*inputs, 16), expected)
+
+
+def test_compiles_whole_and_registers_as_torch_asks() -> None:
+    *inputs, grad = rows(40, 4, 2)
+    arguments = inputs, grad, grad[..., 0], 7
+    compiled = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
+    expected = results(window_attention, *arguments, return_lse=True)
+    for value, want in zip(results(compiled, *arguments, return_lse=True), expected, strict=True):
+        assert torch.equal(value, want)
+    operations = torch.ops.lighthouse
+    torch.library.opcheck(operations.window.default, (*inputs, 7, 0.5))
+    out, lse = expected[:2]
+    for grad_lse in (None, grad[..., 0]):
+        torch.library.opcheck(
+            operations.window_backward.default, (grad, grad_lse, *inputs, out, lse, 7, 0.5)
+        )
+
+
+def test_pairs_are_what_positions_see() -> None:
+    for n, size in ((1, 1), (10, 3), (10, 10), (7, 100)):
+        assert window_pairs(n, size) == sum(min(t + 1, size) for t in range(n))
+
+
+def test_module_switches_between_window_and_dense() -> None:
+    module = WindowAttention(5, Dense())
+    q, k, v, _ = rows(20)
+    assert module.enabled and not list(module.state_dict())
+    assert torch.equal(module(q, k, v, enable_gqa=True), window_attention(q, k, v, 5))
+    scaled = module(q, k, v, enable_gqa=True, scale=0.1)
+    assert torch.equal(scaled, window_attention(q, k, v, 5, scale=0.1))
+    assert not hasattr(module.sdpa, "keywords")
+    module.enabled = False
+    options = {"is_causal": True, "enable_gqa": True, "scale": 0.1}
+    assert torch.equal(module(q, k, v, **options), Dense()(q, k, v, **options))
+    assert module.sdpa.keywords == options
+    assert "window=5, enabled=False" in repr(module)
+
+
+def test_module_refuses_what_it_cannot_do() -> None:
+    module, inputs = WindowAttention(5), rows(20)[:3]
+    with pytest.raises(ValueError, match="attention over a window is causal; pass is_causal"):
+        module(*inputs, enable_gqa=True, is_causal=False)
+    with pytest.raises(ValueError, match="pass enable_gqa = True"):
+        module(*inputs)
+    assert issubclass(WindowAttention, LighthouseAttention.__base__)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "error", "message"),
+    [
+        (0, {}, ValueError, "window must be at least 1, .* got window = 0"),
+        (True, {}, TypeError, "window must be of type int, got True of type bool"),
+        (2.0, {}, TypeError, "window must be of type int, got 2.0 of type float"),
+        (
+            4,
+            {"impl": "triton"},
+            ValueError,
+            "must be one of flash, torch, got impl = 'triton'",
+        ),
+        (4, {"impl": "flash"}, ValueError, 'needs CUDA tensors, got cpu; pass impl="torch"'),
+    ],
+)
+def test_messages(size: Any, options: dict[str, str], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        window_attention(*rows(8)[:3], size, **options)
+    if not options:
+        with pytest.raises(error, match=message):
+            WindowAttention(size)
+
+
+def test_messages_about_tensors() -> None:
+    q, k, v, _ = rows(8)
+    with pytest.raises(ValueError, match="must be .B, heads, N, D., got q"):
+        window_attention(q[0], k, v, 2)
+    with pytest.raises(ValueError, match="must divide the query heads"):
+        window_attention(q[:, :1], *(x.repeat_interleave(2, dim=1) for x in (k, v)), 2)
+    with pytest.raises(TypeError, match="must share one dtype"):
+        window_attention(q, k.float(), v, 2)
+
+
+def stand_in_forward(q, k, v, _q, _k, max_q, max_k, dropout, is_causal, debug, *, scale,
+                     window_size_left, window_size_right):  # fmt: skip
+    """flash attention's forward as its schema has it, in PyTorch: rows [B, N, H, D]."""
+    assert (max_q, max_k, dropout, is_causal, window_size_right) == (q.shape[1],) * 2 + (0, True, 0)
+    size = q.shape[1] if window_size_left < 0 else window_size_left + 1
+    rows = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out, lse = torch.ops.lighthouse.window(*rows, size, scale)
+    return out.transpose(1, 2), lse, None, None, None
+
+
+def stand_in_backward(dout, q, k, v, out, lse, _q, _k, max_q, max_k, dropout, is_causal, state,
+                      unused, *, scale, window_size_left, window_size_right):  # fmt: skip
+    """flash attention's backward, which takes no gradient of the logsumexp."""
+    assert torch.get_deterministic_debug_mode() == 2
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert (max_q, max_k, dropout, is_causal) == (q.shape[1], k.shape[1], 0, True)
+    assert window_size_right == 0 and lse.is_contiguous()
+    size = max_k if window_size_left < 0 else window_size_left + 1
+    # Keys before the first query get queries that weigh nothing.
+    more = max_k - max_q
+    dout, q, out = (pad(x, (0, 0, 0, 0, more, 0)) for x in (dout, q, out))
+    lse = pad(lse, (more, 0), value=math.inf)
+    rows = [x.transpose(1, 2).contiguous() for x in (dout, q, k, v, out)]
+    grads = torch.ops.lighthouse.window_backward(rows[0], None, *rows[1:], lse, size, scale)
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return dq[:, more:], dk, dv
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put PyTorch in the place of flash attention, which has no window on a CPU."""
+    monkeypatch.setattr(kernel, "_processors", lambda device: 20)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in_backward)
+
+
+def test_flash_attention_has_the_arguments_that_we_give() -> None:
+    """The stand-ins have them too."""
+    for name, stand_in in (("forward", stand_in_forward), ("backward", stand_in_backward)):
+        operation = getattr(torch.ops.aten, f"_flash_attention_{name}").default
+        there = [(each.name, each.kwarg_only) for each in operation._schema.arguments]
+        given = inspect.signature(stand_in).parameters.values()
+        by_place = [each for each in given if each.kind != each.KEYWORD_ONLY]
+        assert len(by_place) == sum(not keyword for _, keyword in there)
+        by_name = {each.name for each in given if each.kind == each.KEYWORD_ONLY}
+        assert by_name <= {name for name, keyword in there if keyword}
+
+
+@pytest.mark.parametrize("size", [5, 40])
+def test_flash_attention_is_called_as_it_should(flash, size: int) -> None:
+    """Gradients through the logsumexp too, although flash attention's backward knows of none."""
+    *inputs, grad = (x.float() for x in rows(40, 4, 2, 2, 8))
+    grad_lse = torch.randn(grad.shape[:3])
+    # Rows without a gradient of out, or with next to none.
+    grad[:, :, 3] = 0
+    grad[:, :, 4] *= 1e-30
+    grad_lse[:, :, 4] = 0
+
+    def by_flash(*x: torch.Tensor) -> Any:
+        return window._WindowAttention.apply(*x, size, 0.5, "flash", True)
+
+    expected = results(window_attention, inputs, grad, grad_lse, size, scale=0.5, return_lse=True)
+    for value, want in zip(results(by_flash, inputs, grad, grad_lse), expected, strict=True):
+        assert relative_error(value, want) < 1e-5
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    out, lse = expected[:2]
+    torch.library.opcheck(torch.ops.lighthouse.flash_window.default, (*inputs, size, 0.5))
+    torch.library.opcheck(
+        torch.ops.lighthouse.flash_window_backward.default, (grad, *inputs, out, lse, size, 0.5)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_backward_in_segments_is_backward(flash, monkeypatch, size: int, batch: int) -> None:
+    """With segments of equal length and a shorter or longer beginning, which may be empty."""
+    monkeypatch.setattr(kernel, "SHORTEST_SEGMENT", 4)
+    calls = []
+    whole = kernel._gradients
+    monkeypatch.setattr(kernel, "_gradients", lambda *x: calls.append(x[0][1].shape) or whole(*x))
+    for n in (80, 83, 121):
+        *inputs, grad = rows(n, 4, 2, batch)
+        segments = segments_of(n, size, 4 * batch, 20)
+        assert segments > 1
+        expected = results(window_attention, inputs, grad, grad[..., 0] * 0, size, return_lse=True)
+        out, lse = expected[:2]
+        found = torch.ops.lighthouse.flash_window_backward(grad, *inputs, out, lse, size, 0.5)
+        for value, want in zip(found, expected[2:], strict=True):
+            torch.testing.assert_close(value, want)
+        assert calls[0][0] == batch * segments and calls[0][1] == (n - size + 1) // segments
+        assert sum(math.prod(shape[:2]) for shape in calls) == batch * n
+        calls.clear()
+
+
+def test_segments_fill_the_processors_and_share_little() -> None:
+    assert segments_of(98304, 256, 8, 132) == 33
+    assert segments_of(98304, 256, 132, 132) == 1
+    for n, size, planes in ((98304, 1024, 8), (3000, 200, 4), (100, 512, 1), (600, 600, 1)):
+        segments = segments_of(n, size, planes, 132)
+        assert segments == 1 or (n - size + 1) // segments >= 4 * (size - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-3, 0.0])
+def test_folded_rows_hold_the_gradient_of_the_logsumexp(dtype: torch.dtype, size: float) -> None:
+    """rowsum(dout' out') is rowsum(dout out) - dlse up to the rounding of out'."""
+    torch.manual_seed(0)
+    dout, out = (torch.randn(1, 2, 50, 64) for _ in range(2))
+    dout, out, dlse = (dout * size).to(dtype), out.to(dtype), torch.randn(1, 2, 50)
+    dlse[:, :, :5] = 0
+    rows, other = fold_lse_gradient(dout, dlse, out)
+    assert rows.dtype == other.dtype == dtype and other.isfinite().all()
+    found = (rows.double() * other.double()).sum(-1)
+    want = (dout.double() * out.double()).sum(-1) - dlse
+    rounding = (rows.double() * other.double()).norm(dim=-1) * torch.finfo(dtype).eps
+    changed = (rows.double() - dout.double()).norm(dim=-1)
+    assert ((found - want).abs() <= 4 * rounding + 8 * changed + 1e-6).all()
+    assert (changed <= 2e-3 * 8 * dlse.abs()).all()
+    if size == 1:
+        assert torch.equal(rows, dout)

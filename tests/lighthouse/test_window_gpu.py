@@ -1,0 +1,143 @@
+"""Attention over a window on a GPU, by flash attention."""
+
+import math
+
+import pytest
+import torch
+from attention_cases import relative_error
+
+from lighthouse import WindowAttention, window_attention
+
+pytestmark = pytest.mark.gpu
+
+# Backward takes this sequence in four segments under this window.
+N, WINDOW = 4100, 200
+
+
+def inputs_of(dtype: torch.dtype, d: int, heads: int = 4, kv_heads: int = 2, n: int = N):
+    """q, k, v, and gradients of out and lse, on a GPU."""
+    torch.manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(2, n, h, d).to("cuda", dtype).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads, heads)
+    )
+    return [q, k, v], grad, torch.randn(2, heads, n, device="cuda")
+
+
+def results(function, inputs, grad, grad_lse, *arguments, **options):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = function(*inputs, *arguments, return_lse=True, **options)
+    torch.autograd.backward((out, lse), (grad, grad_lse.to(lse.dtype)))
+    return [out.detach(), lse.detach(), *(x.grad for x in inputs)]
+
+
+def plain(q, k, v, size, return_lse):
+    """The same in q's own precision, with all scores in memory."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    position = torch.arange(q.shape[2], device=q.device)
+    distance = position[:, None] - position
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill((distance < 0) | (distance >= size), -math.inf)
+    return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+@pytest.mark.parametrize("size", [1, WINDOW, N])
+def test_errors_are_those_of_rounding(dtype: torch.dtype, d: int, size: int) -> None:
+    given = inputs_of(dtype, d)
+    inputs, *grads = given
+    exact = results(
+        window_attention, [x.double() for x in inputs], *(x.double() for x in grads), size
+    )
+    found = results(window_attention, *given, size, impl="flash")
+    rounded = results(plain, *given, size)
+    # Under a window of one position, gradients of q and k are those of lse alone. What is added to
+    # out to carry them is rounded with it, and summed over D.
+    alone = torch.finfo(dtype).eps * math.sqrt(d) if size == 1 else 1e-6
+    for name, value, other, want in zip(
+        ("out", "lse", "dq", "dk", "dv"), found, rounded, exact, strict=True
+    ):
+        assert relative_error(value, want) <= 2 * relative_error(other, want) + alone, name
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_bits_repeat(kv_heads: int) -> None:
+    """Without torch's deterministic mode, and with other memory in use."""
+    given = inputs_of(torch.bfloat16, 128, 4, kv_heads, n=20000)
+    first = results(window_attention, *given, 1000)
+    for size in (2**20, 2**24, 2**27):
+        held = torch.full((size,), math.nan, device="cuda")
+        again = results(window_attention, *given, 1000)
+        del held
+        for value, want in zip(again, first, strict=True):
+            assert torch.equal(value, want)
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_flash_attention_does_not_take_goes_to_pytorch(dtype: torch.dtype) -> None:
+    """float32, float64, and a D that 8 does not divide."""
+    d = 20 if dtype == torch.bfloat16 else 64
+    given = inputs_of(dtype, d, n=300)
+    found = results(window_attention, *given, 50)
+    for value, want in zip(found, results(window_attention, *given, 50, impl="torch"), strict=True):
+        assert torch.equal(value, want)
+    with pytest.raises(ValueError, match='flash attention .*; pass impl="torch"'):
+        window_attention(*given[0], 50, impl="flash")
+
+
+def test_compiles_whole() -> None:
+    inputs, grad, _ = inputs_of(torch.bfloat16, 128)
+    module = WindowAttention(WINDOW)
+    found = []
+    for function in (module, torch.compile(module, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves, enable_gqa=True)
+        out.backward(grad)
+        found.append([out.detach(), *(x.grad for x in leaves)])
+    for value, want in zip(*found, strict=True):
+        assert torch.equal(value, want)
+    given = inputs_of(torch.bfloat16, 64)
+    compiled = torch.compile(window_attention, fullgraph=True)
+    expected = results(window_attention, *given, WINDOW)
+    for value, want in zip(results(compiled, *given, WINDOW), expected, strict=True):
+        assert relative_error(value, want) < 1e-2
+
+
+def test_operations_are_registered_as_torch_asks() -> None:
+    inputs, grad, _ = inputs_of(torch.bfloat16, 64, n=300)
+    out, lse = window_attention(*inputs, 50, return_lse=True)
+    operations = torch.ops.lighthouse
+    torch.library.opcheck(operations.flash_window.default, (*inputs, 50, 0.1))
+    torch.library.opcheck(
+        operations.flash_window_backward.default, (grad, *inputs, out, lse, 50, 0.1)
+    )
+    # Rows that lie elsewhere in memory give results that lie where they should.
+    inputs = [x.contiguous() for x in inputs]
+    torch.library.opcheck(operations.flash_window.default, (*inputs, 50, 0.1))
+
+
+def test_memory_of_backward_does_not_depend_on_the_number_of_processors() -> None:
+    """It holds a sum of q's size in float32, and results. Without segments it would hold a sum for
+    every few processors."""
+    inputs, grad, _ = inputs_of(torch.bfloat16, 128, 4, 4, n=32768)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = window_attention(*leaves, 256)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out.backward(grad)
+    size = out.numel() * 4
+    assert torch.cuda.max_memory_allocated() - before < 6 * size
+
+
+def test_no_host_synchronisation() -> None:
+    given = inputs_of(torch.bfloat16, 64)
+    results(window_attention, *given, WINDOW)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(window_attention, *given, WINDOW)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
