@@ -15,6 +15,7 @@ from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
 from .inner_attention import InnerAttention
 from .inputs import checked_selection, chunked
+from .merge import merged_attention
 from .reach import seam_rows
 from .scatter import scatter_back
 from .selection import Selection, select_entries
@@ -26,7 +27,7 @@ def lighthouse_attention(
     v: torch.Tensor,
     config: LighthouseConfig,
     *,
-    sdpa: Callable[..., torch.Tensor] = nn.functional.scaled_dot_product_attention,
+    sdpa: Callable[..., torch.Tensor] | None = None,
     selection: Selection | None = None,
     scale: float | None = None,
     impl: str | None = None,
@@ -38,25 +39,30 @@ def lighthouse_attention(
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D]; Hkv divides Hq.
         sdpa: dense attention for the gathered sequence; it is called with q, k, v and the keywords
-            ``is_causal``, ``enable_gqa`` and ``scale``, as torch's own.
+            ``is_causal``, ``enable_gqa`` and ``scale``, as torch's own, which is the default. With
+            a window it must be left out, because the merge needs the logsumexp too.
         selection: entries to attend over, selected from tensors of these shapes with this config;
             by default ``select(q, k, v, config)``.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         impl: "triton" or "torch" for everything but ``sdpa``; by default Triton's kernels on CUDA
-            tensors and vectorised PyTorch on others.
+            tensors and vectorised PyTorch on others. Under "triton", attention with a window is
+            torch's own kernels for bfloat16 and float16 on CUDA, as in ``window_attention``, and
+            vectorised PyTorch otherwise.
         context_parallel: the chunks on this rank, when N is only its part of the sequence;
             ``sdpa`` then has to attend over the parts of all ranks.
 
     Returns:
-        [B, Hq, N, D]. Zero at the first positions that no selected entry reaches.
+        [B, Hq, N, D]. Without a window, zero at the first positions that no selected entry reaches.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config.
     """
+    _check_window(config, sdpa, context_parallel)
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if selection is not None:
         selection = Selection(*checked_selection(selection, k, geometry))
-    if choose_implementation(impl, q) == "triton":
+    impl = choose_implementation(impl, q)
+    if impl == "triton":
         selection, gathered = _gather_with_kernels(q, k, v, selection, geometry)
         scatter = kernels.scatter_back
     else:
@@ -64,7 +70,10 @@ def lighthouse_attention(
             selection = select_entries(q, k, v, geometry)
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
         scatter = scatter_back
+    if config.window:
+        return merged_attention(q, k, v, gathered, selection, geometry, scale, impl)
     gathered = [context_parallel.join(rows) for rows in gathered]
+    sdpa = nn.functional.scaled_dot_product_attention if sdpa is None else sdpa
     out = sdpa(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
     if out.shape[:3] != gathered[0].shape[:3] or out.dtype != q.dtype:
         raise ValueError(
@@ -76,6 +85,23 @@ def lighthouse_attention(
     if context_parallel.chunks > 1:
         seam = context_parallel.exchange(seam_rows(out, selection.slot, geometry))
     return context_parallel.join(scatter(out, selection, geometry, seam))
+
+
+def _check_window(
+    config: LighthouseConfig,
+    sdpa: Callable[..., torch.Tensor] | None,
+    context_parallel: ContextParallel,
+) -> None:
+    if config.window and sdpa is not None:
+        raise ValueError(
+            f"window = {config.window} is merged by logsumexps, which sdpa does not return; leave "
+            "sdpa out, or set window = 0"
+        )
+    if config.window and context_parallel is not ONE_DEVICE:
+        raise ValueError(
+            f"window = {config.window} reaches into chunks that other ranks hold, which nothing "
+            "hands over yet; use one rank for a sequence, or set window = 0"
+        )
 
 
 def _gather_with_kernels(
@@ -131,7 +157,7 @@ class LighthouseAttention(InnerAttention):
             k,
             v,
             self.config,
-            sdpa=self.sdpa,
+            sdpa=None if self.config.window else self.sdpa,
             scale=scale,
             impl=self.impl,
             context_parallel=self.context_parallel,

@@ -38,6 +38,8 @@ class LighthouseConfig:
         combine: How the outputs of several levels that reach one position are combined. "sum", as
             in the paper, adds them. "finest" takes the finest level's output alone, so that each
             position has one output as in dense attention.
+        window: Positions W of a causal window, the position itself included, that each position
+            attends over too, with its own query. 0, as in the paper, for none. It needs "finest".
 
     Raises:
         TypeError: a value is not of its type.
@@ -52,6 +54,7 @@ class LighthouseConfig:
     dilation: int = 4
     entry_score: EntryScore = "max"
     combine: Combine = "sum"
+    window: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in TYPES.items():
@@ -90,6 +93,13 @@ class LighthouseConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {name} = {value!r}"
                 )
+        if self.window < 0:
+            raise ValueError(f"window must be at least 0, got window = {self.window}")
+        if self.window and self.combine != "finest":
+            raise ValueError(
+                f"window = {self.window} needs combine = 'finest', which leaves each position one "
+                f"output to merge with, got combine = {self.combine!r}"
+            )
         if self.dilation < 1:
             raise ValueError(f"dilation must be at least 1, got dilation = {self.dilation}")
 

@@ -36,6 +36,7 @@ def lighthouse_attention(
     geometry = PyramidGeometry(config, q.shape[2])
     index = (selection or select(q, k, v, config))[0]
     group = q.shape[1] // k.shape[1]
+    near = window_attention(q, k, v, config.window, scale=scale) if config.window else None
     batches = []
     for batch in range(q.shape[0]):
         heads = []
@@ -46,8 +47,12 @@ def lighthouse_attention(
                 torch.stack([_mean(geometry, rows, entry) for entry in entries])
                 for rows in (q[batch, head], k[batch, kv_head], v[batch, kv_head])
             )
-            out = _causal_attention(queries, keys, values, scale)
-            heads.append(_scatter_back(geometry, entries, out))
+            if near is None:
+                out = _causal_attention(queries, keys, values, scale)
+                heads.append(_scatter_back(geometry, entries, out))
+            else:
+                window = near[0][batch, head], near[1][batch, head]
+                heads.append(_merged(geometry, entries, queries, keys, values, window, scale))
         batches.append(torch.stack(heads))
     return torch.stack(batches)
 
@@ -206,6 +211,42 @@ SCORED_ROWS: dict[str, Callable[..., Rows]] = {
     "dilated": partial(_attended_rows, _causal_attention),
     "gla": partial(_attended_rows, _gated_linear_attention),
 }
+
+
+def _merged(
+    geometry: PyramidGeometry,
+    entries: list[Entry],
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: Rows,
+    scale: float | None,
+) -> torch.Tensor:
+    """One head's [N, D]: the finest entry that reaches a position beside the position's window.
+
+    Both are taken as sums of values that are not yet divided: the result is the sum of both over
+    the sum of both divisors.
+
+    Args:
+        queries, keys, values: pooled rows of the entries, [S, D].
+        window: output [N, D] and logsumexp [N] of the window.
+    """
+    scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
+    rows = []
+    for position, (near, near_lse) in enumerate(zip(*window, strict=True)):
+        numerator, divisor = near_lse.exp() * near, near_lse.exp()
+        reaching = [
+            (level, place)
+            for place, (level, number) in enumerate(entries)
+            if 0 <= position - _end(geometry, (level, number)) < geometry.spans[level]
+        ]
+        if reaching:
+            place = min(reaching)[1]
+            weights = (scale * (keys[: place + 1] @ queries[place])).exp()
+            numerator = numerator + weights @ values[: place + 1]
+            divisor = divisor + weights.sum()
+        rows.append(numerator / divisor)
+    return torch.stack(rows)
 
 
 def _scatter_back(

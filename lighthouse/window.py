@@ -7,7 +7,7 @@ W positions of the window, R rows of a piece, C keys that these rows reach.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -117,6 +117,21 @@ def window_attention(
     return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse)
 
 
+def _operations(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if impl == "flash":
+        return kernels.window_forward, kernels.window_backward
+    return torch.ops.lighthouse.window, torch.ops.lighthouse.window_backward
+
+
+def window_operations(q: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The operations that attend over tensors like ``q``, forward and backward, without autograd.
+
+    forward(q, k, v, window, scale) returns out and lse. backward(dout, dlse, q, k, v, out, lse,
+    window, scale) returns dq, dk and dv; dlse may be None.
+    """
+    return _operations(choose_window_implementation(None, q))
+
+
 class _WindowAttention(torch.autograd.Function):
     """One operation forward and one backward, which computes the probabilities again."""
 
@@ -131,7 +146,7 @@ class _WindowAttention(torch.autograd.Function):
         impl: str,
         return_lse: bool,
     ) -> Any:
-        forward = kernels.window_forward if impl == "flash" else torch.ops.lighthouse.window
+        forward, _ = _operations(impl)
         out, lse = forward(q, k, v, window, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.constants = window, scale, impl
@@ -144,10 +159,7 @@ class _WindowAttention(torch.autograd.Function):
         ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
         window, scale, impl = ctx.constants
-        if impl == "flash":
-            backward = kernels.window_backward
-        else:
-            backward = torch.ops.lighthouse.window_backward
+        _, backward = _operations(impl)
         grads = backward(dout, dlse, *ctx.saved_tensors, window, scale)
         return *grads, None, None, None, None
 

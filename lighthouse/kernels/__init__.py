@@ -7,11 +7,13 @@ have gradients, though no second ones, and the backward of each runs the other's
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: gather sums
 
-``window`` registers torch's flash attention over a window in the same way, with its backward.
+``window`` registers torch's attention over a window in the same way, with its backward, and
+``merge`` what joins its output with that of the selected entries.
 """
 
 from .gather import pool_gather
 from .launch import check_supported
+from .merge import collect_merged, merge
 from .pooling import pool_coarsest
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
@@ -20,6 +22,8 @@ from .window import obstacle_to_flash, window_backward, window_forward
 
 __all__ = [
     "check_supported",
+    "collect_merged",
+    "merge",
     "obstacle_to_flash",
     "pool_coarsest",
     "pool_gather",

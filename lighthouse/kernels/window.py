@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from .launch import LARGEST_D, define, row_strides, sequence_first
 
@@ -61,6 +62,15 @@ def repeating_bits() -> Generator[None]:
         fills.fill_uninitialized_memory = filled
 
 
+def _torch_prefers_cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> bool:
+    """Whether torch's dense attention would run cuDNN's kernel, the fastest one on Hopper."""
+    grouped = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
 def _flash_rows(rows: torch.Tensor) -> torch.Tensor:
     """[B, H, N, D] as flash attention takes it, [B, N, H, D] with D contiguous."""
     return row_strides(rows)[0].transpose(1, 2)
@@ -85,6 +95,11 @@ def launch_forward(
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
     n = q.shape[2]
+    if window >= n and _torch_prefers_cudnn(q, k, v, scale):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, True, False, scale=scale
+        )
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.squeeze(-1).contiguous()
     rows = (_flash_rows(each) for each in (q, k, v))
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *rows, None, None, n, n, 0.0, True, False, **_options(n, window, scale)
@@ -110,6 +125,15 @@ def launch_backward(
     is then cut into segments instead, which flash attention takes as a batch.
     """
     batch, heads, n, _ = q.shape
+    if window >= n and _torch_prefers_cudnn(q, k, v, scale):
+        # Without dropout, the state of the random generator is not read.
+        state = lse.new_empty((), dtype=torch.int64)
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse.unsqueeze(-1), state, state, None, None, None, n, n, 0.0, True,
+            scale=scale,
+        )  # fmt: skip
+        dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
+        return dq, dk, dv
     rows = [_flash_rows(each) for each in (dout, q, k, v, out)]
     segments = segments_of(n, window, batch * heads, _processors(q.device))
     gradients = _gradients if segments == 1 else partial(_gradients_in_segments, segments)

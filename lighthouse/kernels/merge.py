@@ -1,0 +1,263 @@
+"""Merge the outputs of two attentions by their logsumexps: selected entries, and a window.
+
+Position t takes the output and the logsumexp of the finest entry that reaches it, e, and those of
+its window, w. With m = log(exp(lse_e) + exp(lse_w)) it receives
+
+    out = exp(lse_e - m) out_e + exp(lse_w - m) out_w                                  merging
+
+as if one softmax had run over the keys of both. Where no entry reaches, the window stands alone.
+
+The gradients need neither weights nor logsumexps of their own. The probabilities of each attention,
+times its weight, are those of one softmax with logsumexp m and output out. So the window's backward
+takes dout, out and m as they are. Entry e has one query for all positions that it reaches, and its
+backward takes the sums
+
+    dout_e = sum of u dout                   u = exp(lse_e - m) at the positions that e reaches
+    delta_e = sum of u rowsum(dout out)                                                collecting
+
+Attention's backward reads its output for rowsum(dout_e out_e) alone, where delta_e belongs. It gets
+
+    out_e' = out_e + dout_e (delta_e - rowsum(dout_e out_e)) / |dout_e|^2
+
+One program owns ``BLOCK`` positions, or places, of one head and writes each of their rows once,
+after summing in float32.
+
+Shapes: B batch, H query heads, Hkv key-value heads, N positions, D head dimension, S gathered
+length, P pyramid length.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import covered, define, own_block, own_block_grid, row_strides, sequence_first
+
+# Elements of a program's tile, and its warps, as in the files for scattering and gathering.
+MERGE_TILE, MERGE_WARPS = 2048, 2
+COLLECT_TILE, COLLECT_WARPS = 1024, 4
+# The longest correction of a row out_e. Rows dout_e that all but cancel would ask for more, and
+# float16 has no room for it.
+LONGEST = {torch.float16: 2.0**12}
+LONGEST_OF_OTHERS = 2.0**40
+
+
+@triton.jit
+def _merge(
+    far, far_lse, near, near_lse, slot, out, lse,
+    far_b, far_h, far_s, near_b, near_h, near_n, out_b, out_h, out_n,
+    heads, group, length, gathered_length, pyramid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    batch, head, block = own_block(heads, length, BLOCK)
+    plane = batch * heads + head
+    slots = slot + (batch * (heads // group) + head // group) * pyramid
+
+    position = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = position < length
+    shown = inside[:, None] & (column < D)[None, :]
+    place = tl.full((BLOCK,), -1, tl.int64)
+    offset = tl.zeros((), dtype=tl.int64)
+    for level in tl.static_range(LEVELS):
+        span = P**level
+        shifted = position - (span - 1)
+        asked = inside & (place < 0) & (shifted >= 0)
+        place = tl.maximum(
+            place, tl.load(slots + offset + shifted // span, mask=asked, other=-1).to(tl.int64)
+        )
+        offset += length // span
+    reached = place >= 0
+    a = tl.load(far_lse + plane * gathered_length + place, mask=reached, other=-float("inf"))
+    b = tl.load(near_lse + plane * length + position, mask=inside, other=0.0)
+    largest = tl.maximum(a, b)
+    merged = largest + tl.log(tl.exp(a - largest) + tl.exp(b - largest))
+    rows = far + batch * far_b + head * far_h + place[:, None] * far_s + column[None, :]
+    x = tl.load(rows, mask=reached[:, None] & shown, other=0.0).to(tl.float32)
+    rows = near + batch * near_b + head * near_h + position[:, None] * near_n + column[None, :]
+    y = tl.load(rows, mask=shown, other=0.0).to(tl.float32)
+    total = tl.exp(a - merged)[:, None] * x + tl.exp(b - merged)[:, None] * y
+    rows = out + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
+    tl.store(rows, total.to(out.dtype.element_ty), mask=shown)
+    tl.store(lse + plane * length + position, merged, mask=inside)
+
+
+def launch_merge(
+    far: torch.Tensor,
+    far_lse: torch.Tensor,
+    near: torch.Tensor,
+    near_lse: torch.Tensor,
+    slot: torch.Tensor,
+    p: int,
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch ``_merge``.
+
+    Args:
+        far: outputs of the selected entries, [B, H, S, D].
+        far_lse: their logsumexps, float32 [B, H, S].
+        near: outputs of the window, [B, H, N, D].
+        near_lse: their logsumexps, float32 [B, H, N].
+        slot: [B, Hkv, P].
+        p, levels: pooling factor and levels of the pyramid.
+
+    Returns:
+        out [B, H, N, D], lying in memory as [B, N, H, D], and m, float32 [B, H, N].
+    """
+    far, far_strides = row_strides(far)
+    near, near_strides = row_strides(near)
+    far_lse, near_lse = far_lse.contiguous(), near_lse.contiguous()
+    batch, heads, length, d = near.shape
+    out = sequence_first(near, length)
+    lse = near_lse.new_empty(near_lse.shape)
+    block_d = triton.next_power_of_2(d)
+    block = MERGE_TILE // block_d
+    _merge[own_block_grid(batch, heads, length, block)](
+        far, far_lse, near, near_lse, slot, out, lse, *far_strides, *near_strides,
+        *out.stride()[:3], heads, heads // slot.shape[1], length, far.shape[2], slot.shape[2],
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, num_warps=MERGE_WARPS,
+    )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def _collect(
+    grad, out, lse, far, far_lse, index, slot, grad_far, out_far,
+    grad_b, grad_h, grad_n, out_b, out_h, out_n, far_b, far_h, far_s, to_b, to_h, to_s,
+    heads, group, length, gathered_length, pyramid, longest,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    batch, head, block = own_block(heads, gathered_length, BLOCK)
+    plane = batch * heads + head
+    index_plane = batch * (heads // group) + head // group
+    slots = slot + index_plane * pyramid
+
+    place = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = place < gathered_length
+    shown = inside[:, None] & (column < D)[None, :]
+    entry = tl.load(index + index_plane * gathered_length + place, mask=inside, other=0)
+    entry = entry.to(tl.int64)
+    # Find each entry's level, by where the levels are stored; keep its number there and its span.
+    span = tl.full((BLOCK,), 1, tl.int64)
+    level_length = tl.zeros((), dtype=tl.int64) + length
+    coarser = tl.full((BLOCK,), 1, tl.int1)
+    for _ in tl.static_range(LEVELS - 1):
+        coarser = coarser & (entry >= level_length)
+        entry = tl.where(coarser, entry - level_length, entry)
+        span = tl.where(coarser, span * P, span)
+        level_length = level_length // P
+    first = (entry + 1) * span - 1
+    own_lse = tl.load(far_lse + plane * gathered_length + place, mask=inside, other=0.0)
+
+    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    delta = tl.zeros((BLOCK,), dtype=tl.float32)
+    for r in tl.range(P ** (LEVELS - 1)):
+        row = first + r
+        wanted = inside & (r < span) & (row < length)
+        wanted = wanted & (covered(slots, row, wanted, length, P, LEVELS - 1, span) == 0)
+        taken = wanted[:, None] & (column < D)[None, :]
+        merged = tl.load(lse + plane * length + row, mask=wanted, other=0.0)
+        weight = tl.where(wanted, tl.exp(own_lse - merged), 0.0)
+        rows = grad + batch * grad_b + head * grad_h + row[:, None] * grad_n + column[None, :]
+        x = tl.load(rows, mask=taken, other=0.0).to(tl.float32)
+        rows = out + batch * out_b + head * out_h + row[:, None] * out_n + column[None, :]
+        y = tl.load(rows, mask=taken, other=0.0).to(tl.float32)
+        total += weight[:, None] * x
+        delta += weight * tl.sum(x * y, axis=1)
+
+    rows = far + batch * far_b + head * far_h + place[:, None] * far_s + column[None, :]
+    own = tl.load(rows, mask=shown, other=0.0).to(tl.float32)
+    # Attention's backward will read the rounded row.
+    rounded = total.to(grad_far.dtype.element_ty)
+    total = rounded.to(tl.float32)
+    size = tl.max(tl.abs(total), axis=1)
+    # Squares of small gradients would vanish in float32.
+    unit = total / tl.where(size > 0, size, 1.0)[:, None]
+    squares = tl.where(size > 0, tl.sum(unit * unit, axis=1), 1.0)
+    missing = (delta - tl.sum(total * own, axis=1)) / tl.where(size > 0, size, 1.0)
+    limit = longest / tl.sqrt(squares)
+    quotient = tl.minimum(tl.maximum(missing / squares, -limit), limit)
+    own += unit * tl.where(size > 0, quotient, 0.0)[:, None]
+    rows = batch * to_b + head * to_h + place[:, None] * to_s + column[None, :]
+    tl.store(grad_far + rows, rounded, mask=shown)
+    tl.store(out_far + rows, own.to(out_far.dtype.element_ty), mask=shown)
+
+
+def launch_collect(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    far: torch.Tensor,
+    far_lse: torch.Tensor,
+    index: torch.Tensor,
+    slot: torch.Tensor,
+    p: int,
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch ``_collect``.
+
+    Args:
+        grad, out: gradient of the merged output, and the output itself, [B, H, N, D].
+        lse: m, float32 [B, H, N].
+        far: outputs of the selected entries, [B, H, S, D].
+        far_lse: their logsumexps, float32 [B, H, S].
+        index: [B, Hkv, S].
+        slot: [B, Hkv, P].
+        p, levels: pooling factor and levels of the pyramid.
+
+    Returns:
+        dout_e and out_e', each [B, H, S, D], lying in memory as [B, S, H, D]. A row dout_e that is
+        zero leaves out_e as it is, and no correction is longer than ``LONGEST``.
+    """
+    grad, grad_strides = row_strides(grad)
+    out, out_strides = row_strides(out)
+    far, far_strides = row_strides(far)
+    lse, far_lse = lse.contiguous(), far_lse.contiguous()
+    batch, heads, length, d = grad.shape
+    s = far.shape[2]
+    grad_far, out_far = sequence_first(far, s), sequence_first(far, s)
+    block_d = triton.next_power_of_2(d)
+    block = COLLECT_TILE // block_d
+    _collect[own_block_grid(batch, heads, s, block)](
+        grad, out, lse, far, far_lse, index, slot, grad_far, out_far, *grad_strides, *out_strides,
+        *far_strides, *grad_far.stride()[:3], heads, heads // index.shape[1], length, s,
+        slot.shape[2], LONGEST.get(far.dtype, LONGEST_OF_OTHERS),
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, num_warps=COLLECT_WARPS,
+    )  # fmt: skip
+    return grad_far, out_far
+
+
+def _fake_merge(
+    far: torch.Tensor,
+    far_lse: torch.Tensor,
+    near: torch.Tensor,
+    near_lse: torch.Tensor,
+    *others: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return sequence_first(near, near.shape[2]), near_lse.new_empty(near_lse.shape)
+
+
+def _fake_collect(
+    grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, far: torch.Tensor, *others: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s = far.shape[2]
+    return sequence_first(far, s), sequence_first(far, s)
+
+
+define(
+    "merge(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, int p,"
+    " int levels) -> (Tensor, Tensor)",
+    launch_merge,
+    _fake_merge,
+)
+define(
+    "collect_merged(Tensor grad, Tensor out, Tensor lse, Tensor far, Tensor far_lse, Tensor index,"
+    " Tensor slot, int p, int levels) -> (Tensor, Tensor)",
+    launch_collect,
+    _fake_collect,
+)
+
+merge = torch.ops.lighthouse.merge
+collect_merged = torch.ops.lighthouse.collect_merged

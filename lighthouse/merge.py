@@ -1,0 +1,110 @@
+"""Lighthouse attention with a neighbourhood: selected entries and a causal window, merged.
+
+Position t has two attentions: that of the finest entry that reaches it, over the entries before it,
+and its own over the last W positions. Their outputs are weighted by the sums that their softmaxes
+divide by, so that the result is one softmax over both sets of keys. A key that is in both counts
+twice.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, S gathered
+length, W positions of the window.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .geometry import PyramidGeometry
+from .implementation import kernels
+from .reach import reaching
+from .scatter import scatter_back
+from .selection import Selection
+from .window import window_attention, window_operations
+
+
+def merged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gathered: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    selection: Selection,
+    geometry: PyramidGeometry,
+    scale: float | None,
+    impl: str,
+) -> torch.Tensor:
+    """Attend over the selected entries and over the window, and merge the two.
+
+    Gradients are exact, those of the weights among them.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D].
+        gathered: pooled q, k and v of the selected entries, [B, H, S, D].
+        scale: factor of the scores; by default 1 / sqrt(D).
+        impl: "triton" or "torch".
+
+    Returns:
+        [B, Hq, N, D].
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if impl == "triton":
+        return _Merged.apply(q, k, v, *gathered, selection.index, selection.slot, geometry, scale)
+    options: dict[str, Any] = {"scale": scale, "impl": "torch", "return_lse": True}
+    far, far_lse = window_attention(*gathered, geometry.gathered_length, **options)
+    near, near_lse = window_attention(q, k, v, geometry.config.window, **options)
+    places = torch.arange(geometry.sequence_length, device=q.device)
+    reached = torch.stack(
+        [reach.place >= 0 for reach in reaching(selection.slot, places, geometry, False)]
+    ).any(dim=0)
+    reached = reached.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    far = scatter_back(far, selection, geometry)
+    far_lse = scatter_back(far_lse.unsqueeze(-1), selection, geometry).squeeze(-1)
+    far_lse = far_lse.masked_fill(~reached, -math.inf)
+    weight = torch.sigmoid(far_lse - near_lse).unsqueeze(-1)
+    return (weight * far + (1 - weight) * near).to(q.dtype)
+
+
+class _Merged(torch.autograd.Function):
+    """Two attentions and the kernel that merges them; ``kernels.merge`` has the formulas."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gathered_q: torch.Tensor,
+        gathered_k: torch.Tensor,
+        gathered_v: torch.Tensor,
+        index: torch.Tensor,
+        slot: torch.Tensor,
+        geometry: PyramidGeometry,
+        scale: float,
+    ) -> torch.Tensor:
+        attend, _ = window_operations(q)
+        pyramid = geometry.config.pooling_factor, geometry.config.levels
+        near, near_lse = attend(q, k, v, geometry.config.window, scale)
+        far, far_lse = attend(gathered_q, gathered_k, gathered_v, gathered_q.shape[2], scale)
+        out, lse = kernels.merge(far, far_lse, near, near_lse, slot, *pyramid)
+        ctx.save_for_backward(
+            q, k, v, gathered_q, gathered_k, gathered_v, index, slot, far, far_lse, out, lse
+        )
+        ctx.constants = geometry.config.window, scale, pyramid
+        return out
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *rows, index, slot, far, far_lse, out, lse = ctx.saved_tensors
+        window, scale, pyramid = ctx.constants
+        _, backward = window_operations(rows[0])
+        near = backward(grad, None, *rows[:3], out, lse, window, scale)
+        grad_far, out_far = kernels.collect_merged(
+            grad, out, lse, far, far_lse, index, slot, *pyramid
+        )
+        selected = backward(
+            grad_far, None, *rows[3:], out_far, far_lse, rows[3].shape[2], scale
+        )
+        return *near, *selected, None, None, None, None
