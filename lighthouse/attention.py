@@ -73,8 +73,8 @@ def lighthouse_attention(
     if config.window:
         return merged_attention(q, k, v, gathered, selection, geometry, scale, impl)
     gathered = [context_parallel.join(rows) for rows in gathered]
-    sdpa = nn.functional.scaled_dot_product_attention if sdpa is None else sdpa
-    out = sdpa(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
+    attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
+    out = attend(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
     if out.shape[:3] != gathered[0].shape[:3] or out.dtype != q.dtype:
         raise ValueError(
             f"sdpa must return [B, Hq, S, D] for q {tuple(gathered[0].shape)} in {q.dtype}, got "

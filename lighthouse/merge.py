@@ -10,6 +10,8 @@ length, W positions of the window.
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def merged_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    gathered: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    gathered: Sequence[torch.Tensor],
     selection: Selection,
     geometry: PyramidGeometry,
     scale: float | None,
@@ -50,9 +52,9 @@ def merged_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if impl == "triton":
         return _Merged.apply(q, k, v, *gathered, selection.index, selection.slot, geometry, scale)
-    options: dict[str, Any] = {"scale": scale, "impl": "torch", "return_lse": True}
-    far, far_lse = window_attention(*gathered, geometry.gathered_length, **options)
-    near, near_lse = window_attention(q, k, v, geometry.config.window, **options)
+    attend = partial(window_attention, scale=scale, impl="torch", return_lse=True)
+    far, far_lse = attend(*gathered, window=geometry.gathered_length)
+    near, near_lse = attend(q, k, v, window=geometry.config.window)
     places = torch.arange(geometry.sequence_length, device=q.device)
     reached = torch.stack(
         [reach.place >= 0 for reach in reaching(selection.slot, places, geometry, False)]
@@ -86,7 +88,7 @@ class _Merged(torch.autograd.Function):
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         near, near_lse = attend(q, k, v, geometry.config.window, scale)
         far, far_lse = attend(gathered_q, gathered_k, gathered_v, gathered_q.shape[2], scale)
-        out, lse = kernels.merge(far, far_lse, near, near_lse, slot, *pyramid)
+        out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, *pyramid)
         ctx.save_for_backward(
             q, k, v, gathered_q, gathered_k, gathered_v, index, slot, far, far_lse, out, lse
         )
@@ -104,7 +106,5 @@ class _Merged(torch.autograd.Function):
         grad_far, out_far = kernels.collect_merged(
             grad, out, lse, far, far_lse, index, slot, *pyramid
         )
-        selected = backward(
-            grad_far, None, *rows[3:], out_far, far_lse, rows[3].shape[2], scale
-        )
+        selected = backward(grad_far, None, *rows[3:], out_far, far_lse, rows[3].shape[2], scale)
         return *near, *selected, None, None, None, None

@@ -232,21 +232,29 @@ def _merged(
         window: output [N, D] and logsumexp [N] of the window.
     """
     scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
+    scores = (scale * (queries @ keys.T)).exp().tril()
+    sums, divisors = scores @ values, scores.sum(dim=-1)
     rows = []
-    for position, (near, near_lse) in enumerate(zip(*window, strict=True)):
+    for near, near_lse, reaching in zip(*window, _reaching(geometry, entries), strict=True):
         numerator, divisor = near_lse.exp() * near, near_lse.exp()
-        reaching = [
-            (level, place)
-            for place, (level, number) in enumerate(entries)
-            if 0 <= position - _end(geometry, (level, number)) < geometry.spans[level]
-        ]
         if reaching:
-            place = min(reaching)[1]
-            weights = (scale * (keys[: place + 1] @ queries[place])).exp()
-            numerator = numerator + weights @ values[: place + 1]
-            divisor = divisor + weights.sum()
+            _, place = min(reaching)
+            numerator, divisor = numerator + sums[place], divisor + divisors[place]
         rows.append(numerator / divisor)
     return torch.stack(rows)
+
+
+def _reaching(geometry: PyramidGeometry, entries: list[Entry]) -> list[list[tuple[int, int]]]:
+    """For every position, level and place of the entries whose outputs reach it.
+
+    An entry reaches as many positions as it covers, from its end on.
+    """
+    reaching: list[list[tuple[int, int]]] = [[] for _ in range(geometry.sequence_length)]
+    for place, entry in enumerate(entries):
+        end = _end(geometry, entry)
+        for position in range(end, min(end + geometry.spans[entry[0]], len(reaching))):
+            reaching[position].append((entry[0], place))
+    return reaching
 
 
 def _scatter_back(
@@ -257,12 +265,8 @@ def _scatter_back(
     Where several levels meet, ``combine`` says whether their outputs are added up or the lowest
     level's is taken alone.
     """
-    reaching: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(geometry.sequence_length)]
-    for entry, row in zip(entries, out, strict=True):
-        end = _end(geometry, entry)
-        for position in range(end, min(end + geometry.spans[entry[0]], len(reaching))):
-            reaching[position].append((entry[0], row))
+    reaching = _reaching(geometry, entries)
     if geometry.config.combine == "finest":
-        reaching = [sorted(rows, key=lambda pair: pair[0])[:1] for rows in reaching]
+        reaching = [sorted(found)[:1] for found in reaching]
     zero = torch.zeros_like(out[0])
-    return torch.stack([sum((row for _, row in rows), zero) for rows in reaching])
+    return torch.stack([sum((out[place] for _, place in found), zero) for found in reaching])

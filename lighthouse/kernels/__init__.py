@@ -13,7 +13,7 @@ have gradients, though no second ones, and the backward of each runs the other's
 
 from .gather import pool_gather
 from .launch import check_supported
-from .merge import collect_merged, merge
+from .merge import collect_merged, merge_outputs
 from .pooling import pool_coarsest
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
@@ -23,7 +23,7 @@ from .window import obstacle_to_flash, window_backward, window_forward
 __all__ = [
     "check_supported",
     "collect_merged",
-    "merge",
+    "merge_outputs",
     "obstacle_to_flash",
     "pool_coarsest",
     "pool_gather",

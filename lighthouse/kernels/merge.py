@@ -247,7 +247,7 @@ def _fake_collect(
 
 
 define(
-    "merge(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, int p,"
+    "merge_outputs(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, int p,"
     " int levels) -> (Tensor, Tensor)",
     launch_merge,
     _fake_merge,
@@ -259,5 +259,5 @@ define(
     _fake_collect,
 )
 
-merge = torch.ops.lighthouse.merge
+merge_outputs = torch.ops.lighthouse.merge_outputs
 collect_merged = torch.ops.lighthouse.collect_merged

@@ -62,9 +62,7 @@ def repeating_bits() -> Generator[None]:
         fills.fill_uninitialized_memory = filled
 
 
-def _torch_prefers_cudnn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> bool:
+def _torch_prefers_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
     """Whether torch's dense attention would run cuDNN's kernel, the fastest one on Hopper."""
     grouped = q.shape[1] != k.shape[1]
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)

@@ -9,7 +9,6 @@ from attention_cases import cases, output_and_gradients, random_inputs, relative
 from hypothesis import given, settings
 
 from lighthouse import LighthouseConfig, Selection, lighthouse_attention, reference, select
-from lighthouse.config import COMBINATIONS
 
 GOLDEN = sorted(Path(__file__).parents[1].glob("data/*.npz"))
 SLOWEST = ("oracle", GOLDEN[-1])
@@ -80,10 +79,12 @@ def test_error_is_that_of_the_precision(dtype: torch.dtype) -> None:
         assert relative_error(value, want) <= 2 * relative_error(rough, want)
 
 
-@pytest.mark.parametrize("combine", COMBINATIONS)
-def test_gradcheck_with_fixed_selection(combine: str) -> None:
-    config = LighthouseConfig(3, 2, 4, picks_per_stratum=2, combine=combine)
-    case = dict(n=20, batch=2, heads=2, kv_heads=1, tied=False, seed=5)
+@pytest.mark.parametrize("combine, window", [("sum", 0), ("finest", 0), ("finest", 6)])
+def test_gradcheck_with_fixed_selection(combine: str, window: int) -> None:
+    config = LighthouseConfig(3, 2, 4, picks_per_stratum=2, combine=combine, window=window)
+    # A window takes longer.
+    n, batch = (16, 1) if window else (20, 2)
+    case = dict(n=n, batch=batch, heads=2, kv_heads=1, tied=False, seed=5)
     inputs = [x.requires_grad_() for x in random_inputs(case, d=3)]
     selection = Selection(*(x.clone() for x in select(*inputs, config)))
     assert torch.autograd.gradcheck(

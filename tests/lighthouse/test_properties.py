@@ -120,7 +120,11 @@ def test_what_entries_score_by(scorer: str, entry_score: str) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [*CONFIGS[:20:4], pytest.param(CONFIGS[20], marks=pytest.mark.slow)],
+    [
+        *CONFIGS[:20:4],
+        pytest.param(CONFIGS[20], marks=pytest.mark.slow),
+        replace(CONFIGS[8], combine="finest", window=5),
+    ],
     ids=str,
 )
 def test_values_never_flow_backwards(config: LighthouseConfig) -> None:
@@ -150,6 +154,8 @@ def test_values_never_flow_backwards(config: LighthouseConfig) -> None:
 def test_repeated_runs_give_the_same_bits() -> None:
     run_twice("cpu", torch.float32, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
     run_twice("cpu", torch.bfloat16, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
+    config = LighthouseConfig(3, 4, 32, picks_per_stratum=16, combine="finest", window=100)
+    run_twice("cpu", torch.float32, 1024, config)
     for scorer in ("dilated", "gla"):
         run_twice("cpu", torch.float32, 1024, LighthouseConfig(3, 4, 32, scorer, 16))
 

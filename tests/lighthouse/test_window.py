@@ -12,6 +12,7 @@ import torch.utils.flop_counter  # noqa: F401
 from attention_cases import Dense, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import pad
 
 from lighthouse import LighthouseAttention, WindowAttention, reference, window, window_attention
@@ -283,6 +284,39 @@ def test_flash_attention_has_the_arguments_that_we_give() -> None:
         assert len(by_place) == sum(not keyword for _, keyword in there)
         by_name = {each.name for each in given if each.kind == each.KEYWORD_ONLY}
         assert by_name <= {name for name, keyword in there if keyword}
+
+
+def cudnn_forward(q, k, v, bias, with_lse, dropout, is_causal, debug, *, scale):
+    assert bias is None and with_lse and is_causal and not dropout
+    out, lse = torch.ops.lighthouse.window(q, k, v, q.shape[2], scale)
+    return out, lse.unsqueeze(-1), None
+
+
+def cudnn_backward(dout, q, k, v, out, lse, seed, offset, bias, _q, _k, max_q, max_k, dropout,
+                   is_causal, *, scale):  # fmt: skip
+    assert is_causal and not dropout and max_q == max_k == q.shape[2]
+    arguments = dout, None, q, k, v, out, lse.squeeze(-1), max_q, scale
+    return torch.ops.lighthouse.window_backward(*arguments)
+
+
+def test_dense_attention_takes_the_kernel_that_torch_prefers(monkeypatch) -> None:
+    """It is cuDNN's on Hopper. Its logsumexp has a dimension more."""
+    for name, stand_in in (("", cudnn_forward), ("_backward", cudnn_backward)):
+        name = f"_scaled_dot_product_cudnn_attention{name}"
+        there = getattr(torch.ops.aten, name).default._schema.arguments
+        assert len(there) == len(inspect.signature(stand_in).parameters)
+        monkeypatch.setattr(torch.ops.aten, name, stand_in)
+    cudnn = SDPBackend.CUDNN_ATTENTION.value
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *arguments, **options: cudnn)
+    *inputs, grad = (x.float() for x in rows(40, 4, 2))
+    grad_lse = torch.randn(grad.shape[:3])
+
+    def by_cudnn(*x: torch.Tensor) -> Any:
+        return window._WindowAttention.apply(*x, 40, 0.5, "flash", True)
+
+    expected = results(window_attention, inputs, grad, grad_lse, 40, scale=0.5, return_lse=True)
+    for value, want in zip(results(by_cudnn, inputs, grad, grad_lse), expected, strict=True):
+        assert relative_error(value, want) < 1e-6
 
 
 @pytest.mark.parametrize("size", [5, 40])

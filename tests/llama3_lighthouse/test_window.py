@@ -1,4 +1,4 @@
-"""The window alone as the attention of the first stage."""
+"""The window in the first stage, alone and beside the selection."""
 
 import csv
 import json
@@ -122,6 +122,38 @@ def test_dense_attention_is_the_same_model_and_the_window_another() -> None:
     assert torch.equal(under_window, ours(tokens))
 
 
+def test_a_window_beside_the_selection_trains_and_resumes(tmp_path: Path) -> None:
+    settings = {
+        **VALIDATED, "training.steps": 4, "checkpoint.interval": 1, "lighthouse.window": 40,
+        "lighthouse.entry_score": "first", "lighthouse.combine": "finest",
+        "lighthouse.top_k": 16, "lighthouse.log_selection_every": 2,
+    }  # fmt: skip
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run", settings).succeed()
+    run.settings = settings
+    assert "S = 192 of 512 positions; 1 strata; a window of 40 positions beside it" in run.log
+    assert "runs on 192 of 512 positions, each position attends over a window of 40 too" in run.log
+    resumed = continued(run, tmp_path / "resumed", 1)
+    expected = exact(run)
+    assert exact(resumed) == {step: expected[step] for step in (2, 3, 4)}
+    assert "selection/level_" in (tmp_path / "run/dump/metrics.jsonl").read_text()
+
+
+def test_flops_and_memory_count_a_window_beside_the_selection() -> None:
+    method = replace(FOUR_LAYERS.lighthouse, combine="finest", window=24)
+    beside, without = replace(FOUR_LAYERS, lighthouse=method, window=24), FOUR_LAYERS
+    both = beside.flops_per_token(0, N, "lighthouse")
+    selection = without.flops_per_token(0, N, "lighthouse")
+    dense = 12 * ARGS.dim * 2 * (N + 1) / 2
+    assert both - selection == pytest.approx(ARGS.flops_per_token(0, N, "lighthouse") - dense)
+    section = JobConfig().activation_checkpoint
+    section.mode = "lighthouse"
+    section.keep_products = []
+    kept = [activation_bytes(args, N, N, section, "lighthouse") for args in (beside, without)]
+    # Two layers keep the window's output and logsumexps.
+    assert kept[0] - kept[1] == 2 * N * (2 * ARGS.dim + 4 * ARGS.n_heads)
+
+
 def test_flops_and_memory_count_the_window() -> None:
     pairs = sum(min(t + 1, 24) for t in range(N))
     dense = N * (N + 1) / 2
@@ -158,8 +190,7 @@ def test_tables_of_sweeps_show_no_selection(two_stages: Run) -> None:
         ({"lighthouse.window": -1}, r"lighthouse.window = -1 must be at least 0 .*0 means no"),
         (
             {"lighthouse.attention": "lighthouse"},
-            "lighthouse.window = 40 does not go with lighthouse.attention = 'lighthouse': .* "
-            "follows; pass --lighthouse.attention window",
+            "window = 40 needs combine = 'finest', .*, got combine = 'sum'",
         ),
         (
             {"lighthouse.log_selection_every": 5},
@@ -171,8 +202,8 @@ def test_tables_of_sweeps_show_no_selection(two_stages: Run) -> None:
         ),
         (
             {"parallelism.context_parallel_degree": 2},
-            "parallelism.context_parallel_degree = 2 does not go with lighthouse.attention = "
-            "'window': .*; set the degree to 1, or lighthouse.attention to 'lighthouse'",
+            "parallelism.context_parallel_degree = 2 does not go with lighthouse.window = 40: .*; "
+            "set the degree to 1, or lighthouse.window to 0",
         ),
     ],
 )

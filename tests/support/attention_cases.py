@@ -43,13 +43,15 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     m = draw(st.sampled_from([2, 4]))
     top_k = m * draw(st.integers(1, 3))
     coarsest = top_k + draw(st.integers(0, 5))
+    combine = draw(st.sampled_from(COMBINATIONS))
     config = LighthouseConfig(
         levels,
         p,
         top_k,
         picks_per_stratum=m,
         entry_score=draw(st.sampled_from(ENTRY_SCORES)),
-        combine=draw(st.sampled_from(COMBINATIONS)),
+        combine=combine,
+        window=draw(st.sampled_from([0, 1, 5, 40])) if combine == "finest" else 0,
     )
     batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 1, 2), (1, 2, 3), (2, 2, 1)]))
     return dict(

@@ -12,7 +12,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from lighthouse.kernels import gather, pooling, scatter, scoring, selection
+from lighthouse.kernels import gather, merge, pooling, scatter, scoring, selection
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
@@ -78,6 +78,9 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
         gather.launch_gather(q, coarsest, index, uncovered, p, levels, True)
         for seam in (None, gathered[:, :, : levels - 1].contiguous()):
             scatter.launch_spread(gathered, slot, seam, n, p, levels, True, uncovered is not None)
+    far_lse, lse = (x[..., 0].float() for x in (gathered, q))
+    merge.launch_merge(gathered, far_lse, q, lse, slot, p, levels)
+    merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels)
 
 
 def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
@@ -91,6 +94,7 @@ def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
 def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
                (gather, "_gather"), (scatter, "_spread"), (scoring, "_gla_norms"),
+               (merge, "_merge"), (merge, "_collect"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]
     for module, name in kernels:

@@ -106,9 +106,15 @@ def test_gradients_are_the_same_bits_and_attention_runs_once(
     assert watch.count[MM] == products
 
 
+WITH_WINDOW = replace(THREE_LAYERS.lighthouse, combine="finest", window=40)
+ALONE = replace(THREE_LAYERS, attention="window", window=40)
+BESIDE = replace(THREE_LAYERS, lighthouse=WITH_WINDOW, window=40)
+
+
 @pytest.mark.parametrize("keep_products", KEPT)
-def test_windows_run_once(keep_products: tuple[str, ...]) -> None:
-    args = replace(THREE_LAYERS, attention="window", window=40)
+@pytest.mark.parametrize("args, attentions", [(ALONE, 2), (BESIDE, 4)], ids=["alone", "beside"])
+def test_windows_run_once(keep_products: tuple[str, ...], args, attentions: int) -> None:
+    """Beside the selection there are two attentions with a logsumexp in each of two layers."""
     reference = build_on_device("lighthouse", None, args=args)
     loss_of(reference).backward()
     model = build_on_device("lighthouse", None, keep_products, args)
@@ -116,7 +122,7 @@ def test_windows_run_once(keep_products: tuple[str, ...]) -> None:
         loss_of(model).backward()
     expected, found = ([p.grad for p in m.parameters()] for m in (reference, model))
     assert_equal_gradients(expected, found, exact=True)
-    assert sum(watch.count[operation] for operation in WINDOW) == 2
+    assert sum(watch.count[operation] for operation in WINDOW) == attentions
     assert sum(watch.count[operation] for operation in ATTENTION) == 1
     # Backward needs the queries, keys and values that a dense layer needs.
     assert watch.count[MM] == 3 * (3 * 7 + 1) + repeated_products("dense", keep_products)

@@ -164,9 +164,10 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
     chunks = layout_on_rank_0(config.parallelism).chunks
     shares = f", {gathered // dims.cp:,} on each rank" if dims.cp > 1 else ""
     in_chunks = f", {strata // chunks} in each chunk" if chunks > 1 else ""
+    beside = f"; a window of {method.window:,} positions beside it" if method.window else ""
     return (
         f"Lighthouse    S = {gathered:,} of {geometry.sequence_length:,} positions{shares}; "
-        f"{strata} strata{in_chunks}"
+        f"{strata} strata{in_chunks}{beside}"
     )
 
 

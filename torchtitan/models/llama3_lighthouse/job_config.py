@@ -60,12 +60,8 @@ class Lighthouse(Method, Schedule):
     """Lighthouse attention and the two stages of training with it."""
 
     attention: Literal["lighthouse", "window"] = "lighthouse"
-    """The attention of stage "lighthouse": Lighthouse attention, or causal attention over the
-    window alone."""
-
-    window: int = 0
-    """Positions that each position attends over if attention is "window", itself included. 0 means
-    no window."""
+    """The attention of stage "lighthouse": Lighthouse attention, beside a window if there is one,
+    or causal attention over the window alone."""
 
     dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
     """Layers that use dense attention in both stages, counted from 0."""

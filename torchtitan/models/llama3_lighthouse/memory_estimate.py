@@ -80,7 +80,9 @@ def layer_elements(
     # Selections hold the maps of both directions, between places and pyramid entries.
     selection = words * kv_heads * (share + pyramid)
     gathered = share * (args.dim + 2 * widths["wk"] + attention) + selection
-    return dense, args.dim + after + gathered
+    # A window beside the selection keeps what a dense layer keeps.
+    beside = before + attention if args.window else 0
+    return dense, args.dim + after + gathered + beside
 
 
 def activation_bytes(

@@ -153,12 +153,13 @@ class LighthouseTrainer(upstream.Trainer):
         self.stage = stage
         self._use_attention(stage)
         seq_len = self.job_config.training.seq_len
-        runs = f"attention runs on {self._gathered_length[stage]:,}"
+        runs = f"attention runs on {self._gathered_length[stage]:,} of {seq_len:,} positions"
         selects = stage == "lighthouse" and self.model_args.selects
-        if stage == "lighthouse" and not selects:
-            runs = f"each position attends over a window of {section.window:,}"
+        if stage == "lighthouse" and section.window:
+            near = f"each position attends over a window of {section.window:,}"
+            runs = f"{runs}, {near} too" if selects else f"{near} of {seq_len:,} positions"
         logger.info(
-            f"Stage '{stage}' begins at step {step}{came_from}: {runs} of {seq_len:,} positions, "
+            f"Stage '{stage}' begins at step {step}{came_from}: {runs}, "
             f"{self._flops_per_token[stage]:.3e} FLOPs per token"
         )
         if stage == "lighthouse" and section.dense_every:

@@ -18,7 +18,7 @@ from .record import CheckpointRecord
 MODEL = {"model.name", "model.flavor", "model.converters", "lighthouse.tokenizer"}
 # Settings that decide it in steps of the Lighthouse stage alone.
 METHOD = {f"lighthouse.{field.name}" for field in fields(LighthouseConfig)}
-METHOD |= {"lighthouse.dense_layers", "lighthouse.attention", "lighthouse.window"}
+METHOD |= {"lighthouse.dense_layers", "lighthouse.attention"}
 # Settings of these sections change training, except for those that do not touch what is computed.
 TRAINING = ("training.", "optimizer.", "lr_scheduler.", "lighthouse.", "quantize.")
 WITHOUT_EFFECT = ("training.dataloader.", "training.gc_", "lighthouse.log_selection_every")

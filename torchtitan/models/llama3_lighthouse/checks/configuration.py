@@ -105,19 +105,12 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
 
 
 def _check_attention(config: JobConfig) -> None:
-    """Check that a window is there if, and only if, the attention of the first stage has one."""
+    """Check that a window which stands alone is there."""
     section = config.lighthouse
     if section.attention == "window" and not section.window:
         raise UserValueError(
             "lighthouse.attention = 'window' needs lighthouse.window = 0 to be at least 1; pass "
             "--lighthouse.window N with the positions that each position attends over"
-        )
-    if section.attention == "lighthouse" and section.window:
-        raise UserValueError(
-            f"lighthouse.window = {section.window} does not go with lighthouse.attention = "
-            "'lighthouse': a window beside Lighthouse attention follows; pass "
-            "--lighthouse.attention window to train under the window alone, or set "
-            "lighthouse.window to 0"
         )
 
 

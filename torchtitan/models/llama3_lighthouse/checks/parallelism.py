@@ -55,12 +55,13 @@ def _check_validation_in_pipeline(config: JobConfig) -> None:
 
 
 def _check_window(config: JobConfig) -> None:
-    degree = config.parallelism.context_parallel_degree
-    if config.lighthouse.attention == "window" and degree > 1:
+    degree, window = config.parallelism.context_parallel_degree, config.lighthouse.window
+    if window and degree > 1:
         raise UserValueError(
-            f"parallelism.context_parallel_degree = {degree} does not go with lighthouse.attention "
-            "= 'window': a window reaches into chunks that other ranks hold, and nothing hands "
-            "them over yet; set the degree to 1, or lighthouse.attention to 'lighthouse'"
+            f"parallelism.context_parallel_degree = {degree} does not go with lighthouse.window = "
+            f"{window}: a window reaches into chunks that other ranks hold, and nothing hands them "
+            "over yet; set the degree to 1, or lighthouse.window to 0 with lighthouse.attention = "
+            "'lighthouse'"
         )
 
 

@@ -43,7 +43,11 @@ WITH_WORKERS = (_above("training.dataloader.num_workers", 0),)
 # How keys begin -> conditions that must all hold for them to be read. A section with a key
 # ``enable`` is off on purpose, so its other keys are not listed.
 READ_WHEN: dict[str, tuple[Condition, ...]] = {
-    **{f"lighthouse.{setting.name}": SELECTING for setting in fields(LighthouseConfig)},
+    **{
+        f"lighthouse.{setting.name}": SELECTING
+        for setting in fields(LighthouseConfig)
+        if setting.name != "window"
+    },
     "activation_checkpoint.keep_products": (_is(MODE, "lighthouse"),),
     "activation_checkpoint.selective_ac_option": (_is(MODE, "selective"),),
     "activation_checkpoint.per_op_sac_": (

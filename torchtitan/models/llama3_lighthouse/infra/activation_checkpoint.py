@@ -1,9 +1,9 @@
 """Activation checkpointing that keeps what is small and costly: ``mode = "lighthouse"``.
 
-Each layer keeps its input, the output of attention, and the selection. In a dense layer, and in one
-that attends over a window, the output of attention has N positions. In a Lighthouse layer it has S,
-and the gathered queries, keys and values, which have S as well, are kept with it. Backward then
-repeats neither attention nor selection.
+Each layer keeps its input, the output of attention, and the selection. In a dense layer, and over a
+window, the output of attention has N positions. Over selected entries it has S, and the gathered
+queries, keys and values, which have S as well, are kept with it. Backward then repeats neither
+attention nor selection.
 
 Backward does repeat norms, rotary embedding, scattering, and the matrix products that
 ``keep_products`` does not name. One element of a product takes 2 bytes to keep and 2 K FLOPs to
@@ -85,7 +85,8 @@ def contexts_that_keep(
 
     def contexts() -> tuple[Any, Any]:
         needed = set(keep_products)
-        if isinstance(inner, LighthouseAttention) and inner.enabled:
+        # A window beside the selection attends over all of them.
+        if isinstance(inner, LighthouseAttention) and inner.enabled and not inner.config.window:
             needed -= set(BEFORE_GATHERING)
         # Products so far, in the forward pass (False) and in its repetition (True).
         products_seen = {False: 0, True: 0}

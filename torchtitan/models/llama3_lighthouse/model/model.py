@@ -25,12 +25,16 @@ from .rotary import RotaryAttention, table_of
 def lighthouse_config(section: Lighthouse) -> LighthouseConfig:
     """The method's own configuration, taken from the [lighthouse] section.
 
+    It has no window where the window stands alone.
+
     Raises:
         ValueError, TypeError: a setting breaks a rule of the method.
     """
-    return LighthouseConfig(
-        **{setting.name: getattr(section, setting.name) for setting in fields(LighthouseConfig)}
-    )
+    names = [setting.name for setting in fields(LighthouseConfig)]
+    settings = {name: getattr(section, name) for name in names}
+    if section.attention == "window":
+        settings["window"] = 0
+    return LighthouseConfig(**settings)
 
 
 def selecting_config(section: Lighthouse) -> LighthouseConfig | None:
@@ -48,6 +52,7 @@ class LighthouseModelArgs(TransformerModelArgs):
     attention: str = "lighthouse"
     """As ``lighthouse.attention`` of the configuration."""
     window: int = 0
+    """As ``lighthouse.window``, alone or beside Lighthouse attention."""
     dense_layers: list[int] = field(default_factory=list)
     chunked_loss: bool = False
     """Whether the model returns the factors of its logits, for a loss in chunks of tokens."""
@@ -79,23 +84,21 @@ class LighthouseModelArgs(TransformerModelArgs):
         return PyramidGeometry(self.lighthouse, seq_len).gathered_length
 
     def stage_one_attention(self, dense: nn.Module) -> InnerAttention:
-        """The inner attention of stage "lighthouse" around ``dense``, which the dense stage runs.
-
-        An arrangement of window and Lighthouse attention belongs here.
-        """
+        """The inner attention of stage "lighthouse", around that of the dense stage."""
         if self.selects:
             return LighthouseAttention(self.lighthouse, dense)
         return WindowAttention(self.window, dense)
 
     def _stage_one_flops(self, seq_len: int) -> float:
         """FLOPs per token of one layer's attention in stage "lighthouse", forward and backward."""
-        per_pair = 12 * self.dim
-        if not self.selects:
-            return per_pair * window_pairs(seq_len, self.window) / seq_len
-        gathered = self.gathered_length(seq_len)
-        head_dim = self.dim // self.n_heads
-        scoring = flops_per_position(self.lighthouse, seq_len, self.n_heads, head_dim)
-        return per_pair * window_pairs(gathered, gathered) / seq_len + scoring
+        pairs = window_pairs(seq_len, self.window) if self.window else 0
+        scoring = 0.0
+        if self.selects:
+            gathered = self.gathered_length(seq_len)
+            pairs += window_pairs(gathered, gathered)
+            head_dim = self.dim // self.n_heads
+            scoring = flops_per_position(self.lighthouse, seq_len, self.n_heads, head_dim)
+        return 12 * self.dim * pairs / seq_len + scoring
 
     def flops_per_token(self, matmul_parameters: int, seq_len: int, attention: str) -> float:
         """FLOPs of forward and backward per token, counting what runs.
@@ -103,7 +106,8 @@ class LighthouseModelArgs(TransformerModelArgs):
         A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
         M has M (M + 1) / 2 pairs, and over a window of W positions W N - W (W - 1) / 2. A pair
         costs 2 products of 2 D in each head forward, and twice that backward. M is S in the layers
-        under Lighthouse attention, and N in dense ones. Scorers run forward only;
+        under Lighthouse attention, to which a window adds its own, and N in dense ones. Scorers run
+        forward only;
         ``lighthouse.scoring`` counts their operations. Recomputation, pooling and picking are not
         counted.
         """
