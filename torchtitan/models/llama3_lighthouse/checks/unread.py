@@ -11,28 +11,28 @@ from .rules import shown
 
 
 @dataclass(frozen=True)
-class Condition:
-    """A condition on the value of one key, in words and as a test."""
+class Requirement:
+    """A requirement on the value of one key, in words and as a test."""
 
     key: str
     words: str
     test: Callable[[Any], bool]
 
 
-def _is(key: str, *values: Any) -> Condition:
-    return Condition(key, f"is {' or '.join(map(shown, values))}", lambda value: value in values)
+def _is(key: str, *values: Any) -> Requirement:
+    return Requirement(key, f"is {' or '.join(map(shown, values))}", lambda value: value in values)
 
 
-def _is_not(key: str, value: Any) -> Condition:
-    return Condition(key, f"is not {shown(value)}", lambda given: given != value)
+def _is_not(key: str, value: Any) -> Requirement:
+    return Requirement(key, f"is not {shown(value)}", lambda given: given != value)
 
 
-def _above(key: str, least: float) -> Condition:
-    return Condition(key, f"is above {least}", lambda value: value > least)
+def _above(key: str, least: float) -> Requirement:
+    return Requirement(key, f"is above {least}", lambda value: value > least)
 
 
-def _given(key: str) -> Condition:
-    return Condition(key, "is given", bool)
+def _given(key: str) -> Requirement:
+    return Requirement(key, "is given", bool)
 
 
 MODE = "activation_checkpoint.mode"
@@ -40,9 +40,9 @@ IN_PIPELINES = (_above("parallelism.pipeline_parallel_degree", 1),)
 UNDER_TENSOR_PARALLELISM = (_above("parallelism.tensor_parallel_degree", 1),)
 SELECTING = (_is("lighthouse.attention", "lighthouse"),)
 WITH_WORKERS = (_above("training.dataloader.num_workers", 0),)
-# How keys begin -> conditions that must all hold for them to be read. A section with a key
+# How keys begin -> requirements that must all hold for them to be read. A section with a key
 # ``enable`` is off on purpose, so its other keys are not listed.
-READ_WHEN: dict[str, tuple[Condition, ...]] = {
+READ_WHEN: dict[str, tuple[Requirement, ...]] = {
     **{
         f"lighthouse.{setting.name}": SELECTING
         for setting in fields(LighthouseConfig)
@@ -91,8 +91,8 @@ def _unused(config: JobConfig) -> list[str]:
     found, all_leaves = [], list(leaves(config))
     values = {leaf.key: leaf.value for leaf in all_leaves}
     for leaf in (leaf for leaf in all_leaves if leaf.value != leaf.default):
-        for beginning, conditions in READ_WHEN.items():
-            missed = [each for each in conditions if not each.test(values[each.key])]
+        for beginning, requirements in READ_WHEN.items():
+            missed = [each for each in requirements if not each.test(values[each.key])]
             if leaf.key.startswith(beginning) and missed:
                 found.append(
                     f"{leaf.key} = {shown(leaf.value)} has no effect: it is read when "
