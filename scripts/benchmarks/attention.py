@@ -2,6 +2,10 @@
 """Time Lighthouse attention against dense SDPA and against SDPA on the gathered sub-sequence.
 
     python scripts/benchmarks/attention.py --cases 98304,3,4,1536 131072,3,4,2048
+    python scripts/benchmarks/attention.py --cases 98304,3,4,1536 --window 256 --name window
+
+With a window, Lighthouse attention also attends over the last positions, and the parts of the
+window and of the merge stand in the place of scattering.
 
 Every case of up to 131,072 positions is checked before it is timed: its error against float32 may
 not exceed that of vectorised PyTorch in the same precision. Variants take turns within one process,
@@ -14,7 +18,9 @@ the output folder. The plot needs matplotlib (pip install -e '.[plots]'); --no-p
 """
 
 import argparse
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +72,15 @@ SWEEP = [
 ]
 # The check holds float32 copies, which would not fit beside the rest at greater lengths.
 LARGEST_CHECKED = 131072
-FORWARD_PARTS = ("pool q, k, v", "select", "gather q, k, v", "scatter")
-PART_NAMES = (*FORWARD_PARTS, "scatter, backward", "gather, backward")
+FORWARD_PARTS = ("pool q, k, v", "select", "gather q, k, v", "window", "merge", "scatter")
+BACKWARD_PARTS = (
+    "window, backward",
+    "merge, backward",
+    "scatter, backward",
+    "gather, backward",
+)
+# Vectorised PyTorch keeps the probabilities of windows in float32, where kernels round them.
+ERROR_WITH_WINDOW = 2.0**-8
 STYLES = {
     "dense": (DENSE, "o-"),
     "lighthouse": (LIGHTHOUSE, "s-"),
@@ -96,7 +109,7 @@ def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tup
 
     def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
-        sdpa = dense if dtype == torch.bfloat16 else exact_dense
+        sdpa = None if config.window else dense if dtype == torch.bfloat16 else exact_dense
         out = lighthouse_attention(*inputs, config, selection=selection, impl=impl, sdpa=sdpa)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
@@ -105,7 +118,7 @@ def check(leaves: list[torch.Tensor], config: LighthouseConfig) -> dict[str, tup
     ours, plain = run("triton", torch.bfloat16), run("torch", torch.bfloat16)
     for name, value, rough, want in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         errors[name] = error, bound = relative_error(value, want), relative_error(rough, want)
-        if not error <= 1.1 * bound:
+        if not error <= max(1.1 * bound, ERROR_WITH_WINDOW if config.window else 0.0):
             raise SystemExit(f"wrong result: error of {name} is {error}, PyTorch's is {bound}")
     return errors
 
@@ -141,7 +154,7 @@ def parts(
         return lambda: torch.autograd.grad(result, leaf, grad, retain_graph=True)
 
     gather_backwards = [adjoint(*each) for each in zip(gathers, leaves, gathered, strict=True)]
-    return {
+    found: dict[str, tuple[Callable[[], object], int]] = {
         "pool q, k, v": (
             lambda: [kernels.pool_coarsest(x, geometry, x is not v) for x in leaves],
             rows * (n + coarse),
@@ -151,12 +164,31 @@ def parts(
             lambda: [gather(x) for gather, x in zip(gathers, leaves, strict=True)],
             rows * (picked + coarse + s),
         ),
-        "scatter": (lambda: scatter(gathered[0]), row * (s + n)),
-        "scatter, backward": (adjoint(scatter, gathered[0], out), row * (n + s)),
         "gather, backward": (
             lambda: [backward() for backward in gather_backwards],
             rows * (s + n),
         ),
+    }
+    if not config.window:
+        return found | {
+            "scatter": (lambda: scatter(gathered[0]), row * (s + n)),
+            "scatter, backward": (adjoint(scatter, gathered[0], out), row * (n + s)),
+        }
+    scale, pyramid = 1 / math.sqrt(q.shape[-1]), (config.pooling_factor, config.levels)
+    far, far_lse = kernels.window_forward(*gathered, s, scale)
+    near, near_lse = kernels.window_forward(q, k, v, config.window, scale)
+    merge = far, far_lse, near, near_lse, selection.slot, *pyramid
+    merged, lse = kernels.merge_outputs(*merge)
+    collect = out, merged, lse, far, far_lse, *selection, *pyramid
+    backward = out, None, q, k, v, merged, lse, config.window, scale
+    return found | {
+        "window": (
+            lambda: kernels.window_forward(q, k, v, config.window, scale),
+            (rows + row) * n,
+        ),
+        "merge": (lambda: kernels.merge_outputs(*merge), row * (s + 2 * n)),
+        "window, backward": (lambda: kernels.window_backward(*backward), 2 * (rows + row) * n),
+        "merge, backward": (lambda: kernels.collect_merged(*collect), row * (2 * n + 3 * s)),
     }
 
 
@@ -171,7 +203,7 @@ def whole(
         return dense(q, k, v, enable_gqa=gqa)
 
     def lighthouse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return lighthouse_attention(q, k, v, config, sdpa=dense)
+        return lighthouse_attention(q, k, v, config, sdpa=None if config.window else dense)
 
     torch._dynamo.reset()
     compiled = torch.compile(lighthouse, fullgraph=True, dynamic=False)
@@ -182,22 +214,24 @@ def whole(
         found[f"{name}, forward"], found[f"{name}, both"] = forward_and_backward(function, leaves)
     # SDPA attends over the rows that Lighthouse gathers: means draw less power than fresh noise.
     short: list[torch.Tensor] = []
-    lighthouse_attention(*leaves, config, sdpa=lambda *rows, **_: short.extend(rows) or rows[0])
+    selecting = replace(config, window=0)
+    lighthouse_attention(*leaves, selecting, sdpa=lambda *rows, **_: short.extend(rows) or rows[0])
     found["SDPA on S, forward"], found["SDPA on S, both"] = forward_and_backward(plain, short)
     return found
 
 
 def benchmark(
-    case: str, heads: int, kv_heads: int, d: int, seconds: float, skip_dense: bool
+    case: str, heads: int, kv_heads: int, d: int, window: int, seconds: float, skip_dense: bool
 ) -> dict[str, Any]:
     """The record of one case."""
-    n, config = method_of(case, "--cases")
+    n, config = method_of(case, "--cases", **settings_of(window))
     leaves = random_rows(n, (heads, kv_heads, kv_heads), d)
     record: dict[str, Any] = {
         "case": case,
         "heads": heads,
         "kv_heads": kv_heads,
         "D": d,
+        "window": window,
         "S": PyramidGeometry(config, n).gathered_length,
         "N": n,
     }
@@ -212,6 +246,11 @@ def benchmark(
     return record
 
 
+def settings_of(window: int) -> dict[str, Any]:
+    """Settings of the method: the paper's, or those that a window needs."""
+    return dict(entry_score="first", combine="finest", window=window) if window else {}
+
+
 def whole_row(record: dict[str, Any], mode: str) -> str:
     """The row of a case's whole attention; ``mode`` is "forward" or "both"."""
     results = record["results"]
@@ -219,7 +258,11 @@ def whole_row(record: dict[str, Any], mode: str) -> str:
     times = [with_spread(c["ms"], c["spread"], ".4g") if c else "" for c in cells.values()]
     ours = [cells[name]["ms"] for name in ("lighthouse", "compiled")]
     plain = cells["dense"]
-    counted = PART_NAMES if mode == "both" else FORWARD_PARTS
+    counted = [
+        part
+        for part in FORWARD_PARTS + (BACKWARD_PARTS if mode == "both" else ())
+        if part in results
+    ]
     return table_row(
         [
             record["case"],
@@ -238,8 +281,11 @@ def whole_row(record: dict[str, Any], mode: str) -> str:
 def tables(run: dict[str, Any]) -> str:
     """The run as Markdown: the whole attention, then its parts."""
     records = run["records"]
+    names = [name for name in FORWARD_PARTS + BACKWARD_PARTS if name in records[0]["results"]]
+    window = records[0].get("window")
+    shape = f"B = 1, window {window}" if window else "B = 1"
     lines = [
-        f"{origin(run)}. bf16, B = 1; copy {run['copy GB/s']:.0f} GB/s. ms, median ± spread.",
+        f"{origin(run)}. bf16, {shape}; copy {run['copy GB/s']:.0f} GB/s. ms, median ± spread.",
         "",
         *table_head(
             ["N, L, p, k", "heads", "S", "", "dense", "Lighthouse", "compiled", "SDPA on S"]
@@ -247,10 +293,10 @@ def tables(run: dict[str, Any]) -> str:
         ),
         *(whole_row(record, mode) for record in records for mode in ("forward", "both")),
         "",
-        *table_head(["N, L, p, k", *PART_NAMES]),
+        *table_head(["N, L, p, k", *names]),
     ]
     for record in records:
-        cells = [record["results"][name] for name in PART_NAMES]
+        cells = [record["results"][name] for name in names]
         lines.append(
             table_row([record["case"], *(f"{c['ms']:.3f} ({c['GB/s']:.0f})" for c in cells)])
         )
@@ -307,6 +353,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=SWEEP, metavar="N,L,p,k",
                         help="default: 11 from 2,048 to 1,048,576 tokens")  # fmt: skip
     add_layer_arguments(parser, 5.0)
+    parser.add_argument("--window", type=int, default=0, metavar="W",
+                        help="window beside the selection; default: none")  # fmt: skip
     parser.add_argument("--skip-dense", action="store_true", help="leave dense attention out")
     return parser.parse_args()
 
@@ -316,7 +364,7 @@ def main() -> None:
     require_cuda()
     check_plots(not arguments.no_plots)
     for case in arguments.cases:
-        method_of(case, "--cases")
+        method_of(case, "--cases", **settings_of(arguments.window))
     output, name = arguments.output, arguments.name
     run = environment(arguments.revision) | {"copy GB/s": copy_bandwidth(), "records": []}
     for number, case in enumerate(arguments.cases, 1):
@@ -327,6 +375,7 @@ def main() -> None:
                 arguments.heads,
                 arguments.kv_heads or arguments.heads,
                 arguments.head_dim,
+                arguments.window,
                 arguments.seconds,
                 arguments.skip_dense,
             )
