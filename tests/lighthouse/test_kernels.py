@@ -312,8 +312,10 @@ def test_checkpointing_repeats_the_same_bits(saved) -> None:
     assert sum(executions.counts[operation] for operation in ATTENTION) == times
 
 
-def test_steps_do_not_recompile() -> None:
-    each = GROUPED
+@pytest.mark.parametrize("window", [0, 7])
+def test_steps_do_not_recompile(window: int) -> None:
+    combine = "finest" if window else "sum"
+    each = case(kv_heads=2, group=3, combine=combine, window=window)
     # Compilations of this function by other tests count as well.
     torch.compiler.reset()
     compiled = torch.compile(lighthouse_attention, fullgraph=True, backend="aot_eager")
