@@ -51,7 +51,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         picks_per_stratum=m,
         entry_score=draw(st.sampled_from(ENTRY_SCORES)),
         combine=combine,
-        window=draw(st.sampled_from([0, 1, 5, 40])) if combine == "finest" else 0,
+        window=draw(st.sampled_from([0, 0, 0, 0, 1, 5, 40])) if combine == "finest" else 0,
     )
     batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 1, 2), (1, 2, 3), (2, 2, 1)]))
     return dict(
