@@ -222,6 +222,20 @@ def test_settings_of_the_method_have_no_effect(tmp_path: Path) -> None:
     assert not any("lighthouse.attention" in line for line in warnings_of(plain))
 
 
+def test_windows_that_cost_more_than_they_seem_to_are_warned_of(tmp_path: Path) -> None:
+    slow, dense = "on GPUs vectorised PyTorch computes it", "this is dense attention, at its cost"
+    for settings, expected in (
+        ({"training.mixed_precision_param": "bfloat16"}, ()),
+        ({}, (slow,)),
+        ({"lighthouse.window": 512}, (dense, slow)),
+        ({"lighthouse.attention": "lighthouse", "lighthouse.window": 0}, ()),
+    ):
+        text = "\n".join(warnings_of(parsed(tmp_path, **settings)))
+        assert [words in text for words in (dense, slow)] == [
+            words in expected for words in (dense, slow)
+        ]
+
+
 def test_dry_run_describes_the_window(tmp_path: Path) -> None:
     text = dry_run(parsed(tmp_path, **{"training.seq_len": 410}), 1)
     keys = sum(min(t + 1, 40) for t in range(410)) / 410

@@ -72,7 +72,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
 
 def warnings_of(config: JobConfig) -> list[str]:
     """Warnings before a run begins, one line each."""
-    return [*_unused(config), *_stages(config)]
+    return [*_unused(config), *_stages(config), *_window(config)]
 
 
 def _stages(config: JobConfig) -> list[str]:
@@ -84,6 +84,22 @@ def _stages(config: JobConfig) -> list[str]:
         f"{steps:,}: no step of this run is dense, and export refuses its checkpoints; lower "
         "dense_from_step, or set lighthouse.stage = 'lighthouse' if that is meant"
     ]
+
+
+def _window(config: JobConfig) -> list[str]:
+    window, found = config.lighthouse.window, []
+    if window >= config.training.seq_len:
+        found.append(
+            f"lighthouse.window = {window:,} holds all of training.seq_len = "
+            f"{config.training.seq_len:,} positions: this is dense attention, at its cost; use a "
+            "few hundred positions"
+        )
+    if window and config.training.mixed_precision_param == "float32":
+        found.append(
+            "training.mixed_precision_param = 'float32' with a window: on GPUs vectorised PyTorch "
+            "computes it, several times slower than the kernels of 'bfloat16'"
+        )
+    return found
 
 
 def _unused(config: JobConfig) -> list[str]:
