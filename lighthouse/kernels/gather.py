@@ -23,7 +23,15 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ..geometry import PyramidGeometry
-from .launch import covered, define, own_block, own_block_grid, row_strides, sequence_first
+from .launch import (
+    covered,
+    define,
+    in_level,
+    own_block,
+    own_block_grid,
+    row_strides,
+    sequence_first,
+)
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 1024, 4
@@ -45,17 +53,7 @@ def _gather(
     column = tl.arange(0, BLOCK_D)
     inside = place < gathered_length
     entry = tl.load(index + index_plane * gathered_length + place, mask=inside, other=0)
-    entry = entry.to(tl.int64)
-    # Find each entry's level, by where the levels are stored; keep its number there and its span.
-    span = tl.full((BLOCK,), 1, tl.int64)
-    level_length = tl.zeros((), dtype=tl.int64) + length
-    coarser = tl.full((BLOCK,), 1, tl.int1)
-    for _ in tl.static_range(LEVELS - 1):
-        coarser = coarser & (entry >= level_length)
-        entry = tl.where(coarser, entry - level_length, entry)
-        span = tl.where(coarser, span * P, span)
-        level_length = level_length // P
-    is_coarsest = coarser
+    entry, span, is_coarsest = in_level(entry.to(tl.int64), length, P, LEVELS)
 
     in_columns = (column < D)[None, :]
     source = coarsest_rows + (plane * coarsest + entry[:, None]) * D + column[None, :]

@@ -92,6 +92,24 @@ def own_block(heads, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def in_level(entry, length, P: tl.constexpr, LEVELS: tl.constexpr):
+    """Number within its level, span, and whether its level is the coarsest, of each entry.
+
+    Args:
+        entry: int64 indices into the pyramid, whose levels are stored one after the other.
+        length: positions N.
+    """
+    span = entry * 0 + 1
+    coarser = entry >= 0
+    for _ in tl.static_range(LEVELS - 1):
+        coarser = coarser & (entry >= length)
+        entry = tl.where(coarser, entry - length, entry)
+        span = tl.where(coarser, span * P, span)
+        length = length // P
+    return entry, span, coarser
+
+
+@triton.jit
 def covered(slots, position, inside, length, P: tl.constexpr, FINER: tl.constexpr, span):
     """Whether an included entry of a finer level reaches each position.
 

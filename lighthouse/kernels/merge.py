@@ -30,7 +30,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import covered, define, own_block, own_block_grid, row_strides, sequence_first
+from .launch import (
+    covered,
+    define,
+    in_level,
+    own_block,
+    own_block_grid,
+    row_strides,
+    sequence_first,
+)
 
 # Elements of a program's tile, and its warps, as in the files for scattering and gathering.
 MERGE_TILE, MERGE_WARPS = 2048, 2
@@ -138,16 +146,7 @@ def _collect(
     inside = place < gathered_length
     shown = inside[:, None] & (column < D)[None, :]
     entry = tl.load(index + index_plane * gathered_length + place, mask=inside, other=0)
-    entry = entry.to(tl.int64)
-    # Find each entry's level, by where the levels are stored; keep its number there and its span.
-    span = tl.full((BLOCK,), 1, tl.int64)
-    level_length = tl.zeros((), dtype=tl.int64) + length
-    coarser = tl.full((BLOCK,), 1, tl.int1)
-    for _ in tl.static_range(LEVELS - 1):
-        coarser = coarser & (entry >= level_length)
-        entry = tl.where(coarser, entry - level_length, entry)
-        span = tl.where(coarser, span * P, span)
-        level_length = level_length // P
+    entry, span, _ = in_level(entry.to(tl.int64), length, P, LEVELS)
     first = (entry + 1) * span - 1
     own_lse = tl.load(far_lse + plane * gathered_length + place, mask=inside, other=0.0)
 
