@@ -97,7 +97,8 @@ def _check_window(
             f"window = {config.window} is merged by logsumexps, which sdpa does not return; leave "
             "sdpa out, or set window = 0"
         )
-    if config.window and context_parallel is not ONE_DEVICE:
+    # Pipelines copy modules, and with them what stands for one device.
+    if config.window and context_parallel != ONE_DEVICE:
         raise ValueError(
             f"window = {config.window} reaches into chunks that other ranks hold, which nothing "
             "hands over yet; use one rank for a sequence, or set window = 0"
@@ -133,7 +134,8 @@ class LighthouseAttention(InnerAttention):
 
     Args:
         config: settings of the method.
-        sdpa, impl: as in ``InnerAttention``; "triton" and "torch" are implementations.
+        sdpa, impl: as in ``InnerAttention``; "triton" and "torch" are implementations. With a
+            window, ``sdpa`` runs only where this attention is not enabled.
 
     Attributes:
         context_parallel: as in ``lighthouse_attention``. To spread sequences over ranks, set it

@@ -1,5 +1,6 @@
 """The public interface: the module, compilation, and messages for bad input."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -219,3 +220,12 @@ def test_second_gradients_are_refused_by_the_kernels() -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+def test_copies_of_a_module_with_a_window_attend_as_it_does() -> None:
+    """A pipeline copies the model."""
+    module = LighthouseAttention(
+        LighthouseConfig(2, 2, 4, picks_per_stratum=2, combine="finest", window=3)
+    )
+    q, k, v = torch.randn(3, 1, 2, 32, 8)
+    assert torch.equal(copy.deepcopy(module)(q, k, v), module(q, k, v))

@@ -228,6 +228,8 @@ def test_windows_that_cost_more_than_they_seem_to_are_warned_of(tmp_path: Path) 
         ({"training.mixed_precision_param": "bfloat16"}, ()),
         ({}, (slow,)),
         ({"lighthouse.window": 512}, (dense, slow)),
+        ({"lighthouse.window": 512, "lighthouse.stage": "dense"}, ()),
+        ({"lighthouse.dense_from_step": 0}, ()),
         ({"lighthouse.attention": "lighthouse", "lighthouse.window": 0}, ()),
     ):
         text = "\n".join(warnings_of(parsed(tmp_path, **settings)))

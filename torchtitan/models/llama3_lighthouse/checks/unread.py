@@ -87,7 +87,10 @@ def _stages(config: JobConfig) -> list[str]:
 
 
 def _window(config: JobConfig) -> list[str]:
-    window, found = config.lighthouse.window, []
+    section, found = config.lighthouse, []
+    window = section.window
+    if section.stage == "dense" or (section.stage == "auto" and not section.dense_from_step):
+        return []
     if window >= config.training.seq_len:
         found.append(
             f"lighthouse.window = {window:,} holds all of training.seq_len = "
