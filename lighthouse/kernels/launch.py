@@ -99,13 +99,14 @@ def in_level(entry, length, P: tl.constexpr, LEVELS: tl.constexpr):
         entry: int64 indices into the pyramid, whose levels are stored one after the other.
         length: positions N.
     """
-    span = entry * 0 + 1
-    coarser = entry >= 0
+    span = tl.full(entry.shape, 1, tl.int64)
+    level_length = tl.zeros((), dtype=tl.int64) + length
+    coarser = tl.full(entry.shape, 1, tl.int1)
     for _ in tl.static_range(LEVELS - 1):
-        coarser = coarser & (entry >= length)
-        entry = tl.where(coarser, entry - length, entry)
+        coarser = coarser & (entry >= level_length)
+        entry = tl.where(coarser, entry - level_length, entry)
         span = tl.where(coarser, span * P, span)
-        length = length // P
+        level_length = level_length // P
     return entry, span, coarser
 
 

@@ -273,7 +273,7 @@ def window_backward(
 def fold_lse_gradient(
     dout: torch.Tensor, dlse: torch.Tensor, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows dout' and out', such that rowsum(dout' out') = rowsum(dout out) - dlse.
+    """Rows dout' and out', such that rowsum(dout' out') = rowsum(dout' out) - dlse.
 
     dout' is dout, save for rows that are zero or too small beside their dlse for out' to hold the
     quotient. Such rows are raised to ``SMALLEST_SHARE`` of their dlse, and so change the gradient

@@ -251,6 +251,12 @@ def settings_of(window: int) -> dict[str, Any]:
     return dict(entry_score="first", combine="finest", window=window) if window else {}
 
 
+def part_names(results: dict[str, Any], mode: str) -> list[str]:
+    """The parts that ``results`` has; ``mode`` is "forward" or "both"."""
+    parts = FORWARD_PARTS + (BACKWARD_PARTS if mode == "both" else ())
+    return [part for part in parts if part in results]
+
+
 def whole_row(record: dict[str, Any], mode: str) -> str:
     """The row of a case's whole attention; ``mode`` is "forward" or "both"."""
     results = record["results"]
@@ -258,11 +264,7 @@ def whole_row(record: dict[str, Any], mode: str) -> str:
     times = [with_spread(c["ms"], c["spread"], ".4g") if c else "" for c in cells.values()]
     ours = [cells[name]["ms"] for name in ("lighthouse", "compiled")]
     plain = cells["dense"]
-    counted = [
-        part
-        for part in FORWARD_PARTS + (BACKWARD_PARTS if mode == "both" else ())
-        if part in results
-    ]
+    counted = part_names(results, mode)
     return table_row(
         [
             record["case"],
@@ -281,7 +283,7 @@ def whole_row(record: dict[str, Any], mode: str) -> str:
 def tables(run: dict[str, Any]) -> str:
     """The run as Markdown: the whole attention, then its parts."""
     records = run["records"]
-    names = [name for name in FORWARD_PARTS + BACKWARD_PARTS if name in records[0]["results"]]
+    names = part_names(records[0]["results"], "both")
     window = records[0].get("window")
     shape = f"B = 1, window {window}" if window else "B = 1"
     lines = [

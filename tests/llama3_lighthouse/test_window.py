@@ -32,7 +32,7 @@ from torchtitan.models.llama3_lighthouse.studies.ablation_results import (
 )
 
 WINDOW = {"lighthouse.attention": "window", "lighthouse.window": 40}
-ARGS = replace(FOUR_LAYERS, attention="window", window=24)
+ARGS = replace(FOUR_LAYERS, window=24)
 # The numbers that have to be the same where two runs compute the same.
 EXACT = ("stage", "batches", "loss", "grad_norm", "tokens_seen")
 
@@ -141,7 +141,7 @@ def test_a_window_beside_the_selection_trains_and_resumes(tmp_path: Path) -> Non
 
 def test_flops_and_memory_count_a_window_beside_the_selection() -> None:
     method = replace(FOUR_LAYERS.lighthouse, combine="finest", window=24)
-    beside, without = replace(FOUR_LAYERS, lighthouse=method, window=24), FOUR_LAYERS
+    beside, without = replace(FOUR_LAYERS, lighthouse=method), FOUR_LAYERS
     both = beside.flops_per_token(0, N, "lighthouse")
     selection = without.flops_per_token(0, N, "lighthouse")
     dense = 12 * ARGS.dim * 2 * (N + 1) / 2

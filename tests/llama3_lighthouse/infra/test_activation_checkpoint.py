@@ -107,8 +107,8 @@ def test_gradients_are_the_same_bits_and_attention_runs_once(
 
 
 WITH_WINDOW = replace(THREE_LAYERS.lighthouse, combine="finest", window=40)
-ALONE = replace(THREE_LAYERS, attention="window", window=40)
-BESIDE = replace(THREE_LAYERS, lighthouse=WITH_WINDOW, window=40)
+ALONE = replace(THREE_LAYERS, window=40)
+BESIDE = replace(THREE_LAYERS, lighthouse=WITH_WINDOW)
 
 
 @pytest.mark.parametrize("keep_products", KEPT)

@@ -81,7 +81,7 @@ def layer_elements(
     selection = words * kv_heads * (share + pyramid)
     gathered = share * (args.dim + 2 * widths["wk"] + attention) + selection
     # A window beside the selection keeps what a dense layer keeps.
-    beside = before + attention if args.window else 0
+    beside = before + attention if args.lighthouse.window else 0
     return dense, args.dim + after + gathered + beside
 
 

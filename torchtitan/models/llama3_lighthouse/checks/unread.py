@@ -7,6 +7,7 @@ from typing import Any
 from lighthouse import LighthouseConfig
 
 from ..job_config import JobConfig, leaves
+from ..stages import stage_at
 from .rules import shown
 
 
@@ -87,10 +88,10 @@ def _stages(config: JobConfig) -> list[str]:
 
 
 def _window(config: JobConfig) -> list[str]:
-    section, found = config.lighthouse, []
-    window = section.window
-    if section.stage == "dense" or (section.stage == "auto" and not section.dense_from_step):
+    section, window = config.lighthouse, config.lighthouse.window
+    if stage_at(1, section.stage, section.dense_from_step) == "dense":
         return []
+    found = []
     if window >= config.training.seq_len:
         found.append(
             f"lighthouse.window = {window:,} holds all of training.seq_len = "

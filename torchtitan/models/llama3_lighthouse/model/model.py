@@ -49,10 +49,9 @@ def selecting_config(section: Lighthouse) -> LighthouseConfig | None:
 @dataclass
 class LighthouseModelArgs(TransformerModelArgs):
     lighthouse: LighthouseConfig = LighthouseConfig()
-    attention: str = "lighthouse"
-    """As ``lighthouse.attention`` of the configuration."""
     window: int = 0
-    """As ``lighthouse.window``, alone or beside Lighthouse attention."""
+    """Positions of the window that stands alone in stage "lighthouse"; 0 if Lighthouse attention
+    runs, whose own window is a setting of the method."""
     dense_layers: list[int] = field(default_factory=list)
     chunked_loss: bool = False
     """Whether the model returns the factors of its logits, for a loss in chunks of tokens."""
@@ -63,19 +62,19 @@ class LighthouseModelArgs(TransformerModelArgs):
         # made for the length of the run.
         self.max_seq_len = job_config.training.seq_len
         super().update_from_config(job_config, **kwargs)
-        self.lighthouse = lighthouse_config(job_config.lighthouse)
-        self.attention = job_config.lighthouse.attention
-        self.window = job_config.lighthouse.window
+        section = job_config.lighthouse
+        self.lighthouse = lighthouse_config(section)
+        self.window = section.window if section.attention == "window" else 0
         self.dense_layers = list(job_config.lighthouse.dense_layers)
         self.chunked_loss = is_chunked(job_config, self.vocab_size)
 
     @property
     def selects(self) -> bool:
         """Whether stage "lighthouse" runs Lighthouse attention, and not the window alone."""
-        return self.attention == "lighthouse"
+        return not self.window
 
     def gathered_length(self, seq_len: int) -> int:
-        """Length of the sequence that attention runs on in stage "lighthouse", but dense layers.
+        """Length of the sequence that attention runs on in the sparse layers of stage "lighthouse".
 
         It is S under Lighthouse attention, and N under the window, which gathers nothing.
         """
@@ -91,7 +90,8 @@ class LighthouseModelArgs(TransformerModelArgs):
 
     def _stage_one_flops(self, seq_len: int) -> float:
         """FLOPs per token of one layer's attention in stage "lighthouse", forward and backward."""
-        pairs = window_pairs(seq_len, self.window) if self.window else 0
+        window = self.window or self.lighthouse.window
+        pairs = window_pairs(seq_len, window) if window else 0
         scoring = 0.0
         if self.selects:
             gathered = self.gathered_length(seq_len)
@@ -107,9 +107,8 @@ class LighthouseModelArgs(TransformerModelArgs):
         M has M (M + 1) / 2 pairs, and over a window of W positions W N - W (W - 1) / 2. A pair
         costs 2 products of 2 D in each head forward, and twice that backward. M is S in the layers
         under Lighthouse attention, to which a window adds its own, and N in dense ones. Scorers run
-        forward only;
-        ``lighthouse.scoring`` counts their operations. Recomputation, pooling and picking are not
-        counted.
+        forward only; ``lighthouse.scoring`` counts their operations. Recomputation, pooling and
+        picking are not counted.
         """
         sparse_layers = self.n_layers - len(self.dense_layers) if attention == "lighthouse" else 0
         dense_flops = 12 * self.dim * window_pairs(seq_len, seq_len) / seq_len
