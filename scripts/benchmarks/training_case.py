@@ -115,9 +115,10 @@ def run_case(
     # isort: split
     import torchtitan.train as upstream
 
+    from torchtitan.models.llama3_lighthouse.console import set_up_console
     from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 
-    ours.init_logger()
+    set_up_console()
     if attention == "upstream":
         baseline.register_baseline()
         line = [*line, "--model.name", baseline.NAME]
