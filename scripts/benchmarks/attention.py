@@ -205,13 +205,19 @@ def whole(
     def lighthouse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return lighthouse_attention(q, k, v, config, sdpa=None if config.window else dense)
 
+    def in_model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # A model's graph holds these transposes. A graph with a transposed output would first copy
+        # the output's gradient, which torch then lays out in order of its dimensions.
+        return lighthouse(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
     torch._dynamo.reset()
-    compiled = torch.compile(lighthouse, fullgraph=True, dynamic=False)
-    functions = {} if skip_dense else {"dense": plain}
-    functions |= {"lighthouse": lighthouse, "compiled": compiled}
+    compiled = torch.compile(in_model, fullgraph=True, dynamic=False)
+    as_in_model = [x.transpose(1, 2) for x in leaves]
+    functions = {} if skip_dense else {"dense": (plain, leaves)}
+    functions |= {"lighthouse": (lighthouse, leaves), "compiled": (compiled, as_in_model)}
     found = {}
-    for name, function in functions.items():
-        found[f"{name}, forward"], found[f"{name}, both"] = forward_and_backward(function, leaves)
+    for name, arguments in functions.items():
+        found[f"{name}, forward"], found[f"{name}, both"] = forward_and_backward(*arguments)
     # SDPA attends over the rows that Lighthouse gathers: means draw less power than fresh noise.
     short: list[torch.Tensor] = []
     selecting = replace(config, window=0)
