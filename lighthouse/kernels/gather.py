@@ -33,8 +33,8 @@ from .launch import (
     sequence_first,
 )
 
-# Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
-TILE, WARPS = 1024, 4
+# Elements of a program's tile, and its warps: the fastest of a sweep on an H200 (bf16, D = 128).
+TILE, WARPS = 1024, 2
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _gather(
     base = rows + batch * in_b + head * in_h
     first = (entry + 1) * span - 1 if COLLECT else entry * span
     LARGEST: tl.constexpr = P ** (LEVELS - 2)
-    for r in tl.range(LARGEST):
+    for r in tl.static_range(LARGEST):
         row = first + r
         wanted = inside & (is_coarsest == 0) & (r < span) & (row < length)
         if FINEST:
