@@ -15,7 +15,7 @@ from .geometry import PyramidGeometry
 from .implementation import choose_implementation, kernels
 from .inner_attention import InnerAttention
 from .inputs import checked_selection, chunked
-from .merge import merged_attention
+from .merge import merged_attention, merged_attention_by_kernels
 from .reach import seam_rows
 from .scatter import scatter_back
 from .selection import Selection, select_entries
@@ -63,15 +63,19 @@ def lighthouse_attention(
         selection = Selection(*checked_selection(selection, k, geometry))
     impl = choose_implementation(impl, q)
     if impl == "triton":
-        selection, gathered = _gather_with_kernels(q, k, v, selection, geometry)
+        selection, coarsest = _select_with_kernels(q, k, v, selection, geometry)
+        if config.window:
+            return merged_attention_by_kernels(q, k, v, coarsest, selection, geometry, scale)
+        pairs = zip((q, k, v), coarsest, strict=True)
+        gathered = [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
         scatter = kernels.scatter_back
     else:
         if selection is None:
             selection = select_entries(q, k, v, geometry)
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
+        if config.window:
+            return merged_attention(q, k, v, gathered, selection, geometry, scale)
         scatter = scatter_back
-    if config.window:
-        return merged_attention(q, k, v, gathered, selection, geometry, scale, impl)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
     out = attend(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
@@ -105,14 +109,14 @@ def _check_window(
         )
 
 
-def _gather_with_kernels(
+def _select_with_kernels(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     selection: Selection | None,
     geometry: PyramidGeometry,
 ) -> tuple[Selection, list[torch.Tensor]]:
-    """Select entries unless ``selection`` names them, and gather q, k and v, each [B, H, S, D].
+    """Select entries unless ``selection`` names them, and pool q, k and v onto the coarsest level.
 
     The kernel that pools the coarsest level reads every row. If the scorer's scores are the norms
     of these rows, it computes them in the same read.
@@ -125,8 +129,7 @@ def _gather_with_kernels(
         if not with_norms:
             a, b = kernels.score(q, k, v, geometry)
         selection = Selection(*kernels.select_from_norms(a, b, geometry))
-    pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
-    return selection, [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
+    return selection, [coarsest_q, coarsest_k, coarsest_v]
 
 
 class LighthouseAttention(InnerAttention):

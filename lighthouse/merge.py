@@ -33,7 +33,6 @@ def merged_attention(
     selection: Selection,
     geometry: PyramidGeometry,
     scale: float | None,
-    impl: str,
 ) -> torch.Tensor:
     """Attend over the selected entries and over the window, and merge the two.
 
@@ -44,14 +43,10 @@ def merged_attention(
         k, v: [B, Hkv, N, D].
         gathered: pooled q, k and v of the selected entries, [B, H, S, D].
         scale: factor of the scores; by default 1 / sqrt(D).
-        impl: "triton" or "torch".
 
     Returns:
         [B, Hq, N, D].
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if impl == "triton":
-        return _Merged.apply(q, k, v, *gathered, selection.index, selection.slot, geometry, scale)
     attend = partial(window_attention, scale=scale, impl="torch", return_lse=True)
     far, far_lse = attend(*gathered, window=geometry.gathered_length)
     near, near_lse = attend(q, k, v, window=geometry.config.window)
@@ -67,8 +62,30 @@ def merged_attention(
     return (weight * far + (1 - weight) * near).to(q.dtype)
 
 
+def merged_attention_by_kernels(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coarsest: Sequence[torch.Tensor],
+    selection: Selection,
+    geometry: PyramidGeometry,
+    scale: float | None,
+) -> torch.Tensor:
+    """As ``merged_attention``; gathers the selected entries too.
+
+    Args:
+        coarsest: means of the coarsest entries of q, k and v, [B, H, N / p^(L - 1), D].
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _Merged.apply(q, k, v, *coarsest, selection.index, selection.slot, geometry, scale)
+
+
 class _Merged(torch.autograd.Function):
-    """Two attentions and the kernel that merges them; ``kernels.merge`` has the formulas."""
+    """Gathering, two attentions and the kernel that merges them.
+
+    ``kernels.merge`` has the formulas. Backward adds the gradients through the selected entries to
+    those through the window as it spreads them.
+    """
 
     @staticmethod
     def forward(
@@ -76,9 +93,9 @@ class _Merged(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        gathered_q: torch.Tensor,
-        gathered_k: torch.Tensor,
-        gathered_v: torch.Tensor,
+        coarsest_q: torch.Tensor,
+        coarsest_k: torch.Tensor,
+        coarsest_v: torch.Tensor,
         index: torch.Tensor,
         slot: torch.Tensor,
         geometry: PyramidGeometry,
@@ -86,12 +103,12 @@ class _Merged(torch.autograd.Function):
     ) -> torch.Tensor:
         attend, _ = window_operations(q)
         pyramid = geometry.config.pooling_factor, geometry.config.levels
+        pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
+        gathered = [kernels.gather_means(*pair, index, *pyramid) for pair in pairs]
         near, near_lse = attend(q, k, v, geometry.config.window, scale)
-        far, far_lse = attend(gathered_q, gathered_k, gathered_v, gathered_q.shape[2], scale)
+        far, far_lse = attend(*gathered, geometry.gathered_length, scale)
         out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, *pyramid)
-        ctx.save_for_backward(
-            q, k, v, gathered_q, gathered_k, gathered_v, index, slot, far, far_lse, out, lse
-        )
+        ctx.save_for_backward(q, k, v, *gathered, index, slot, far, far_lse, out, lse)
         ctx.constants = geometry.config.window, scale, pyramid
         return out
 
@@ -107,4 +124,8 @@ class _Merged(torch.autograd.Function):
             grad, out, lse, far, far_lse, index, slot, *pyramid
         )
         selected = backward(grad_far, None, *rows[3:], out_far, far_lse, rows[3].shape[2], scale)
-        return *near, *selected, None, None, None, None
+        grads = [
+            kernels.spread_shares(far, slot, near.shape[2], *pyramid, onto=near) if needed else None
+            for far, near, needed in zip(selected, near, ctx.needs_input_grad[:3], strict=True)
+        ]
+        return *grads, None, None, None, None, None, None, None

@@ -11,7 +11,7 @@ have gradients, though no second ones, and the backward of each runs the other's
 ``merge`` what joins its output with that of the selected entries.
 """
 
-from .gather import pool_gather
+from .gather import gather_means, pool_gather, spread_shares
 from .launch import check_supported
 from .merge import collect_merged, merge_outputs
 from .pooling import pool_coarsest
@@ -23,6 +23,7 @@ from .window import obstacle_to_flash, window_backward, window_forward
 __all__ = [
     "check_supported",
     "collect_merged",
+    "gather_means",
     "merge_outputs",
     "obstacle_to_flash",
     "pool_coarsest",
@@ -31,6 +32,7 @@ __all__ = [
     "score",
     "scores_by_pooling",
     "select_from_norms",
+    "spread_shares",
     "window_backward",
     "window_forward",
 ]

@@ -135,8 +135,38 @@ define(
 )
 
 
+def gather_means(
+    rows: torch.Tensor, coarsest_rows: torch.Tensor, index: torch.Tensor, p: int, levels: int
+) -> torch.Tensor:
+    """``pool_gather`` without its gradient."""
+    return torch.ops.lighthouse.gather(rows, coarsest_rows, index, None, p, levels, False)
+
+
+def spread_shares(
+    grad: torch.Tensor,
+    slot: torch.Tensor,
+    length: int,
+    p: int,
+    levels: int,
+    onto: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of ``gather_means``, by the operation of ``scatter``.
+
+    The coarsest rows are means of the base rows, and their gradient is added to those.
+
+    Args:
+        grad: gradient of the gathered means, [B, H, S, D].
+        length: positions N.
+        onto: another gradient of the base rows, [B, H, N, D], to add before rounding.
+
+    Returns:
+        [B, H, N, D].
+    """
+    return torch.ops.lighthouse.spread(grad, slot, None, length, p, levels, False, False, onto)
+
+
 class _PoolGather(torch.autograd.Function):
-    """Gathered means; backward spreads shares, by the operation of ``scatter``."""
+    """Gathered means; backward spreads shares."""
 
     @staticmethod
     def forward(
@@ -150,16 +180,14 @@ class _PoolGather(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(slot)
         ctx.constants = rows.shape[2], p, levels
-        return torch.ops.lighthouse.gather(rows, coarsest_rows, index, None, p, levels, False)
+        return gather_means(rows, coarsest_rows, index, p, levels)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # The coarsest rows are means of the base rows, and ``spread`` adds their gradient to those.
         (slot,) = ctx.saved_tensors
-        grad_rows = torch.ops.lighthouse.spread(grad, slot, None, *ctx.constants, False, False)
-        return grad_rows, None, None, None, None, None
+        return spread_shares(grad, slot, *ctx.constants), None, None, None, None, None
 
 
 def pool_gather(

@@ -7,7 +7,8 @@ w = p^l:
     gathered[slot(l, (t - w + 1) // w)], t >= w - 1       outputs (forward of scatter-back)
     seam[l - 1], t < w - 1                                outputs of the chunk before, if any
 
-With FINEST it receives the row of the lowest of these levels alone.
+With FINEST it receives the row of the lowest of these levels alone. With ONTO it also receives its
+own row of ``onto``.
 
 One program owns ``BLOCK`` positions of one head, and writes each of their rows once, after summing
 in float32.
@@ -33,12 +34,12 @@ TILE, WARPS = 2048, 2
 
 @triton.jit
 def _spread(
-    gathered, slot, seam, rows,
-    in_b, in_h, in_s, out_b, out_h, out_n,
+    gathered, slot, seam, onto, rows,
+    in_b, in_h, in_s, onto_b, onto_h, onto_n, out_b, out_h, out_n,
     heads, group, length, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr, SEAM: tl.constexpr,
-    FINEST: tl.constexpr,
+    FINEST: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, length, BLOCK)
     slots = slot + (batch * (heads // group) + head // group) * pyramid
@@ -48,7 +49,13 @@ def _spread(
     column = tl.arange(0, BLOCK_D)
     inside = position < length
     in_columns = (column < D)[None, :]
-    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    shown = inside[:, None] & in_columns
+    if ONTO:
+        own = onto + batch * onto_b + head * onto_h
+        own += position[:, None] * onto_n + column[None, :]
+        total = tl.load(own, mask=shown, other=0.0).to(tl.float32)
+    else:
+        total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     offset = tl.zeros((), dtype=tl.int64)
     # Positions that take no further row.
     done = inside == 0
@@ -74,7 +81,7 @@ def _spread(
             done = done | (place >= 0)
         offset += length // span
     target = rows + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
-    tl.store(target, total.to(rows.dtype.element_ty), mask=inside[:, None] & in_columns)
+    tl.store(target, total.to(rows.dtype.element_ty), mask=shown)
 
 
 def launch_spread(
@@ -86,6 +93,7 @@ def launch_spread(
     levels: int,
     scatter: bool,
     finest: bool,
+    onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch ``_spread``.
 
@@ -99,20 +107,23 @@ def launch_spread(
         scatter: spread outputs from each entry's end on, instead of shares over it.
         finest: take the lowest level that reaches a position, instead of the sum; only with
             ``scatter``.
+        onto: rows to add, [B, H, N, D].
 
     Returns:
         [B, H, N, D], lying in memory as [B, N, H, D].
     """
     gathered, strides = row_strides(gathered)
+    onto, onto_strides = (None, (0, 0, 0)) if onto is None else row_strides(onto)
     batch, heads, _, d = gathered.shape
     rows = sequence_first(gathered, length)
     block_d = triton.next_power_of_2(d)
     block = TILE // block_d
     _spread[own_block_grid(batch, heads, length, block)](
-        gathered, slot, slot if seam is None else seam, rows, *strides, *rows.stride()[:3],
+        gathered, slot, slot if seam is None else seam, rows if onto is None else onto, rows,
+        *strides, *onto_strides, *rows.stride()[:3],
         heads, heads // slot.shape[1], length, slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
-        SEAM=seam is not None, FINEST=finest, num_warps=WARPS,
+        SEAM=seam is not None, FINEST=finest, ONTO=onto is not None, num_warps=WARPS,
     )  # fmt: skip
     return rows
 
@@ -126,13 +137,14 @@ def _fake_spread(
     levels: int,
     scatter: bool,
     finest: bool,
+    onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return sequence_first(gathered, length)
 
 
 define(
     "spread(Tensor gathered, Tensor slot, Tensor? seam, SymInt length, int p, int levels,"
-    " bool scatter, bool finest) -> Tensor",
+    " bool scatter, bool finest, Tensor? onto=None) -> Tensor",
     launch_spread,
     _fake_spread,
 )

@@ -216,6 +216,26 @@ def test_two_attentions_are_merged_by_one_operation() -> None:
         "lighthouse.window_backward.default": 2,
         "lighthouse.spread.default": 3,
     }
+    # The gradients through the two attentions are added as they are spread.
+    assert not any("aten.add" in str(op) for op in executions.counts)
+
+
+def test_gradients_that_nobody_asks_for_are_not_spread() -> None:
+    """Merged attentions have the gradients of q, k and v at hand; the others keep their bits."""
+    each = case(levels=2, m=2, strata=1, group=2, combine="finest", window=3)
+    leaves = inputs(each, torch.float32, 16)
+    grad = torch.randn_like(leaves[0])
+    expected = output_and_gradients(
+        lighthouse_attention, leaves, grad, each["config"], impl="triton"
+    )
+    for asked in ((0,), (1, 2)):
+        some = [x.clone().requires_grad_(number in asked) for number, x in enumerate(leaves)]
+        out = lighthouse_attention(*some, each["config"], impl="triton")
+        with Executions() as executions:
+            out.backward(grad)
+        assert executions.counts[torch.ops.lighthouse.spread.default] == len(asked)
+        for number in asked:
+            assert torch.equal(some[number].grad, expected[1 + number])
 
 
 def test_every_element_is_written(monkeypatch) -> None:
@@ -267,6 +287,9 @@ def test_operations_are_well_formed() -> None:
         for seam in (None, rows[:, :, : levels - 1].contiguous()) if collect else (None,):
             spread = (rows, slot, seam, each["n"], p, levels, collect, finest)
             torch.library.opcheck(ops.spread.default, spread)
+    torch.library.opcheck(
+        ops.spread.default, (rows, slot, None, each["n"], p, levels, False, False, q)
+    )
     far, near = ops.gather(q, coarsest, index, None, p, levels, False), q
     far_lse, near_lse = far[..., 0].contiguous(), near[..., 0].contiguous()
     merge = (far, far_lse, near, near_lse, slot, p, levels)

@@ -72,7 +72,8 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     for by_first in (False, True):
         index, slot = selection.launch_selection(a, b, levels, p, m, strata, by_first)
     gathered = gather.launch_gather(q, coarsest, index, None, p, levels, False)
-    scatter.launch_spread(gathered, slot, None, n, p, levels, False, False)
+    for onto in (None, q):
+        scatter.launch_spread(gathered, slot, None, n, p, levels, False, False, onto)
     for uncovered in (None, slot):
         pooling.launch_pool(q, uncovered, p, levels, span - 1, 1.0, 0)
         gather.launch_gather(q, coarsest, index, uncovered, p, levels, True)
