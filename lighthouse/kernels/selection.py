@@ -2,13 +2,14 @@
 
 Picking. A candidate's key is (bits of its score, reversed position) in one integer. Keys are
 distinct, and a larger key is a larger score or, among equal scores, a lower position. The m/2-th
-largest key is found bit by bit, as the largest threshold that at least m/2 keys reach. One program
-owns one stratum of one head at one level. It reads a stratum of more than ``LARGEST_BLOCK``
-candidates again for every bit.
+largest key is found two bits at a time, as the largest threshold that at least m/2 keys reach. A
+stratum of more than ``LARGEST_BLOCK`` candidates is read again for every two bits.
 
 Placing. The picks of every level are in ascending order. The place of an included entry is a sum of
-ranks in them (see ``lighthouse.selection.place``), found by bisection. One program owns the
-included entries of one stratum of one head, which fill consecutive places.
+ranks in them (see ``lighthouse.selection.place``), found by bisection.
+
+One program owns one stratum of one head: its entries of every level, its picks, and the consecutive
+places of its included entries. It picks level after level from the coarsest down, then places.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, T strata, m picks per stratum, n1 entries of
 level 1, S gathered length.
@@ -24,6 +25,8 @@ from .launch import define
 # Candidates that one program keeps on chip; a stratum of the paper's size has 512.
 LARGEST_BLOCK = 8192
 SCORE_BITS = tl.constexpr(31)
+# Entries that a program clears or places at a time.
+ENTRIES = tl.constexpr(512)
 
 
 @triton.jit
@@ -46,8 +49,8 @@ def _score(
 
 @triton.jit
 def _candidates(
-    chunk, parents, program, first, count,
-    M: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COARSEST: tl.constexpr,
+    chunk, parents, first, count,
+    P: tl.constexpr, BLOCK: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
     """Positions of a chunk in the stratum's ascending list, their entries, and which exist."""
     position = chunk * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
@@ -55,7 +58,7 @@ def _candidates(
     if COARSEST:
         entry = first + position
     else:
-        parent = tl.load(parents + program * M + position // P, mask=valid, other=0)
+        parent = tl.load(parents + position // P, mask=valid, other=0)
         entry = parent.to(tl.int64) * P + position % P
     return position, entry, valid
 
@@ -85,68 +88,73 @@ def _keys(
 
 
 @triton.jit
+def _reached(key, threshold, unit):
+    """How many keys reach the threshold plus one, two and three units, in one sum."""
+    # Three counts fill one integer.
+    BITS: tl.constexpr = 21
+    found = tl.zeros(key.shape, dtype=tl.int64)
+    for number in tl.static_range(3):
+        reaches = key >= threshold + (number + 1) * unit
+        found += reaches.to(tl.int64) << (number * BITS)
+    found = tl.sum(found)
+    ONES: tl.constexpr = 2**BITS - 1
+    return found & ONES, (found >> BITS) & ONES, found >> (2 * BITS)
+
+
+@triton.jit
 def _threshold(
-    threshold_a, parents, program, first, count, a, b, plane, level_one,
+    threshold_a, parents, first, count, a, b, plane, level_one,
     M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr,
     COARSEST: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """The m/2-th largest key of the stratum."""
     threshold = tl.zeros((), dtype=tl.int64)
-    position, entry, valid = _candidates(0, parents, program, first, count, M, P, BLOCK, COARSEST)
+    position, entry, valid = _candidates(0, parents, first, count, P, BLOCK, COARSEST)
     key = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
                 ROWS, SCORED, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
-    for step in tl.range(SCORE_BITS + POSITION_BITS):
-        bit = SCORE_BITS + POSITION_BITS - 1 - step
-        trial = threshold | (tl.full((), 1, tl.int64) << bit.to(tl.int64))
-        reached = tl.sum((key >= trial).to(tl.int32))
+    STEPS: tl.constexpr = (SCORE_BITS + POSITION_BITS + 1) // 2
+    unit = tl.full((), 4**STEPS, tl.int64)
+    for _ in tl.range(STEPS):
+        unit = unit >> 2
+        one, two, three = _reached(key, threshold, unit)
         for chunk in tl.range(1, CHUNKS):
-            position, entry, valid = _candidates(
-                chunk, parents, program, first, count, M, P, BLOCK, COARSEST
-            )
+            position, entry, valid = _candidates(chunk, parents, first, count, P, BLOCK, COARSEST)
             more = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
                          ROWS, SCORED, GROUP, POSITION_BITS, BY_KEY)  # fmt: skip
-            reached += tl.sum((more >= trial).to(tl.int32))
-        threshold = tl.where(reached >= M // 2, trial, threshold)
+            one_more, two_more, three_more = _reached(more, threshold, unit)
+            one, two, three = one + one_more, two + two_more, three + three_more
+        enough = (one >= M // 2).to(tl.int64) + (two >= M // 2) + (three >= M // 2)
+        threshold += enough * unit
     return threshold
 
 
 @triton.jit
 def _pick(
-    a, b, parents, picks,
-    strata, coarsest, level_one,
+    a, b, parents, picks, first, count, plane, level_one,
     M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    plane = program // strata
-    stratum = program % strata
-    first = stratum * coarsest // strata
-    if COARSEST:
-        count = (stratum + 1) * coarsest // strata - first
-    else:
-        count = tl.full((), M * P, tl.int64)
+    """Write the picks of one level: by query (a), then by key (b) of what is left."""
     none = tl.zeros((), dtype=tl.int64)
     threshold_a = _threshold(
-        none, parents, program, first, count, a, b, plane, level_one,
+        none, parents, first, count, a, b, plane, level_one,
         M, P, ROWS, SCORED, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=False,
     )  # fmt: skip
     threshold_b = _threshold(
-        threshold_a, parents, program, first, count, a, b, plane, level_one,
+        threshold_a, parents, first, count, a, b, plane, level_one,
         M, P, ROWS, SCORED, GROUP, BLOCK, CHUNKS, POSITION_BITS, COARSEST, BY_KEY=True,
     )  # fmt: skip
     before = tl.zeros((), dtype=tl.int32)
     for chunk in tl.range(CHUNKS):
-        position, entry, valid = _candidates(
-            chunk, parents, program, first, count, M, P, BLOCK, COARSEST
-        )
+        position, entry, valid = _candidates(chunk, parents, first, count, P, BLOCK, COARSEST)
         by_a = _keys(position, entry, valid, none, a, b, plane, level_one,
                      ROWS, SCORED, GROUP, POSITION_BITS, False)  # fmt: skip
         by_b = _keys(position, entry, valid, threshold_a, a, b, plane, level_one,
                      ROWS, SCORED, GROUP, POSITION_BITS, True)  # fmt: skip
         chosen = ((by_a >= threshold_a) | (by_b >= threshold_b)).to(tl.int32)
         rank = before + tl.cumsum(chosen, 0) - 1
-        tl.store(picks + program * M + rank, entry.to(tl.int32), mask=chosen != 0)
+        tl.store(picks + rank, entry.to(tl.int32), mask=chosen != 0)
         before += tl.sum(chosen)
 
 
@@ -163,64 +171,95 @@ def _rank(picks, bound, M: tl.constexpr, BISECTIONS: tl.constexpr):
 
 @triton.jit
 def _place(
-    picks, index, slot,
-    programs, strata, coarsest, gathered, pyramid,
-    M: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+    picks, index, slot, stratum, first, top_count, coarsest,
+    step, M: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, BISECTIONS: tl.constexpr,
+):  # fmt: skip
+    """Write index and slot of the stratum's included entries.
+
+    Args:
+        picks: the stratum's picks of level 1; those of each further level lie ``step`` behind.
+        index, slot: those of one head.
+        first, top_count: the first of the stratum's coarsest entries, and how many it has.
+    """
+    offset = tl.zeros((), dtype=tl.int64)
+    for level in tl.static_range(LEVELS):
+        if level == LEVELS - 1:
+            count = top_count
+        else:
+            count = tl.full((), M * P, tl.int64)
+        for chunk in tl.range(tl.cdiv(count, ENTRIES)):
+            position, entry, valid = _candidates(
+                chunk, picks + level * step, first, count, P, ENTRIES, level == LEVELS - 1
+            )
+            end = (entry + 1) * P**level
+            place = tl.zeros((ENTRIES,), dtype=tl.int64)
+            for other in tl.static_range(LEVELS):
+                if other == LEVELS - 1:
+                    place += (end - 1) // P**other
+                else:
+                    if other < level:
+                        # Finer entries that end with this one come before it.
+                        before = end // P**other
+                    else:
+                        # Coarser entries that end with this one come after it.
+                        before = (end - 1) // P**other
+                    rank = _rank(picks + other * step, before // P, M, BISECTIONS)
+                    place += P * (stratum * M + rank) + before % P
+            place = tl.where(valid, place, 0)
+            tl.store(index + place, (offset + entry).to(tl.int32), mask=valid)
+            tl.store(slot + offset + entry, place.to(tl.int32), mask=valid)
+        offset += coarsest.to(tl.int64) * P ** (LEVELS - 1 - level)
+
+
+@triton.jit
+def _clear(slot, first, count, coarsest, P: tl.constexpr, LEVELS: tl.constexpr):
+    """Write -1 as the slot of all entries of the stratum."""
+    offset = tl.zeros((), dtype=tl.int64)
+    for level in tl.static_range(LEVELS):
+        below = P ** (LEVELS - 1 - level)
+        for chunk in tl.range(tl.cdiv(count * below, ENTRIES)):
+            entry = chunk * ENTRIES + tl.arange(0, ENTRIES).to(tl.int64)
+            tl.store(slot + offset + first * below + entry, -1, mask=entry < count * below)
+        offset += coarsest.to(tl.int64) * below
+
+
+@triton.jit
+def _select(
+    a, b, picks, index, slot,
+    strata, coarsest, level_one, gathered, pyramid, programs,
+    M: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr, BY_FIRST: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr,
     BISECTIONS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     plane = program // strata
     stratum = program % strata
     first = stratum * coarsest // strata
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-    span = tl.full((), 1, tl.int64)
-    offset = tl.zeros((), dtype=tl.int64)
-    length = coarsest
-    for _ in tl.static_range(LEVELS - 1):
-        length = length * P
-    for level in tl.static_range(LEVELS):
+    top_count = (stratum + 1) * coarsest // strata - first
+    own_slot = slot + plane * pyramid
+    _clear(own_slot, first, top_count, coarsest, P, LEVELS)
+    own_picks = picks + program * M
+    step = programs.to(tl.int64) * M
+    for level in tl.static_range(LEVELS - 1, 0, -1):
         if level == LEVELS - 1:
-            count = (stratum + 1) * coarsest // strata - first
+            count = top_count
         else:
             count = tl.full((), M * P, tl.int64)
-        parents = picks + (level * programs + program) * M
-        for chunk in tl.range(tl.cdiv(count, BLOCK)):
-            position = chunk * BLOCK + lane
-            valid = position < count
-            if level == LEVELS - 1:
-                entry = first + position
-            else:
-                parent = tl.load(parents + position // P, mask=valid, other=0)
-                entry = parent.to(tl.int64) * P + position % P
-            end = (entry + 1) * span
-            place = tl.zeros((BLOCK,), dtype=tl.int64)
-            other_span = tl.full((), 1, tl.int64)
-            for other in tl.static_range(LEVELS):
-                if other == LEVELS - 1:
-                    place += (end - 1) // other_span
-                else:
-                    row = picks + (other * programs + program) * M
-                    if other < level:
-                        # Finer entries that end with this one come before it.
-                        before = end // other_span
-                    else:
-                        # Coarser entries that end with this one come after it.
-                        before = (end - 1) // other_span
-                    ranked = stratum * M + _rank(row, before // P, M, BISECTIONS)
-                    place += P * ranked + before % P
-                other_span = other_span * P
-            place = tl.where(valid, place, 0)
-            tl.store(index + plane * gathered + place, (offset + entry).to(tl.int32), mask=valid)
-            tl.store(slot + plane * pyramid + offset + entry, place.to(tl.int32), mask=valid)
-        span = span * P
-        offset += length
-        length = length // P
+        _pick(
+            a, b, own_picks + level * step, own_picks + (level - 1) * step, first, count,
+            plane, level_one, M, P, P ** (level - 1), 1 if BY_FIRST else P ** (level - 1), GROUP,
+            BLOCK, CHUNKS, POSITION_BITS, level == LEVELS - 1,
+        )  # fmt: skip
+        # What follows reads what other threads of this program have written.
+        tl.debug_barrier()
+    _place(own_picks, index + plane * gathered, own_slot, stratum, first, top_count, coarsest,
+           step, M, P, LEVELS, BISECTIONS)  # fmt: skip
 
 
 def launch_selection(
     a: torch.Tensor, b: torch.Tensor, levels: int, p: int, m: int, strata: int, by_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch ``_pick`` for every pooled level, then ``_place``.
+    """Launch ``_select``.
 
     Args:
         a: float32 [B, Hq, n1], not negative.
@@ -237,24 +276,16 @@ def launch_selection(
     programs = batch * heads * strata
     # picks[l] holds the picks of level l + 1.
     picks = b.new_empty((levels - 1, programs, m), dtype=torch.int32)
-    for level in range(levels - 1, 0, -1):
-        at_top = level == levels - 1
-        candidates = -(-coarsest // strata) if at_top else m * p
-        block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(candidates)))
-        chunks = triton.cdiv(candidates, block)
-        parents = picks if at_top else picks[level]
-        rows = p ** (level - 1)
-        _pick[(programs,)](
-            a, b, parents, picks[level - 1], strata, coarsest, level_one,
-            M=m, P=p, ROWS=rows, SCORED=1 if by_first else rows, GROUP=a.shape[1] // heads,
-            BLOCK=block, CHUNKS=chunks, POSITION_BITS=(block * chunks - 1).bit_length(),
-            COARSEST=at_top, num_warps=8 if block <= 1024 else 16,
-        )  # fmt: skip
     index = b.new_empty((batch, heads, gathered), dtype=torch.int32)
-    slot = b.new_full((batch, heads, pyramid), -1, dtype=torch.int32)
-    _place[(programs,)](
-        picks, index, slot, programs, strata, coarsest, gathered, pyramid,
-        M=m, P=p, LEVELS=levels, BLOCK=256, BISECTIONS=m.bit_length(), num_warps=8,
+    slot = b.new_empty((batch, heads, pyramid), dtype=torch.int32)
+    candidates = max(-(-coarsest // strata), m * p)
+    block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(candidates)))
+    chunks = triton.cdiv(candidates, block)
+    _select[(programs,)](
+        a, b, picks, index, slot, strata, coarsest, level_one, gathered, pyramid, programs,
+        M=m, P=p, LEVELS=levels, BY_FIRST=by_first, GROUP=a.shape[1] // heads,
+        BLOCK=block, CHUNKS=chunks, POSITION_BITS=(block * chunks - 1).bit_length(),
+        BISECTIONS=m.bit_length(), num_warps=8 if block <= 1024 else 16,
     )  # fmt: skip
     return index, slot
 

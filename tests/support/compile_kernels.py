@@ -93,7 +93,7 @@ def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    kernels = [(pooling, "_pool"), (selection, "_pick"), (selection, "_place"),
+    kernels = [(pooling, "_pool"), (selection, "_select"),
                (gather, "_gather"), (scatter, "_spread"), (scoring, "_gla_norms"),
                (merge, "_merge"), (merge, "_collect"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
