@@ -5,7 +5,7 @@ fake implementation, and is deterministic: one program writes each output elemen
 have gradients, though no second ones, and the backward of each runs the other's operation:
 
     pool_gather     forward: gather means         backward: spread shares
-    scatter_back    forward: spread outputs       backward: gather sums
+    scatter_back    forward: spread outputs       backward: collect sums
 
 ``window`` registers torch's attention over a window in the same way, with its backward, and
 ``merge`` what joins its output with that of the selected entries.

@@ -1,11 +1,8 @@
-"""Gather rows of selected entries.
+"""Gather means of the rows of selected entries.
 
 With w = p^l, the gathered row of entry (l, i) at its place is
 
-    mean of rows[i w + r], 0 <= r < w                     pooling (forward of pool-gather)
-    sum of rows[(i + 1) w - 1 + r], 0 <= r < w            collecting (backward of scatter-back)
-
-With FINEST, collecting leaves out the rows of positions that a finer level reaches.
+    mean of rows[i w + r], 0 <= r < w
 
 Rows of the coarsest level depend on every base row, so ``pooling`` computes them beforehand.
 One program owns ``BLOCK`` places of one head, and writes each of their rows once, after summing in
@@ -23,27 +20,21 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ..geometry import PyramidGeometry
-from .launch import (
-    covered,
-    define,
-    in_level,
-    own_block,
-    own_block_grid,
-    row_strides,
-    sequence_first,
-)
+from .launch import define, in_level, own_block, own_block_grid, row_strides, sequence_first
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H200 (bf16, D = 128).
 TILE, WARPS = 1024, 2
+# The most rows of an entry that the program's text reads one by one; it repeats them for more.
+UNROLLED = 16
 
 
 @triton.jit
 def _gather(
-    rows, coarsest_rows, index, slot, gathered,
+    rows, coarsest_rows, index, gathered,
     in_b, in_h, in_n, out_b, out_h, out_s,
-    heads, group, length, coarsest, gathered_length, pyramid,
+    heads, group, length, coarsest, gathered_length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVELS: tl.constexpr, COLLECT: tl.constexpr, FINEST: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, gathered_length, BLOCK)
     plane = batch * heads + head
@@ -60,17 +51,13 @@ def _gather(
     total = tl.load(source, mask=(inside & is_coarsest)[:, None] & in_columns, other=0.0)
     total = total.to(tl.float32)
     base = rows + batch * in_b + head * in_h
-    first = (entry + 1) * span - 1 if COLLECT else entry * span
-    LARGEST: tl.constexpr = P ** (LEVELS - 2)
-    for r in tl.static_range(LARGEST):
-        row = first + r
-        wanted = inside & (is_coarsest == 0) & (r < span) & (row < length)
-        if FINEST:
-            slots = slot + index_plane * pyramid
-            wanted = wanted & (covered(slots, row, wanted, length, P, LEVELS - 2, span) == 0)
-        source = base + row[:, None] * in_n + column[None, :]
-        x = tl.load(source, mask=wanted[:, None] & in_columns, other=0.0).to(tl.float32)
-        total += x if COLLECT else x / span.to(tl.float32)[:, None]
+    for step in tl.range(P ** (LEVELS - 2) // UNROLLED):
+        for number in tl.static_range(UNROLLED):
+            r = step * UNROLLED + number
+            wanted = inside & (is_coarsest == 0) & (r < span)
+            source = base + (entry * span + r)[:, None] * in_n + column[None, :]
+            x = tl.load(source, mask=wanted[:, None] & in_columns, other=0.0).to(tl.float32)
+            total += x / span.to(tl.float32)[:, None]
     target = gathered + batch * out_b + head * out_h + place[:, None] * out_s + column[None, :]
     tl.store(target, total.to(gathered.dtype.element_ty), mask=inside[:, None] & in_columns)
 
@@ -79,10 +66,8 @@ def launch_gather(
     rows: torch.Tensor,
     coarsest_rows: torch.Tensor,
     index: torch.Tensor,
-    slot: torch.Tensor | None,
     p: int,
     levels: int,
-    collect: bool,
 ) -> torch.Tensor:
     """Launch ``_gather``.
 
@@ -90,10 +75,7 @@ def launch_gather(
         rows: [B, H, N, D].
         coarsest_rows: rows of the coarsest entries, [B, H, nc, D] contiguous.
         index: [B, Hkv, S].
-        slot: [B, Hkv, pyramid length], to leave out the positions that a finer level reaches; None
-            to leave out none. It serves collecting alone.
         p, levels: pooling factor and levels of the pyramid.
-        collect: gather sums from each entry's end on instead of means over it.
 
     Returns:
         [B, H, S, D], lying in memory as [B, S, H, D].
@@ -105,11 +87,10 @@ def launch_gather(
     block_d = triton.next_power_of_2(d)
     block = TILE // block_d
     _gather[own_block_grid(batch, heads, s, block)](
-        rows, coarsest_rows, index, index if slot is None else slot, gathered, *strides,
-        *gathered.stride()[:3], heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
-        0 if slot is None else slot.shape[2],
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, COLLECT=collect,
-        FINEST=slot is not None, num_warps=WARPS,
+        rows, coarsest_rows, index, gathered, *strides, *gathered.stride()[:3],
+        heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
+        UNROLLED=min(UNROLLED, p ** (levels - 2)), num_warps=WARPS,
     )  # fmt: skip
     return gathered
 
@@ -118,18 +99,14 @@ def _fake_gather(
     rows: torch.Tensor,
     coarsest_rows: torch.Tensor,
     index: torch.Tensor,
-    slot: torch.Tensor | None,
     p: int,
     levels: int,
-    collect: bool,
 ) -> torch.Tensor:
     return sequence_first(rows, index.shape[2])
 
 
 define(
-    "gather(Tensor rows, Tensor coarsest_rows, Tensor index, Tensor? slot, int p, int levels,"
-    " bool collect)"
-    " -> Tensor",
+    "gather(Tensor rows, Tensor coarsest_rows, Tensor index, int p, int levels) -> Tensor",
     launch_gather,
     _fake_gather,
 )
@@ -139,7 +116,7 @@ def gather_means(
     rows: torch.Tensor, coarsest_rows: torch.Tensor, index: torch.Tensor, p: int, levels: int
 ) -> torch.Tensor:
     """``pool_gather`` without its gradient."""
-    return torch.ops.lighthouse.gather(rows, coarsest_rows, index, None, p, levels, False)
+    return torch.ops.lighthouse.gather(rows, coarsest_rows, index, p, levels)
 
 
 def spread_shares(

@@ -1,18 +1,14 @@
 """Pool rows onto the coarsest level and take their norms, in one read.
 
-For coarsest entry c of span w = p^(L-1), with first row f = c w + shift:
+For coarsest entry c of span w = p^(L-1), and entry e of level 1:
 
-    pooled[c] = scale * sum of rows[f + r],  0 <= r < w         (rows past the end count as zero)
-    norms[e]  = max of |rows[e p + r]|_2,    0 <= r < SCORED    (level 1; only without shift)
-
-Means take scale 1 / w. The gradient of scatter-back needs sums over the coarsest entries: it takes
-shift w - 1 and scale 1, and with FINEST leaves out the positions that a finer level reaches.
+    pooled[c] = mean of rows[c w + r],       0 <= r < w
+    norms[e]  = max of |rows[e p + r]|_2,    0 <= r < SCORED
 
 One program owns ``BLOCK`` coarsest entries of one head and writes their pooled rows and norms.
 Neighbouring programs take the same positions of other heads, whose rows lie side by side in memory.
 
-Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, n1 entries of level 1,
-nc coarsest entries.
+Shapes: B batch, H heads, N positions, D head dimension, n1 entries of level 1, nc coarsest entries.
 """
 
 import torch
@@ -21,7 +17,7 @@ import triton.language as tl
 
 from ..config import LighthouseConfig
 from ..geometry import PyramidGeometry, level_lengths, level_spans
-from .launch import covered, define, own_block, own_block_grid, row_strides
+from .launch import define, own_block, own_block_grid, row_strides
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 2048, 8
@@ -29,13 +25,11 @@ TILE, WARPS = 2048, 8
 
 @triton.jit
 def _pool(
-    rows, slot, pooled, norms,
+    rows, pooled, norms,
     stride_b, stride_h, stride_n,
-    heads, group, length, coarsest, pyramid,
-    scale,
+    heads, coarsest,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, SPAN: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr,
-    SCORED: tl.constexpr, FINEST: tl.constexpr,
+    P: tl.constexpr, SPAN: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, coarsest, BLOCK)
 
@@ -48,14 +42,9 @@ def _pool(
     for finer in tl.range(SPAN // P):
         largest = tl.zeros((BLOCK,), dtype=tl.float32)
         for child in tl.static_range(P):
-            row = entry * SPAN + finer * P + child + SHIFT
+            row = entry * SPAN + finer * P + child
             address = base + row[:, None] * stride_n + column[None, :]
-            mask = inside & (row < length)[:, None] if SHIFT else inside
-            if FINEST:
-                slots = slot + (batch * (heads // group) + head // group) * pyramid
-                here = (entry < coarsest) & (row < length)
-                mask = mask & (covered(slots, row, here, length, P, LEVELS - 1, SPAN) == 0)[:, None]
-            x = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
             total += x
             if child < SCORED:
                 largest = tl.maximum(
@@ -65,26 +54,17 @@ def _pool(
             target = norms + plane * coarsest * (SPAN // P) + entry * (SPAN // P) + finer
             tl.store(target, tl.sqrt_rn(largest), mask=entry < coarsest)
     target = pooled + (plane * coarsest + entry[:, None]) * D + column[None, :]
-    tl.store(target, (total * scale).to(pooled.dtype.element_ty), mask=inside)
+    tl.store(target, (total * (1.0 / SPAN)).to(pooled.dtype.element_ty), mask=inside)
 
 
 def launch_pool(
-    rows: torch.Tensor,
-    slot: torch.Tensor | None,
-    p: int,
-    levels: int,
-    shift: int,
-    scale: float,
-    scored: int,
+    rows: torch.Tensor, p: int, levels: int, scored: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch ``_pool``.
 
     Args:
         rows: [B, H, N, D], with any strides over B, H and N.
-        slot: slot of a selection, [B, Hkv, pyramid length], to leave out the positions that a finer
-            level reaches; None to leave out none.
         p, levels: pooling factor and levels of the pyramid.
-        shift, scale: see the formula above.
         scored: number of rows, among the p under each entry of level 1, whose largest norm is
             returned; 0 for no norms.
 
@@ -103,23 +83,14 @@ def launch_pool(
     block_d = triton.next_power_of_2(d)
     block = TILE // block_d
     _pool[own_block_grid(batch, heads, coarsest, block)](
-        rows, rows if slot is None else slot, pooled, norms, *strides,
-        heads, heads if slot is None else heads // slot.shape[1], length, coarsest,
-        0 if slot is None else slot.shape[2], scale,
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, LEVELS=levels, SHIFT=shift,
-        SCORED=scored, FINEST=slot is not None, num_warps=WARPS,
+        rows, pooled, norms, *strides, heads, coarsest,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, SCORED=scored, num_warps=WARPS,
     )  # fmt: skip
     return pooled, norms
 
 
 def _fake_pool(
-    rows: torch.Tensor,
-    slot: torch.Tensor | None,
-    p: int,
-    levels: int,
-    shift: int,
-    scale: float,
-    scored: int,
+    rows: torch.Tensor, p: int, levels: int, scored: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, d = rows.shape
     lengths = level_lengths(length, p, levels)
@@ -131,8 +102,7 @@ def _fake_pool(
 
 
 define(
-    "pool(Tensor rows, Tensor? slot, int p, int levels, SymInt shift, float scale, int scored)"
-    " -> (Tensor, Tensor)",
+    "pool(Tensor rows, int p, int levels, int scored) -> (Tensor, Tensor)",
     launch_pool,
     _fake_pool,
 )
@@ -154,8 +124,6 @@ def pool_coarsest(
     Returns:
         [B, H, nc, D] and float32 [B, H, n1]; the latter is empty without ``with_norms``.
     """
-    config, scale = geometry.config, 1.0 / geometry.spans[-1]
+    config = geometry.config
     scored = scored_rows(config) if with_norms else 0
-    return torch.ops.lighthouse.pool(
-        rows.detach(), None, config.pooling_factor, config.levels, 0, scale, scored
-    )
+    return torch.ops.lighthouse.pool(rows.detach(), config.pooling_factor, config.levels, scored)

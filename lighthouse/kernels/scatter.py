@@ -1,4 +1,4 @@
-"""Spread gathered rows over positions.
+"""Spread gathered rows over positions, and collect them again.
 
 Position t receives the sum, over the levels l whose entry is included, of the following rows, with
 w = p^l:
@@ -8,10 +8,19 @@ w = p^l:
     seam[l - 1], t < w - 1                                outputs of the chunk before, if any
 
 With FINEST it receives the row of the lowest of these levels alone. With ONTO it also receives its
-own row of ``onto``.
+own row of ``onto``. One program owns ``BLOCK`` positions of one head.
 
-One program owns ``BLOCK`` positions of one head, and writes each of their rows once, after summing
-in float32.
+Collecting is the backward of spreading outputs. Entry (l, i) receives, with w = p^l,
+
+    sum of rows[(i + 1) w - 1 + r], 0 <= r < w
+
+With FINEST it leaves out the rows of positions that a finer entry reaches. The positions that an
+entry reaches are those that the p entries (l - 1, (i + 1) p - 1 + c), 0 <= c < p, reach. So one
+program owns the positions that ``BLOCK`` coarsest entries of one head reach, reads them once, and
+sums level after level. The last of them lie past the end, and before the first entry there is one
+more, of an earlier sequence, whose positions finer entries reach.
+
+Either writes each row once, after summing in float32.
 
 Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length,
 L levels.
@@ -30,6 +39,8 @@ from .launch import define, own_block, own_block_grid, row_strides, sequence_fir
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 2048, 2
+# As in the file for pooling, which reads the same rows.
+COLLECT_TILE, COLLECT_WARPS = 2048, 8
 
 
 @triton.jit
@@ -150,20 +161,147 @@ define(
 )
 
 
+@triton.jit
+def _place_of(slots, entry, length, P: tl.constexpr, LEVEL: tl.constexpr):
+    """The place of each entry of a level, -1 where it is not included or does not exist."""
+    offset = tl.zeros((), dtype=tl.int64)
+    for level in tl.static_range(LEVEL):
+        offset += length // P**level
+    exists = (entry >= 0) & (entry < length // P**LEVEL)
+    return tl.load(slots + offset + entry, mask=exists, other=-1).to(tl.int64)
+
+
+@triton.jit
+def _collect_level(
+    rows, slots, gathered, entry, length, in_n, out_s,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr,
+):  # fmt: skip
+    """Sums of the rows that entries of a level reach; writes them where the entries are included.
+
+    With FINEST, rows that an included entry has received are zero to the levels above.
+    """
+    column = tl.arange(0, BLOCK_D)
+    in_columns = (column < D)[None, :]
+    below = (entry + 1) * P - 1
+    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    if LEVEL > 1:
+        for child in tl.range(P):
+            total += _collect_level(
+                rows, slots, gathered, below + child, length, in_n, out_s,
+                D, BLOCK_D, BLOCK, P, LEVEL - 1, FINEST,
+            )  # fmt: skip
+    else:
+        for child in tl.static_range(P):
+            row = below + child
+            exists = ((row >= 0) & (row < length))[:, None] & in_columns
+            source = rows + row[:, None] * in_n + column[None, :]
+            x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
+            if FINEST:
+                x = tl.where((_place_of(slots, row, length, P, 0) < 0)[:, None], x, 0.0)
+            total += x
+        # Stores among the loads above would hold them up. Few rows are included, and those are
+        # still at hand.
+        for child in tl.static_range(P):
+            row = below + child
+            place = _place_of(slots, row, length, P, 0)
+            included = (place >= 0)[:, None] & in_columns
+            source = rows + row[:, None] * in_n + column[None, :]
+            target = gathered + place[:, None] * out_s + column[None, :]
+            tl.store(target, tl.load(source, mask=included), mask=included)
+    place = _place_of(slots, entry, length, P, LEVEL)
+    included = (place >= 0)[:, None] & in_columns
+    target = gathered + place[:, None] * out_s + column[None, :]
+    tl.store(target, total.to(gathered.dtype.element_ty), mask=included)
+    if FINEST:
+        total = tl.where((place < 0)[:, None], total, 0.0)
+    return total
+
+
+@triton.jit
+def _collect(
+    rows, slot, gathered,
+    in_b, in_h, in_n, out_b, out_h, out_s,
+    heads, group, length, coarsest, pyramid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, FINEST: tl.constexpr,
+):  # fmt: skip
+    batch, head, block = own_block(heads, coarsest + 1, BLOCK)
+    slots = slot + (batch * (heads // group) + head // group) * pyramid
+    entry = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64) - 1
+    _collect_level(
+        rows + batch * in_b + head * in_h, slots, gathered + batch * out_b + head * out_h,
+        entry, length, in_n, out_s, D, BLOCK_D, BLOCK, P, LEVELS - 1, FINEST,
+    )  # fmt: skip
+
+
+def launch_collect(
+    rows: torch.Tensor,
+    slot: torch.Tensor,
+    gathered_length: int,
+    p: int,
+    levels: int,
+    finest: bool,
+) -> torch.Tensor:
+    """Launch ``_collect``.
+
+    Args:
+        rows: [B, H, N, D].
+        slot: [B, Hkv, pyramid length].
+        gathered_length: S, the number of included entries.
+        p, levels: pooling factor and levels of the pyramid.
+        finest: leave out the rows of positions that a finer entry reaches.
+
+    Returns:
+        [B, H, S, D], lying in memory as [B, S, H, D].
+    """
+    rows, strides = row_strides(rows)
+    batch, heads, length, d = rows.shape
+    coarsest = length // p ** (levels - 1)
+    gathered = sequence_first(rows, gathered_length)
+    block_d = triton.next_power_of_2(d)
+    block = COLLECT_TILE // block_d
+    _collect[own_block_grid(batch, heads, coarsest + 1, block)](
+        rows, slot, gathered, *strides, *gathered.stride()[:3],
+        heads, heads // slot.shape[1], length, coarsest, slot.shape[2],
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, FINEST=finest,
+        num_warps=COLLECT_WARPS,
+    )  # fmt: skip
+    return gathered
+
+
+def _fake_collect(
+    rows: torch.Tensor,
+    slot: torch.Tensor,
+    gathered_length: int,
+    p: int,
+    levels: int,
+    finest: bool,
+) -> torch.Tensor:
+    return sequence_first(rows, gathered_length)
+
+
+define(
+    "collect(Tensor rows, Tensor slot, SymInt gathered_length, int p, int levels, bool finest)"
+    " -> Tensor",
+    launch_collect,
+    _fake_collect,
+)
+
+
 class _ScatterBack(torch.autograd.Function):
-    """Spread outputs; backward gathers sums, by the operations of ``pooling`` and ``gather``."""
+    """Spread outputs; backward collects their gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: torch.Tensor,
         seam: torch.Tensor | None,
-        index: torch.Tensor,
         slot: torch.Tensor,
         geometry: PyramidGeometry,
     ) -> torch.Tensor:
         config = geometry.config
-        ctx.save_for_backward(index, slot)
+        ctx.save_for_backward(slot)
         ctx.geometry = geometry
         return torch.ops.lighthouse.spread(
             rows,
@@ -180,17 +318,19 @@ class _ScatterBack(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        index, slot = ctx.saved_tensors
+        (slot,) = ctx.saved_tensors
         geometry = ctx.geometry
         config = geometry.config
-        pyramid = config.pooling_factor, config.levels
-        uncovered = slot if config.combine == "finest" else None
-        coarsest, _ = torch.ops.lighthouse.pool(
-            grad, uncovered, *pyramid, geometry.spans[-1] - 1, 1.0, 0
-        )
         seam = seam_gradient(grad, slot, geometry) if ctx.needs_input_grad[1] else None
-        rows = torch.ops.lighthouse.gather(grad, coarsest, index, uncovered, *pyramid, True)
-        return rows, seam, None, None, None
+        rows = torch.ops.lighthouse.collect(
+            grad,
+            slot,
+            geometry.gathered_length,
+            config.pooling_factor,
+            config.levels,
+            config.combine == "finest",
+        )
+        return rows, seam, None, None
 
 
 def scatter_back(
@@ -211,4 +351,4 @@ def scatter_back(
     """
     if seam is not None:
         seam = seam.contiguous()
-    return _ScatterBack.apply(rows, seam, *selection, geometry)
+    return _ScatterBack.apply(rows, seam, selection[1], geometry)

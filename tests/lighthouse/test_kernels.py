@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lighthouse import LighthouseConfig, lighthouse_attention, reference, select
-from lighthouse.config import ENTRY_SCORES
+from lighthouse.config import COMBINATIONS, ENTRY_SCORES
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import score
 
@@ -185,17 +185,20 @@ class Executions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("entry_score", ENTRY_SCORES)
-def test_all_around_attention_is_kernels(entry_score: str) -> None:
-    """Either ``entry_score`` runs the same operations of ours."""
-    each = case(entry_score=entry_score)
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_all_around_attention_is_kernels(entry_score: str, combine: str) -> None:
+    """Every setting runs the same operations of ours, each of which is one launch."""
+    each = case(entry_score=entry_score, combine=combine)
+    leaves = inputs(each, torch.float32, 32)
     with Executions() as executions:
-        lighthouse_attention(*inputs(each, torch.float32, 32), each["config"], impl="triton")
+        output_and_gradients(lighthouse_attention, leaves, leaves[0], each["config"], impl="triton")
     ours = {str(op): n for op, n in executions.counts.items() if op.namespace == "lighthouse"}
     assert ours == {
         "lighthouse.pool.default": 3,
         "lighthouse.select_from_norms.default": 1,
         "lighthouse.gather.default": 3,
-        "lighthouse.spread.default": 1,
+        "lighthouse.spread.default": 4,
+        "lighthouse.collect.default": 1,
     }
 
 
@@ -269,28 +272,30 @@ def test_operations_are_well_formed() -> None:
     config = each["config"]
     geometry = PyramidGeometry(config, each["n"])
     q, k, _ = inputs(each, torch.float32, 32)
-    span, p, levels = geometry.spans[-1], config.pooling_factor, config.levels
+    p, levels = config.pooling_factor, config.levels
     ops = torch.ops.lighthouse
-    pool = (q, None, p, levels, 0, 1 / span, p)
+    pool = (q, p, levels, p)
     torch.library.opcheck(ops.pool.default, pool)
     coarsest, a = ops.pool(*pool)
     b = ops.pool(k, *pool[1:])[1]
     choose = (a, b, levels, p, config.picks_per_stratum, geometry.strata, False)
     torch.library.opcheck(ops.select_from_norms.default, choose)
     index, slot = ops.select_from_norms(*choose)
-    torch.library.opcheck(ops.pool.default, (q, slot, p, levels, span - 1, 1.0, 0))
-    for collect, finest in ((False, False), (True, False), (True, True)):
-        gather = (q, coarsest, index, slot if finest else None, p, levels, collect)
-        torch.library.opcheck(ops.gather.default, gather)
-        rows = ops.gather(*gather)
-        assert rows.transpose(1, 2).is_contiguous()
-        for seam in (None, rows[:, :, : levels - 1].contiguous()) if collect else (None,):
-            spread = (rows, slot, seam, each["n"], p, levels, collect, finest)
+    gather = (q, coarsest, index, p, levels)
+    torch.library.opcheck(ops.gather.default, gather)
+    rows = ops.gather(*gather)
+    assert rows.transpose(1, 2).is_contiguous()
+    for onto in (None, q):
+        spread = (rows, slot, None, each["n"], p, levels, False, False, onto)
+        torch.library.opcheck(ops.spread.default, spread)
+    for finest in (False, True):
+        collect = (q, slot, geometry.gathered_length, p, levels, finest)
+        torch.library.opcheck(ops.collect.default, collect)
+        assert ops.collect(*collect).transpose(1, 2).is_contiguous()
+        for seam in (None, rows[:, :, : levels - 1].contiguous()):
+            spread = (rows, slot, seam, each["n"], p, levels, True, finest)
             torch.library.opcheck(ops.spread.default, spread)
-    torch.library.opcheck(
-        ops.spread.default, (rows, slot, None, each["n"], p, levels, False, False, q)
-    )
-    far, near = ops.gather(q, coarsest, index, None, p, levels, False), q
+    far, near = rows, q
     far_lse, near_lse = far[..., 0].contiguous(), near[..., 0].contiguous()
     merge = (far, far_lse, near, near_lse, slot, p, levels)
     torch.library.opcheck(ops.merge_outputs.default, merge)

@@ -63,22 +63,20 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     def rows(h: int, length: int) -> torch.Tensor:
         return torch.empty(batch, length, h, d, dtype=dtype, device="meta").transpose(1, 2)
 
-    span = p ** (levels - 1)
     q, k = rows(heads, n), rows(kv_heads, n)
-    coarsest, a = pooling.launch_pool(q, None, p, levels, 0, 1 / span, p)
-    _, b = pooling.launch_pool(k, None, p, levels, 0, 1 / span, 1)
+    coarsest, a = pooling.launch_pool(q, p, levels, p)
+    _, b = pooling.launch_pool(k, p, levels, 1)
     for x, y in ((q, k), (k, q)):
         scoring.gla_norms(x, y, k, heads, 4)
     for by_first in (False, True):
         index, slot = selection.launch_selection(a, b, levels, p, m, strata, by_first)
-    gathered = gather.launch_gather(q, coarsest, index, None, p, levels, False)
+    gathered = gather.launch_gather(q, coarsest, index, p, levels)
     for onto in (None, q):
         scatter.launch_spread(gathered, slot, None, n, p, levels, False, False, onto)
-    for uncovered in (None, slot):
-        pooling.launch_pool(q, uncovered, p, levels, span - 1, 1.0, 0)
-        gather.launch_gather(q, coarsest, index, uncovered, p, levels, True)
+    for finest in (False, True):
+        scatter.launch_collect(q, slot, index.shape[2], p, levels, finest)
         for seam in (None, gathered[:, :, : levels - 1].contiguous()):
-            scatter.launch_spread(gathered, slot, seam, n, p, levels, True, uncovered is not None)
+            scatter.launch_spread(gathered, slot, seam, n, p, levels, True, finest)
     far_lse, lse = (x[..., 0].float() for x in (gathered, q))
     merge.launch_merge(gathered, far_lse, q, lse, slot, p, levels)
     merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels)
@@ -93,8 +91,8 @@ def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    kernels = [(pooling, "_pool"), (selection, "_select"),
-               (gather, "_gather"), (scatter, "_spread"), (scoring, "_gla_norms"),
+    kernels = [(pooling, "_pool"), (selection, "_select"), (gather, "_gather"),
+               (scatter, "_spread"), (scatter, "_collect"), (scoring, "_gla_norms"),
                (merge, "_merge"), (merge, "_collect"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]

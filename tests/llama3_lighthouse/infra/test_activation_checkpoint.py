@@ -212,7 +212,11 @@ def test_compiled_keeps_what_it_says(attention: str, keep_products: tuple[str, .
     repeated = {"wq", "wk", "wv"} if attention == "dense" else set()
     repeated = (repeated | {"wo", "w1", "w3"}) - set(keep_products)
     assert graphs.count(MM) == 3 * 7 + len(repeated)
-    assert_bytes(graphs.saved_bytes(), kept_bytes(1, attention, keep_products))
+    expected = kept_bytes(1, attention, keep_products)
+    if attention == "lighthouse":
+        # Backward does not read the selection's index, which eager code keeps with its slot.
+        expected -= 4 * 2 * (N // 4 + 2 * 2 * 16)
+    assert_bytes(graphs.saved_bytes(), expected)
     found = [x.grad, *(parameter.grad for parameter in block.parameters())]
 
     reference = build_on_device(attention, "triton").layers["1"]
