@@ -2,7 +2,7 @@
 
 Each file registers its operation beside its kernel. An operation is opaque to the compiler, has a
 fake implementation, and is deterministic: one program writes each output element. Two functions
-have gradients, though no second ones, and the backward of each runs the other's operation:
+have gradients, though no second ones. ``spread`` is one operation:
 
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: collect sums

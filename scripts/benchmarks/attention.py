@@ -181,7 +181,17 @@ def parts(
     merged, lse = kernels.merge_outputs(*merge)
     collect = out, merged, lse, far, far_lse, *selection, *pyramid
     backward = out, None, q, k, v, merged, lse, config.window, scale
+
+    def spread_onto() -> list[torch.Tensor]:
+        # The gradients of the gathered rows, on top of those through the window.
+        pairs = zip(gathered, leaves, strict=True)
+        return [
+            kernels.spread_shares(rows, selection.slot, n, *pyramid, onto=near)
+            for rows, near in pairs
+        ]
+
     return found | {
+        "gather, backward": (spread_onto, rows * (s + 2 * n)),
         "window": (
             lambda: kernels.window_forward(q, k, v, config.window, scale),
             (rows + row) * n,
