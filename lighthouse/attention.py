@@ -12,7 +12,7 @@ from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel
 from .gather import pool_gather
 from .geometry import PyramidGeometry
-from .implementation import choose_implementation, kernels
+from .implementation import IMPLEMENTATIONS, choose_implementation, kernels
 from .inner_attention import InnerAttention
 from .inputs import checked_selection, chunked
 from .merge import merged_attention
@@ -143,6 +143,7 @@ class LighthouseAttention(InnerAttention):
     """
 
     name = "Lighthouse attention"
+    implementations = IMPLEMENTATIONS
 
     def __init__(
         self, config: LighthouseConfig, sdpa: nn.Module | None = None, impl: str | None = None
