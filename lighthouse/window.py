@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .config import check_largest_window
 from .implementation import WINDOW_IMPLEMENTATIONS, choose_window_implementation, kernels
 from .inner_attention import InnerAttention
-from .inputs import check_rows
+from .inputs import check_rows, check_transforms
 from .precision import accumulation_dtype
 
 # The vectorised code holds about this many scores at once, and takes so many rows at most.
@@ -111,7 +111,9 @@ def window_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another, or the window or
             ``impl`` is none.
+        RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
+    check_transforms()
     check_rows(q, k, v)
     check_window(window)
     impl = choose_window_implementation(impl, q)

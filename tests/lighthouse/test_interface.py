@@ -16,6 +16,7 @@ from lighthouse import (
     WindowAttention,
     lighthouse_attention,
     select,
+    window_attention,
 )
 from lighthouse.config import SCORERS
 from lighthouse.geometry import PyramidGeometry, fitting_length, length_step
@@ -239,6 +240,20 @@ def test_second_gradients_are_refused_by_the_kernels() -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("settings", [{}, {"combine": "finest", "window": 5}], ids=str)
+def test_transforms_of_torch_func_are_refused_by_name(impl: str, settings: dict) -> None:
+    config = replace(CONFIG, **settings)
+    q, k, v = qkv()
+    for function in (
+        lambda q: lighthouse_attention(q, k, v, config, impl=impl).sum(),
+        lambda q: window_attention(q, k, v, 5).sum(),
+    ):
+        for transform in (torch.func.grad, torch.func.vmap):
+            with pytest.raises(RuntimeError, match="of torch.func, .* by torch.autograd.grad or"):
+                transform(function)(q)
 
 
 def test_copies_of_a_module_with_a_window_attend_as_it_does() -> None:
