@@ -203,13 +203,35 @@ def test_tables_of_sweeps_show_no_selection(two_stages: Run) -> None:
         (
             {"parallelism.context_parallel_degree": 2},
             "parallelism.context_parallel_degree = 2 does not go with lighthouse.window = 40: .*; "
-            "set the degree to 1, or lighthouse.window to 0",
+            "set the degree to 1, lighthouse.window to 0 .*, or lighthouse.stage to 'dense'",
         ),
     ],
 )
 def test_refusals(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserValueError, match=message):
         check_config(parsed(tmp_path, **settings), flavors)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lighthouse.stage": "dense"},
+        {"lighthouse.dense_from_step": 0},
+        {"lighthouse.dense_layers": [0, 1, 2, 3, 4, 5]},
+        {
+            "lighthouse.stage": "dense",
+            "lighthouse.attention": "lighthouse",
+            "lighthouse.combine": "finest",
+            "lighthouse.picks_per_stratum": 8,
+        },
+    ],
+)
+def test_context_parallelism_takes_a_window_that_never_runs(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    check_config(
+        parsed(tmp_path, **{"parallelism.context_parallel_degree": 2}, **settings), flavors
+    )
 
 
 def test_settings_of_the_method_have_no_effect(tmp_path: Path) -> None:
