@@ -5,6 +5,7 @@ import math
 import psutil
 import torch
 from packaging.version import Version
+from torchtitan.distributed import ParallelDims
 
 from lighthouse import ContextParallel
 
@@ -130,6 +131,20 @@ def _check_offload(config: JobConfig) -> None:
                 f"parallelism.{kind}_parallel_degree = {degree}, {reason}; set offload_inputs to "
                 "false or the degree to 1"
             )
+
+
+def parallel_dims_of(section: Parallelism, world_size: int) -> ParallelDims:
+    """The degrees of ``world_size`` processes, which ``check_world_size`` let pass, and no mesh."""
+    return ParallelDims(
+        dp_shard=section.data_parallel_shard_degree,
+        dp_replicate=section.data_parallel_replicate_degree,
+        cp=section.context_parallel_degree,
+        tp=section.tensor_parallel_degree,
+        pp=section.pipeline_parallel_degree,
+        ep=1,
+        etp=1,
+        world_size=world_size,
+    )
 
 
 def layout_on_rank_0(section: Parallelism) -> ContextParallel:
