@@ -12,9 +12,9 @@ from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel
 from .gather import pool_gather
 from .geometry import PyramidGeometry
-from .implementation import choose_implementation, kernels
+from .implementation import IMPLEMENTATIONS, choose_implementation, kernels
 from .inner_attention import InnerAttention
-from .inputs import checked_selection, chunked
+from .inputs import check_transforms, checked_selection, chunked
 from .merge import merged_attention, merged_attention_by_kernels
 from .reach import seam_rows
 from .scatter import scatter_back
@@ -56,7 +56,9 @@ def lighthouse_attention(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config.
+        RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
+    check_transforms()
     _check_window(config, sdpa, context_parallel)
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     if selection is not None:
@@ -146,6 +148,7 @@ class LighthouseAttention(InnerAttention):
     """
 
     name = "Lighthouse attention"
+    implementations = IMPLEMENTATIONS
 
     def __init__(
         self, config: LighthouseConfig, sdpa: nn.Module | None = None, impl: str | None = None

@@ -14,8 +14,9 @@ COMBINATIONS: tuple[str, ...] = get_args(Combine)
 # A scorer that attends needs the whole sequence, in steps of the dilation, to score one position.
 ATTENDS: dict[str, bool] = {"norm": False, "dilated": True, "gla": True}
 
-# Positions are numbered with 32 bits.
+# Kernels and torch's own tables number positions with 32 bits.
 LARGEST_SPAN = 2**30
+MOST_POSITIONS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class LighthouseConfig:
                 )
         if self.window < 0:
             raise ValueError(f"window must be at least 0, got window = {self.window}")
+        check_largest_window(self.window)
         if self.window and self.combine != "finest":
             raise ValueError(
                 f"window = {self.window} needs combine = 'finest', which leaves each position one "
@@ -130,6 +132,19 @@ TYPES: dict[str, Any] = {
     setting.name: str if setting.name in CHOICES else setting.type
     for setting in fields(LighthouseConfig)
 }
+
+
+def check_largest_window(window: int) -> None:
+    """Check that ``window`` is no more than the longest sequence has positions.
+
+    Raises:
+        ValueError: it is more.
+    """
+    if window > MOST_POSITIONS:
+        raise ValueError(
+            f"window must be at most {MOST_POSITIONS:,}, got window = {window}; one of the "
+            "sequence's length is dense causal attention already"
+        )
 
 
 def _check_type(name: str, value: object, kind: type) -> None:

@@ -17,6 +17,16 @@ IMPLEMENTATIONS = ("triton", "torch")
 WINDOW_IMPLEMENTATIONS = ("flash", "torch")
 
 
+def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
+    """Check that ``impl`` is one of ``known``, or None, which leaves the choice to the tensors.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if impl not in (None, *known):
+        raise ValueError(f"impl must be one of {', '.join(known)}, got impl = {impl!r}")
+
+
 def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
     """Choose "triton" or "torch", by ``impl`` or else by the device of ``q``.
 
@@ -50,8 +60,7 @@ def choose_window_implementation(impl: str | None, q: torch.Tensor) -> str:
 
 def _kernels_unless_torch(impl: str | None, q: torch.Tensor, known: tuple[str, ...]) -> Any:
     """The package of kernels, or None if vectorised PyTorch is to run."""
-    if impl not in (None, *known):
-        raise ValueError(f"impl must be one of {', '.join(known)}, got impl = {impl!r}")
+    check_implementation(impl, known)
     if impl == "torch" or (impl is None and not q.is_cuda):
         return None
     if kernels is None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .implementation import check_implementation
+
 
 class StockAttention(nn.Module):
     """torch's ``scaled_dot_product_attention`` as a module."""
@@ -27,17 +29,23 @@ class InnerAttention(nn.Module):
     Args:
         sdpa: the dense inner attention, called as torch's ``scaled_dot_product_attention``, which
             is the default.
-        impl: an implementation that the subclass knows; by default the fastest on the device.
+        impl: one of ``implementations``; by default the fastest on the device.
+
+    Raises:
+        ValueError: ``impl`` is not known.
 
     Attributes:
         enabled: whether this attention runs; otherwise ``sdpa`` runs alone.
         name: what messages call it.
+        implementations: the names that ``impl`` may have.
     """
 
     name: str
+    implementations: tuple[str, ...]
 
     def __init__(self, sdpa: nn.Module | None = None, impl: str | None = None) -> None:
         super().__init__()
+        check_implementation(impl, self.implementations)
         self.impl = impl
         self.sdpa = sdpa if sdpa is not None else StockAttention()
         self.enabled = True

@@ -39,6 +39,22 @@ def check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
+def check_transforms() -> None:
+    """Check that no transform of ``torch.func`` runs, such as grad or vmap.
+
+    Raises:
+        RuntimeError: one does.
+    """
+    # torch itself refuses our functions there, in words for whoever wrote them. With a
+    # ``setup_context`` it would take them, but would not hold to ``once_differentiable``.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "Lighthouse attention and attention over a window do not run under the transforms of "
+            "torch.func, such as grad and vmap; take gradients by torch.autograd.grad or "
+            "backward(), and give several inputs as a batch"
+        )
+
+
 def chunked(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .implementation import choose_window_implementation, kernels
+from .config import check_largest_window
+from .implementation import WINDOW_IMPLEMENTATIONS, choose_window_implementation, kernels
 from .inner_attention import InnerAttention
-from .inputs import check_rows
+from .inputs import check_rows, check_transforms
 from .precision import accumulation_dtype
 
 # The vectorised code holds about this many scores at once, and takes so many rows at most.
@@ -28,7 +29,7 @@ def check_window(window: int) -> None:
     """Check that ``window`` is a number of positions.
 
     Raises:
-        TypeError, ValueError: it is no integer, or below 1.
+        TypeError, ValueError: it is no integer, below 1, or longer than any sequence.
     """
     if not isinstance(window, int) or isinstance(window, bool):
         raise TypeError(
@@ -39,6 +40,7 @@ def check_window(window: int) -> None:
             f"window must be at least 1, the position itself, got window = {window}; use a few "
             "hundred positions"
         )
+    check_largest_window(window)
 
 
 def window_pairs(sequence_length: int, window: int) -> int:
@@ -94,7 +96,7 @@ def window_attention(
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D]; Hkv divides Hq.
-        window: W, at least 1.
+        window: W, from 1 to 2**31 - 1.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         impl: "flash" for torch's flash attention, or "torch" for vectorised PyTorch, which takes
             every device, dtype and D and is several times slower on a GPU. The default is "flash"
@@ -109,7 +111,9 @@ def window_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another, or the window or
             ``impl`` is none.
+        RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
+    check_transforms()
     check_rows(q, k, v)
     check_window(window)
     impl = choose_window_implementation(impl, q)
@@ -289,6 +293,7 @@ class WindowAttention(InnerAttention):
     """
 
     name = "attention over a window"
+    implementations = WINDOW_IMPLEMENTATIONS
 
     def __init__(self, window: int, sdpa: nn.Module | None = None, impl: str | None = None) -> None:
         check_window(window)

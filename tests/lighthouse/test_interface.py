@@ -10,7 +10,14 @@ import torch
 from attention_cases import Dense
 from torch import nn
 
-from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
+from lighthouse import (
+    LighthouseAttention,
+    LighthouseConfig,
+    WindowAttention,
+    lighthouse_attention,
+    select,
+    window_attention,
+)
 from lighthouse.config import SCORERS
 from lighthouse.geometry import PyramidGeometry, fitting_length, length_step
 
@@ -84,6 +91,11 @@ def test_module_refuses_what_it_cannot_do() -> None:
         ),
         (dict(combine="mean"), ValueError, "combine must be one of sum, finest, got .*'mean'"),
         (dict(dilation=0), ValueError, "dilation = 0"),
+        (
+            dict(window=2**31, combine="finest"),
+            ValueError,
+            "window must be at most 2,147,483,647, got window = 2147483648; ",
+        ),
     ],
 )
 def test_configuration_rules(values, error, message) -> None:
@@ -134,6 +146,14 @@ def test_tensor_rules(change, error, message) -> None:
     for function in (lighthouse_attention, select):
         with pytest.raises(error, match=message):
             function(*change(*qkv()), CONFIG)
+
+
+def test_modules_refuse_unknown_implementations_when_they_are_made() -> None:
+    """Where a call would come minutes later, or never, as in the dense stage."""
+    with pytest.raises(ValueError, match="impl must be one of triton, torch, got impl = 'flash'"):
+        LighthouseAttention(CONFIG, impl="flash")
+    with pytest.raises(ValueError, match="impl must be one of flash, torch, got impl = 'triton'"):
+        WindowAttention(4, impl="triton")
 
 
 def test_import_needs_no_torchtitan_and_no_triton() -> None:
@@ -220,6 +240,20 @@ def test_second_gradients_are_refused_by_the_kernels() -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("settings", [{}, {"combine": "finest", "window": 5}], ids=str)
+def test_transforms_of_torch_func_are_refused_by_name(impl: str, settings: dict) -> None:
+    config = replace(CONFIG, **settings)
+    q, k, v = qkv()
+    for function in (
+        lambda q: lighthouse_attention(q, k, v, config, impl=impl).sum(),
+        lambda q: window_attention(q, k, v, 5).sum(),
+    ):
+        for transform in (torch.func.grad, torch.func.vmap):
+            with pytest.raises(RuntimeError, match="of torch.func, .* by torch.autograd.grad or"):
+                transform(function)(q)
 
 
 def test_copies_of_a_module_with_a_window_attend_as_it_does() -> None:

@@ -218,6 +218,12 @@ def test_module_refuses_what_it_cannot_do() -> None:
             "must be one of flash, torch, got impl = 'triton'",
         ),
         (4, {"impl": "flash"}, ValueError, 'needs CUDA tensors, got cpu; pass impl="torch"'),
+        (
+            2**63,
+            {},
+            ValueError,
+            "window must be at most 2,147,483,647, got window = 9223372036854775808; .* dense",
+        ),
     ],
 )
 def test_messages(size: Any, options: dict[str, str], error: type, message: str) -> None:

@@ -244,7 +244,7 @@ def test_pinned_memory_is_refused_without_a_gpu(config: JobConfig) -> None:
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warned) -> None:
-    found = warnings_of(with_settings(config, settings))
+    found = warnings_of(with_settings(config, settings), world_size=2)
     assert len(found) == (warned is not None)
     assert warned is None or warned in found[0]
 

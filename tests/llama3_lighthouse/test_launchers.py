@@ -86,9 +86,11 @@ def test_dry_run_of_one_process(tmp_path: Path) -> None:
 def test_memory_estimate_is_near_what_was_measured(tmp_path, name, measured) -> None:
     """On an H100, with the allocator's reserve: docs/benchmarks/training_98k.json."""
     text = dry_run(parse(tmp_path, name), 1)
+    readme = (ROOT / "README.md").read_text()
+    (most,) = re.findall(r"what was\s+measured is up to (\d+)% more", readme)
     for attention, reserved in measured.items():
         (estimate,) = re.findall(rf"([\d.]+) GiB {attention}", text)
-        assert 0.89 * reserved < float(estimate) < 1.02 * reserved
+        assert -2 <= round(100 * (reserved / float(estimate) - 1)) <= int(most)
 
 
 def test_ending_says_what_comes_next(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_tables_of_sweeps_show_no_selection(two_stages: Run) -> None:
         (
             {"parallelism.context_parallel_degree": 2},
             "parallelism.context_parallel_degree = 2 does not go with lighthouse.window = 40: .*; "
-            "set the degree to 1, or lighthouse.window to 0",
+            "set the degree to 1, lighthouse.window to 0 .*, or lighthouse.stage to 'dense'",
         ),
     ],
 )
@@ -212,14 +212,38 @@ def test_refusals(tmp_path: Path, settings: dict[str, Any], message: str) -> Non
         check_config(parsed(tmp_path, **settings), flavors)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lighthouse.stage": "dense"},
+        {"lighthouse.dense_from_step": 0},
+        {"lighthouse.dense_layers": [0, 1, 2, 3, 4, 5]},
+        {
+            "lighthouse.stage": "dense",
+            "lighthouse.attention": "lighthouse",
+            "lighthouse.combine": "finest",
+            "lighthouse.picks_per_stratum": 8,
+        },
+    ],
+)
+def test_context_parallelism_takes_a_window_that_never_runs(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    check_config(
+        parsed(tmp_path, **{"parallelism.context_parallel_degree": 2}, **settings), flavors
+    )
+
+
 def test_settings_of_the_method_have_no_effect(tmp_path: Path) -> None:
     """A sequence length that no pyramid fits is taken, and the warning names what is not read."""
     config = parsed(tmp_path, **{"training.seq_len": 410, "lighthouse.scorer": "gla"})
     check_config(config, flavors)
-    found = [line for line in warnings_of(config) if "lighthouse.attention is 'lighthouse'" in line]
+    found = [
+        line for line in warnings_of(config, 1) if "lighthouse.attention is 'lighthouse'" in line
+    ]
     assert len(found) == 4
     plain = parsed(tmp_path, **{"lighthouse.attention": "lighthouse", "lighthouse.window": 0})
-    assert not any("lighthouse.attention" in line for line in warnings_of(plain))
+    assert not any("lighthouse.attention" in line for line in warnings_of(plain, 1))
 
 
 def test_windows_that_cost_more_than_they_seem_to_are_warned_of(tmp_path: Path) -> None:
@@ -230,12 +254,26 @@ def test_windows_that_cost_more_than_they_seem_to_are_warned_of(tmp_path: Path) 
         ({"lighthouse.window": 512}, (dense, slow)),
         ({"lighthouse.window": 512, "lighthouse.stage": "dense"}, ()),
         ({"lighthouse.dense_from_step": 0}, ()),
+        ({"lighthouse.window": 512, "lighthouse.dense_layers": [0, 1, 2, 3, 4, 5]}, ()),
         ({"lighthouse.attention": "lighthouse", "lighthouse.window": 0}, ()),
     ):
-        text = "\n".join(warnings_of(parsed(tmp_path, **settings)))
+        text = "\n".join(warnings_of(parsed(tmp_path, **settings), 1))
         assert [words in text for words in (dense, slow)] == [
             words in expected for words in (dense, slow)
         ]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_a_window_in_float32_is_warned_of_where_nothing_lowers_it(tmp_path: Path, kind) -> None:
+    """FSDP does, and torchtitan has no autocast beside these parallelisms."""
+    settings = {f"parallelism.{kind}_parallel_degree": 2}
+    settings["training.mixed_precision_param"] = "bfloat16"
+    config = parsed(tmp_path, **settings)
+    (found,) = [line for line in warnings_of(config, 2) if "window" in line]
+    assert found.startswith("training.dtype = 'float32' with a window, which nothing lowers under ")
+    assert not any("window" in line for line in warnings_of(config, 4))
+    config = parsed(tmp_path, **settings, **{"training.dtype": "bfloat16"})
+    assert not any("window" in line for line in warnings_of(config, 2))
 
 
 def test_dry_run_describes_the_window(tmp_path: Path) -> None:

@@ -61,6 +61,23 @@ def test_every_setting_of_the_method_is_refused_while_lighthouse_is_ahead(key, v
     assert f"--checkpoint.initial_load_path {PATH}" in message and "\n" not in message
 
 
+def test_a_window_that_stands_alone_reads_no_more_of_the_method(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    alone = {"lighthouse__attention": "window", "lighthouse__window": 64}
+    record = CheckpointRecord(20, 20, recorded(**alone))
+
+    def go_on(**changed: Any) -> None:
+        check_settings(PATH, record, recorded(**alone | changed), False, False)
+
+    go_on(lighthouse__top_k=4096, lighthouse__combine="finest")
+    (info,) = caplog.records
+    assert info.levelno == logging.INFO
+    assert "lighthouse.top_k = 4096 (checkpoint: 1536)" in info.message
+    for key, value in (("window", 65), ("dense_layers", [0]), ("attention", "lighthouse")):
+        with pytest.raises(UserValueError, match=f"another model of .*: lighthouse.{key} = "):
+            go_on(**{f"lighthouse__{key}": value})
+
+
 def test_method_is_free_where_it_is_not_used(caplog) -> None:
     """A dense stage ahead does not use it, and a run that was dense so far has not used it."""
     caplog.set_level(logging.INFO)

@@ -43,6 +43,9 @@ PP2 = {
     "validation.local_batch_size": 2,
     "validation.steps": 1,
 }
+WINDOW = {"lighthouse.window": 40, "lighthouse.combine": "finest"}
+# The one process that a composition is compared with has its settings of these keys.
+SHARED = ("training.global_batch_size", "lighthouse.attention", *WINDOW)
 COMPOSITIONS = {
     "cp2-contiguous-selective": (2, {
         **CP2, "parallelism.context_parallel_load_balancer": "None",
@@ -59,6 +62,8 @@ SLOW_COMPOSITIONS = {
     "pp2-gpipe": (2, {**PP2, "parallelism.pipeline_parallel_schedule": "GPipe"}),
     "pp2-compile": (2, {**PP2, "compile.enable": True}),
     "pp2-cp2": (4, {**PP2, **CP2}),
+    "pp2-window": (2, {**PP2, **WINDOW}),
+    "pp2-window-alone": (2, {**PP2, "lighthouse.attention": "window", "lighthouse.window": 40}),
     "pp2-tp2-full": (4, {**PP2, **TP2, "activation_checkpoint.mode": "full"}),
     "fsdp2-pp2": (4, {**PP2, "training.global_batch_size": 4}),
     "cp2": (2, CP2),
@@ -130,11 +135,13 @@ def test_ten_steps_equal_those_of_one_process(
 ) -> None:
     settings, expected = one_process
     processes, changed = {**COMPOSITIONS, **SLOW_COMPOSITIONS}[name]
-    batch = changed.get("training.global_batch_size", settings["training.global_batch_size"])
-    if batch != settings["training.global_batch_size"]:
+    shared = {key: changed[key] for key in SHARED if key in changed}
+    batch = (settings | shared)["training.global_batch_size"]
+    if shared:
         (tmp_path / "one").mkdir()
-        larger = {**settings, "training.global_batch_size": batch}
-        expected = Run(tmp_path / "one", larger).succeed()
+        # A window that stands alone selects nothing to log.
+        one = {**settings, **shared, "lighthouse.log_selection_every": 0}
+        expected = Run(tmp_path / "one", one).succeed()
     run = Run(tmp_path, {**settings, **changed}, processes).succeed()
     data_parallel = name.startswith(("fsdp", "hsdp"))
     for step, want in expected.steps().items():

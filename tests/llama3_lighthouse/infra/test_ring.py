@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
-from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig
+from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, WindowAttention
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
     bytes_sent_per_layer,
     held_batch,
+    layout_of,
 )
 from torchtitan.models.llama3_lighthouse.infra.ring_attention import (
     CPU_BACKWARD,
@@ -114,6 +115,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
     for key_heads, dtype, config in VARIANTS:
         check_layer(mesh, key_heads, dtype, config)
         check_held_batch(mesh, config)
+    check_dense_attention_inside_a_window(mesh)
     check_refusal(mesh)
     if world_size == 2:
         check_memory(mesh)
@@ -168,6 +170,18 @@ def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:
         held_batch(inputs, labels, mesh, config), (*want, options["positions"]), strict=True
     ):
         assert torch.equal(found, rows)
+
+
+def check_dense_attention_inside_a_window(mesh: DeviceMesh) -> None:
+    """Where the window does not run, its dense attention is that of all ranks."""
+    module = WindowAttention(4, ScaledDotProductAttentionWrapper())
+    module.enabled = False
+    apply_context_parallel([module], mesh, Parallelism())
+    torch.manual_seed(0)
+    rows = torch.randn(3, BATCH, HEADS, N, HEAD_DIM)
+    here = layout_of(mesh, Parallelism()).take(torch.arange(N), dim=0)
+    want = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True)[:, :, here]
+    torch.testing.assert_close(module(*rows[:, :, :, here]), want)
 
 
 def check_refusal(mesh: DeviceMesh) -> None:

@@ -14,12 +14,13 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
 from .checks.configuration import check_launch
+from .checks.parallelism import parallel_dims_of
 from .checks.unread import warnings_of
 from .description import describe
 from .errors import UserError, UserValueError
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
-from .job_config import JobConfig, Parallelism
+from .job_config import JobConfig
 from .memory_estimate import local_parameters
 from .model.flavors import flavors
 from .model.loss import build_loss
@@ -46,29 +47,16 @@ def dry_run(config: JobConfig, world_size: int) -> str:
 
 
 def _describe(config: JobConfig, world_size: int) -> str:
-    dims = _mesh(config.parallelism, world_size)
+    dims = parallel_dims_of(config.parallelism, world_size)
+    dims.build_mesh()
     args = flavors[config.model.flavor]
     args.update_from_config(config)
     with torch.device("meta"):
         model = LighthouseTransformer(args)
     parameters = sum(local_parameters(part) for part in _parts(model, dims, config, args))
     lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
-    return "\n".join([*lines, *(f"warning       {line}" for line in warnings_of(config))])
-
-
-def _mesh(section: Parallelism, world_size: int) -> ParallelDims:
-    dims = ParallelDims(
-        dp_shard=section.data_parallel_shard_degree,
-        dp_replicate=section.data_parallel_replicate_degree,
-        cp=section.context_parallel_degree,
-        tp=section.tensor_parallel_degree,
-        pp=section.pipeline_parallel_degree,
-        ep=1,
-        etp=1,
-        world_size=world_size,
-    )
-    dims.build_mesh()
-    return dims
+    warnings = (f"warning       {line}" for line in warnings_of(config, world_size))
+    return "\n".join([*lines, *warnings])
 
 
 def _parts(

@@ -117,7 +117,7 @@ class LighthouseTrainer(upstream.Trainer):
         for line in describe(config, self.parallel_dims, self.model_args, parameters):
             logger.info(line)
         logger.info(output_line(config))
-        for warning in warnings_of(config):
+        for warning in warnings_of(config, self.parallel_dims.world_size):
             logger.warning(warning)
         if config.compile.enable:
             logger.info("The first step of each stage compiles the model, which can take minutes")

@@ -18,7 +18,9 @@ from .record import CheckpointRecord
 MODEL = {"model.name", "model.flavor", "model.converters", "lighthouse.tokenizer"}
 # Settings that decide it in steps of the Lighthouse stage alone.
 METHOD = {f"lighthouse.{field.name}" for field in fields(LighthouseConfig)}
-METHOD |= {"lighthouse.dense_layers", "lighthouse.attention"}
+# Those of them that a window reads which stands alone.
+OF_THE_WINDOW = {"lighthouse.window", "lighthouse.dense_layers", "lighthouse.attention"}
+METHOD |= OF_THE_WINDOW
 # Settings of these sections change training, except for those that do not touch what is computed.
 TRAINING = ("training.", "optimizer.", "lr_scheduler.", "lighthouse.", "quantize.")
 WITHOUT_EFFECT = ("training.dataloader.", "training.gc_", "lighthouse.log_selection_every")
@@ -85,15 +87,16 @@ def check_settings(
     lighthouse_ahead = (
         stage_at(next_step, section["stage"], section["dense_from_step"]) == "lighthouse"
     )
-    model_keys = set(MODEL)
-    if lighthouse_ahead and record.last_lighthouse_step != 0:
-        model_keys |= METHOD
+    read = set()
+    if lighthouse_ahead:
+        read = OF_THE_WINDOW if section["attention"] == "window" else METHOD
+    model_keys = MODEL if record.last_lighthouse_step == 0 else MODEL | read
     model, training, rest = [], [], []
     for found in differences(record.config, present):
         if found.key in model_keys:
             model.append(found)
         elif found.key in METHOD:
-            (training if lighthouse_ahead else rest).append(found)
+            (training if found.key in read else rest).append(found)
         elif found.key.startswith(TRAINING) and not found.key.startswith(WITHOUT_EFFECT):
             training.append(found)
         else:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from lighthouse.config import MOST_POSITIONS
+
 from ..errors import UserTypeError, UserValueError
 from ..infra.pipeline import SCHEDULES
 from ..job_config import JobConfig, leaves, type_fault
 from .rules import (
     MOST,
-    MOST_POSITIONS,
     MOST_SECONDS,
     Default,
     Modules,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lighthouse.config import MOST_POSITIONS
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
@@ -16,7 +17,7 @@ from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_conf
 from .bounds import check_bounds
 from .output import check_output_of_run, is_installed
 from .parallelism import check_parallelism, check_world_size, layout_on_rank_0
-from .rules import MOST_POSITIONS, shown
+from .rules import shown
 
 # Keys that decide what a model is and what goes into it; evaluation reads no others.
 OF_THE_MODEL = (

@@ -5,6 +5,7 @@ import math
 import psutil
 import torch
 from packaging.version import Version
+from torchtitan.distributed import ParallelDims
 
 from lighthouse import ContextParallel
 
@@ -12,6 +13,7 @@ from ..errors import UserValueError
 from ..infra.pipeline import check_pipeline
 from ..job_config import JobConfig, Parallelism
 from ..model.flavors import flavors
+from ..stages import stage_at
 
 
 def check_parallelism(config: JobConfig, n_layers: int) -> None:
@@ -21,7 +23,7 @@ def check_parallelism(config: JobConfig, n_layers: int) -> None:
         ValueError: two settings do not go together.
     """
     _check_degrees(config, n_layers)
-    _check_window(config)
+    _check_window(config, n_layers)
     _check_length(config)
     _check_compile(config)
     _check_loss(config)
@@ -54,14 +56,21 @@ def _check_validation_in_pipeline(config: JobConfig) -> None:
             )
 
 
-def _check_window(config: JobConfig) -> None:
-    degree, window = config.parallelism.context_parallel_degree, config.lighthouse.window
+def running_window(config: JobConfig, n_layers: int) -> int:
+    """Positions of the window that a new run attends over; 0 if no layer does in any stage."""
+    section = config.lighthouse
+    dense = stage_at(1, section.stage, section.dense_from_step) == "dense"
+    return 0 if dense or len(set(section.dense_layers)) == n_layers else section.window
+
+
+def _check_window(config: JobConfig, n_layers: int) -> None:
+    degree, window = config.parallelism.context_parallel_degree, running_window(config, n_layers)
     if window and degree > 1:
         raise UserValueError(
             f"parallelism.context_parallel_degree = {degree} does not go with lighthouse.window = "
             f"{window}: a window reaches into chunks that other ranks hold, and nothing hands them "
-            "over yet; set the degree to 1, or lighthouse.window to 0 with lighthouse.attention = "
-            "'lighthouse'"
+            "over yet; set the degree to 1, lighthouse.window to 0 with lighthouse.attention = "
+            "'lighthouse', or lighthouse.stage to 'dense' for steps that are all dense"
         )
 
 
@@ -122,6 +131,20 @@ def _check_offload(config: JobConfig) -> None:
                 f"parallelism.{kind}_parallel_degree = {degree}, {reason}; set offload_inputs to "
                 "false or the degree to 1"
             )
+
+
+def parallel_dims_of(section: Parallelism, world_size: int) -> ParallelDims:
+    """The degrees of ``world_size`` processes, which ``check_world_size`` let pass, and no mesh."""
+    return ParallelDims(
+        dp_shard=section.data_parallel_shard_degree,
+        dp_replicate=section.data_parallel_replicate_degree,
+        cp=section.context_parallel_degree,
+        tp=section.tensor_parallel_degree,
+        pp=section.pipeline_parallel_degree,
+        ep=1,
+        etp=1,
+        world_size=world_size,
+    )
 
 
 def layout_on_rank_0(section: Parallelism) -> ContextParallel:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-# Kernels and torch's own tables number positions with 32 bits.
-MOST_POSITIONS = 2**31 - 1
 # torch and the files of a checkpoint hold integers of 64 bits.
 MOST = 2**63 - 1
 # File systems take names of so many bytes; paths end well below their own limit, for what is added.

@@ -7,7 +7,8 @@ from typing import Any
 from lighthouse import LighthouseConfig
 
 from ..job_config import JobConfig, leaves
-from ..stages import stage_at
+from ..model.flavors import flavors
+from .parallelism import parallel_dims_of, running_window
 from .rules import shown
 
 
@@ -71,9 +72,9 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
 }  # fmt: skip
 
 
-def warnings_of(config: JobConfig) -> list[str]:
-    """Warnings before a run begins, one line each."""
-    return [*_unused(config), *_stages(config), *_window(config)]
+def warnings_of(config: JobConfig, world_size: int) -> list[str]:
+    """Warnings before a run of ``world_size`` processes begins, one line each."""
+    return [*_unused(config), *_stages(config), *_window(config, world_size)]
 
 
 def _stages(config: JobConfig) -> list[str]:
@@ -87,9 +88,9 @@ def _stages(config: JobConfig) -> list[str]:
     ]
 
 
-def _window(config: JobConfig) -> list[str]:
-    section, window = config.lighthouse, config.lighthouse.window
-    if stage_at(1, section.stage, section.dense_from_step) == "dense":
+def _window(config: JobConfig, world_size: int) -> list[str]:
+    window = running_window(config, flavors[config.model.flavor].n_layers)
+    if not window:
         return []
     found = []
     if window >= config.training.seq_len:
@@ -98,10 +99,16 @@ def _window(config: JobConfig) -> list[str]:
             f"{config.training.seq_len:,} positions: this is dense attention, at its cost; use a "
             "few hundred positions"
         )
-    if window and config.training.mixed_precision_param == "float32":
+    dims, training = parallel_dims_of(config.parallelism, world_size), config.training
+    key, dtype, beside = "training.mixed_precision_param", training.mixed_precision_param, ""
+    # torchtitan leaves autocast out here.
+    if (dims.tp_enabled or dims.pp_enabled) and not dims.fsdp_enabled:
+        key, dtype = "training.dtype", training.dtype
+        beside = ", which nothing lowers under tensor or pipeline parallelism without FSDP"
+    if dtype == "float32":
         found.append(
-            "training.mixed_precision_param = 'float32' with a window: on GPUs vectorised PyTorch "
-            "computes it, several times slower than the kernels of 'bfloat16'"
+            f"{key} = 'float32' with a window{beside}: on GPUs vectorised PyTorch computes it, "
+            "several times slower than the kernels of 'bfloat16'"
         )
     return found
 
