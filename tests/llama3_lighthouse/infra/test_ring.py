@@ -354,7 +354,9 @@ def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
         # The other gpu tests need only one.
         pytest.skip(f"a ring needs two or more GPUs to send between, found {world_size}")
     kinds = ["cudnn", "flash"]
-    run_ranks(compiled_worker, world_size, free_port, kinds, "inductor", "cuda", processes=world_size)
+    run_ranks(
+        compiled_worker, world_size, free_port, kinds, "inductor", "cuda", processes=world_size
+    )
 
 
 def test_bytes_at_a_million_tokens() -> None:
