@@ -51,6 +51,8 @@ CASES = [
          window=24),
     case(levels=4, p=2, m=6, strata=1, extra=3, combine="finest", window=1),
 ]  # fmt: skip
+# A stratum of more candidates than the smallest block.
+IN_CHUNKS = case(levels=2, m=4, strata=1, extra=40, tied=True)
 # The smallest case whose heads share keys, for tests that run it many times.
 GROUPED = case(kv_heads=2, group=3)
 
@@ -122,7 +124,7 @@ def test_norms_and_coarsest_means(case, poison) -> None:
 
 @pytest.mark.parametrize(
     "case, block",
-    [*((case, 8192) for case in (*CASES[:6], *CASES[7:])), (CASES[5], 16)],
+    [*((case, 8192) for case in (*CASES[:6], *CASES[7:])), (IN_CHUNKS, 16)],
     ids=str,
 )
 def test_selection_is_exact(case, block, poison, monkeypatch) -> None:
