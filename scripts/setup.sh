@@ -30,7 +30,8 @@ if [[ ! -x .venv/bin/python ]]; then
     "$python" -m venv .venv
 fi
 # Pip's warnings are about its own configuration, so only its errors are shown.
-pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check)
+# Pip compiles with one core, and half of the time would go into that.
+pip=(.venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check)
 
 # The default build of torch brings gigabytes of CUDA, which are useless without an accelerator.
 has_accelerator() { [[ -e /dev/nvidiactl || -e /dev/kfd ]] || nvidia-smi -L >/dev/null 2>&1; }
@@ -47,4 +48,6 @@ if ! has_accelerator && ! has_torch; then
 fi
 echo "Installing Lighthouse with the extras $extras into .venv"
 "${pip[@]}" --editable ".[$extras]"
+# Some packages hold files that are not Python of this version, which pip passes over too.
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 touch "$stamp" .venv/.installed-trainer

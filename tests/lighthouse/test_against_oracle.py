@@ -41,7 +41,7 @@ def test_golden_vectors(implementation: str, path: Path) -> None:
         assert relative_error(value, want) <= 2e-6, name
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_random_configurations_agree(case) -> None:
     config, inputs = case["config"], random_inputs(case)
@@ -83,8 +83,7 @@ def test_error_is_that_of_the_precision(dtype: torch.dtype) -> None:
 def test_gradcheck_with_fixed_selection(combine: str, window: int) -> None:
     config = LighthouseConfig(3, 2, 4, picks_per_stratum=2, combine=combine, window=window)
     # A window takes longer.
-    n, batch = (16, 1) if window else (20, 2)
-    case = dict(n=n, batch=batch, heads=2, kv_heads=1, tied=False, seed=5)
+    case = dict(n=16 if window else 20, batch=1, heads=2, kv_heads=1, tied=False, seed=5)
     inputs = [x.requires_grad_() for x in random_inputs(case, d=3)]
     selection = Selection(*(x.clone() for x in select(*inputs, config)))
     assert torch.autograd.gradcheck(

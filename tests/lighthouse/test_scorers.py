@@ -52,8 +52,7 @@ def test_every_scorer_is_complete() -> None:
     assert not missing, "; ".join(missing)
 
 
-@pytest.mark.parametrize("attends", [True, False])
-@pytest.mark.parametrize("with_kernel", [True, False])
+@pytest.mark.parametrize(("attends", "with_kernel"), [(True, False), (False, True)])
 def test_a_scorer_needs_no_other_place(attends: bool, with_kernel: bool, monkeypatch) -> None:
     """Register a scorer by values; everything selects by it and keeps its rules."""
 
@@ -80,7 +79,7 @@ def test_a_scorer_needs_no_other_place(attends: bool, with_kernel: bool, monkeyp
         )
 
     settings = LighthouseConfig(3, 2, 16, "made_up", picks_per_stratum=4, dilation=3)
-    case = dict(n=192, batch=1, heads=4, kv_heads=2, tied=False, seed=6)
+    case = dict(n=96, batch=1, heads=4, kv_heads=2, tied=False, seed=6)
     inputs = [rows.to(DEVICE) for rows in random_inputs(case, torch.float32, 16)]
     expected = reference.select(*inputs, settings)
     for impl in ("torch", "triton"):
@@ -154,7 +153,7 @@ def test_scores_follow_the_formula(scorer: str, dilation: int, dtype: torch.dtyp
             torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases(), st.sampled_from(ATTENDING), st.data())
 def test_selections_are_the_oracles(case, scorer, data) -> None:
     """Try every dilation that divides the length, without ties, which rounding would decide."""

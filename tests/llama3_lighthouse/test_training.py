@@ -31,8 +31,8 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
 
     Run(interrupted, processes=processes).crash_after_step(6)
     assert (interrupted / "dump/checkpoint/step-5/.metadata").is_file()
-    # A scheduler tells torchrun to stop, so this launch uses torchrun.
-    stopped = Run(interrupted, processes=processes, torchrun=True)
+    # A scheduler tells torchrun to stop. One process gets the signal itself.
+    stopped = Run(interrupted, processes=processes, torchrun=processes > 1)
     stopped.stop_after_step(7)
     saved = max(stopped.steps())
     assert (interrupted / f"dump/checkpoint/step-{saved}/.metadata").is_file()

@@ -51,6 +51,7 @@ def two_stages(tmp_path_factory) -> Run:
     """Two steps under the window and two dense ones, of which all are saved."""
     settings = {
         **VALIDATED, **WINDOW, "training.steps": 4, "checkpoint.interval": 1,
+        "validation.freq": 2, "validation.steps": 1,
         # The pyramid of these settings is too long for the sequence.
         "lighthouse.top_k": 1024, "lighthouse.picks_per_stratum": 128,
         "lighthouse.passkey_mix": 0.3, "lighthouse.passkey_tasks": ("passkey",),

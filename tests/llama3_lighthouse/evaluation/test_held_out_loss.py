@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import VALIDATED, Run, exit_code_of
+from launch import exit_code_of
 from torch.nn.functional import cross_entropy
 
 from lighthouse_commands.main import main
@@ -19,14 +19,6 @@ from torchtitan.models.llama3_lighthouse.evaluation.held_out_loss import (
     losses_by_position,
 )
 from torchtitan.models.llama3_lighthouse.evaluation.inference import load_trained_model
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """Two Lighthouse steps and a dense one; each validated, the last two saved."""
-    folder = tmp_path_factory.mktemp("run")
-    Run(folder, VALIDATED).succeed()
-    return folder / "dump"
 
 
 @pytest.fixture

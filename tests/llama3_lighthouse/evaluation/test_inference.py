@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import VALIDATED, Run
 from torch.nn.functional import cross_entropy
 
 from torchtitan.models.llama3_lighthouse.checkpoints.record import RECORD_FILE, read_record
@@ -14,15 +13,6 @@ from torchtitan.models.llama3_lighthouse.evaluation.inference import (
     find_checkpoint,
     load_trained_model,
 )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A run of two Lighthouse steps, stopped there, and a dense one."""
-    folder = tmp_path_factory.mktemp("run")
-    Run(folder, {**VALIDATED, "training.steps": 2}).succeed()
-    Run(folder, VALIDATED).succeed()
-    return folder / "dump"
 
 
 def test_checkpoints_record_what_wrote_them(run: Path) -> None:
