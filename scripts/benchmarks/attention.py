@@ -35,6 +35,7 @@ from measuring import (
     random_rows,
     relative_error,
     require_cuda,
+    sequence_first,
 )
 from reporting import (
     crossover,
@@ -181,17 +182,9 @@ def parts(
     merged, lse = kernels.merge_outputs(*merge)
     collect = out, merged, lse, far, far_lse, *selection, *pyramid
     backward = out, None, q, k, v, merged, lse, config.window, scale
-
-    def spread_onto() -> list[torch.Tensor]:
-        # The gradients of the gathered rows, on top of those through the window.
-        pairs = zip(gathered, leaves, strict=True)
-        return [
-            kernels.spread_shares(rows, selection.slot, n, *pyramid, onto=near)
-            for rows, near in pairs
-        ]
-
+    spread = lambda x, onto: kernels.spread_shares(x, selection.slot, n, *pyramid, onto)  # noqa: E731
     return found | {
-        "gather, backward": (spread_onto, rows * (s + 2 * n)),
+        "gather, backward": (lambda: [*map(spread, gathered, leaves)], rows * (s + 2 * n)),
         "window": (
             lambda: kernels.window_forward(q, k, v, config.window, scale),
             (rows + row) * n,
@@ -215,16 +208,11 @@ def whole(
     def lighthouse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return lighthouse_attention(q, k, v, config, sdpa=None if config.window else dense)
 
-    def in_model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        # A model's graph holds these transposes. A graph with a transposed output would first copy
-        # the output's gradient, which torch then lays out in order of its dimensions.
-        return lighthouse(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
     torch._dynamo.reset()
-    compiled = torch.compile(in_model, fullgraph=True, dynamic=False)
-    as_in_model = [x.transpose(1, 2) for x in leaves]
+    compiled = torch.compile(sequence_first(lighthouse), fullgraph=True, dynamic=False)
     functions = {} if skip_dense else {"dense": (plain, leaves)}
-    functions |= {"lighthouse": (lighthouse, leaves), "compiled": (compiled, as_in_model)}
+    flat = [x.transpose(1, 2) for x in leaves]
+    functions |= {"lighthouse": (lighthouse, leaves), "compiled": (compiled, flat)}
     found = {}
     for name, arguments in functions.items():
         found[f"{name}, forward"], found[f"{name}, both"] = forward_and_backward(*arguments)

@@ -148,6 +148,19 @@ def forward_and_backward(
     return forward, both
 
 
+def sequence_first(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``function`` of tensors [B, H, N, D] as one of tensors [B, N, H, D], to compile.
+
+    A model's graph holds these transposes too. A graph with a transposed output would first copy
+    the output's gradient, as torch takes that to be laid out in order of its dimensions.
+    """
+
+    def transposed(*tensors: torch.Tensor) -> torch.Tensor:
+        return function(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
+
+    return transposed
+
+
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of the difference over the norm of ``exact``."""
     return ((value.float() - exact).norm() / exact.norm()).item()
