@@ -90,8 +90,9 @@ def window_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which each position sees itself and the ``window`` - 1 before it.
 
-    A window of N or more is dense causal attention. Forward and backward repeat their bits, and
-    both results have exact first gradients.
+    A window of N or more is dense causal attention by the kernel that torch has for it. Below N,
+    forward and backward repeat their bits; dense attention repeats them under
+    ``torch.use_deterministic_algorithms(True)``. Both results have exact first gradients.
 
     Args:
         q: [B, Hq, N, D].

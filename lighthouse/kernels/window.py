@@ -11,12 +11,11 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 """
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from .launch import LARGEST_D, define, row_strides, sequence_first
 
@@ -62,11 +61,14 @@ def repeating_bits() -> Generator[None]:
         fills.fill_uninitialized_memory = filled
 
 
-def _torch_prefers_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
-    """Whether torch's dense attention would run cuDNN's kernel, the fastest one on Hopper."""
+def _cudnn_computes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether cuDNN's dense attention, the fastest one on Hopper, takes these tensors.
+
+    torch lets it compute neither where a user has switched it off nor in deterministic mode.
+    """
     grouped = q.shape[1] != k.shape[1]
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
-    return choice == SDPBackend.CUDNN_ATTENTION.value
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, grouped)
+    return torch.backends.cuda.can_use_cudnn_attention(parameters)
 
 
 def _flash_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -93,7 +95,7 @@ def launch_forward(
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
     n = q.shape[2]
-    if window >= n and _torch_prefers_cudnn(q, k, v, scale):
+    if window >= n and _cudnn_computes(q, k, v):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, True, False, scale=scale
         )
@@ -123,7 +125,7 @@ def launch_backward(
     is then cut into segments instead, which flash attention takes as a batch.
     """
     batch, heads, n, _ = q.shape
-    if window >= n and _torch_prefers_cudnn(q, k, v, scale):
+    if window >= n and _cudnn_computes(q, k, v):
         # Without dropout, the state of the random generator is not read.
         state = lse.new_empty((), dtype=torch.int64)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -135,7 +137,8 @@ def launch_backward(
     rows = [_flash_rows(each) for each in (dout, q, k, v, out)]
     segments = segments_of(n, window, batch * heads, _processors(q.device))
     gradients = _gradients if segments == 1 else partial(_gradients_in_segments, segments)
-    with repeating_bits():
+    # A window that holds all keys is dense attention, which repeats its bits in torch's mode alone.
+    with repeating_bits() if window < n else nullcontext():
         grads = gradients(rows, lse, window, scale)
     dq, dk, dv = (grad.contiguous().transpose(1, 2) for grad in grads)
     return dq, dk, dv

@@ -12,7 +12,6 @@ import torch.utils.flop_counter  # noqa: F401
 from attention_cases import Dense, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend
 from torch.nn.functional import pad
 
 from lighthouse import LighthouseAttention, WindowAttention, reference, window, window_attention
@@ -257,8 +256,10 @@ def stand_in_forward(q, k, v, _q, _k, max_q, max_k, dropout, is_causal, debug, *
 def stand_in_backward(dout, q, k, v, out, lse, _q, _k, max_q, max_k, dropout, is_causal, state,
                       unused, *, scale, window_size_left, window_size_right):  # fmt: skip
     """flash attention's backward, which takes no gradient of the logsumexp."""
-    assert torch.get_deterministic_debug_mode() == 2
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    # Dense attention, which has no limit to the left, repeats its bits where a user asks for that.
+    repeats = torch.get_deterministic_debug_mode() == 2
+    assert repeats or window_size_left < 0
+    assert torch.utils.deterministic.fill_uninitialized_memory != repeats
     assert (max_q, max_k, dropout, is_causal) == (q.shape[1], k.shape[1], 0, True)
     assert window_size_right == 0 and lse.is_contiguous()
     size = max_k if window_size_left < 0 else window_size_left + 1
@@ -305,22 +306,21 @@ def cudnn_backward(dout, q, k, v, out, lse, seed, offset, bias, _q, _k, max_q, m
     return torch.ops.lighthouse.window_backward(*arguments)
 
 
-def test_dense_attention_takes_the_kernel_that_torch_prefers(monkeypatch) -> None:
-    """It is cuDNN's on Hopper. Its logsumexp has a dimension more."""
+def test_dense_attention_takes_cudnn_where_it_computes(monkeypatch) -> None:
+    """cuDNN's logsumexp has a dimension more."""
+    *inputs, grad = (x.float() for x in rows(40, 4, 2))
+    grad_lse = torch.randn(grad.shape[:3])
+    expected = results(window_attention, inputs, grad, grad_lse, 40, scale=0.5, return_lse=True)
     for name, stand_in in (("", cudnn_forward), ("_backward", cudnn_backward)):
         name = f"_scaled_dot_product_cudnn_attention{name}"
         there = getattr(torch.ops.aten, name).default._schema.arguments
         assert len(there) == len(inspect.signature(stand_in).parameters)
         monkeypatch.setattr(torch.ops.aten, name, stand_in)
-    cudnn = SDPBackend.CUDNN_ATTENTION.value
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *arguments, **options: cudnn)
-    *inputs, grad = (x.float() for x in rows(40, 4, 2))
-    grad_lse = torch.randn(grad.shape[:3])
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda parameters: True)
 
     def by_cudnn(*x: torch.Tensor) -> Any:
         return window._WindowAttention.apply(*x, 40, 0.5, "flash", True)
 
-    expected = results(window_attention, inputs, grad, grad_lse, 40, scale=0.5, return_lse=True)
     for value, want in zip(results(by_cudnn, inputs, grad, grad_lse), expected, strict=True):
         assert relative_error(value, want) < 1e-6
 

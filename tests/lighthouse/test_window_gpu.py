@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_cases import relative_error
 
-from lighthouse import WindowAttention, window_attention
+from lighthouse import LighthouseConfig, WindowAttention, lighthouse_attention, window_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +74,28 @@ def test_bits_repeat(kv_heads: int) -> None:
         for value, want in zip(again, first, strict=True):
             assert torch.equal(value, want)
     assert torch.get_deterministic_debug_mode() == 0
+
+
+def test_dense_attention_repeats_its_bits_in_deterministic_mode() -> None:
+    """As a window that holds all keys, and within a merge."""
+    given = inputs_of(torch.bfloat16, 128, 4, 4, n=16384)
+    config = LighthouseConfig(
+        3, 4, 256, picks_per_stratum=64, entry_score="first", combine="finest", window=WINDOW
+    )
+
+    def merged() -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in given[0]]
+        out = lighthouse_attention(*leaves, config)
+        return [out.detach(), *torch.autograd.grad(out, leaves, given[1])]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for compute in (lambda: results(window_attention, *given, 16384), merged):
+            first, again = compute(), compute()
+            for value, want in zip(again, first, strict=True):
+                assert torch.equal(value, want)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
