@@ -266,6 +266,29 @@ def passkeys(path: Path) -> None:
     retrieval_report.plot(path.parent, list(found.values()), path.stem)
 
 
+def neighbourhood(path: Path) -> None:
+    """Held-out loss and pass keys of each arrangement of the first stage, a mark for each seed."""
+    rows = [row for row in read_csv("neighbourhood/seeds.csv") if row["tail"] == 0.125]
+    arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
+    figure = new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, key, factor, label in (
+        (left, "books", 1, "held-out loss of books, nats per byte"),
+        (right, "keys 32768", 100, "pass keys found at 32,768 bytes, %"),
+    ):
+        for seed, marker in ((0, "o"), (1, "s"), (2, "^")):
+            points = [(row[key] * factor, arms.index(str(row["arm"])))
+                      for row in rows if row["seed"] == seed]  # fmt: skip
+            axis.plot(*zip(*points, strict=True), marker, color=colours(3)[seed],
+                      markerfacecolor="none", label=f"seed {seed}")  # fmt: skip
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    left.set_yticks(range(len(arms)), arms, fontsize=8)
+    left.invert_yaxis()
+    right.legend(fontsize=8)
+    save(figure, path)
+
+
 def ablations(path: Path) -> None:
     ablation_results.plot_speed(read_csv("ablations_books_16k/results.csv"), path)
 
@@ -292,6 +315,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     ),
     "studies/results/selection_books/held_out.png": selection,
     "studies/results/passkey_16k/passkey.png": passkeys,
+    "studies/results/neighbourhood/seeds.png": neighbourhood,
     "studies/results/ablations_books_16k/loss_and_throughput.png": ablations,
 }
 
