@@ -169,18 +169,21 @@ def test_six_steps_equal_those_of_one_process(
 
 
 def test_training_continues_on_another_mesh(one_process: tuple[dict, Run], tmp_path: Path) -> None:
-    """One process, then two data-parallel ones, then two that share each sequence."""
+    """One process, then two data-parallel ones, then two that share each sequence.
+
+    The second run saves a step at which the selection was recorded.
+    """
     settings, expected = one_process
     settings = {**settings, "lr_scheduler.total_steps": 6}
     Run(tmp_path, {**settings, "training.steps": 3}).succeed()
-    Run(tmp_path, {**settings, "training.steps": 5}, processes=2).succeed()
+    Run(tmp_path, {**settings, "training.steps": 4}, processes=2).succeed()
     other_batch = Run(tmp_path, {**settings, "training.global_batch_size": 4}, processes=2)
     assert other_batch.wait() != 0
     assert "pass --lighthouse.data_streams 2, or" in other_batch.log
     run = Run(tmp_path, {**settings, **CP2}, processes=2).succeed()
     for step, want in expected.steps().items():
         seen = run.steps()[step]["batches"]
-        if 3 < step <= 5:
+        if step == 4:
             seen = seen + run.steps(rank=1)[step]["batches"]
         assert seen == want["batches"]
         loss = float.fromhex(run.steps()[step]["loss"])

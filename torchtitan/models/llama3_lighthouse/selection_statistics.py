@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lighthouse import LighthouseAttention, select
 from lighthouse.geometry import PyramidGeometry
@@ -68,6 +69,10 @@ def selections(model: nn.Module, forward: Callable[[], object]) -> list[Selected
     """The selection of each Lighthouse layer of ``model`` in ``forward``, one pass over a text."""
     with _recorded(model) as recorded:
         forward()
+    # A backward would do this. Weights that stay gathered are not those that a checkpoint saves.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return recorded
 
 
