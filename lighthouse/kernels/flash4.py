@@ -30,7 +30,8 @@ from .window import (
 PACKAGE = "flash-attn-4"
 # The first version that was measured. pyproject.toml has it too.
 LEAST_VERSION = "4.0.0b36"
-INSTALL = f"pip install '{PACKAGE}[cu13]>={LEAST_VERSION}'"
+REQUIREMENT = f"{PACKAGE}[cu13]>={LEAST_VERSION}"
+INSTALL = f"pip install '{REQUIREMENT}'"
 WITHOUT = f"remove it with pip uninstall {PACKAGE}, and torch's flash attention computes windows"
 # The compute capability of Hopper. FlashAttention 4 has other kernels for other GPUs.
 HOPPER = 9
