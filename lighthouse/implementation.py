@@ -14,7 +14,7 @@ except ModuleNotFoundError as missing:
     kernels = None
 
 IMPLEMENTATIONS = ("triton", "torch")
-WINDOW_IMPLEMENTATIONS = ("flash", "torch")
+WINDOW_IMPLEMENTATIONS = ("flash4", "flash", "torch")
 
 
 def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
@@ -42,19 +42,25 @@ def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
 
 
 def choose_window_implementation(impl: str | None, q: torch.Tensor) -> str:
-    """Choose "flash" or "torch", by ``impl`` or else by what flash attention computes.
+    """Choose "flash4", "flash" or "torch", by ``impl`` or else the first that computes ``q``.
 
     Raises:
-        ValueError: ``impl`` is not known, or is "flash" and flash attention does not compute such
-            tensors.
-        ImportError: the kernels should run, and Triton is not installed.
+        ValueError: ``impl`` is not known, or does not compute such tensors.
+        ImportError: the kernels should run, and Triton is not installed; or FlashAttention 4
+            should, and is not installed, too old or broken.
     """
     found = _kernels_unless_torch(impl, q, WINDOW_IMPLEMENTATIONS)
-    obstacle = found.obstacle_to_flash(q) if found is not None else None
-    if found is None or (impl is None and obstacle):
+    if found is None:
         return "torch"
-    if obstacle:
+    if impl == "flash4":
+        found.check_flash4(q)
+        return "flash4"
+    if obstacle := found.obstacle_to_flash(q):
+        if impl is None:
+            return "torch"
         raise ValueError(f'the window of flash attention {obstacle}; pass impl="torch"')
+    if impl is None and not found.obstacle_to_flash4(q) and found.flash4_is_installed():
+        return "flash4"
     return "flash"
 
 

@@ -99,10 +99,13 @@ def window_attention(
         k, v: [B, Hkv, N, D]; Hkv divides Hq.
         window: W, from 1 to 2**31 - 1.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
-        impl: "flash" for torch's flash attention, or "torch" for vectorised PyTorch, which takes
-            every device, dtype and D and is several times slower on a GPU. The default is "flash"
-            for bfloat16 and float16 on CUDA with a D that 8 divides, up to 256, and "torch" for
-            all others: float32 on CUDA is computed by PyTorch.
+        impl: "flash4" for FlashAttention 4, the extra flash4, on Hopper GPUs; "flash" for torch's
+            flash attention; or "torch" for vectorised PyTorch, which takes every device, dtype and
+            D and is several times slower on a GPU. Both flash attentions compute bfloat16 and
+            float16 on CUDA with a D that 8 divides, up to 256. The default is "flash4" where it
+            is installed and computes such tensors, else "flash" where that does, and "torch" for
+            all others: float32 on CUDA is computed by PyTorch. Under "flash4" a window of N or
+            more goes to "flash". The implementations differ by rounding.
         return_lse: also return the logsumexp of each position's scores.
 
     Returns:
@@ -112,6 +115,8 @@ def window_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another, or the window or
             ``impl`` is none.
+        ImportError: ``impl`` needs a package that is not installed, or the installed flash-attn-4
+            is too old or broken.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
     check_transforms()
@@ -123,6 +128,8 @@ def window_attention(
 
 
 def _operations(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if impl == "flash4":
+        return kernels.flash4_forward, kernels.flash4_backward
     if impl == "flash":
         return kernels.window_forward, kernels.window_backward
     return torch.ops.lighthouse.window, torch.ops.lighthouse.window_backward
@@ -290,7 +297,8 @@ class WindowAttention(InnerAttention):
 
     Args:
         window: W, the positions that each position sees, itself included.
-        sdpa, impl: as in ``InnerAttention``; "flash" and "torch" are implementations.
+        sdpa, impl: as in ``InnerAttention``; "flash4", "flash" and "torch" are
+            implementations.
     """
 
     name = "attention over a window"

@@ -25,7 +25,7 @@ PAGE = ROOT / "docs/upstream.md"
 OVERLAY = "torchtitan/models/llama3_lighthouse"
 PACKAGES = ("lighthouse", "lighthouse_commands", OVERLAY)
 UPSTREAM = ("torch", "torchtitan", "torchdata", "triton", "datasets")
-PINNED = ("torch", "triton", "torchtitan", "datasets")
+PINNED = ("torch", "triton", "torchtitan", "datasets", "flash-attn-4")
 READ_THE_PAGE = "docs/upstream.md says where we use it, why, and when it can go"
 
 

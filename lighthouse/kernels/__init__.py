@@ -7,10 +7,17 @@ have gradients, though no second ones. ``spread`` is one operation:
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: collect sums
 
-``window`` registers torch's attention over a window in the same way, with its backward, and
-``merge`` what joins its output with that of the selected entries.
+``window`` registers torch's attention over a window in the same way, with its backward, ``flash4``
+that of FlashAttention 4, and ``merge`` what joins its output with that of the selected entries.
 """
 
+from .flash4 import (
+    check_flash4,
+    flash4_backward,
+    flash4_forward,
+    flash4_is_installed,
+    obstacle_to_flash4,
+)
 from .gather import gather_means, pool_gather, spread_shares
 from .launch import check_supported
 from .merge import collect_merged, merge_outputs
@@ -21,11 +28,16 @@ from .selection import select_from_norms
 from .window import obstacle_to_flash, window_backward, window_forward
 
 __all__ = [
+    "check_flash4",
     "check_supported",
     "collect_merged",
+    "flash4_backward",
+    "flash4_forward",
+    "flash4_is_installed",
     "gather_means",
     "merge_outputs",
     "obstacle_to_flash",
+    "obstacle_to_flash4",
     "pool_coarsest",
     "pool_gather",
     "scatter_back",

@@ -71,7 +71,7 @@ def _cudnn_computes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return torch.backends.cuda.can_use_cudnn_attention(parameters)
 
 
-def _flash_rows(rows: torch.Tensor) -> torch.Tensor:
+def flash_rows(rows: torch.Tensor) -> torch.Tensor:
     """[B, H, N, D] as flash attention takes it, [B, N, H, D] with D contiguous."""
     return row_strides(rows)[0].transpose(1, 2)
 
@@ -100,7 +100,7 @@ def launch_forward(
             q, k, v, None, True, 0.0, True, False, scale=scale
         )
         return out.transpose(1, 2).contiguous().transpose(1, 2), lse.squeeze(-1).contiguous()
-    rows = (_flash_rows(each) for each in (q, k, v))
+    rows = (flash_rows(each) for each in (q, k, v))
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *rows, None, None, n, n, 0.0, True, False, **_options(n, window, scale)
     )
@@ -134,7 +134,7 @@ def launch_backward(
         )  # fmt: skip
         dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
         return dq, dk, dv
-    rows = [_flash_rows(each) for each in (dout, q, k, v, out)]
+    rows = [flash_rows(each) for each in (dout, q, k, v, out)]
     segments = segments_of(n, window, batch * heads, _processors(q.device))
     gradients = _gradients if segments == 1 else partial(_gradients_in_segments, segments)
     # A window that holds all keys is dense attention, which repeats its bits in torch's mode alone.
@@ -222,16 +222,18 @@ def _gradients_in_segments(
     return dq, dk, dv
 
 
-def _fake_forward(
+def fake_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results like ``launch_forward``'s, without values."""
     out = sequence_first(q, q.shape[2])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _fake_backward(
+def fake_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Results like ``launch_backward``'s, without values."""
     n = q.shape[2]
     return sequence_first(q, n), sequence_first(k, n), sequence_first(v, n)
 
@@ -239,13 +241,13 @@ def _fake_backward(
 define(
     "flash_window(Tensor q, Tensor k, Tensor v, int window, float scale) -> (Tensor, Tensor)",
     launch_forward,
-    _fake_forward,
+    fake_forward,
 )
 define(
     "flash_window_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " int window, float scale) -> (Tensor, Tensor, Tensor)",
     launch_backward,
-    _fake_backward,
+    fake_backward,
 )
 
 

@@ -50,6 +50,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lighthouse import LighthouseConfig, Selection, kernels, lighthouse_attention, select
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.window import window_operations
 from torchtitan.models.llama3_lighthouse.environment import environment
 from torchtitan.models.llama3_lighthouse.evaluation.figures import (
     DENSE,
@@ -176,8 +177,9 @@ def parts(
             "scatter, backward": (adjoint(scatter, gathered[0], out), row * (n + s)),
         }
     scale, pyramid = 1 / math.sqrt(q.shape[-1]), (config.pooling_factor, config.levels)
-    far, far_lse = kernels.window_forward(*gathered, s, scale)
-    near, near_lse = kernels.window_forward(q, k, v, config.window, scale)
+    attend, attend_backward = window_operations(q)
+    far, far_lse = attend(*gathered, s, scale)
+    near, near_lse = attend(q, k, v, config.window, scale)
     merge = far, far_lse, near, near_lse, selection.slot, *pyramid
     merged, lse = kernels.merge_outputs(*merge)
     collect = out, merged, lse, far, far_lse, *selection, *pyramid
@@ -186,11 +188,11 @@ def parts(
     return found | {
         "gather, backward": (lambda: [*map(spread, gathered, leaves)], rows * (s + 2 * n)),
         "window": (
-            lambda: kernels.window_forward(q, k, v, config.window, scale),
+            lambda: attend(q, k, v, config.window, scale),
             (rows + row) * n,
         ),
         "merge": (lambda: kernels.merge_outputs(*merge), row * (s + 2 * n)),
-        "window, backward": (lambda: kernels.window_backward(*backward), 2 * (rows + row) * n),
+        "window, backward": (lambda: attend_backward(*backward), 2 * (rows + row) * n),
         "merge, backward": (lambda: kernels.collect_merged(*collect), row * (2 * n + 3 * s)),
     }
 

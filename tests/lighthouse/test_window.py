@@ -214,7 +214,7 @@ def test_module_refuses_what_it_cannot_do() -> None:
             4,
             {"impl": "triton"},
             ValueError,
-            "must be one of flash, torch, got impl = 'triton'",
+            "must be one of flash4, flash, torch, got impl = 'triton'",
         ),
         (4, {"impl": "flash"}, ValueError, 'needs CUDA tensors, got cpu; pass impl="torch"'),
         (

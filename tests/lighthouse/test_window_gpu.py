@@ -1,17 +1,37 @@
-"""Attention over a window on a GPU, by flash attention."""
+"""Attention over a window on a GPU, by torch's flash attention and by FlashAttention 4."""
 
 import math
 
 import pytest
 import torch
-from attention_cases import relative_error
+from attention_cases import output_and_gradients, relative_error
 
-from lighthouse import LighthouseConfig, WindowAttention, lighthouse_attention, window_attention
+from lighthouse import (
+    LighthouseConfig,
+    WindowAttention,
+    kernels,
+    lighthouse_attention,
+    merge,
+    select,
+    window,
+    window_attention,
+)
 
 pytestmark = pytest.mark.gpu
 
 # Backward takes this sequence in four segments under this window.
 N, WINDOW = 4100, 200
+
+
+@pytest.fixture(params=["flash", "flash4"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation that this machine has. A broken installation is an error."""
+    if request.param == "flash4":
+        head = torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+        obstacle = kernels.obstacle_to_flash4(head)
+        if obstacle or not kernels.flash4_is_installed():
+            pytest.skip(f"FlashAttention 4 {obstacle or 'is not installed'}")
+    return request.param
 
 
 def inputs_of(dtype: torch.dtype, d: int, heads: int = 4, kv_heads: int = 2, n: int = N):
@@ -45,13 +65,13 @@ def plain(q, k, v, size, return_lse):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [32, 64, 128, 256])
 @pytest.mark.parametrize("size", [1, WINDOW, N])
-def test_errors_are_those_of_rounding(dtype: torch.dtype, d: int, size: int) -> None:
+def test_errors_are_those_of_rounding(impl: str, dtype: torch.dtype, d: int, size: int) -> None:
     given = inputs_of(dtype, d)
     inputs, *grads = given
     exact = results(
         window_attention, [x.double() for x in inputs], *(x.double() for x in grads), size
     )
-    found = results(window_attention, *given, size, impl="flash")
+    found = results(window_attention, *given, size, impl=impl)
     rounded = results(plain, *given, size)
     # Under a window of one position, gradients of q and k are those of lse alone. What is added to
     # out to carry them is rounded with it, and summed over D.
@@ -63,13 +83,13 @@ def test_errors_are_those_of_rounding(dtype: torch.dtype, d: int, size: int) -> 
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_bits_repeat(kv_heads: int) -> None:
+def test_bits_repeat(impl: str, kv_heads: int) -> None:
     """Without torch's deterministic mode, and with other memory in use."""
     given = inputs_of(torch.bfloat16, 128, 4, kv_heads, n=20000)
-    first = results(window_attention, *given, 1000)
+    first = results(window_attention, *given, 1000, impl=impl)
     for size in (2**20, 2**24, 2**27):
         held = torch.full((size,), math.nan, device="cuda")
-        again = results(window_attention, *given, 1000)
+        again = results(window_attention, *given, 1000, impl=impl)
         del held
         for value, want in zip(again, first, strict=True):
             assert torch.equal(value, want)
@@ -110,9 +130,9 @@ def test_what_flash_attention_does_not_take_goes_to_pytorch(dtype: torch.dtype) 
         window_attention(*given[0], 50, impl="flash")
 
 
-def test_compiles_whole() -> None:
+def test_compiles_whole(impl: str) -> None:
     inputs, grad, _ = inputs_of(torch.bfloat16, 128)
-    module = WindowAttention(WINDOW)
+    module = WindowAttention(WINDOW, impl=impl)
     found = []
     for function in (module, torch.compile(module, fullgraph=True)):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -123,30 +143,32 @@ def test_compiles_whole() -> None:
         assert torch.equal(value, want)
     given = inputs_of(torch.bfloat16, 64)
     compiled = torch.compile(window_attention, fullgraph=True)
-    expected = results(window_attention, *given, WINDOW)
-    for value, want in zip(results(compiled, *given, WINDOW), expected, strict=True):
+    expected = results(window_attention, *given, WINDOW, impl=impl)
+    found = results(compiled, *given, WINDOW, impl=impl)
+    for value, want in zip(found, expected, strict=True):
         assert relative_error(value, want) < 1e-2
 
 
-def test_operations_are_registered_as_torch_asks() -> None:
-    inputs, grad, _ = inputs_of(torch.bfloat16, 64, n=300)
-    out, lse = window_attention(*inputs, 50, return_lse=True)
-    operations = torch.ops.lighthouse
-    torch.library.opcheck(operations.flash_window.default, (*inputs, 50, 0.1))
-    torch.library.opcheck(
-        operations.flash_window_backward.default, (grad, *inputs, out, lse, 50, 0.1)
-    )
+def test_operations_are_registered_as_torch_asks(impl: str) -> None:
+    inputs, grad, grad_lse = inputs_of(torch.bfloat16, 64, n=300)
+    out, lse = window_attention(*inputs, 50, impl=impl, return_lse=True)
+    forward = getattr(torch.ops.lighthouse, f"{impl}_window").default
+    backward = getattr(torch.ops.lighthouse, f"{impl}_window_backward").default
+    torch.library.opcheck(forward, (*inputs, 50, 0.1))
+    # FlashAttention 4 takes the gradient of the logsumexp, or none.
+    for more in ((grad_lse,), (None,)) if impl == "flash4" else ((),):
+        torch.library.opcheck(backward, (grad, *inputs, out, lse, *more, 50, 0.1))
     # Rows that lie elsewhere in memory give results that lie where they should.
     inputs = [x.contiguous() for x in inputs]
-    torch.library.opcheck(operations.flash_window.default, (*inputs, 50, 0.1))
+    torch.library.opcheck(forward, (*inputs, 50, 0.1))
 
 
-def test_memory_of_backward_does_not_depend_on_the_number_of_processors() -> None:
+def test_memory_of_backward_does_not_depend_on_the_number_of_processors(impl: str) -> None:
     """It holds a sum of q's size in float32, and results. Without segments it would hold a sum for
     every few processors."""
     inputs, grad, _ = inputs_of(torch.bfloat16, 128, 4, 4, n=32768)
     leaves = [x.requires_grad_() for x in inputs]
-    out = window_attention(*leaves, 256)
+    out = window_attention(*leaves, 256, impl=impl)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -155,11 +177,37 @@ def test_memory_of_backward_does_not_depend_on_the_number_of_processors() -> Non
     assert torch.cuda.max_memory_allocated() - before < 6 * size
 
 
-def test_no_host_synchronisation() -> None:
+def test_no_host_synchronisation(impl: str) -> None:
     given = inputs_of(torch.bfloat16, 64)
-    results(window_attention, *given, WINDOW)
+    results(window_attention, *given, WINDOW, impl=impl)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results(window_attention, *given, WINDOW)
+        results(window_attention, *given, WINDOW, impl=impl)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_merges_with_the_selection(
+    monkeypatch: pytest.MonkeyPatch, impl: str, kv_heads: int
+) -> None:
+    """Backward goes through the merged output and logsumexp; its bits repeat."""
+    monkeypatch.setattr(merge, "window_operations", lambda q: window._operations(impl))
+    config = LighthouseConfig(
+        3, 4, 128, picks_per_stratum=32, entry_score="first", combine="finest", window=WINDOW
+    )
+    inputs, grad, _ = inputs_of(torch.bfloat16, 128, 4, kv_heads, n=4096)
+    options = {"config": config, "selection": select(*inputs, config)}
+
+    def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype) for x in inputs]
+        return output_and_gradients(
+            lighthouse_attention, leaves, grad.to(dtype), impl=impl, **options
+        )
+
+    exact, plain = run("torch", torch.float64), run("torch", torch.bfloat16)
+    found, again = (run("triton", torch.bfloat16) for _ in range(2))
+    for value, other, want, second in zip(found, plain, exact, again, strict=True):
+        least = torch.finfo(torch.bfloat16).eps
+        assert relative_error(value, want) <= max(1.05 * relative_error(other, want), least)
+        assert torch.equal(value, second)

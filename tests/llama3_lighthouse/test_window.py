@@ -76,8 +76,8 @@ def test_both_stages_train_and_say_what_they_run(two_stages: Run) -> None:
     assert [line["lighthouse/gathered_length"] for line in lines] == [412] * 4
     assert "window        each position attends over the last 40 of 412 positions" in two_stages.log
     assert (
-        "Stage 'lighthouse' begins at step 1: each position attends over a window of 40 of 412"
-        in two_stages.log
+        "Stage 'lighthouse' begins at step 1: each position attends over a window of 40 of 412 "
+        "positions, by vectorised PyTorch, " in two_stages.log
     )
     assert (
         "Stage 'dense' begins at step 3 after lighthouse: attention runs on 412" in two_stages.log
@@ -133,7 +133,10 @@ def test_a_window_beside_the_selection_trains_and_resumes(tmp_path: Path) -> Non
     run = Run(tmp_path / "run", settings).succeed()
     run.settings = settings
     assert "S = 192 of 512 positions; 1 strata; a window of 40 positions beside it" in run.log
-    assert "runs on 192 of 512 positions, each position attends over a window of 40 too" in run.log
+    assert (
+        "runs on 192 of 512 positions, each position attends over a window of 40 too, by vec"
+        in run.log
+    )
     resumed = continued(run, tmp_path / "resumed", 1)
     expected = exact(run)
     assert exact(resumed) == {step: expected[step] for step in (2, 3)}

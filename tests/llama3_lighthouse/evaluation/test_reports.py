@@ -66,7 +66,8 @@ def test_progress_in_a_log_file_is_lines(capsys, monkeypatch) -> None:
 
 def test_environment_names_what_a_record_needs() -> None:
     record = environment("abc")
-    assert list(record) == ["GPU", "torch", "triton", "cudnn", "python", "revision", "date"]
+    versions = ["torch", "triton", "flash-attn-4", "cudnn", "python"]
+    assert list(record) == ["GPU", *versions, "revision", "date"]
     assert record["revision"] == "abc"
     assert record["python"] == ".".join(map(str, sys.version_info[:3]))
 

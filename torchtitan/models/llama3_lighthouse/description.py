@@ -9,6 +9,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.implementation import choose_window_implementation
 from lighthouse.window import window_pairs
 
 from .checks.parallelism import layout_on_rank_0
@@ -26,6 +27,11 @@ from .stages import ATTENTIONS
 GIB = 2**30
 # How lines name an attention, which for stage "lighthouse" is ``lighthouse.attention``.
 NAMES = {"lighthouse": "Lighthouse", "window": "window", "dense": "dense"}
+WINDOW_KERNELS = {
+    "flash4": "FlashAttention 4",
+    "flash": "torch's flash attention",
+    "torch": "vectorised PyTorch",
+}
 
 
 def describe(
@@ -236,6 +242,27 @@ def output_line(config: JobConfig) -> str:
     if config.metrics.enable_tensorboard:
         places.append(f"{config.metrics.save_tb_folder}/ for TensorBoard")
     return f"output        {config.job.dump_folder}: {', '.join(places)}"
+
+
+def what_runs(
+    config: JobConfig, args: LighthouseModelArgs, stage: str, device: torch.device
+) -> str:
+    """Positions that attention runs on in ``stage``, its window, and what computes the window."""
+    seq_len, window = config.training.seq_len, config.lighthouse.window
+    length = args.gathered_length(seq_len) if stage == "lighthouse" else seq_len
+    runs = f"attention runs on {length:,} of {seq_len:,} positions"
+    if stage != "lighthouse" or not window:
+        return runs
+    near = f"each position attends over a window of {window:,}"
+    runs = f"{runs}, {near} too" if args.selects else f"{near} of {seq_len:,} positions"
+    # A window of all positions is dense attention.
+    return f"{runs}, by {_window_kernel(config, args, device)}" if window < seq_len else runs
+
+
+def _window_kernel(config: JobConfig, args: LighthouseModelArgs, device: torch.device) -> str:
+    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
+    head = torch.empty(1, 1, 1, args.dim // args.n_heads, dtype=dtype, device=device)
+    return WINDOW_KERNELS[choose_window_implementation(None, head)]
 
 
 def _command() -> str:

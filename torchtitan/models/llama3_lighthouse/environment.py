@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ def environment(revision: str | None = None) -> dict[str, str | int | None]:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": _triton_version(),
+        "flash-attn-4": _flash4_version(),
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
         "revision": revision or git_revision(),
@@ -51,3 +53,10 @@ def _triton_version() -> str | None:
     except ImportError:
         return None
     return triton.__version__
+
+
+def _flash4_version() -> str | None:
+    try:
+        return metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return None

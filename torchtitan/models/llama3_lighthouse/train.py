@@ -25,7 +25,7 @@ from .checks.configuration import check_launch
 from .checks.parallelism import check_device
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
-from .description import describe, ending, output_line
+from .description import describe, ending, output_line, what_runs
 from .errors import NonFiniteError, UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
@@ -152,12 +152,8 @@ class LighthouseTrainer(upstream.Trainer):
         came_from = f" after {self.stage}" if self.stage else ""
         self.stage = stage
         self._use_attention(stage)
-        seq_len = self.job_config.training.seq_len
-        runs = f"attention runs on {self._gathered_length[stage]:,} of {seq_len:,} positions"
         selects = stage == "lighthouse" and self.model_args.selects
-        if stage == "lighthouse" and section.window:
-            near = f"each position attends over a window of {section.window:,}"
-            runs = f"{runs}, {near} too" if selects else f"{near} of {seq_len:,} positions"
+        runs = what_runs(self.job_config, self.model_args, stage, self.device)
         logger.info(
             f"Stage '{stage}' begins at step {step}{came_from}: {runs}, "
             f"{self._flops_per_token[stage]:.3e} FLOPs per token"

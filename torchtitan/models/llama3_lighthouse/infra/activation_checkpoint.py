@@ -44,7 +44,10 @@ WINDOW = {torch.ops.lighthouse.window.default}
 SELECTION = {torch.ops.lighthouse.select.default}
 GATHERING: set[torch._ops.OpOverload] = set()
 if kernels is not None:
-    WINDOW |= {torch.ops.lighthouse.flash_window.default}
+    WINDOW |= {
+        torch.ops.lighthouse.flash_window.default,
+        torch.ops.lighthouse.flash4_window.default,
+    }
     SELECTION |= {
         torch.ops.lighthouse.score.default,
         torch.ops.lighthouse.select_from_norms.default,
