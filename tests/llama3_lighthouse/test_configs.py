@@ -33,6 +33,7 @@ def check_model(config: JobConfig) -> int:
     method = LighthouseConfig(
         section.levels, section.pooling_factor, section.top_k, section.scorer,
         section.picks_per_stratum, section.dilation, section.entry_score, section.combine,
+        section.window,
     )  # fmt: skip
     for index, block in model.layers.items():
         inner = block.attention.inner_attention
