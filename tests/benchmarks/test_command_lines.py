@@ -10,10 +10,11 @@ import pytest
 import scorers
 import torch
 import training
+import windows
 from arguments import run_benchmark
 from measuring import method_of
 
-NEED_CUDA = [attention, parts, scorers]
+NEED_CUDA = [attention, parts, scorers, windows]
 
 
 @pytest.mark.parametrize("script", [*NEED_CUDA, context_parallel, training])
@@ -41,6 +42,19 @@ def test_a_missing_gpu_is_said_first(script, monkeypatch, tmp_path: Path) -> Non
 def test_cases_have_four_numbers(case: str) -> None:
     with pytest.raises(ValueError, match=f"--cases {case}: .*N,L,p,k.*98304,3,4,1536"):
         method_of(case, "--cases")
+
+
+@pytest.mark.parametrize("case", ["98304", "98304,8,128", "98304,8,128,0", "98304,8,128,w"])
+def test_cases_of_windows_have_four_numbers(case: str) -> None:
+    with pytest.raises(ValueError, match=f"--cases {case}: .*N,H,D,W.*98304,8,128,256"):
+        windows.numbers_of(case)
+
+
+def test_floor_of_a_window_is_its_slower_limit() -> None:
+    """W N pairs less the first rows', four FLOPs for each pair and element, or the bytes."""
+    narrow, wide = (windows.floor(98304, 8, 128, window, 3000.0) for window in (16, 1024))
+    assert narrow["both"] == pytest.approx(12 * 2 * 98304 * 8 * 128 / 3000e9 * 1e3)
+    assert wide["both"] == pytest.approx(3.5 * 4 * 128 * 8 * 1024 * 98304 / 600e12 * 1e3, rel=0.01)
 
 
 def test_cases_keep_the_rules_of_the_method() -> None:
