@@ -152,7 +152,7 @@ def test_modules_refuse_unknown_implementations_when_they_are_made() -> None:
     """Where a call would come minutes later, or never, as in the dense stage."""
     with pytest.raises(ValueError, match="impl must be one of triton, torch, got impl = 'flash'"):
         LighthouseAttention(CONFIG, impl="flash")
-    with pytest.raises(ValueError, match="impl must be one of flash, torch, got impl = 'triton'"):
+    with pytest.raises(ValueError, match="one of flash4, flash, torch, got impl = 'triton'"):
         WindowAttention(4, impl="triton")
 
 

@@ -204,9 +204,9 @@ def test_whole_is_the_same_by_either_implementation(scorer: str) -> None:
 @pytest.mark.parametrize("scorer", ATTENDING)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_whole_and_opaquely(scorer: str, impl: str) -> None:
-    config = LighthouseConfig(3, 2, 16, scorer, picks_per_stratum=8, dilation=4)
-    case = dict(n=128, batch=1, heads=4, kv_heads=2, tied=False, seed=4)
-    leaves = [rows.to(DEVICE) for rows in random_inputs(case, torch.float32, 32)]
+    config = LighthouseConfig(3, 2, 8, scorer, picks_per_stratum=4, dilation=4)
+    case = dict(n=64, batch=1, heads=2, kv_heads=1, tied=False, seed=4)
+    leaves = [rows.to(DEVICE) for rows in random_inputs(case, torch.float32, 16)]
     grad = torch.randn_like(leaves[0])
     # Compilations of this function by other tests count as well.
     torch.compiler.reset()
@@ -217,8 +217,8 @@ def test_compiles_whole_and_opaquely(scorer: str, impl: str) -> None:
         strict=True,
     ):
         assert relative_error(value, want) < 1e-6
-    operation = torch.ops.lighthouse.score.default
-    torch.library.opcheck(operation, (*leaves, scorer, 4, 2, 1))
+    if impl == "triton":
+        torch.library.opcheck(torch.ops.lighthouse.score.default, (*leaves, scorer, 4, 2, 1))
 
 
 def test_dilation_that_does_not_divide_is_refused() -> None:
