@@ -46,8 +46,8 @@ def lighthouse_attention(
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         impl: "triton" or "torch" for everything but ``sdpa``; by default Triton's kernels on CUDA
             tensors and vectorised PyTorch on others. Under "triton", attention with a window is
-            torch's own kernels for bfloat16 and float16 on CUDA, as in ``window_attention``, and
-            vectorised PyTorch otherwise.
+            by the kernels that ``window_attention`` takes for bfloat16 and float16 on CUDA, and
+            by vectorised PyTorch otherwise.
         context_parallel: the chunks on this rank, when N is only its part of the sequence;
             ``sdpa`` then has to attend over the parts of all ranks.
 

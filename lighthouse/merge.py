@@ -124,8 +124,9 @@ class _Merged(torch.autograd.Function):
             grad, out, lse, far, far_lse, index, slot, *pyramid
         )
         selected = backward(grad_far, None, *rows[3:], out_far, far_lse, rows[3].shape[2], scale)
+        needs, length = ctx.needs_input_grad[:3], rows[0].shape[2]
         grads = [
-            kernels.spread_shares(far, slot, near.shape[2], *pyramid, onto=near) if needed else None
-            for far, near, needed in zip(selected, near, ctx.needs_input_grad[:3], strict=True)
+            kernels.spread_shares(part, slot, length, *pyramid, onto=own) if needed else None
+            for part, own, needed in zip(selected, near, needs, strict=True)
         ]
         return *grads, None, None, None, None, None, None, None

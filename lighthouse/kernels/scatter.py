@@ -17,8 +17,8 @@ Collecting is the backward of spreading outputs. Entry (l, i) receives, with w =
 With FINEST it leaves out the rows of positions that a finer entry reaches. The positions that an
 entry reaches are those that the p entries (l - 1, (i + 1) p - 1 + c), 0 <= c < p, reach. So one
 program owns the positions that ``BLOCK`` coarsest entries of one head reach, reads them once, and
-sums level after level. The last of them lie past the end, and before the first entry there is one
-more, of an earlier sequence, whose positions finer entries reach.
+sums level after level. Entry -1 stands for one that ended before this sequence: finer entries reach
+its positions. Positions past the end are skipped.
 
 Either writes each row once, after summing in float32.
 

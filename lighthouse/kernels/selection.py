@@ -250,7 +250,7 @@ def _select(
             plane, level_one, M, P, P ** (level - 1), 1 if BY_FIRST else P ** (level - 1), GROUP,
             BLOCK, CHUNKS, POSITION_BITS, level == LEVELS - 1,
         )  # fmt: skip
-        # What follows reads what other threads of this program have written.
+        # The next step reads what other threads of this program wrote.
         tl.debug_barrier()
     _place(own_picks, index + plane * gathered, own_slot, stratum, first, top_count, coarsest,
            step, M, P, LEVELS, BISECTIONS)  # fmt: skip

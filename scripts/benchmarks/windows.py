@@ -40,7 +40,7 @@ from torchtitan.models.llama3_lighthouse.environment import environment
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
 
 Attention = Callable[..., torch.Tensor]
-# What dense kernels for bf16 reach on Hopper.
+# The rate that dense kernels for bf16 reach on Hopper.
 FLOPS = 600e12
 # Largest error relative to float32: the distance of neighbours in bf16.
 LARGEST_ERROR = 2**-7

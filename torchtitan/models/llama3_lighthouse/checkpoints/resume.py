@@ -18,7 +18,7 @@ from .record import CheckpointRecord
 MODEL = {"model.name", "model.flavor", "model.converters", "lighthouse.tokenizer"}
 # Settings that decide it in steps of the Lighthouse stage alone.
 METHOD = {f"lighthouse.{field.name}" for field in fields(LighthouseConfig)}
-# Those of them that a window reads which stands alone.
+# A window alone reads these.
 OF_THE_WINDOW = {"lighthouse.window", "lighthouse.dense_layers", "lighthouse.attention"}
 METHOD |= OF_THE_WINDOW
 # Settings of these sections change training, except for those that do not touch what is computed.
