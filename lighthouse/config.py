@@ -95,7 +95,9 @@ class LighthouseConfig:
                     f"{name} must be one of {', '.join(choices)}, got {name} = {value!r}"
                 )
         if self.window < 0:
-            raise ValueError(f"window must be at least 0, got window = {self.window}")
+            raise ValueError(
+                f"window must be at least 0, got window = {self.window}; use 0 for no window"
+            )
         check_largest_window(self.window)
         if self.window and self.combine != "finest":
             raise ValueError(

@@ -12,7 +12,7 @@ from lighthouse.geometry import PyramidGeometry
 from lighthouse.implementation import choose_window_implementation
 from lighthouse.window import window_pairs
 
-from .checks.parallelism import layout_on_rank_0
+from .checks.parallelism import layout_on_rank_0, precision_key
 from .console import LOG_FILE, duration
 from .data.packing import global_batch_size, stream_count
 from .data.tokenizer import build_tokenizer
@@ -245,7 +245,11 @@ def output_line(config: JobConfig) -> str:
 
 
 def what_runs(
-    config: JobConfig, args: LighthouseModelArgs, stage: str, device: torch.device
+    config: JobConfig,
+    args: LighthouseModelArgs,
+    stage: str,
+    device: torch.device,
+    world_size: int,
 ) -> str:
     """Positions that attention runs on in ``stage``, its window, and what computes the window."""
     seq_len, window = config.training.seq_len, config.lighthouse.window
@@ -256,13 +260,11 @@ def what_runs(
     near = f"each position attends over a window of {window:,}"
     runs = f"{runs}, {near} too" if args.selects else f"{near} of {seq_len:,} positions"
     # A window of all positions is dense attention.
-    return f"{runs}, by {_window_kernel(config, args, device)}" if window < seq_len else runs
-
-
-def _window_kernel(config: JobConfig, args: LighthouseModelArgs, device: torch.device) -> str:
-    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
+    if window >= seq_len:
+        return runs
+    dtype = TORCH_DTYPE_MAP[getattr(config.training, precision_key(config, world_size))]
     head = torch.empty(1, 1, 1, args.dim // args.n_heads, dtype=dtype, device=device)
-    return WINDOW_KERNELS[choose_window_implementation(None, head)]
+    return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(None, head)]}"
 
 
 def _command() -> str:

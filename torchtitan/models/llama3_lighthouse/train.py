@@ -153,7 +153,9 @@ class LighthouseTrainer(upstream.Trainer):
         self.stage = stage
         self._use_attention(stage)
         selects = stage == "lighthouse" and self.model_args.selects
-        runs = what_runs(self.job_config, self.model_args, stage, self.device)
+        runs = what_runs(
+            self.job_config, self.model_args, stage, self.device, self.parallel_dims.world_size
+        )
         logger.info(
             f"Stage '{stage}' begins at step {step}{came_from}: {runs}, "
             f"{self._flops_per_token[stage]:.3e} FLOPs per token"

@@ -147,6 +147,16 @@ def parallel_dims_of(section: Parallelism, world_size: int) -> ParallelDims:
     )
 
 
+def precision_key(config: JobConfig, world_size: int) -> str:
+    """The key under "training" that has the precision in which attention runs.
+
+    Under tensor or pipeline parallelism without FSDP, torchtitan leaves autocast out.
+    """
+    dims = parallel_dims_of(config.parallelism, world_size)
+    lowered = dims.fsdp_enabled or not (dims.tp_enabled or dims.pp_enabled)
+    return "mixed_precision_param" if lowered else "dtype"
+
+
 def layout_on_rank_0(section: Parallelism) -> ContextParallel:
     """The chunks that context parallelism cuts a sequence into, without a process group."""
     return ContextParallel(None, 0, section.context_parallel_degree, section.balanced)

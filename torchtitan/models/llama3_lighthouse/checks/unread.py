@@ -8,7 +8,7 @@ from lighthouse import LighthouseConfig
 
 from ..job_config import JobConfig, leaves
 from ..model.flavors import flavors
-from .parallelism import parallel_dims_of, running_window
+from .parallelism import precision_key, running_window
 from .rules import shown
 
 
@@ -99,16 +99,13 @@ def _window(config: JobConfig, world_size: int) -> list[str]:
             f"{config.training.seq_len:,} positions: this is dense attention, at its cost; use a "
             "few hundred positions"
         )
-    dims, training = parallel_dims_of(config.parallelism, world_size), config.training
-    key, dtype, beside = "training.mixed_precision_param", training.mixed_precision_param, ""
-    # torchtitan leaves autocast out here.
-    if (dims.tp_enabled or dims.pp_enabled) and not dims.fsdp_enabled:
-        key, dtype = "training.dtype", training.dtype
+    key, beside = precision_key(config, world_size), ""
+    if key == "dtype":
         beside = ", which nothing lowers under tensor or pipeline parallelism without FSDP"
-    if dtype == "float32":
+    if getattr(config.training, key) == "float32":
         found.append(
-            f"{key} = 'float32' with a window{beside}: on GPUs vectorised PyTorch computes it, "
-            "several times slower than the kernels of 'bfloat16'"
+            f"training.{key} = 'float32' with a window{beside}: on GPUs vectorised PyTorch "
+            "computes it, several times slower than the kernels of 'bfloat16'"
         )
     return found
 
