@@ -122,13 +122,12 @@ def learning_rates(path: Path) -> None:
 def overview(path: Path) -> None:
     """The README's figure: speed over the length, and loss over the learning rate."""
     (run,) = [run for run in read_json("training_98k.json") if run["config"] == "270m_98k.toml"]
-    records = run["records"]
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     speed: dict[str, dict[int, float]] = {}
     for stage, name, colour, style in (("lighthouse", "Lighthouse stage", LIGHTHOUSE, "s-"),
                                        ("dense", "dense", DENSE, "o-")):  # fmt: skip
-        speed[stage] = {r["N"]: r["tokens/s"] for r in records if r["stage"] == stage}
+        speed[stage] = {r["N"]: r["tokens/s"] for r in run["records"] if r["stage"] == stage}
         left.plot(*zip(*sorted(speed[stage].items()), strict=True), style, color=colour, label=name)
     ratio = {n: speed["lighthouse"][n] / speed["dense"][n] for n in sorted(speed["dense"])}
     whole = {n: speed["dense"][n] / (0.625 / r + 0.375) for n, r in ratio.items()}

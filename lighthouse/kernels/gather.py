@@ -24,7 +24,8 @@ from .launch import define, in_level, own_block, own_block_grid, row_strides, se
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H200 (bf16, D = 128).
 TILE, WARPS = 1024, 2
-# The most rows of an entry that the program's text reads one by one; it repeats them for more.
+# The most rows of an entry that the program's text reads one by one; it repeats them for more. This
+# is a power of two, as p is, so it divides the rows of larger entries.
 UNROLLED = 16
 
 

@@ -248,12 +248,12 @@ def what_runs(
     config: JobConfig,
     args: LighthouseModelArgs,
     stage: str,
+    length: int,
     device: torch.device,
     world_size: int,
 ) -> str:
-    """Positions that attention runs on in ``stage``, its window, and what computes the window."""
+    """The ``length`` that attention runs on in ``stage``, its window, and what computes that."""
     seq_len, window = config.training.seq_len, config.lighthouse.window
-    length = args.gathered_length(seq_len) if stage == "lighthouse" else seq_len
     runs = f"attention runs on {length:,} of {seq_len:,} positions"
     if stage != "lighthouse" or not window:
         return runs

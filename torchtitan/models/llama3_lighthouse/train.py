@@ -153,9 +153,8 @@ class LighthouseTrainer(upstream.Trainer):
         self.stage = stage
         self._use_attention(stage)
         selects = stage == "lighthouse" and self.model_args.selects
-        runs = what_runs(
-            self.job_config, self.model_args, stage, self.device, self.parallel_dims.world_size
-        )
+        length, world_size = self._gathered_length[stage], self.parallel_dims.world_size
+        runs = what_runs(self.job_config, self.model_args, stage, length, self.device, world_size)
         logger.info(
             f"Stage '{stage}' begins at step {step}{came_from}: {runs}, "
             f"{self._flops_per_token[stage]:.3e} FLOPs per token"
