@@ -41,7 +41,7 @@ class Verdict:
             # Copies into other memory hold up the host until the device comes to them.
             pinned = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self._on_host = pinned.copy_(numbers, non_blocking=True)
-            self._copied = torch.Event(numbers.device)
+            self._copied = torch.get_device_module(numbers.device).Event()
             self._copied.record()
 
     @property
