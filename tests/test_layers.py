@@ -12,14 +12,17 @@ PACKAGES = ["lighthouse", OVERLAY, "lighthouse_commands"]
 # The lowest layer comes first. Modules and packages of one layer may import one another.
 LAYERS = [
     ["lighthouse"],
-    [f"{OVERLAY}.{name}" for name in ("errors", "job_config", "environment", "processes")],
+    [
+        f"{OVERLAY}.{name}"
+        for name in ("errors", "job_config", "stages", "environment", "processes")
+    ],
     [f"{OVERLAY}.data"],
     [f"{OVERLAY}.model"],
     [f"{OVERLAY}.infra"],
     [
         f"{OVERLAY}.{name}"
         for name in (
-            "stages", "console", "stopping", "verdict", "checkpoints", "checks", "lr_schedule",
+            "console", "stopping", "verdict", "checkpoints", "checks", "lr_schedule",
             "metrics",
             "selection_statistics", "validate",
         )

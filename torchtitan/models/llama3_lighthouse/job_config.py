@@ -44,6 +44,18 @@ class Schedule:
     """Within the Lighthouse stage, each step that is a multiple of this number trains under dense
     attention. The weights then stay used to it, and the switch costs less. 0 turns this off."""
 
+    schedule: list[str] = field(default_factory=list)
+    """Stages in order, each in one string: its attention ("dense", "lighthouse" or "window"), and
+    what it sets, such as "dense until=6000 seq_len=8192". until is the last step, training.steps by
+    default. seq_len is training.seq_len by default, and at most that; the local batch follows it,
+    so that every step has as many tokens, unless local_batch_size is set. Settings of the method,
+    such as top_k and window, may change too. A last stage that is not dense says "last". Takes the
+    place of stage and dense_from_step."""
+
+    keep_position: bool = False
+    """Go on at the checkpoint's place in the text although its sequences had another length than
+    this run's, or than the schedule gives that step. By default this is refused."""
+
 
 # The settings of LighthouseConfig with their types, their defaults and, as help texts, the words of
 # its docstring. A command line and a TOML file set one after the other, so they are not frozen.

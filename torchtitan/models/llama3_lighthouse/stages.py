@@ -1,24 +1,212 @@
-"""The stage of a training step, and the attention that the step uses."""
+"""The stages of a run: which attention, length and settings of the method each step trains with.
+
+``lighthouse.schedule`` names them in order. ``lighthouse.stage`` and ``dense_from_step`` are the
+short form of two stages of one length.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+from lighthouse import LighthouseConfig
+
+from .errors import UserValueError
+from .job_config import JobConfig, Lighthouse
 
 ATTENTIONS = ("lighthouse", "dense")
+KEY = "lighthouse.schedule"
+# The attentions that a schedule names.
+NAMES = ("lighthouse", "window", "dense")
+# A stage with this word may be the last one although it is not dense.
+LAST = "last"
+METHOD_TYPES = {field.name: get_type_hints(LighthouseConfig)[field.name]
+                for field in fields(LighthouseConfig)}  # fmt: skip
+COUNTS = ("until", "seq_len", "local_batch_size")
 
 
-def stage_at(step: int, stage: str, dense_from_step: int) -> str:
-    """The stage, "lighthouse" or "dense", of step number ``step``; the first step is 1.
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps that train in one way.
 
-    Args:
-        stage: "auto", or the stage of every step.
-        dense_from_step: last step of the Lighthouse stage if ``stage`` is "auto".
+    Attributes:
+        attention: "lighthouse" or "dense"; the first names the window too, if it stands alone.
+        last: number of the last step.
+        config: the run's configuration with the values of this stage.
+        text: the stage as a schedule names it, or "" in the short form.
     """
-    if stage != "auto":
-        return stage
-    return "lighthouse" if step <= dense_from_step else "dense"
+
+    attention: str
+    last: int
+    config: JobConfig
+    text: str = ""
+
+    @property
+    def seq_len(self) -> int:
+        return self.config.training.seq_len
+
+    @property
+    def says_last(self) -> bool:
+        return LAST in self.text.split()
 
 
-def attention_at(step: int, stage: str, dense_every: int) -> str:
-    """The attention, "lighthouse" or "dense", that step number ``step`` of a stage uses.
+def stages_of(config: JobConfig) -> tuple[Stage, ...]:
+    """The stages of a run in order, of which each has at least one step.
 
-    Args:
-        dense_every: each step that is a multiple of this number is dense; 0 means none.
+    Raises:
+        ValueError: ``lighthouse.schedule`` does not say what the stages are.
     """
-    return "dense" if dense_every and step % dense_every == 0 else stage
+    section, steps = config.lighthouse, config.training.steps
+    if section.schedule:
+        _check_short_form(section)
+        return _scheduled(config)
+    if section.stage != "auto":
+        return (Stage(section.stage, steps, config),)
+    switch = min(section.dense_from_step, steps)
+    found = [Stage("lighthouse", switch, config)] if switch else []
+    return (*found, Stage("dense", steps, config)) if switch < steps else tuple(found)
+
+
+def distinct_configs(config: JobConfig) -> list[JobConfig]:
+    """The configurations of a run's stages, each once."""
+    found: list[JobConfig] = []
+    for stage in stages_of(config):
+        if stage.config not in found:
+            found.append(stage.config)
+    return found
+
+
+def stage_at(step: int, stages: Sequence[Stage]) -> Stage:
+    """The stage of step number ``step``; the first step is 1. The last stage has no end here."""
+    return next((stage for stage in stages if step <= stage.last), stages[-1])
+
+
+def attention_at(step: int, stage: Stage) -> str:
+    """The attention, "lighthouse" or "dense", that step number ``step`` of a stage uses."""
+    every = stage.config.lighthouse.dense_every
+    return "dense" if every and step % every == 0 else stage.attention
+
+
+def _check_short_form(section: Lighthouse) -> None:
+    """Check that nothing but the schedule names stages."""
+    for key in ("stage", "dense_from_step"):
+        given, default = getattr(section, key), getattr(Lighthouse(), key)
+        if given != default:
+            raise UserValueError(
+                f"lighthouse.{key} = {given!r} does not go with {KEY}, which names the stages; "
+                f"leave one of the two out"
+            )
+
+
+def _scheduled(config: JobConfig) -> tuple[Stage, ...]:
+    found: list[Stage] = []
+    for text in config.lighthouse.schedule:
+        found.append(_stage(text, config, found[-1].last if found else 0))
+    _check_order(found, config.training.steps)
+    return tuple(found)
+
+
+def _check_order(stages: Sequence[Stage], steps: int) -> None:
+    for stage in stages[:-1]:
+        if stage.last == steps:
+            raise _fault(stage.text, f"ends at the run's last step, {steps}, and a stage follows",
+                         "write until=STEP with an earlier one")  # fmt: skip
+        if stage.says_last:
+            raise _fault(stage.text, f"says {LAST}, and a stage follows", f"leave {LAST} out")
+    end = stages[-1]
+    if end.last < steps:
+        raise _fault(end.text, f"ends at step {end.last}, before training.steps = {steps}",
+                     "leave its until out, or add a stage")  # fmt: skip
+    if end.attention != "dense" and not end.says_last:
+        raise _fault(end.text, "comes last and is not dense, so export refuses its checkpoints",
+                     f"add a dense stage, or the word {LAST} if that is meant")  # fmt: skip
+
+
+def _stage(text: str, config: JobConfig, after: int) -> Stage:
+    """The stage that ``text`` names, whose first step comes after step ``after``."""
+    words, steps = text.split(), config.training.steps
+    name = words[0] if words else ""
+    if name not in NAMES:
+        raise _fault(text, f"'{name}' is no attention", f"begin with one of {', '.join(NAMES)}")
+    values = _values(text, [word for word in words[1:] if word != LAST])
+    last = values.pop("until", steps)
+    if not after < last:
+        raise _fault(text, f"ends at step {last}, and the stage before it at step {after}",
+                     "write until=STEP in rising order")  # fmt: skip
+    if last > steps:
+        raise _fault(text, f"ends at step {last}, after training.steps = {steps}",
+                     f"write until={steps} or less, or pass --training.steps {last}")  # fmt: skip
+    changed = _changed(text, config, name, values)
+    return Stage("dense" if name == "dense" else "lighthouse", last, changed, text)
+
+
+def _values(text: str, words: list[str]) -> dict[str, Any]:
+    """The settings of a stage by name."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        known = [*COUNTS, *METHOD_TYPES]
+        if not equals or key not in known:
+            raise _fault(text, f"'{word}' is not understood",
+                         f"write {LAST}, or KEY=VALUE with one of {', '.join(known)}")  # fmt: skip
+        if key in found:
+            raise _fault(text, f"{key} stands there twice", "leave one of them out")
+        found[key] = _typed(text, key, value)
+    return found
+
+
+def _typed(text: str, key: str, value: str) -> Any:
+    if key not in COUNTS and METHOD_TYPES[key] is not int:
+        return value
+    if not (value.isascii() and value.isdigit()):
+        raise _fault(text, f"{key} = '{value}' is no whole number", f"write {key}=NUMBER")
+    number = int(value)
+    if key in COUNTS and number < 1:
+        raise _fault(text, f"{key} = {number} must be at least 1", f"write {key}=NUMBER")
+    return number
+
+
+def _changed(text: str, config: JobConfig, name: str, values: dict[str, Any]) -> JobConfig:
+    """The run's configuration with what a stage changes."""
+    changed = copy.deepcopy(config)
+    # The configuration of one stage is that of a run with one.
+    changed.lighthouse.schedule = []
+    changed.lighthouse.stage = "dense" if name == "dense" else "lighthouse"
+    training, section = changed.training, changed.lighthouse
+    allowed = {"lighthouse": set(METHOD_TYPES), "window": {"window"}, "dense": set[str]()}[name]
+    for key in (key for key in values if key not in COUNTS):
+        if key not in allowed:
+            raise _fault(text, f"{key} is not read under attention '{name}'", "leave it out")
+        setattr(section, key, values[key])
+    if name != "dense":
+        section.attention = name
+    length = values.get("seq_len", training.seq_len)
+    if length > training.seq_len:
+        raise _fault(
+            text,
+            f"seq_len = {length} exceeds training.seq_len = {training.seq_len}, the longest "
+            "sequence that the model is built for",
+            f"lower it, or pass --training.seq_len {length}",
+        )
+    batch = training.local_batch_size
+    tokens = batch * training.seq_len
+    if "local_batch_size" in values:
+        training.local_batch_size = values["local_batch_size"]
+    elif tokens % length:
+        raise _fault(
+            text,
+            f"seq_len = {length} does not divide the {tokens:,} tokens of a local batch of "
+            f"{batch} x {training.seq_len:,}",
+            "write a length that does, or local_batch_size=SEQUENCES too",
+        )
+    else:
+        training.local_batch_size = tokens // length
+    if training.global_batch_size > 0:
+        # As many passes a step in every stage.
+        training.global_batch_size = training.global_batch_size * training.local_batch_size // batch
+    training.seq_len = length
+    return changed
+
+
+def _fault(text: str, problem: str, fix: str) -> UserValueError:
+    return UserValueError(f"{KEY}, stage '{text}': {problem}; {fix}")

@@ -3,7 +3,7 @@
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from .data.packing import build_dataloader
+from .data.staged import build_staged_dataloader
 from .data.tokenizer import build_tokenizer
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
@@ -25,7 +25,7 @@ def get_train_spec() -> TrainSpec:
         pipelining_fn=pipeline_lighthouse,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=build_dataloader,
+        build_dataloader_fn=build_staged_dataloader,
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,

@@ -10,8 +10,8 @@ from torchtitan.tools.logging import logger
 from lighthouse import LighthouseConfig
 
 from ..errors import UserValueError
-from ..job_config import JobConfig, flatten
-from ..stages import stage_at
+from ..job_config import JobConfig, Lighthouse, Training, flatten
+from ..stages import stage_at, stages_of
 from .record import CheckpointRecord
 
 # Settings that decide what weights of one shape compute.
@@ -84,11 +84,9 @@ def check_settings(
     """
     section = present["lighthouse"]
     next_step = 1 if weights_only else record.step + 1
-    lighthouse_ahead = (
-        stage_at(next_step, section["stage"], section["dense_from_step"]) == "lighthouse"
-    )
+    config = JobConfig(lighthouse=Lighthouse(**section), training=Training(**present["training"]))
     read = set()
-    if lighthouse_ahead:
+    if stage_at(next_step, stages_of(config)).attention == "lighthouse":
         read = OF_THE_WINDOW if section["attention"] == "window" else METHOD
     model_keys = MODEL if record.last_lighthouse_step == 0 else MODEL | read
     model, training, rest = [], [], []

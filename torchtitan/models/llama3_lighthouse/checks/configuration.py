@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lighthouse import LighthouseConfig
 from lighthouse.config import MOST_POSITIONS
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
@@ -14,9 +15,15 @@ from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
+from ..stages import distinct_configs, stages_of
 from .bounds import check_bounds
 from .output import check_output_of_run, is_installed
-from .parallelism import check_parallelism, check_world_size, layout_on_rank_0
+from .parallelism import (
+    check_lengths_in_pipeline,
+    check_parallelism,
+    check_world_size,
+    layout_on_rank_0,
+)
 from .rules import shown
 
 # Keys that decide what a model is and what goes into it; evaluation reads no others.
@@ -42,7 +49,9 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     """
     check_bounds(config)
     check_model(config, flavors)
-    check_parallelism(config, flavors[config.model.flavor].n_layers)
+    for each in distinct_configs(config):
+        check_parallelism(each, flavors[config.model.flavor].n_layers)
+    check_lengths_in_pipeline(config)
     _check_optimizer(config)
     _check_schedule(config)
     _check_paths_of_text(config)
@@ -70,20 +79,29 @@ def check_launch(
         * section.tensor_parallel_degree
         * section.pipeline_parallel_degree
     )
-    batch, local = config.training.global_batch_size, config.training.local_batch_size
-    if batch > 0 and batch % (local * data_parallel):
-        raise UserValueError(
-            f"training.global_batch_size = {batch} must be a multiple of training.local_batch_size "
-            f"= {local} times the data-parallel degree of {data_parallel}, or -1 for just that"
-        )
-    stream_count(config, data_parallel)
-    tokens = global_batch_size(config, data_parallel) // data_parallel * config.training.seq_len
-    if tokens > MOST_POSITIONS:
-        raise UserValueError(
-            f"training.global_batch_size = {batch} and training.local_batch_size = {local} give "
-            f"each rank {tokens:,} tokens a step, which it reads before it begins the step; lower "
-            f"them to {MOST_POSITIONS:,} tokens or fewer"
-        )
+    streams = stream_count(config, data_parallel)
+    for each in distinct_configs(config):
+        batch, local = each.training.global_batch_size, each.training.local_batch_size
+        if batch > 0 and batch % (local * data_parallel):
+            raise UserValueError(
+                f"training.global_batch_size = {batch} must be a multiple of "
+                f"training.local_batch_size = {local} times the data-parallel degree of "
+                f"{data_parallel}, or -1 for just that"
+            )
+        whole = global_batch_size(each, data_parallel)
+        if whole % streams:
+            raise UserValueError(
+                f"lighthouse.schedule has a stage of {whole} sequences a step, which the text's "
+                f"{streams} streams do not divide; pass --lighthouse.data_streams with a number "
+                "that divides every stage's batch"
+            )
+        tokens = whole // data_parallel * each.training.seq_len
+        if tokens > MOST_POSITIONS:
+            raise UserValueError(
+                f"training.global_batch_size = {batch} and training.local_batch_size = {local} "
+                f"give each rank {tokens:,} tokens a step, which it reads before it begins the "
+                f"step; lower them to {MOST_POSITIONS:,} tokens or fewer"
+            )
 
 
 def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
@@ -144,12 +162,32 @@ def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
 
 def _check_lengths(config: JobConfig) -> None:
     """Check the method's own rules, and put the section of the key before its messages."""
+    _method(config)
+    # A schedule may have stages of other settings, or none that selects.
+    scheduled = config.lighthouse.schedule
+    for stage in stages_of(config) if scheduled else ():
+        if stage.attention == "lighthouse":
+            _check_geometry(stage.config)
+    if not scheduled:
+        _check_geometry(config)
+    if config.validation.enable and config.validation.seq_len > config.training.seq_len:
+        raise UserValueError(
+            f"validation.seq_len = {config.validation.seq_len} exceeds training.seq_len = "
+            f"{config.training.seq_len}, the longest sequence that the model is built for; lower it"
+        )
+
+
+def _method(config: JobConfig) -> LighthouseConfig:
     try:
-        method = lighthouse_config(config.lighthouse)
+        return lighthouse_config(config.lighthouse)
     except (ValueError, TypeError) as error:
         kind = UserTypeError if isinstance(error, TypeError) else UserValueError
         raise kind(f"[lighthouse] {error}") from None
-    seq_lens = {"training": config.training.seq_len}
+
+
+def _check_geometry(config: JobConfig) -> None:
+    """Check that the sequences can be cut into strata, and these into a rank's chunks."""
+    method, seq_lens = _method(config), {"training": config.training.seq_len}
     if config.validation.enable:
         seq_lens["validation"] = config.validation.seq_len
     # A window takes every length.
@@ -168,11 +206,6 @@ def _check_lengths(config: JobConfig) -> None:
                 f"parallelism.context_parallel_degree = {degree} does not fit {name}.seq_len = "
                 f"{seq_len} and [lighthouse]: {error}"
             ) from None
-    if config.validation.enable and config.validation.seq_len > config.training.seq_len:
-        raise UserValueError(
-            f"validation.seq_len = {config.validation.seq_len} exceeds training.seq_len = "
-            f"{config.training.seq_len}, the longest sequence that the model is built for; lower it"
-        )
 
 
 def _check_tokenizer(config: JobConfig) -> None:
@@ -188,7 +221,9 @@ def _check_retrieval_mix(config: JobConfig) -> None:
     rate, tasks = section.passkey_mix, section.passkey_tasks
     if rate and section.tokenizer == "byte":
         # Other tokenizers have not been read yet, and lengths of prompts depend on them.
-        RetrievalMix(PromptEncoder(ByteTokenizer()), rate, config.training.seq_len + 1, 1, tasks)
+        for each in distinct_configs(config):
+            length = each.training.seq_len + 1
+            RetrievalMix(PromptEncoder(ByteTokenizer()), rate, length, 1, tasks)
 
 
 def _check_optimizer(config: JobConfig) -> None:

@@ -13,7 +13,8 @@ from ..errors import UserValueError
 from ..infra.pipeline import check_pipeline
 from ..job_config import JobConfig, Parallelism
 from ..model.flavors import flavors
-from ..stages import stage_at
+from ..stages import KEY as SCHEDULE
+from ..stages import stages_of
 
 
 def check_parallelism(config: JobConfig, n_layers: int) -> None:
@@ -45,6 +46,24 @@ def _check_degrees(config: JobConfig, n_layers: int) -> None:
         _check_validation_in_pipeline(config)
 
 
+def check_lengths_in_pipeline(config: JobConfig) -> None:
+    """Check that a pipeline's stages of training are of one length.
+
+    Raises:
+        ValueError: ``lighthouse.schedule`` changes the length or the local batch.
+    """
+    degree = config.parallelism.pipeline_parallel_degree
+    shapes = {
+        (stage.seq_len, stage.config.training.local_batch_size) for stage in stages_of(config)
+    }
+    if degree > 1 and len(shapes) > 1:
+        raise UserValueError(
+            f"{SCHEDULE} changes the length or the batch of a pass, and the parts of a pipeline "
+            f"(parallelism.pipeline_parallel_degree = {degree}) exchange tensors of one shape; set "
+            "the degree to 1, or give every stage the same seq_len and local_batch_size"
+        )
+
+
 def _check_validation_in_pipeline(config: JobConfig) -> None:
     # Pipeline stages exchange tensors of one shape, which the first step settles.
     for key in ("seq_len", "local_batch_size"):
@@ -57,10 +76,11 @@ def _check_validation_in_pipeline(config: JobConfig) -> None:
 
 
 def running_window(config: JobConfig, n_layers: int) -> int:
-    """Positions of the window that a new run attends over; 0 if no layer does in any stage."""
-    section = config.lighthouse
-    dense = stage_at(1, section.stage, section.dense_from_step) == "dense"
-    return 0 if dense or len(set(section.dense_layers)) == n_layers else section.window
+    """Positions of the widest window that a run attends over; 0 if no layer does in any stage."""
+    if len(set(config.lighthouse.dense_layers)) == n_layers:
+        return 0
+    sparse = (stage for stage in stages_of(config) if stage.attention == "lighthouse")
+    return max((stage.config.lighthouse.window for stage in sparse), default=0)
 
 
 def _check_window(config: JobConfig, n_layers: int) -> None:

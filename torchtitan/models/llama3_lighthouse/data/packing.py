@@ -4,7 +4,7 @@ Documents are dealt to streams (``streams.TextStream``). Every rank reads its sh
 and a checkpoint holds the position of each stream, whichever rank reads it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -96,20 +96,31 @@ class PackedTextDataloader(ParallelAwareDataloader):
     def __iter__(self) -> Iterator[Any]:
         return _without_traceback(super().__iter__())
 
-    def state_dict(self) -> dict[str, Any]:
+    def _positions(self) -> dict[str, Any]:
+        """The position of each stream after the last batch that was handed out."""
         if self.num_workers == 0 or self._iterator is None:
-            streams = self.dataset.state_dict()
-        else:
-            # The worker reads ahead; its snapshot is of the last batch that it handed out.
-            loader_state = StatefulDataLoader.state_dict(self)
-            streams = loader_state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
+            return self.dataset.state_dict()
+        # The worker reads ahead; its snapshot is of the last batch that it handed out.
+        loader_state = StatefulDataLoader.state_dict(self)
+        return loader_state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
+
+    def go_on_from(self, other: "PackedTextDataloader") -> None:
+        """Continue where ``other`` is, which reads the same streams of the same text."""
+        self.dataset.load_state_dict(other._positions())
+        self.fingerprint = other.fingerprint
+        self._iterator = None
+
+    def state_dict(self) -> dict[str, Any]:
         return {
-            **{key: encode(state) for key, state in streams.items()},
+            **{key: encode(state) for key, state in self._positions().items()},
             "identity": encode({**self._settings, self._text: self.fingerprint}),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], but: Sequence[str] = ()) -> None:
         """Continue from a position, which may hold more streams than this rank reads.
+
+        Args:
+            but: settings in which the position may differ from this run.
 
         Raises:
             ValueError: the state holds no position, or one in other streams or other text.
@@ -119,7 +130,7 @@ class PackedTextDataloader(ParallelAwareDataloader):
         identity = decode(state_dict["identity"], "identity")
         for key, value in self._settings.items():
             # Positions of earlier versions do not tell which file the tokenizer was read from.
-            if key == TOKENIZER_FILE and key not in identity:
+            if key in but or (key == TOKENIZER_FILE and key not in identity):
                 continue
             if identity.get(key) != value:
                 raise UserValueError(

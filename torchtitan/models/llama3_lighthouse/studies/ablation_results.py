@@ -11,7 +11,7 @@ from ..evaluation.figures import DENSE, colours, mark_switches, new_figure, save
 from ..evaluation.tables import Row, columns_of, markdown, write_csv
 from ..metrics import HELD_OUT_LOSS, LOSS, MEMORY, THROUGHPUT, UNDER_LIGHTHOUSE
 from ..model.model import selecting_config
-from ..stages import stage_at
+from ..stages import stage_at, stages_of
 from .settings import value_of
 from .sweeps import Run, read_metrics
 
@@ -37,12 +37,12 @@ def summarise(run: Run, keys: Iterable[str]) -> Row:
     trained = [entry for entry in steps.values() if LOSS in entry]
     lighthouse = [entry for entry in trained if entry[UNDER_LIGHTHOUSE]]
     dense = [entry for entry in trained if not entry[UNDER_LIGHTHOUSE]]
-    section = run.config.lighthouse
+    stages = stages_of(run.config)
     # ``dense`` may also hold steps of the Lighthouse stage, which do not belong here.
     dense_stage = [
         entry
         for step, entry in steps.items()
-        if LOSS in entry and stage_at(step, section.stage, section.dense_from_step) == "dense"
+        if LOSS in entry and stage_at(step, stages).attention == "dense"
     ]
 
     row: dict[str, Any] = {"run": run.name}
@@ -64,7 +64,7 @@ def summarise(run: Run, keys: Iterable[str]) -> Row:
         row[f"tokens/s, {name}"] = round(speeds[name]) if name in speeds else None
     row["peak memory, GiB"] = max(entry[MEMORY] for entry in trained)
     row["S"] = row["N/S"] = None
-    if lighthouse and (method := selecting_config(section)):
+    if lighthouse and (method := selecting_config(run.config.lighthouse)):
         n = run.config.training.seq_len
         row["S"] = PyramidGeometry(method, n).gathered_length
         row["N/S"] = n / row["S"]
@@ -144,9 +144,7 @@ def _plot_curves(axis: "Axes", runs: list[Run], styles: Sequence[tuple[Any, str]
         smooth = [statistics.fmean(losses[max(0, end - width) : end])
                   for end in range(1, len(losses) + 1)]  # fmt: skip
         axis.plot(list(points), smooth, color=colour, label=run.name, linewidth=1.3)
-        section = run.config.lighthouse
-        if section.stage == "auto" and 0 < section.dense_from_step < run.config.training.steps:
-            switches.add(section.dense_from_step)
+        switches |= {stage.last for stage in stages_of(run.config)[:-1]}
         # With the steep fall of the first steps in view, the runs would look alike.
         shown += smooth[len(smooth) // 3 :]
     margin = 0.1 * (max(shown) - min(shown)) + 1e-6

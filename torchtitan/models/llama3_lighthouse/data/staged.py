@@ -1,0 +1,121 @@
+"""The loader of a run whose sequences change their length from stage to stage."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from ..errors import UserValueError
+from ..job_config import JobConfig
+from ..stages import distinct_configs
+from .packing import PackedTextDataloader, build_dataloader, stream_count
+from .positions import decode
+
+LENGTH = "training.seq_len"
+
+
+class StagedDataloader(BaseDataLoader):
+    """The loader of the present stage; the next one goes on in the text where it ended.
+
+    An iterator follows: its next batch comes from the stage that was named last.
+
+    Args:
+        configs: the configurations of the stages; the first one's loader comes first.
+        build: makes the loader of a stage.
+        any_length: whether a position may be of sequences of a length that no stage has.
+    """
+
+    def __init__(
+        self,
+        configs: Iterable[JobConfig],
+        build: Callable[[JobConfig], PackedTextDataloader],
+        any_length: bool,
+    ) -> None:
+        self._configs = list(configs)
+        self._build = build
+        self._any_length = any_length
+        self._shape = _shape(self._configs[0])
+        self.present = build(self._configs[0])
+
+    @property
+    def seq_len(self) -> int:
+        """Length of the sequences that this loader gives now."""
+        return self._shape[0]
+
+    def use(self, config: JobConfig) -> None:
+        """Give the sequences of a stage from the next batch on."""
+        if _shape(config) == self._shape:
+            return
+        before, self.present = self.present, self._build(config)
+        self.present.go_on_from(before)
+        self._shape = _shape(config)
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = None
+        while loader is not self.present:
+            loader = self.present
+            for batch in loader:
+                yield batch
+                if loader is not self.present:
+                    break
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.present.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a position, in the stage whose sequences have its length.
+
+        Raises:
+            ValueError: as of ``PackedTextDataloader``.
+        """
+        if "identity" in state_dict:
+            length = decode(state_dict["identity"], "identity").get(LENGTH)
+            fits = (x for x in self._configs if str(x.training.seq_len) == length)
+            config = next(fits, self._configs[0])
+            if _shape(config) != self._shape:
+                self.present, self._shape = self._build(config), _shape(config)
+        self.present.load_state_dict(state_dict, but=(LENGTH,) if self._any_length else ())
+
+    def check_length(self, step: int, expected: int) -> None:
+        """Check that the position after ``step`` steps is one of the stage that ended them.
+
+        Raises:
+            ValueError: its sequences have another length than ``expected``.
+        """
+        if self.seq_len != expected and not self._any_length:
+            raise UserValueError(
+                f"the checkpoint's position in the data, after step {step}, is in sequences of "
+                f"{self.seq_len} tokens, and lighthouse.schedule has {expected} there; restore the "
+                "schedule, or pass --lighthouse.keep_position to go on from there all the same"
+            )
+
+
+def _shape(config: JobConfig) -> tuple[int, int]:
+    return config.training.seq_len, config.training.local_batch_size
+
+
+def build_staged_dataloader(
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+    infinite: bool = True,
+) -> StagedDataloader:
+    """Loader of ``training.dataset`` for all stages; begins again at the end of the text.
+
+    Raises:
+        ValueError: as ``build_dataloader``.
+    """
+    streams = stream_count(job_config, dp_world_size)
+
+    def build(config: JobConfig) -> PackedTextDataloader:
+        config = copy.deepcopy(config)
+        # As many in each stage, whatever its batch.
+        config.lighthouse.data_streams = streams
+        return build_dataloader(dp_world_size, dp_rank, tokenizer, config, infinite)
+
+    return StagedDataloader(
+        distinct_configs(job_config), build, job_config.lighthouse.keep_position
+    )
