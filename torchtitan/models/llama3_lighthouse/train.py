@@ -24,6 +24,7 @@ from .checks.configuration import check_launch
 from .checks.parallelism import check_device
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
+from .data.staged import StagedDataloader
 from .description import describe, ending, output_line, what_runs
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
@@ -33,14 +34,13 @@ from .metrics import (
     TOKENS,
     UNDER_LIGHTHOUSE,
     LighthouseMetricsProcessor,
-    TimeLeft,
     whole_loss,
 )
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .processes import lock_folders
+from .run_stages import RunStages
 from .selection_statistics import Selected, selection_statistics, selections
-from .stages import ATTENTIONS, attention_at, stage_at
 from .stopping import StopRequest, ends_as_the_launcher_expects, stopped
 from .verdict import Verdicts, skips_non_finite_steps
 
@@ -60,6 +60,7 @@ class LighthouseTrainer(upstream.Trainer):
     metrics_processor: LighthouseMetricsProcessor
     model_args: LighthouseModelArgs
     tokenizer: BaseTokenizer
+    dataloader: StagedDataloader
 
     def __init__(self, job_config: JobConfig) -> None:
         check_launch(job_config, flavors, int(os.environ.get("WORLD_SIZE", 1)))
@@ -84,27 +85,14 @@ class LighthouseTrainer(upstream.Trainer):
                 f"'{job_config.model.flavor}' has {self.model_args.vocab_size} embeddings; "
                 "choose another model.flavor or lighthouse.tokenizer"
             )
+        self.stages = RunStages(job_config, self.model_args)
+        self.metrics_processor.time_left = self.stages.time_left()
         # Empty before the first step.
         self.stage = ""
+        self._now = self.stages.all[0]
         self.steps_taken = 0
         self.stop_request = StopRequest()
         self.verdicts = Verdicts(self.checkpointer)
-        seq_len = job_config.training.seq_len
-        with torch.device("meta"):
-            # Under pipeline parallelism no rank holds the whole model.
-            whole = LighthouseTransformer(self.model_args)
-        self._flops_per_token = {
-            attention: self.model_args.get_nparams_and_flops(whole, seq_len, attention)[1]
-            for attention in ATTENTIONS
-        }
-        self._gathered_length = {
-            "lighthouse": self.model_args.gathered_length(seq_len),
-            "dense": seq_len,
-        }
-        self.metrics_processor.time_left = TimeLeft(
-            [self._attention_at(step + 1) for step in range(job_config.training.steps)],
-            self._flops_per_token,
-        )
 
     def train(self) -> None:
         """Train up to the last step, and say what the run is and how it ended.
@@ -138,31 +126,29 @@ class LighthouseTrainer(upstream.Trainer):
         self.stop_request.ignore()
         raise stopped(self.verdicts.stopped_by, self.step, folder)
 
-    def _stage_at(self, step: int) -> str:
-        section = self.job_config.lighthouse
-        return stage_at(step, section.stage, section.dense_from_step)
-
-    def _attention_at(self, step: int) -> str:
-        return attention_at(step, self._stage_at(step), self.job_config.lighthouse.dense_every)
-
     def set_stage(self, step: int) -> None:
-        """Give the model the attention of ``step``'s stage, and log when the stage changes."""
-        section, stage = self.job_config.lighthouse, self._stage_at(step)
-        if stage == self.stage:
+        """Give model and text the shape of ``step``'s stage, and log when the stage changes."""
+        now = self.stages.at(step)
+        if self.stage and now is self._now:
             return
         came_from = f" after {self.stage}" if self.stage else ""
-        self.stage = stage
-        self._use_attention(stage)
-        selects = stage == "lighthouse" and self.model_args.selects
-        length, world_size = self._gathered_length[stage], self.parallel_dims.world_size
-        runs = what_runs(self.job_config, self.model_args, stage, length, self.device, world_size)
+        if not self.stage and step > 1:
+            self.dataloader.check_length(step - 1, self.stages.at(step - 1).stage.seq_len)
+        self._now, self.stage, config = now, now.stage.attention, now.stage.config
+        self.dataloader.use(config)
+        for model in self.model_parts:
+            cast(LighthouseTransformer, model).use_method(now.args)
+        self._use_attention(self.stage)
+        length, world_size = now.gathered[self.stage], self.parallel_dims.world_size
+        runs = what_runs(config, now.args, self.stage, length, self.device, world_size)
         logger.info(
-            f"Stage '{stage}' begins at step {step}{came_from}: {runs}, "
-            f"{self._flops_per_token[stage]:.3e} FLOPs per token"
+            f"Stage '{self.stage}' begins at step {step}{came_from}: {runs}, "
+            f"{now.flops[self.stage]:.3e} FLOPs per token"
         )
-        if stage == "lighthouse" and section.dense_every:
+        section = config.lighthouse
+        if self.stage == "lighthouse" and section.dense_every:
             logger.info(f"Steps that {section.dense_every} divides train under dense attention")
-        if selects and section.entry_score == "max":
+        if self.stage == "lighthouse" and now.args.selects and section.entry_score == "max":
             logger.warning(
                 "lighthouse.entry_score = 'max' lets the model read later tokens off the "
                 "selection: losses of this stage are too low; 'first' gives true ones"
@@ -197,7 +183,11 @@ class LighthouseTrainer(upstream.Trainer):
 
     def _records_selections(self, step: int) -> bool:
         every = self.job_config.lighthouse.log_selection_every
-        return bool(every) and step % every == 0 and self._stage_at(step) == "lighthouse"
+        return (
+            bool(every)
+            and step % every == 0
+            and self.stages.at(step).stage.attention == "lighthouse"
+        )
 
     def _is_looked_at(self, step: int) -> bool:
         """Whether anybody sees what ``step`` left before the next one is queued."""
@@ -209,7 +199,7 @@ class LighthouseTrainer(upstream.Trainer):
             or (config.validation.enable and self.validator.should_validate(step))
             or self._records_selections(step)
             or step == config.training.steps
-            or self._stage_at(step + 1) != self.stage
+            or self.stages.at(step + 1) is not self._now
         )
 
     def _selections(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[Selected]:
@@ -234,7 +224,7 @@ class LighthouseTrainer(upstream.Trainer):
 
         local_tokens = torch.stack([(y != IGNORE_INDEX).sum() for _, y in microbatches]).sum()
         global_tokens = self._sum_over("batch", local_tokens)
-        attention = self._attention_at(self.step)
+        attention = self.stages.attention_at(self.step)
         if attention != self.stage:
             self._use_attention(attention)
         losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
@@ -270,7 +260,9 @@ class LighthouseTrainer(upstream.Trainer):
         if self.steps_taken == 1:
             # The first step compiles, which can take minutes. Until here, signals end it at once.
             self.stop_request.listen()
-        self.metrics_processor.record_step(self._flops_per_token[attention], attention)
+        self.metrics_processor.record_step(
+            self._now.flops[attention], self.stages.kind_of(self.step)
+        )
         if self.metrics_processor.should_log(self.step):
             self._log(attention, loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
         if self.verdicts.stopped_by and self.step < self.job_config.training.steps:
@@ -345,7 +337,8 @@ class LighthouseTrainer(upstream.Trainer):
             TOKENS: self._sum_over("batch", tokens_seen),
             "lr": learning_rate,
             UNDER_LIGHTHOUSE: float(attention == "lighthouse"),
-            "lighthouse/gathered_length": self._gathered_length[attention],
+            "lighthouse/gathered_length": self._now.gathered[attention],
+            "lighthouse/sequence_length": self._now.stage.seq_len,
         }
         self.metrics_processor.log(
             self.step,

@@ -38,6 +38,7 @@ class StagedDataloader(BaseDataLoader):
         self._any_length = any_length
         self._shape = _shape(self._configs[0])
         self.present = build(self._configs[0])
+        self._restored = False
 
     @property
     def seq_len(self) -> int:
@@ -76,6 +77,7 @@ class StagedDataloader(BaseDataLoader):
             config = next(fits, self._configs[0])
             if _shape(config) != self._shape:
                 self.present, self._shape = self._build(config), _shape(config)
+        self._restored = True
         self.present.load_state_dict(state_dict, but=(LENGTH,) if self._any_length else ())
 
     def check_length(self, step: int, expected: int) -> None:
@@ -84,7 +86,7 @@ class StagedDataloader(BaseDataLoader):
         Raises:
             ValueError: its sequences have another length than ``expected``.
         """
-        if self.seq_len != expected and not self._any_length:
+        if self._restored and self.seq_len != expected and not self._any_length:
             raise UserValueError(
                 f"the checkpoint's position in the data, after step {step}, is in sequences of "
                 f"{self.seq_len} tokens, and lighthouse.schedule has {expected} there; restore the "

@@ -1,6 +1,6 @@
 """The Llama-3 model with Lighthouse or a window as the inner attention of most of its layers."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -170,6 +170,20 @@ class LighthouseTransformer(upstream.Transformer):
 
     def _precompute_freqs_cis(self) -> torch.Tensor:
         return table_of(super()._precompute_freqs_cis())
+
+    def use_method(self, args: LighthouseModelArgs) -> None:
+        """Use the first-stage attention of ``args`` from the next forward on."""
+        if (args.lighthouse, args.window) == (self.model_args.lighthouse, self.model_args.window):
+            return
+        for module in list(self.modules()):
+            before = getattr(module, "inner_attention", None)
+            if not isinstance(before, InnerAttention):
+                continue
+            after = args.stage_one_attention(before.sdpa)
+            if isinstance(before, LighthouseAttention) and isinstance(after, LighthouseAttention):
+                after.context_parallel = before.context_parallel
+            module.inner_attention = after
+        self.model_args = replace(self.model_args, lighthouse=args.lighthouse, window=args.window)
 
     def use_attention(self, attention: str) -> None:
         """Use the attention of stage "lighthouse" or "dense" from the next forward on."""
