@@ -22,7 +22,8 @@ from .job_config import JobConfig
 from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, pinned_bytes
 from .metrics import METRICS_FILE
 from .model.model import LighthouseModelArgs, LighthouseTransformer, selecting_config
-from .stages import ATTENTIONS
+from .run_stages import RunStages
+from .stages import ATTENTIONS, stages_of
 
 GIB = 2**30
 # How lines name an attention, which for stage "lighthouse" is ``lighthouse.attention``.
@@ -60,8 +61,14 @@ def describe(
         _batch_line(config, dims),
         f"each rank     {_count(tokens, 'token')} a pass in {_count(chunks, 'chunk')}, "
         f"{parameters:,} parameters",
-        _lighthouse_line(config, dims),
     ]
+    if config.lighthouse.schedule:
+        return [
+            *lines,
+            *_schedule_lines(config, dims, args, parameters),
+            *_offload_line(config, args, tokens),
+        ]
+    lines.append(_lighthouse_line(config, dims))
     if dims.cp_enabled:
         lines.append(_context_parallel_line(config, dims, args))
     lines += [
@@ -71,10 +78,46 @@ def describe(
             f"{_name(config, attention)} {flops:.3e}" for attention, (_, flops) in counts.items()
         ),
     ]
-    if config.activation_checkpoint.offload_inputs:
-        pinned = pinned_bytes(args, tokens) / GIB
-        lines.append(f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host")
-    return lines
+    return [*lines, *_offload_line(config, args, tokens)]
+
+
+def _offload_line(config: JobConfig, args: LighthouseModelArgs, tokens: int) -> list[str]:
+    if not config.activation_checkpoint.offload_inputs:
+        return []
+    pinned = pinned_bytes(args, tokens) / GIB
+    return [f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host"]
+
+
+def _schedule_lines(
+    config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs, parameters: int
+) -> list[str]:
+    """A line for each stage: what a step is, its memory, and its share of the run's FLOPs."""
+    stages, first = RunStages(config, args).all, 1
+    found, work = [], []
+    for each in stages:
+        stage, training = each.stage, each.stage.config.training
+        batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
+        tokens = training.local_batch_size * stage.seq_len // dims.cp // dims.tp
+        estimate = memory_estimate(stage.config, dims, each.args, tokens, parameters)
+        steps = stage.last - first + 1
+        work.append(steps * batch * stage.seq_len * each.flops[stage.attention])
+        runs = ""
+        if stage.attention == "lighthouse" and each.args.selects:
+            runs = f", S = {each.gathered['lighthouse']:,}"
+        if stage.attention == "lighthouse" and stage.config.lighthouse.window:
+            runs += f", window of {stage.config.lighthouse.window:,}"
+        found.append(
+            f"{_name(stage.config, stage.attention)} in steps {first:,} to {stage.last:,}: "
+            f"{_count(batch, 'sequence')} of {stage.seq_len:,} tokens{runs}; "
+            f"{_gib(estimate['state'] + estimate[stage.attention])} GiB a rank, estimated; "
+            f"{each.flops[stage.attention]:.3e} FLOPs/token"
+        )
+        first = stage.last + 1
+    total = sum(work)
+    return [
+        f"stage {number:<7} {line}, {part / total:.0%} of the run's FLOPs"
+        for number, (line, part) in enumerate(zip(found, work, strict=True), 1)
+    ]
 
 
 def _name(config: JobConfig, attention: str) -> str:
@@ -112,7 +155,6 @@ def _tokenizer(config: JobConfig, args: LighthouseModelArgs, total: int) -> str:
 
 def _steps_line(config: JobConfig, dims: ParallelDims) -> str:
     section, steps = config.lighthouse, config.training.steps
-    batch = global_batch_size(config, dims.dp_replicate * dims.dp_shard)
     last = {"auto": min(section.dense_from_step, steps), "lighthouse": steps, "dense": 0}
     switch = last[section.stage]
     if switch == 0:
@@ -121,12 +163,23 @@ def _steps_line(config: JobConfig, dims: ParallelDims) -> str:
         stages = "all in the Lighthouse stage"
     else:
         stages = f"1 to {switch:,} in the Lighthouse stage, then dense"
+    if section.schedule:
+        stages = f"in {_count(len(section.schedule), 'stage')}"
     every = section.dense_every
     every_line = f", one step in {every} of them dense" if every and switch else ""
     return (
         f"steps         {steps:,}: {stages}{every_line}; "
-        f"{steps * batch * config.training.seq_len:,} tokens in all"
+        f"{_tokens_of_run(config, dims):,} tokens in all"
     )
+
+
+def _tokens_of_run(config: JobConfig, dims: ParallelDims) -> int:
+    first, tokens = 1, 0
+    for stage in stages_of(config):
+        batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
+        tokens += (stage.last - first + 1) * batch * stage.seq_len
+        first = stage.last + 1
+    return tokens
 
 
 def _mesh_line(dims: ParallelDims) -> str:

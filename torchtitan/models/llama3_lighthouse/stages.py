@@ -7,7 +7,7 @@ short form of two stages of one length.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from lighthouse import LighthouseConfig
 
@@ -179,7 +179,7 @@ def _changed(text: str, config: JobConfig, name: str, values: dict[str, Any]) ->
             raise _fault(text, f"{key} is not read under attention '{name}'", "leave it out")
         setattr(section, key, values[key])
     if name != "dense":
-        section.attention = name
+        section.attention = cast(Any, name)
     length = values.get("seq_len", training.seq_len)
     if length > training.seq_len:
         raise _fault(

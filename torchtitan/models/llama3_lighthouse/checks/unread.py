@@ -79,7 +79,8 @@ def warnings_of(config: JobConfig, world_size: int) -> list[str]:
 
 def _stages(config: JobConfig) -> list[str]:
     section, steps = config.lighthouse, config.training.steps
-    if section.stage != "auto" or section.dense_from_step < steps:
+    short_form = not section.schedule and section.stage == "auto"
+    if not short_form or section.dense_from_step < steps:
         return []
     return [
         f"lighthouse.dense_from_step = {section.dense_from_step:,} is not below training.steps = "
