@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,10 +48,7 @@ def describe(
     seq_len = config.training.seq_len
     with torch.device("meta"):
         model = LighthouseTransformer(args)
-    counts = {
-        attention: args.get_nparams_and_flops(model, seq_len, attention) for attention in ATTENTIONS
-    }
-    total = counts["dense"][0]
+    total, _ = args.get_nparams_and_flops(model, seq_len)
     tokens = config.training.local_batch_size * seq_len // dims.cp // dims.tp
     chunks = len(layout_on_rank_0(config.parallelism).held)
     lines = [
@@ -75,7 +73,8 @@ def describe(
         _memory_line(config, dims, args, tokens, parameters),
         "FLOPs/token   "
         + ", ".join(
-            f"{_name(config, attention)} {flops:.3e}" for attention, (_, flops) in counts.items()
+            f"{_name(config, each)} {args.get_nparams_and_flops(model, seq_len, each)[1]:.3e}"
+            for each in ATTENTIONS
         ),
     ]
     return [*lines, *_offload_line(config, args, tokens)]
@@ -98,7 +97,9 @@ def _schedule_lines(
         stage, training = each.stage, each.stage.config.training
         batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
         tokens = training.local_batch_size * stage.seq_len // dims.cp // dims.tp
-        estimate = memory_estimate(stage.config, dims, each.args, tokens, parameters)
+        estimate = memory_estimate(
+            stage.config, dims, each.args, tokens, parameters, (stage.attention,)
+        )
         steps = stage.last - first + 1
         work.append(steps * batch * stage.seq_len * each.flops[stage.attention])
         runs = ""
@@ -251,6 +252,7 @@ def memory_estimate(
     args: LighthouseModelArgs,
     tokens: int,
     parameters: int,
+    attentions: Sequence[str] = ATTENTIONS,
 ) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer, and of activations under each attention.
 
@@ -259,7 +261,7 @@ def memory_estimate(
         parameters: parameters that a rank holds.
     """
     found = {"state": float(parameters * sum(OPTIMIZER_BYTES.values()))}
-    for attention in ATTENTIONS:
+    for attention in attentions:
         # A rank holds 1 / pp of the layers, and keeps them for the tokens of all microbatches.
         found[attention] = activation_bytes(
             args,

@@ -45,6 +45,11 @@ class StagedDataloader(BaseDataLoader):
         """Length of the sequences that this loader gives now."""
         return self._shape[0]
 
+    @property
+    def stream_count(self) -> int:
+        """Streams of all ranks together, as many in every stage."""
+        return self.present.stream_count
+
     def use(self, config: JobConfig) -> None:
         """Give the sequences of a stage from the next batch on."""
         if _shape(config) == self._shape:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..job_config import JobConfig
+from ..job_config import JobConfig, leaves
 
 Settings = Mapping[str, Any]
 
@@ -13,12 +13,15 @@ Settings = Mapping[str, Any]
 def command_line(settings: Settings) -> list[str]:
     """Settings as the trainer's flags."""
     line: list[str] = []
+    # torchtitan reads a list of names from one word, with commas, and tyro any other from several.
+    of_names = {leaf.key for leaf in leaves(JobConfig()) if leaf.kind == list[str]}
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         if isinstance(value, bool):
             line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
         else:
             values = value if isinstance(value, list | tuple) else [value]
+            values = [",".join(values)] if key in of_names else values
             line += [f"--{key}", *map(str, values)]
     return line
 
