@@ -98,7 +98,9 @@ def activation_bytes(
         tokens: tokens of a pass on this rank, of sequences of ``seq_len``.
         attention: "lighthouse" or "dense".
     """
-    geometry = PyramidGeometry(args.lighthouse, seq_len) if args.selects else None
+    # Dense attention takes lengths that no selection does.
+    selects = args.selects and attention == "lighthouse"
+    geometry = PyramidGeometry(args.lighthouse, seq_len) if selects else None
     dense, lighthouse = layer_elements(args, section, geometry)
     lighthouse_layers = args.n_layers - len(args.dense_layers) if attention == "lighthouse" else 0
     layers = (args.n_layers - lighthouse_layers) * dense + lighthouse_layers * lighthouse
