@@ -17,6 +17,8 @@ from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
 SHARED_MEMORY = 99 * 1024
+# Lines of a kernel's text before optimisation. Several thousand take minutes to compile.
+MOST_LINES = 4000
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
             torch.int64: "*i64"}  # fmt: skip
 # L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
@@ -28,16 +30,19 @@ CASES = [
 
 
 class Compiler:
-    """Takes the place of a kernel: launching it compiles it, told of what 16 divides, as a launch.
+    """Takes the place of a kernel: launching it compiles it.
 
-    Without that, no load is a vector, and the long text takes many times as long to compile.
+    Args:
+        capability: that of the GPU.
+        aligned: tell the compiler what 16 divides, as most launches do. Loads are then vectors.
     """
 
     count = 0
 
-    def __init__(self, kernel, capability: int) -> None:
+    def __init__(self, kernel, capability: int, aligned: bool) -> None:
         self.kernel = kernel
         self.target = GPUTarget("cuda", capability, 32)
+        self.aligned = aligned
 
     def __getitem__(self, grid):
         return self.launch
@@ -47,7 +52,10 @@ class Compiler:
         signature = dict.fromkeys(constants, "constexpr")
         attributes = {}
         for number, (name, value) in enumerate(zip(names, arguments, strict=False)):
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            divisible = isinstance(value, torch.Tensor) or (
+                isinstance(value, int) and value % 16 == 0
+            )
+            if self.aligned and divisible:
                 attributes[number,] = [["tt.divisibility", 16]]
             if isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
@@ -61,6 +69,7 @@ class Compiler:
         options = {"num_warps": num_warps, "num_stages": num_stages}
         compiled = compile(source, target=self.target, options=options)
         assert compiled.asm["cubin"]
+        assert compiled.asm["ttir"].count("\n") <= MOST_LINES, self.kernel
         assert compiled.metadata.shared <= SHARED_MEMORY, self.kernel
         Compiler.count += 1
 
@@ -119,7 +128,7 @@ def main() -> None:
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]
     for module, name in kernels:
-        setattr(module, name, Compiler(getattr(module, name), int(capability)))
+        setattr(module, name, Compiler(getattr(module, name), int(capability), case == "long"))
     if case == "long":
         launch_long(128, 2048, 8, 128, torch.bfloat16)
     elif case == "loss":
