@@ -30,6 +30,7 @@ from torchtitan.models.llama3_lighthouse.evaluation import (  # noqa: E402
 from torchtitan.models.llama3_lighthouse.evaluation.figures import (  # noqa: E402
     DENSE,
     LIGHTHOUSE,
+    WINDOW,
     colours,
     length_axis,
     mark_switches,
@@ -267,24 +268,29 @@ def passkeys(path: Path) -> None:
 
 def neighbourhood(path: Path) -> None:
     """Held-out loss and pass keys of each arrangement of the first stage, a mark for each seed."""
+    from matplotlib.lines import Line2D
+
     rows = [row for row in read_csv("neighbourhood/seeds.csv") if row["tail"] == 0.125]
     arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
+    colour_of = {"dense": DENSE, "merged": LIGHTHOUSE, "window": WINDOW}
+    marker_of = dict(enumerate(recovery_plots.MARKERS[:3]))
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, key, factor, label in (
         (left, "books", 1, "held-out loss of books, nats per byte"),
         (right, "keys 32768", 100, "pass keys found at 32,768 bytes, %"),
     ):
-        for seed, marker in ((0, "o"), (1, "s"), (2, "^")):
-            points = [(row[key] * factor, arms.index(str(row["arm"])))
-                      for row in rows if row["seed"] == seed]  # fmt: skip
-            axis.plot(*zip(*points, strict=True), marker, color=colours(3)[seed],
-                      markerfacecolor="none", label=f"seed {seed}")  # fmt: skip
+        for row in rows:
+            arm = str(row["arm"])
+            axis.plot(row[key] * factor, arms.index(arm), marker_of[int(row["seed"])],
+                      color=colour_of[arm.split()[0]], markerfacecolor="none")  # fmt: skip
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
     left.set_yticks(range(len(arms)), arms, fontsize=8)
     left.invert_yaxis()
-    right.legend(fontsize=8)
+    seeds = [Line2D([], [], color="black", linestyle="", marker=marker, markerfacecolor="none",
+                    label=f"seed {seed}") for seed, marker in marker_of.items()]  # fmt: skip
+    right.legend(handles=seeds, fontsize=8)
     save(figure, path)
 
 
