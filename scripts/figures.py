@@ -4,11 +4,12 @@
     python scripts/figures.py
 
 Records are the JSON and CSV files below docs/. --output FOLDER draws into another folder, in the
-same places. Needs matplotlib (pip install -e '.[trainer,plots]').
+same places. Needs matplotlib (.venv/bin/pip install -e '.[trainer,plots]').
 """
 
 import argparse
 import csv
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -336,7 +337,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DOCS, metavar="FOLDER",
                         help="folder to draw into; default: docs")  # fmt: skip
-    draw_all(parser.parse_args().output)
+    options = parser.parse_args()
+    if not importlib.util.find_spec("matplotlib"):
+        parser.error("figures need matplotlib: .venv/bin/pip install -e '.[trainer,plots]'")
+    draw_all(options.output)
 
 
 if __name__ == "__main__":

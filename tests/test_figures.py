@@ -59,6 +59,15 @@ def test_lengths_are_ticked_where_they_were_measured() -> None:
     assert [label.get_text() for label in axis.get_xticklabels()] == ["8K", "98K"]
 
 
+def test_missing_matplotlib_is_said_before_any_drawing(figures, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["figures.py"])
+    monkeypatch.setattr(figures, "draw_all", lambda output: pytest.fail("drew"))
+    with pytest.raises(SystemExit):
+        figures.main()
+    assert "figures need matplotlib: .venv/bin/pip install" in capsys.readouterr().err
+
+
 def test_one_thing_has_one_colour_whatever_its_seed(figures, monkeypatch, tmp_path: Path) -> None:
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
