@@ -78,7 +78,7 @@ def test_unknown_warnings_are_shown(root) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         set_up_console()
-        warnings.warn("'set_vital' is deprecated, please do not call", stacklevel=1)
+        warnings.warn("In CPU autocast, but the target dtype is not supported", stacklevel=1)
         warnings.warn("this one is new", stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["this one is new"]
 

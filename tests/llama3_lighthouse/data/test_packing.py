@@ -277,3 +277,8 @@ def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
         batches, state = global_batches(job, ranks, count, state)
         changed += batches
     assert changed == straight
+
+
+def test_loaders_warn_of_nothing_that_their_user_cannot_mend(folder: Path, recwarn) -> None:
+    next(iter(loader(config(path=folder))))
+    assert not [warning for warning in recwarn if "set_vital" in str(warning.message)]
