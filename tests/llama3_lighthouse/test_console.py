@@ -68,6 +68,13 @@ def test_what_torch_prints_by_itself_is_silenced_where_it_is_harmless(root, capl
     assert printed == ["out of shared memory"]
 
 
+def test_the_hub_says_nothing_twice(root, monkeypatch) -> None:
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "handlers", [logging.StreamHandler()])
+    set_up_console()
+    assert hub.handlers == [] and hub.propagate
+
+
 def test_only_the_first_rank_writes_the_file(root, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     log_to_file(tmp_path / "run")
