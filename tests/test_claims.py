@@ -181,7 +181,7 @@ def merge_below_window() -> str:
 def merge_above_dense() -> str:
     rows = arms_of_a_window()
     gaps = [float(rows["merged 256", s]["books"]) - float(rows["dense", s]["books"])
-            for s in range(2)]  # fmt: skip
+            for s in range(3)]  # fmt: skip
     found, dense = (
         sorted(float(row["keys 32768"]) for (arm, _), row in rows.items() if arm == name)
         for name in ("merged 256", "dense")
@@ -189,7 +189,7 @@ def merge_above_dense() -> str:
     return (
         f"{min(gaps):.2f} to {max(gaps):.2f} nats above dense training, and finds "
         f"{round_up(found[0])}% to {round_up(found[-1])}% of pass keys at 32,768 bytes where dense "
-        f"training finds {round_up(dense[0])}% and {round_up(dense[1])}%"
+        f"training finds {round_up(dense[0])}% to {round_up(dense[-1])}%"
     )
 
 

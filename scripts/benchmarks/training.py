@@ -2,8 +2,11 @@
 """Measure training: tokens/s, MFU and peak memory of attentions, checkpointing modes and lengths.
 
 Every case trains a few steps of CONFIG in a process of its own, one local batch a step, on the
-same text. The first --warm-up steps are left out, and the median of the others counts. A case that
-does not fit is recorded as "out of memory". The values of --attention are
+same text. The first --warm-up steps are left out, and the median of the others counts. A step's
+time is that from the end of the step before, on the GPU's own clock: all that a training run does
+between log lines, the data loader included. No step is logged, validated or saved, and the script
+itself waits for the GPU only after the last one. On a CPU the clock is the host's. A case that does
+not fit is recorded as "out of memory". The values of --attention are
 
     lighthouse  Lighthouse attention
     dense       the same model with dense attention
@@ -17,7 +20,8 @@ OPTION is activation_checkpoint.selective_ac_option (default op), PRODUCT one of
 Further arguments at the end, --section.key value, go to the trainer.
 
 Writes NAME.md, NAME.json and, unless --no-plots, NAME.png, which needs matplotlib
-(pip install -e '.[plots]'). With --profile, NAME_profile.md says what the GPU did in one step.
+(pip install -e '.[plots]'). With --profile, NAME_profile.md says what the GPU did in one more step,
+which begins and ends with an idle GPU, other than the timed ones.
 
     python scripts/benchmarks/training.py train_configs/270m_98k.toml \\
         --attention lighthouse dense upstream --modes selective lighthouse:wo,w1,w3 \\
@@ -76,7 +80,7 @@ def case_arguments(options: argparse.Namespace, case: dict[str, Any], folder: st
     line = [
         "--job.config_file", str(options.config), "--job.dump_folder", folder,
         "--training.dataset", "python_stdlib", "--training.global_batch_size", "-1",
-        "--training.steps", str(steps), "--metrics.log_freq", "1",
+        "--training.steps", str(steps),
         "--metrics.no-enable_tensorboard", "--metrics.no-enable_wandb",
         "--checkpoint.no-enable", "--validation.no-enable", *options.trainer,
         "--training.seq_len", str(case["N"]), "--lighthouse.top_k", str(case["k"]),

@@ -22,55 +22,84 @@ GIB = 2**30
 
 @dataclass
 class Measured:
-    """Measurements of a run's steps.
+    """Measurements of a run's steps, which are read at its end: no step waits for its own.
 
     Attributes:
-        ends: when each step ended, in seconds.
-        losses: the average loss of each step.
-        peaks: the most memory that each step had reserved and in use, in GiB.
+        ends: the end of each step, an event on the GPU; on a CPU, the seconds of the host's clock.
+        losses: the shares of each step's average loss, one a microbatch.
         profile: the summary of the last step by ``kernels_of``, if it was profiled.
     """
 
-    ends: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    peaks: list[list[float]] = field(default_factory=list)
+    ends: list[Any] = field(default_factory=list)
+    losses: list[list[Any]] = field(default_factory=list)
     profile: dict[str, Any] | None = None
+
+    def mark_end(self) -> None:
+        """Note that a step ends here, without waiting for the GPU to come to its end."""
+        import torch
+
+        if not torch.cuda.is_available():
+            self.ends.append(time.perf_counter())
+            return
+        self.ends.append(torch.cuda.Event(enable_timing=True))
+        self.ends[-1].record()
+
+    def read(self, warm_up: int) -> dict[str, Any]:
+        """Wait for the GPU, and return what a record says of the steps.
+
+        Args:
+            warm_up: steps whose seconds are left out, at least 1.
+        """
+        from torchtitan.tools import utils
+
+        utils.device_module.synchronize()
+        seconds = [
+            end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+            for start, end in zip(self.ends, self.ends[1:], strict=False)
+        ]
+        memory = utils.device_module.memory_stats()
+        return {
+            "seconds": seconds[warm_up - 1 :],
+            "losses": [float(sum(shares)) for shares in self.losses],
+            "reserved GiB": memory["reserved_bytes.all.peak"] / GIB,
+            "active GiB": memory["active_bytes.all.peak"] / GIB,
+        }
 
 
 def timed_trainer(base: type, measured: Measured, profile: bool) -> type:
-    """A subclass of the trainer ``base`` that fills ``measured`` and, on request, its profile."""
+    """A subclass of the trainer ``base`` that fills ``measured`` and, on request, its profile.
+
+    It logs nothing, because a log line waits for the GPU and starts the count of memory anew.
+    """
     import torch
     from torchtitan.tools import utils
 
     class TimedTrainer(base):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.metrics_processor.should_log = lambda step: False
+
+        def forward_backward_step(self, **arguments: Any) -> Any:
+            loss = super().forward_backward_step(**arguments)
+            # A copy, as the next step may compute its loss in the same place.
+            self.shares.append(loss.detach().clone())
+            return loss
+
         def train_step(self, data_iterator: Any) -> None:
-            log = self.metrics_processor.log
-
-            def watched(
-                step: int,
-                average_loss: float,
-                maximum_loss: float,
-                grad_norm: float,
-                extra_metrics: dict[str, Any] | None = None,
-            ) -> None:
-                measured.losses.append(float(average_loss))
-                # Read the peak first, because logging resets it.
-                memory = utils.device_module.memory_stats()
-                measured.peaks.append(
-                    [memory[f"{kind}_bytes.all.peak"] / GIB for kind in ("reserved", "active")]
-                )
-                log(step, average_loss, maximum_loss, grad_norm, extra_metrics)
-
-            self.metrics_processor.log = watched
+            self.shares: list[Any] = []
             profiled = profile and self.step == self.job_config.training.steps
+            if profiled:
+                # The steps before are no part of the profile.
+                utils.device_module.synchronize()
             with torch.profiler.profile() if profiled else nullcontext() as recorded:
                 super().train_step(data_iterator)
-                utils.device_module.synchronize()
-            self.metrics_processor.log = log
+                if profiled:
+                    utils.device_module.synchronize()
+            measured.losses.append(self.shares)
             if profiled:
                 measured.profile = kernels_of(recorded)
             else:
-                measured.ends.append(time.perf_counter())
+                measured.mark_end()
 
     return TimedTrainer
 
@@ -133,14 +162,8 @@ def run_case(
         result |= {"failure": OUT_OF_MEMORY, "message": str(error)}
     if measured.profile is not None:
         result["profile"] = measured.profile
-    ends = measured.ends
-    result |= {
-        "seconds": [end - start for start, end in zip(ends, ends[1:], strict=False)][warm_up - 1 :],
-        "losses": measured.losses,
-        "reserved GiB": max((peak[0] for peak in measured.peaks), default=None),
-        "active GiB": max((peak[1] for peak in measured.peaks), default=None),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-    }
+    result |= measured.read(warm_up)
+    result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     Path(result_file).write_text(json.dumps(result))
     # Nothing is left to tidy up, and after an error the trainer may wait for ever at its own end.
     sys.stdout.flush()

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import training
+import training_case
 import training_results
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,88 @@ def test_cases_become_configurations(tmp_path: Path) -> None:
     assert config.activation_checkpoint.mode == "lighthouse"
     assert config.activation_checkpoint.keep_products == ["wo", "w1"]
     assert not config.compile.enable and not config.checkpoint.enable
+
+
+class Upstream:
+    """Stands in for a trainer: two microbatches a step, whose losses are known in advance."""
+
+    def __init__(self, steps: int) -> None:
+        self.step = 0
+        self.job_config = SimpleNamespace(training=SimpleNamespace(steps=steps))
+        self.metrics_processor = SimpleNamespace(should_log=lambda step: True)
+        self.loss = torch.zeros(())
+
+    def forward_backward_step(self, **arguments: int) -> torch.Tensor:
+        # The trainer computes every loss in the same place, as a CUDA graph does.
+        return self.loss.fill_(self.step + arguments["part"] / 4)
+
+    def train_step(self, data_iterator: object) -> None:
+        assert not self.metrics_processor.should_log(self.step)
+        for part in (0, 1):
+            self.forward_backward_step(part=part)
+
+    def train(self) -> None:
+        while self.step < self.job_config.training.steps:
+            self.step += 1
+            self.train_step(None)
+
+
+class Event:
+    """Stands in for a CUDA event; its time is known once the GPU has come to its end."""
+
+    seconds, ready = iter(()), False
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = next(self.seconds)
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.ready
+        return (end.at - self.at) * 1e3
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_no_step_waits_for_its_own_end(gpu: bool, monkeypatch) -> None:
+    """Ends of steps are marks on the GPU, and all is read after the last one."""
+    from torchtitan.tools import utils
+
+    waits = []
+
+    def synchronize() -> None:
+        waits.append(trainer.step)
+        Event.ready = True
+
+    ends = [10.0, 10.5, 11.5, 13.5]
+    monkeypatch.setattr(Event, "seconds", iter(ends))
+    monkeypatch.setattr(Event, "ready", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(training_case.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(utils.device_module, "synchronize", synchronize)
+    clock = iter(ends)
+    measured = training_case.Measured()
+    trainer = training_case.timed_trainer(Upstream, measured, profile=False)(4)
+    trainer.train()
+    assert not waits
+    result = measured.read(warm_up=2)
+    assert waits == [4]
+    assert result["seconds"] == pytest.approx([1.0, 2.0])
+    assert result["losses"] == [2.25, 4.25, 6.25, 8.25]
+
+
+def test_profile_is_of_one_step_alone(monkeypatch) -> None:
+    """It is not timed; the steps before it have come to their end, and so has it."""
+    from torchtitan.tools import utils
+
+    waits = []
+    monkeypatch.setattr(utils.device_module, "synchronize", lambda: waits.append(trainer.step))
+    measured = training_case.Measured()
+    trainer = training_case.timed_trainer(Upstream, measured, profile=True)(3)
+    trainer.train()
+    assert waits == [3, 3] and measured.profile is not None
+    assert len(measured.ends) == 2 and len(measured.losses) == 3
 
 
 @pytest.mark.parametrize("limit", [100_000, 98_304, 700_000, 16_384])

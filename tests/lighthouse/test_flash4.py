@@ -74,6 +74,13 @@ def test_other_gpus_keep_torchs_flash_attention(install, monkeypatch, generation
         choose("flash4", head())
 
 
+def test_head_dimensions_with_wrong_gradients_keep_torchs_flash_attention(install) -> None:
+    install(flash4.LEAST_VERSION, WHOLE)
+    assert choose(None, head(shape=(1, 1, 8, 40))) == "flash"
+    with pytest.raises(ValueError, match=r"is right for head dimensions of \(32, .*got 40; pass"):
+        choose("flash4", head(shape=(1, 1, 8, 40)))
+
+
 def test_absent_package(absent) -> None:
     assert choose(None, head()) == "flash"
     with pytest.raises(ImportError, match="which is not installed: pip install 'flash-attn-4"):

@@ -1,6 +1,7 @@
 """Whole training runs: stages, resume, non-finite values, agreement with upstream."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -48,11 +49,44 @@ def test_crash_and_stop_leave_no_trace(tmp_path: Path, processes: int) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
+def test_verdicts_read_late_change_no_bit(tmp_path: Path) -> None:
+    """They are read before whatever looks at a step: a log line, a checkpoint, a validation,
+    selection statistics, and the end of a stage and of the run."""
+    settings = {
+        **VALIDATED,
+        **{"lighthouse.dense_from_step": 5, "lighthouse.log_selection_every": 4},
+        **{"training.steps": 12, "metrics.log_freq": 7, "checkpoint.interval": 9},
+        **{"validation.freq": 11, "validation.steps": 1},
+    }
+    runs = []
+    for name, environment in {"at once": {}, "late": {"LATE": "1"}}.items():
+        (tmp_path / name).mkdir()
+        runs.append(Run(tmp_path / name, settings, **environment).succeed())
+    at_once, late = runs
+    unread = [step for step, line in late.steps().items() if line["unread"]]
+    assert unread == [2, 3, 6, 8, 10]
+    assert not any(line["unread"] for line in at_once.steps().values())
+    assert exact(late) == exact(at_once)
+    assert validation_losses(late) == validation_losses(at_once)
+    for step in (9, 12):
+        name = f"dump/checkpoint/step-{step}/__0_0.distcp"
+        first, second = ((tmp_path / run / name).read_bytes() for run in ("at once", "late"))
+        assert first == second
+
+
+@pytest.mark.parametrize(
+    "mode", ["disabled", "late", pytest.param("async", marks=pytest.mark.slow)]
+)
 def test_stop_of_one_rank_saves_on_all(tmp_path: Path, mode: str) -> None:
     """Only the second of two processes gets the signal; a second run is refused meanwhile."""
-    settings = {"training.steps": 1000, "checkpoint.async_mode": mode, "checkpoint.interval": 3}
-    run = Run(tmp_path, settings, processes=2)
+    settings = {"training.steps": 1000, "checkpoint.interval": 3}
+    environment = {}
+    if mode == "late":
+        settings |= {"checkpoint.interval": 1000, "metrics.log_freq": 1000}
+        environment["LATE"] = "1"
+    else:
+        settings["checkpoint.async_mode"] = mode
+    run = Run(tmp_path, settings, processes=2, **environment)
     run.wait_for_step(4)
     if mode == "disabled":
         second = Run(tmp_path, settings)
@@ -183,6 +217,28 @@ def test_non_finite_loss_stops_all_ranks_without_the_optimizer_step(
     assert checkpoints == ["step-5"]
     resumed = Run(tmp_path, settings, processes=processes).succeed()
     assert "checkpoint/step-5\n" in resumed.log
+
+
+@pytest.mark.parametrize(
+    ("step", "processes"), [(8, 1), (10, 1), pytest.param(8, 2, marks=pytest.mark.slow)]
+)
+def test_non_finite_loss_that_is_noticed_late_is_in_nothing(
+    tmp_path: Path, step: int, processes: int
+) -> None:
+    """The error names the step that was not finite; at step 10 a checkpoint is due."""
+    settings = {"metrics.log_freq": 100}
+    nan_at = {"NAN_AT": f"{step},{processes - 1}"}
+    spoiled = Run(tmp_path, settings, processes=processes, LATE="1", **nan_at)
+    assert spoiled.wait() != 0
+    assert f"step {step} (dense stage): not finite" in spoiled.log
+    if processes == 1:
+        assert re.search(r"this rank: loss share nan, gradient norm [0-9.]+\)", spoiled.log)
+    assert "The optimizer step was not taken, nor any after it" in spoiled.log
+    assert "weights and optimizer state are as before" in spoiled.log
+    # The step after step 8 is under way when its loss is noticed; what is due at 10 is not begun.
+    assert max(spoiled.steps()) == (8 if step == 8 else 9)
+    assert os.listdir(tmp_path / "dump/checkpoint") == ["step-5"]
+    assert list(read_metrics(tmp_path / "dump")) == [1]
 
 
 def test_optimizers_that_wait_for_the_check() -> None:

@@ -3,7 +3,9 @@
 Every step appends one JSON line to ``RECORD_FILE``-rank: the step, the stage, losses and gradient
 norm as exact hexadecimal floats, and a hash of each microbatch. Environment variables change what
 it does: ``TRAINER=upstream`` runs torchtitan's own trainer and model on the same data,
-``NAN_AT=step,rank`` makes one loss NaN, and ``ANY_DEVICE=1`` skips the check for a GPU.
+``NAN_AT=step,rank`` makes one loss NaN, ``ANY_DEVICE=1`` skips the check for a GPU, and ``LATE=1``
+lets verdicts travel as they do from a GPU, so that the trainer reads them as late as it can. A step
+that logs nothing repeats the losses and the norm of the last one that did.
 """
 
 import hashlib
@@ -19,6 +21,8 @@ import torch
 
 from torchtitan.models.llama3_lighthouse import baseline
 from torchtitan.models.llama3_lighthouse import train as lighthouse_train
+from torchtitan.models.llama3_lighthouse.errors import NonFiniteError
+from torchtitan.models.llama3_lighthouse.verdict import Verdict
 
 # isort: split
 import torchtitan.train as upstream_train
@@ -28,6 +32,8 @@ RANK = int(os.environ["RANK"])
 
 class Recording:
     """Mixed into a trainer, records the data and the results of each step."""
+
+    logged: dict[str, Any] = {}
 
     def batch_generator(
         self, data_iterable: Iterable
@@ -64,17 +70,19 @@ class Recording:
             log(step, average_loss, maximum_loss, grad_norm, extra_metrics)
 
         self.metrics_processor.log = recording_log
-        before = [x.detach().clone() for x in self._held()] if "NAN_AT" in os.environ else []
+        if os.environ.get("NAN_AT", "").startswith(f"{self.step},"):
+            self.before = [x.detach().clone() for x in self._held()]
         try:
             super().train_step(data_iterator)
-        except lighthouse_train.NonFiniteError:
-            assert all(torch.equal(x, y) for x, y in zip(self._held(), before, strict=True))
+        except NonFiniteError:
+            assert all(torch.equal(x, y) for x, y in zip(self._held(), self.before, strict=True))
             print("weights and optimizer state are as before", flush=True)
             raise
         self.metrics_processor.log = log
         stage = getattr(self, "stage", "upstream")
         record = {"step": self.step, "stage": stage, "batches": self.batches, **self.logged}
         self.batches = []
+        record["unread"] = getattr(getattr(self, "verdicts", None), "unread", None) is not None
         record["pid"] = os.getpid()
         with open(f"{os.environ['RECORD_FILE']}-{RANK}", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -105,6 +113,8 @@ if __name__ == "__main__":
         lighthouse_train.LighthouseTrainer = RecordingUpstreamTrainer
     else:
         lighthouse_train.LighthouseTrainer = RecordingLighthouseTrainer
+    if os.environ.get("LATE"):
+        Verdict.travels = True
     if os.environ.get("ANY_DEVICE"):
         lighthouse_train.check_device = lambda config, device_type: None
     lighthouse_train.main()

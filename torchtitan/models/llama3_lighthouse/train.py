@@ -5,7 +5,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from signal import Signals
 from typing import Any, NoReturn, cast
 from unittest.mock import patch
 
@@ -26,7 +25,7 @@ from .checks.parallelism import check_device
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
 from .description import describe, ending, output_line, what_runs
-from .errors import NonFiniteError, UserValueError
+from .errors import UserValueError
 from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
@@ -43,7 +42,7 @@ from .processes import lock_folders
 from .selection_statistics import Selected, selection_statistics, selections
 from .stages import ATTENTIONS, attention_at, stage_at
 from .stopping import StopRequest, ends_as_the_launcher_expects, stopped
-from .verdict import skips_non_finite_steps, verdict_of_all_ranks
+from .verdict import Verdicts, skips_non_finite_steps
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -88,7 +87,8 @@ class LighthouseTrainer(upstream.Trainer):
         # Empty before the first step.
         self.stage = ""
         self.steps_taken = 0
-        self.stop_request, self._stopped_by = StopRequest(), 0
+        self.stop_request = StopRequest()
+        self.verdicts = Verdicts(self.checkpointer)
         seq_len = job_config.training.seq_len
         with torch.device("meta"):
             # Under pipeline parallelism no rank holds the whole model.
@@ -123,7 +123,7 @@ class LighthouseTrainer(upstream.Trainer):
             logger.info("The first step of each stage compiles the model, which can take minutes")
         self.metrics_processor.start_clock()
         super().train()
-        if self._stopped_by and self.step < config.training.steps:
+        if self.verdicts.stopped_by and self.step < config.training.steps:
             self._save_and_stop()
         seconds = time.monotonic() - start
         for line in ending(config, self.step, self.steps_taken, self.stage, seconds):
@@ -131,22 +131,23 @@ class LighthouseTrainer(upstream.Trainer):
 
     def should_continue_training(self) -> bool:
         """Whether steps are left, and no signal has asked any rank to stop."""
-        return super().should_continue_training() and not self._stopped_by
+        return super().should_continue_training() and not self.verdicts.stopped_by
 
     def _save_and_stop(self) -> NoReturn:
         folder = self.checkpointer.save_now(self.step)
         self.stop_request.ignore()
-        raise stopped(self._stopped_by, self.step, folder)
+        raise stopped(self.verdicts.stopped_by, self.step, folder)
+
+    def _stage_at(self, step: int) -> str:
+        section = self.job_config.lighthouse
+        return stage_at(step, section.stage, section.dense_from_step)
 
     def _attention_at(self, step: int) -> str:
-        section = self.job_config.lighthouse
-        stage = stage_at(step, section.stage, section.dense_from_step)
-        return attention_at(step, stage, section.dense_every)
+        return attention_at(step, self._stage_at(step), self.job_config.lighthouse.dense_every)
 
     def set_stage(self, step: int) -> None:
         """Give the model the attention of ``step``'s stage, and log when the stage changes."""
-        section = self.job_config.lighthouse
-        stage = stage_at(step, section.stage, section.dense_from_step)
+        section, stage = self.job_config.lighthouse, self._stage_at(step)
         if stage == self.stage:
             return
         came_from = f" after {self.stage}" if self.stage else ""
@@ -176,14 +177,13 @@ class LighthouseTrainer(upstream.Trainer):
 
         Raises:
             NonFiniteError: on every rank, if the loss of any rank or the gradient norm is not
-                finite; the optimizer takes no step.
+                finite, in this step or in the one before; the optimizer takes no step.
         """
         self.set_stage(self.step)
         if self.stage == "lighthouse":
             self.checkpointer.last_lighthouse_step = self.step
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        every = self.job_config.lighthouse.log_selection_every
-        if not every or self.step % every or self.stage != "lighthouse":
+        if not self._records_selections(self.step):
             self._train_on(microbatches)
             return
         before = self._selections(*microbatches[0])
@@ -194,6 +194,23 @@ class LighthouseTrainer(upstream.Trainer):
             before, after, tensor_parallel.get_group() if tensor_parallel is not None else None
         )
         self.metrics_processor.logger.log(statistics, self.step)
+
+    def _records_selections(self, step: int) -> bool:
+        every = self.job_config.lighthouse.log_selection_every
+        return bool(every) and step % every == 0 and self._stage_at(step) == "lighthouse"
+
+    def _is_looked_at(self, step: int) -> bool:
+        """Whether anybody sees what ``step`` left before the next one is queued."""
+        config = self.job_config
+        return (
+            bool(self.verdicts.stopped_by)
+            or self.metrics_processor.should_log(step)
+            or self.checkpointer.is_due(step, step == config.training.steps)
+            or (config.validation.enable and self.validator.should_validate(step))
+            or self._records_selections(step)
+            or step == config.training.steps
+            or self._stage_at(step + 1) != self.stage
+        )
 
     def _selections(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[Selected]:
         """Selections of the present weights in one microbatch, left out of the throughput."""
@@ -233,18 +250,20 @@ class LighthouseTrainer(upstream.Trainer):
             foreach=True,
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
         )
-        verdict = verdict_of_all_ranks(loss_share, grad_norm, self.stop_request.number)
+        # The device has this step to work on while the host waits for the verdict on the last one.
+        verdict = self.verdicts.ask(
+            self.step, self.stage, loss_share, grad_norm, self.stop_request.number
+        )
         # Where optimizers skip steps themselves, the host queues the step without waiting.
-        skipping = all(skips_non_finite_steps(x, verdict.device) for x in self.optimizers)
-        if skipping:
+        if all(skips_non_finite_steps(x, verdict.not_finite.device) for x in self.optimizers):
             for optimizer in self.optimizers:
-                optimizer.found_inf = verdict[0]
+                optimizer.found_inf = verdict.not_finite
         else:
-            self._heed(verdict, loss_share, grad_norm)
+            self.verdicts.heed(self.step)
         self.checkpointer.maybe_wait_for_staging()
         self.optimizers.step()
-        if skipping:
-            self._heed(verdict, loss_share, grad_norm)
+        if not verdict.travels or self._is_looked_at(self.step):
+            self.verdicts.heed(self.step)
         self.lr_schedulers.step()
 
         self.steps_taken += 1
@@ -254,7 +273,7 @@ class LighthouseTrainer(upstream.Trainer):
         self.metrics_processor.record_step(self._flops_per_token[attention], attention)
         if self.metrics_processor.should_log(self.step):
             self._log(attention, loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
-        if self._stopped_by and self.step < self.job_config.training.steps:
+        if self.verdicts.stopped_by and self.step < self.job_config.training.steps:
             # A validation that is due now may take longer than whoever stopped the run waits.
             self.checkpointer.save_now(self.step)
 
@@ -306,26 +325,6 @@ class LighthouseTrainer(upstream.Trainer):
         ranks = self.parallel_dims.get_optional_mesh(mesh)
         # A single rank leaves its counts on the host, which then need not wait for the device.
         return dist_utils.dist_sum(value if ranks is None else value.to(self.device), ranks)
-
-    def _heed(self, verdict: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Note whether to stop after this step; raise a NonFiniteError if it was not finite."""
-        not_finite, number = verdict.tolist()
-        if number and not self._stopped_by:
-            self._stopped_by = int(number)
-            logger.info(f"{Signals(self._stopped_by).name}: step {self.step} is the last one now")
-        if not not_finite:
-            return
-        message = (
-            f"step {self.step} ({self.stage} stage): not finite on at least one rank (this rank: "
-            f"loss share {loss.item()}, gradient norm {grad_norm.item()}). The optimizer step was "
-            "not taken"
-        )
-        if self.job_config.checkpoint.enable:
-            kept = self.checkpointer.last_good()
-            message += f"; the last good checkpoint is {kept or 'none: nothing was saved yet'}"
-        raise NonFiniteError(
-            f"{message}. Lower optimizer.lr, lengthen the warmup or check the data."
-        )
 
     def _log(
         self,

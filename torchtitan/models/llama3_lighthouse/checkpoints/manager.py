@@ -248,6 +248,10 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     # Saving
 
+    def is_due(self, step: int, last_step: bool) -> bool:
+        """Whether ``save`` saves ``step``."""
+        return step != self._saved_now and self._should_save(step, last_step)
+
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save a checkpoint if one is due.
 
@@ -255,7 +259,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             NonFiniteError: weights or optimizer state are not finite; nothing is saved.
             UserFileError: the checkpoint, or the one before it, could not be written.
         """
-        if curr_step == self._saved_now or not self._should_save(curr_step, last_step):
+        if not self.is_due(curr_step, last_step):
             return
         start = time.monotonic()
         self.wait()
