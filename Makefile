@@ -22,7 +22,7 @@ types: setup ## Check types
 docs: setup ## Build the site into build/site
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
-figures: ## Draw every figure of the docs anew from its record
+figures: setup ## Draw every figure of the docs anew from its record
 	@.venv/bin/python scripts/figures.py
 
 train: ## Train a small model through both stages: minutes on two cores

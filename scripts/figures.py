@@ -4,11 +4,12 @@
     python scripts/figures.py
 
 Records are the JSON and CSV files below docs/. --output FOLDER draws into another folder, in the
-same places. Needs matplotlib (pip install -e '.[trainer,plots]').
+same places. Needs matplotlib (.venv/bin/pip install -e '.[trainer,plots]').
 """
 
 import argparse
 import csv
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ from torchtitan.models.llama3_lighthouse.evaluation import (  # noqa: E402
 from torchtitan.models.llama3_lighthouse.evaluation.figures import (  # noqa: E402
     DENSE,
     LIGHTHOUSE,
+    WINDOW,
     colours,
     length_axis,
     mark_switches,
@@ -127,20 +129,27 @@ def overview(path: Path) -> None:
     speed: dict[str, dict[int, float]] = {}
     for stage, name, colour, style in (("lighthouse", "Lighthouse stage", LIGHTHOUSE, "s-"),
                                        ("dense", "dense", DENSE, "o-")):  # fmt: skip
-        speed[stage] = {r["N"]: r["tokens/s"] for r in run["records"] if r["stage"] == stage}
+        # Lighthouse as configured, and dense training in its fastest mode of checkpointing.
+        modes = {stage: run["records"][0]["mode"], "dense": None}
+        records = [r for r in run["records"] if r["stage"] == stage]
+        speed[stage] = {
+            n: max(r["tokens/s"] for r in records
+                   if r["N"] == n and r["mode"] == (modes[stage] or r["mode"]))
+            for n in {r["N"] for r in records}
+        }  # fmt: skip
         left.plot(*zip(*sorted(speed[stage].items()), strict=True), style, color=colour, label=name)
     ratio = {n: speed["lighthouse"][n] / speed["dense"][n] for n in sorted(speed["dense"])}
     whole = {n: speed["dense"][n] / (0.625 / r + 0.375) for n, r in ratio.items()}
     left.plot(*zip(*whole.items(), strict=True), "--", color=LIGHTHOUSE,
               label="whole run: 10k of 16k steps\nin the Lighthouse stage (computed)")  # fmt: skip
-    longest = max(ratio)
-    gain = whole[longest] / speed["dense"][longest]
-    for y, text in ((speed["lighthouse"][longest], f"{ratio[longest]:.1f}x"),
-                    (whole[longest], f"{gain:.1f}x")):  # fmt: skip
-        left.annotate(text, (longest, y), (8, -3), textcoords="offset points")
+    for n in ratio:
+        offset = (8, -3) if n == max(ratio) else (-8, 8)
+        for y in (speed["lighthouse"][n], whole[n]):
+            text = f"{y / speed['dense'][n]:.1f}x"
+            left.annotate(text, (n, y), offset, textcoords="offset points")
     length_axis(left, ratio)
     left.set(xlabel="sequence length, tokens", ylabel="tokens/s, 268M model, one H200")
-    left.set(xlim=(27_000, 130_000), ylim=(0, 215_000))
+    left.set(xlim=(27_000, 130_000), ylim=(0, 245_000))
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.grid(alpha=0.3)
     left.legend(fontsize=8, loc="upper left")
@@ -267,24 +276,29 @@ def passkeys(path: Path) -> None:
 
 def neighbourhood(path: Path) -> None:
     """Held-out loss and pass keys of each arrangement of the first stage, a mark for each seed."""
+    from matplotlib.lines import Line2D
+
     rows = [row for row in read_csv("neighbourhood/seeds.csv") if row["tail"] == 0.125]
     arms = list(dict.fromkeys(str(row["arm"]) for row in rows))
+    colour_of = {"dense": DENSE, "merged": LIGHTHOUSE, "window": WINDOW}
+    marker_of = dict(enumerate(recovery_plots.MARKERS[:3]))
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, key, factor, label in (
         (left, "books", 1, "held-out loss of books, nats per byte"),
         (right, "keys 32768", 100, "pass keys found at 32,768 bytes, %"),
     ):
-        for seed, marker in ((0, "o"), (1, "s"), (2, "^")):
-            points = [(row[key] * factor, arms.index(str(row["arm"])))
-                      for row in rows if row["seed"] == seed]  # fmt: skip
-            axis.plot(*zip(*points, strict=True), marker, color=colours(3)[seed],
-                      markerfacecolor="none", label=f"seed {seed}")  # fmt: skip
+        for row in rows:
+            arm = str(row["arm"])
+            axis.plot(row[key] * factor, arms.index(arm), marker_of[int(row["seed"])],
+                      color=colour_of[arm.split()[0]], markerfacecolor="none")  # fmt: skip
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
     left.set_yticks(range(len(arms)), arms, fontsize=8)
     left.invert_yaxis()
-    right.legend(fontsize=8)
+    seeds = [Line2D([], [], color="black", linestyle="", marker=marker, markerfacecolor="none",
+                    label=f"seed {seed}") for seed, marker in marker_of.items()]  # fmt: skip
+    right.legend(handles=seeds, fontsize=8)
     save(figure, path)
 
 
@@ -330,7 +344,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DOCS, metavar="FOLDER",
                         help="folder to draw into; default: docs")  # fmt: skip
-    draw_all(parser.parse_args().output)
+    options = parser.parse_args()
+    if not importlib.util.find_spec("matplotlib"):
+        parser.error("figures need matplotlib: .venv/bin/pip install -e '.[trainer,plots]'")
+    draw_all(options.output)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ if ! has_accelerator && ! has_torch; then
             exit 1
         }
 fi
-echo "Installing Lighthouse with the extras $extras into .venv"
+echo "Installing Lighthouse with the extras $extras into .venv, which takes minutes"
 "${pip[@]}" --editable ".[$extras]"
 # Some packages hold files that are not Python of this version, which pip passes over too.
 .venv/bin/python -m compileall -qq -j 0 .venv/lib || true

@@ -8,6 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from torchtitan.models.llama3_lighthouse.evaluation.figures import (
+    DENSE,
+    LIGHTHOUSE,
+    WINDOW,
     length_axis,
     length_name,
     new_figure,
@@ -54,6 +57,27 @@ def test_lengths_are_ticked_where_they_were_measured() -> None:
     length_axis(axis, [98304, 8192, 98304])
     assert list(axis.get_xticks()) == [8192, 98304] and not list(axis.get_xticks(minor=True))
     assert [label.get_text() for label in axis.get_xticklabels()] == ["8K", "98K"]
+
+
+def test_missing_matplotlib_is_said_before_any_drawing(figures, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["figures.py"])
+    monkeypatch.setattr(figures, "draw_all", lambda output: pytest.fail("drew"))
+    with pytest.raises(SystemExit):
+        figures.main()
+    assert "figures need matplotlib: .venv/bin/pip install" in capsys.readouterr().err
+
+
+def test_one_thing_has_one_colour_whatever_its_seed(figures, monkeypatch, tmp_path: Path) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    figures.neighbourhood(tmp_path / "seeds.png")
+    (figure,) = drawn
+    arms = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    for axis in figure.axes:
+        found = {(arms[int(line.get_ydata()[0])].split()[0], line.get_color())
+                 for line in axis.lines}  # fmt: skip
+        assert found == {("dense", DENSE), ("merged", LIGHTHOUSE), ("window", WINDOW)}
 
 
 def test_no_line_joins_cases_of_different_levels(monkeypatch, tmp_path: Path) -> None:

@@ -20,13 +20,18 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ..geometry import PyramidGeometry
-from .launch import define, in_level, own_block, own_block_grid, row_strides, sequence_first
+from .launch import (
+    define,
+    in_level,
+    own_block,
+    own_block_grid,
+    row_strides,
+    sequence_first,
+    unrolled,
+)
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H200 (bf16, D = 128).
 TILE, WARPS = 1024, 2
-# The most rows of an entry that the program's text reads one by one; it repeats them for more. This
-# is a power of two, as p is, so it divides the rows of larger entries.
-UNROLLED = 16
 
 
 @triton.jit
@@ -91,7 +96,7 @@ def launch_gather(
         rows, coarsest_rows, index, gathered, *strides, *gathered.stride()[:3],
         heads, heads // index.shape[1], length, coarsest_rows.shape[2], s,
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
-        UNROLLED=min(UNROLLED, p ** (levels - 2)), num_warps=WARPS,
+        UNROLLED=unrolled(p ** (levels - 2)), num_warps=WARPS,
     )  # fmt: skip
     return gathered
 

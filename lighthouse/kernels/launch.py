@@ -10,6 +10,9 @@ from triton import knobs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_D = 256
+# The most rows that a program's text reads one by one; it repeats them for more. Compilation would
+# take minutes for hundreds.
+MOST_UNROLLED = 16
 
 # Whether Triton's interpreter runs the kernels, on any device. Triton decides it when a kernel is
 # defined.
@@ -111,28 +114,26 @@ def in_level(entry, length, P: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def covered(slots, position, inside, length, P: tl.constexpr, FINER: tl.constexpr, span):
-    """Whether an included entry of a finer level reaches each position.
+def place_of(slots, entry, length, P: tl.constexpr, LEVEL: tl.constexpr):
+    """The place of each entry of a level, -1 where it is not included or does not exist.
 
     Args:
         slots: slots of one head, the base level first.
-        position: positions from ``span`` - 1 on, which no entry of an earlier chunk reaches.
-        inside: positions to ask for; the others count as not reached.
-        FINER: number of finest levels to look at, as far as their entries are shorter than
-            ``span``.
-        span: positions that an entry of the coarser level covers.
+        entry: int64 numbers of entries within their level.
+        length: positions N.
     """
-    found = inside & (position < 0)
     offset = tl.zeros((), dtype=tl.int64)
-    for level in tl.static_range(FINER):
-        finer = P**level
-        asked = inside & (finer < span)
-        entry = (position - (finer - 1)) // finer
-        found = found | (tl.load(slots + offset + entry, mask=asked, other=-1) >= 0)
-        offset += length // finer
-    return found
+    for level in tl.static_range(LEVEL):
+        offset += length // P**level
+    exists = (entry >= 0) & (entry < length // P**LEVEL)
+    return tl.load(slots + offset + entry, mask=exists, other=-1).to(tl.int64)
 
 
 def own_block_grid(batch: int, heads: int, length: int, block: int) -> tuple[int]:
     """The grid of programs that divide the rows as ``own_block`` does."""
     return (batch * heads * triton.cdiv(length, block),)
+
+
+def unrolled(rows: int) -> int:
+    """How many of ``rows``, a power of two, a program's text reads one by one; divides them."""
+    return min(MOST_UNROLLED, rows)

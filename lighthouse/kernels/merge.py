@@ -19,8 +19,9 @@ Attention's backward reads its output for rowsum(dout_e out_e) alone, where delt
 
     out_e' = out_e + dout_e (delta_e - rowsum(dout_e out_e)) / |dout_e|^2
 
-One program owns ``BLOCK`` positions, or places, of one head and writes each of their rows once,
-after summing in float32.
+Merging, one program owns ``BLOCK`` positions of one head. Collecting, it owns ``BLOCK`` coarsest
+entries and sums level after level, as in the file for scattering, or it owns ``BLOCK`` places and
+takes the entries of the base level among them. Each row is written once, after summing in float32.
 
 Shapes: B batch, H query heads, Hkv key-value heads, N positions, D head dimension, S gathered
 length, P pyramid length.
@@ -31,16 +32,15 @@ import triton
 import triton.language as tl
 
 from .launch import (
-    covered,
     define,
-    in_level,
     own_block,
     own_block_grid,
+    place_of,
     row_strides,
     sequence_first,
 )
 
-# Elements of a program's tile, and its warps, as in the files for scattering and gathering.
+# Elements of a program's tile, and its warps; on an H200 the fastest of those tried.
 MERGE_TILE, MERGE_WARPS = 2048, 2
 COLLECT_TILE, COLLECT_WARPS = 1024, 4
 # The longest correction of a row out_e. Rows dout_e that all but cancel would ask for more, and
@@ -129,45 +129,15 @@ def launch_merge(
 
 
 @triton.jit
-def _collect(
-    grad, out, lse, far, far_lse, index, slot, grad_far, out_far,
-    grad_b, grad_h, grad_n, out_b, out_h, out_n, far_b, far_h, far_s, to_b, to_h, to_s,
-    heads, group, length, gathered_length, pyramid, longest,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVELS: tl.constexpr,
+def _write_gradient(
+    far, grad_far, out_far, place, total, delta, far_s, to_s, longest,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    batch, head, block = own_block(heads, gathered_length, BLOCK)
-    plane = batch * heads + head
-    index_plane = batch * (heads // group) + head // group
-    slots = slot + index_plane * pyramid
-
-    place = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    """Write dout_e and out_e' of entries at ``place``, from their sums; -1 is no place."""
     column = tl.arange(0, BLOCK_D)
-    inside = place < gathered_length
-    shown = inside[:, None] & (column < D)[None, :]
-    entry = tl.load(index + index_plane * gathered_length + place, mask=inside, other=0)
-    entry, span, _ = in_level(entry.to(tl.int64), length, P, LEVELS)
-    first = (entry + 1) * span - 1
-    own_lse = tl.load(far_lse + plane * gathered_length + place, mask=inside, other=0.0)
-
-    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
-    delta = tl.zeros((BLOCK,), dtype=tl.float32)
-    for r in tl.range(P ** (LEVELS - 1)):
-        row = first + r
-        wanted = inside & (r < span) & (row < length)
-        wanted = wanted & (covered(slots, row, wanted, length, P, LEVELS - 1, span) == 0)
-        taken = wanted[:, None] & (column < D)[None, :]
-        merged = tl.load(lse + plane * length + row, mask=wanted, other=0.0)
-        weight = tl.where(wanted, tl.exp(own_lse - merged), 0.0)
-        rows = grad + batch * grad_b + head * grad_h + row[:, None] * grad_n + column[None, :]
-        x = tl.load(rows, mask=taken, other=0.0).to(tl.float32)
-        rows = out + batch * out_b + head * out_h + row[:, None] * out_n + column[None, :]
-        y = tl.load(rows, mask=taken, other=0.0).to(tl.float32)
-        total += weight[:, None] * x
-        delta += weight * tl.sum(x * y, axis=1)
-
-    rows = far + batch * far_b + head * far_h + place[:, None] * far_s + column[None, :]
-    own = tl.load(rows, mask=shown, other=0.0).to(tl.float32)
+    included = (place >= 0)[:, None] & (column < D)[None, :]
+    source = far + place[:, None] * far_s + column[None, :]
+    own = tl.load(source, mask=included, other=0.0).to(tl.float32)
     # Attention's backward will read the rounded row.
     rounded = total.to(grad_far.dtype.element_ty)
     total = rounded.to(tl.float32)
@@ -179,9 +149,111 @@ def _collect(
     limit = longest / tl.sqrt(squares)
     quotient = tl.minimum(tl.maximum(missing / squares, -limit), limit)
     own += unit * tl.where(size > 0, quotient, 0.0)[:, None]
-    rows = batch * to_b + head * to_h + place[:, None] * to_s + column[None, :]
-    tl.store(grad_far + rows, rounded, mask=shown)
-    tl.store(out_far + rows, own.to(out_far.dtype.element_ty), mask=shown)
+    target = place[:, None] * to_s + column[None, :]
+    tl.store(grad_far + target, rounded, mask=included)
+    tl.store(out_far + target, own.to(out_far.dtype.element_ty), mask=included)
+
+
+@triton.jit
+def _weighted(
+    grad, out, lse, row, wanted, own_lse, grad_n, out_n, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows u dout, and u dout out, at wanted positions, whose entries have ``own_lse``."""
+    column = tl.arange(0, BLOCK_D)
+    taken = wanted[:, None] & (column < D)[None, :]
+    merged = tl.load(lse + row, mask=wanted, other=0.0)
+    weight = tl.where(wanted, tl.exp(own_lse - merged), 0.0)
+    x = tl.load(grad + row[:, None] * grad_n + column[None, :], mask=taken, other=0.0)
+    y = tl.load(out + row[:, None] * out_n + column[None, :], mask=taken, other=0.0)
+    x = weight[:, None] * x.to(tl.float32)
+    return x, x * y.to(tl.float32)
+
+
+@triton.jit
+def _collect_level(
+    grad, out, lse, far, far_lse, slots, grad_far, out_far, entry, own_lse, length,
+    grad_n, out_n, far_s, to_s, longest,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVEL: tl.constexpr,
+):  # fmt: skip
+    """Sums over the positions that entries of a level reach and no included finer one does.
+
+    Writes those of included entries, whose positions are zero to the levels above.
+
+    Args:
+        own_lse: logsumexps of the finest entries included above, which reach the same positions.
+    """
+    place = place_of(slots, entry, length, P, LEVEL)
+    included = place >= 0
+    own_lse = tl.where(included, tl.load(far_lse + place, mask=included, other=0.0), own_lse)
+    below = (entry + 1) * P - 1
+    total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    products = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
+    if LEVEL > 1:
+        for child in tl.range(P):
+            x, xy = _collect_level(
+                grad, out, lse, far, far_lse, slots, grad_far, out_far, below + child, own_lse,
+                length, grad_n, out_n, far_s, to_s, longest,
+                D, BLOCK_D, BLOCK, P, LEVEL - 1,
+            )  # fmt: skip
+            total += x
+            products += xy
+    else:
+        for number in tl.range(P):
+            row = below + number
+            wanted = (row >= 0) & (row < length) & (place_of(slots, row, length, P, 0) < 0)
+            x, xy = _weighted(grad, out, lse, row, wanted, own_lse, grad_n, out_n, D, BLOCK_D)
+            total += x
+            products += xy
+    _write_gradient(
+        far, grad_far, out_far, place, total, tl.sum(products, axis=1), far_s, to_s, longest,
+        D, BLOCK_D,
+    )  # fmt: skip
+    left = (included == 0)[:, None]
+    return tl.where(left, total, 0.0), tl.where(left, products, 0.0)
+
+
+@triton.jit
+def _collect(
+    grad, out, lse, far, far_lse, index, slot, grad_far, out_far,
+    grad_b, grad_h, grad_n, out_b, out_h, out_n, far_b, far_h, far_s, to_b, to_h, to_s,
+    heads, group, length, gathered_length, coarsest, pyramid, longest,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    pooled_blocks = tl.cdiv(coarsest + 1, BLOCK)
+    blocks = pooled_blocks + tl.cdiv(gathered_length, BLOCK)
+    batch, head, block = own_block(heads, blocks * BLOCK, BLOCK)
+    plane = batch * heads + head
+    index_plane = batch * (heads // group) + head // group
+    grad += batch * grad_b + head * grad_h
+    out += batch * out_b + head * out_h
+    lse += plane * length
+    far += batch * far_b + head * far_h
+    far_lse += plane * gathered_length
+    grad_far += batch * to_b + head * to_h
+    out_far += batch * to_b + head * to_h
+    number = tl.arange(0, BLOCK).to(tl.int64)
+    if block < pooled_blocks:
+        _collect_level(
+            grad, out, lse, far, far_lse, slot + index_plane * pyramid, grad_far, out_far,
+            block * BLOCK + number - 1, tl.full((BLOCK,), -float("inf"), tl.float32), length,
+            grad_n, out_n, far_s, to_s, longest,
+            D, BLOCK_D, BLOCK, P, LEVELS - 1,
+        )  # fmt: skip
+    else:
+        place = (block - pooled_blocks) * BLOCK + number
+        inside = place < gathered_length
+        row = tl.load(index + index_plane * gathered_length + place, mask=inside, other=0)
+        row = row.to(tl.int64)
+        # Entries of the base level reach their own position alone.
+        base = inside & (row < length)
+        own_lse = tl.load(far_lse + place, mask=base, other=0.0)
+        x, xy = _weighted(grad, out, lse, row, base, own_lse, grad_n, out_n, D, BLOCK_D)
+        _write_gradient(
+            far, grad_far, out_far, tl.where(base, place, -1), x, tl.sum(xy, axis=1), far_s, to_s,
+            longest, D, BLOCK_D,
+        )  # fmt: skip
 
 
 def launch_collect(
@@ -219,11 +291,14 @@ def launch_collect(
     grad_far, out_far = sequence_first(far, s), sequence_first(far, s)
     block_d = triton.next_power_of_2(d)
     block = COLLECT_TILE // block_d
-    _collect[own_block_grid(batch, heads, s, block)](
+    coarsest = length // p ** (levels - 1)
+    blocks = triton.cdiv(coarsest + 1, block) + triton.cdiv(s, block)
+    _collect[own_block_grid(batch, heads, blocks * block, block)](
         grad, out, lse, far, far_lse, index, slot, grad_far, out_far, *grad_strides, *out_strides,
         *far_strides, *grad_far.stride()[:3], heads, heads // index.shape[1], length, s,
-        slot.shape[2], LONGEST.get(far.dtype, LONGEST_OF_OTHERS),
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, num_warps=COLLECT_WARPS,
+        coarsest, slot.shape[2], LONGEST.get(far.dtype, LONGEST_OF_OTHERS),
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
+        num_warps=COLLECT_WARPS,
     )  # fmt: skip
     return grad_far, out_far
 

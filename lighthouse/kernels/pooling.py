@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..config import LighthouseConfig
 from ..geometry import PyramidGeometry, level_lengths, level_spans
-from .launch import define, own_block, own_block_grid, row_strides
+from .launch import define, own_block, own_block_grid, row_strides, unrolled
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 2048, 8
@@ -30,6 +30,7 @@ def _pool(
     heads, coarsest,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, SPAN: tl.constexpr, SCORED: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, coarsest, BLOCK)
 
@@ -41,15 +42,16 @@ def _pool(
     plane = batch * heads + head
     for finer in tl.range(SPAN // P):
         largest = tl.zeros((BLOCK,), dtype=tl.float32)
-        for child in tl.static_range(P):
-            row = entry * SPAN + finer * P + child
-            address = base + row[:, None] * stride_n + column[None, :]
-            x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-            total += x
-            if child < SCORED:
-                largest = tl.maximum(
-                    largest, tl.sum(x * x, axis=1), propagate_nan=tl.PropagateNan.ALL
-                )
+        for step in tl.range(P // UNROLLED):
+            for number in tl.static_range(UNROLLED):
+                child = step * UNROLLED + number
+                row = entry * SPAN + finer * P + child
+                address = base + row[:, None] * stride_n + column[None, :]
+                x = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+                total += x
+                if number < SCORED:
+                    squares = tl.where(child < SCORED, tl.sum(x * x, axis=1), 0.0)
+                    largest = tl.maximum(largest, squares, propagate_nan=tl.PropagateNan.ALL)
         if SCORED > 0:
             target = norms + plane * coarsest * (SPAN // P) + entry * (SPAN // P) + finer
             tl.store(target, tl.sqrt_rn(largest), mask=entry < coarsest)
@@ -84,7 +86,8 @@ def launch_pool(
     block = TILE // block_d
     _pool[own_block_grid(batch, heads, coarsest, block)](
         rows, pooled, norms, *strides, heads, coarsest,
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, SCORED=scored, num_warps=WARPS,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, SPAN=span, SCORED=scored,
+        UNROLLED=unrolled(p), num_warps=WARPS,
     )  # fmt: skip
     return pooled, norms
 

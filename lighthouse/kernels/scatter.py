@@ -35,7 +35,15 @@ from torch.autograd.function import once_differentiable
 
 from ..geometry import PyramidGeometry
 from ..reach import seam_gradient
-from .launch import define, own_block, own_block_grid, row_strides, sequence_first
+from .launch import (
+    define,
+    own_block,
+    own_block_grid,
+    place_of,
+    row_strides,
+    sequence_first,
+    unrolled,
+)
 
 # Elements of a program's tile, and its warps: the fastest of a sweep on an H100 (bf16, D = 128).
 TILE, WARPS = 2048, 2
@@ -162,20 +170,11 @@ define(
 
 
 @triton.jit
-def _place_of(slots, entry, length, P: tl.constexpr, LEVEL: tl.constexpr):
-    """The place of each entry of a level, -1 where it is not included or does not exist."""
-    offset = tl.zeros((), dtype=tl.int64)
-    for level in tl.static_range(LEVEL):
-        offset += length // P**level
-    exists = (entry >= 0) & (entry < length // P**LEVEL)
-    return tl.load(slots + offset + entry, mask=exists, other=-1).to(tl.int64)
-
-
-@triton.jit
 def _collect_level(
     rows, slots, gathered, entry, length, in_n, out_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """Sums of the rows that entries of a level reach; writes them where the entries are included.
 
@@ -189,27 +188,29 @@ def _collect_level(
         for child in tl.range(P):
             total += _collect_level(
                 rows, slots, gathered, below + child, length, in_n, out_s,
-                D, BLOCK_D, BLOCK, P, LEVEL - 1, FINEST,
+                D, BLOCK_D, BLOCK, P, LEVEL - 1, FINEST, UNROLLED,
             )  # fmt: skip
     else:
-        for child in tl.static_range(P):
-            row = below + child
-            exists = ((row >= 0) & (row < length))[:, None] & in_columns
-            source = rows + row[:, None] * in_n + column[None, :]
-            x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
-            if FINEST:
-                x = tl.where((_place_of(slots, row, length, P, 0) < 0)[:, None], x, 0.0)
-            total += x
-        # Stores among the loads above would hold them up. Few rows are included, and those are
-        # still at hand.
-        for child in tl.static_range(P):
-            row = below + child
-            place = _place_of(slots, row, length, P, 0)
-            included = (place >= 0)[:, None] & in_columns
-            source = rows + row[:, None] * in_n + column[None, :]
-            target = gathered + place[:, None] * out_s + column[None, :]
-            tl.store(target, tl.load(source, mask=included), mask=included)
-    place = _place_of(slots, entry, length, P, LEVEL)
+        for step in tl.range(P // UNROLLED):
+            first = below + step * UNROLLED
+            for number in tl.static_range(UNROLLED):
+                row = first + number
+                exists = ((row >= 0) & (row < length))[:, None] & in_columns
+                source = rows + row[:, None] * in_n + column[None, :]
+                x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
+                if FINEST:
+                    x = tl.where((place_of(slots, row, length, P, 0) < 0)[:, None], x, 0.0)
+                total += x
+            # Stores among the loads above would hold them up. Few rows are included, and those are
+            # still at hand.
+            for number in tl.static_range(UNROLLED):
+                row = first + number
+                place = place_of(slots, row, length, P, 0)
+                included = (place >= 0)[:, None] & in_columns
+                source = rows + row[:, None] * in_n + column[None, :]
+                target = gathered + place[:, None] * out_s + column[None, :]
+                tl.store(target, tl.load(source, mask=included), mask=included)
+    place = place_of(slots, entry, length, P, LEVEL)
     included = (place >= 0)[:, None] & in_columns
     target = gathered + place[:, None] * out_s + column[None, :]
     tl.store(target, total.to(gathered.dtype.element_ty), mask=included)
@@ -225,13 +226,14 @@ def _collect(
     heads, group, length, coarsest, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, FINEST: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, coarsest + 1, BLOCK)
     slots = slot + (batch * (heads // group) + head // group) * pyramid
     entry = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64) - 1
     _collect_level(
         rows + batch * in_b + head * in_h, slots, gathered + batch * out_b + head * out_h,
-        entry, length, in_n, out_s, D, BLOCK_D, BLOCK, P, LEVELS - 1, FINEST,
+        entry, length, in_n, out_s, D, BLOCK_D, BLOCK, P, LEVELS - 1, FINEST, UNROLLED,
     )  # fmt: skip
 
 
@@ -265,7 +267,7 @@ def launch_collect(
         rows, slot, gathered, *strides, *gathered.stride()[:3],
         heads, heads // slot.shape[1], length, coarsest, slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, FINEST=finest,
-        num_warps=COLLECT_WARPS,
+        UNROLLED=unrolled(p), num_warps=COLLECT_WARPS,
     )  # fmt: skip
     return gathered
 

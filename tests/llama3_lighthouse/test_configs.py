@@ -71,6 +71,26 @@ def test_only_the_papers_runs_leak_later_tokens(path: Path) -> None:
         assert settings == ("first", "finest")
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_only_the_papers_grids_leak_later_tokens(name: str, tmp_path: Path) -> None:
+    runs = expand(CONFIGS / f"ablations/{name}.toml", tmp_path, [])
+    sections = [run.config.lighthouse for run in runs]
+    repeats_the_paper = name not in ("debug", "passkey_16k")
+    expected = ("max", "sum") if repeats_the_paper else ("first", "finest")
+    assert {(section.entry_score, section.combine) for section in sections} == {expected}
+
+
+def test_the_readmes_fast_setting_is_that_of_its_configuration() -> None:
+    path = CONFIGS / "270m_98k.toml"
+    section = LighthouseConfigManager().parse_args(["--job.config_file", str(path)]).lighthouse
+    readme = " ".join((CONFIGS.parent / "README.md").read_text().split())
+    assert (
+        f"the setting of `270m_98k`: a window of {section.window} tokens beside the selection, and "
+        "no dense layer in the first stage"
+    ) in readme
+    assert section.dense_layers == [] and section.attention == "lighthouse"
+
+
 def test_guide_says_how_many_rows_no_token_uses() -> None:
     guide = (CONFIGS.parent / "docs/guides/configuration.md").read_text()
     rows = [

@@ -68,6 +68,13 @@ def test_what_torch_prints_by_itself_is_silenced_where_it_is_harmless(root, capl
     assert printed == ["out of shared memory"]
 
 
+def test_the_hub_says_nothing_twice(root, monkeypatch) -> None:
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "handlers", [logging.StreamHandler()])
+    set_up_console()
+    assert hub.handlers == [] and hub.propagate
+
+
 def test_only_the_first_rank_writes_the_file(root, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     log_to_file(tmp_path / "run")
@@ -78,7 +85,7 @@ def test_unknown_warnings_are_shown(root) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         set_up_console()
-        warnings.warn("'set_vital' is deprecated, please do not call", stacklevel=1)
+        warnings.warn("In CPU autocast, but the target dtype is not supported", stacklevel=1)
         warnings.warn("this one is new", stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["this one is new"]
 

@@ -79,8 +79,24 @@ def test_dry_run_of_one_process(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_dry_run_says_what_text_is_read_and_whether_it_is_there(tmp_path: Path) -> None:
+    def line(*overrides: str) -> str:
+        text = dry_run(parse(tmp_path, "debug_cpu", *overrides), 1)
+        (found,) = re.findall(r"^text +(.+)$", text, re.MULTILINE)
+        return found
+
+    local = ["--training.dataset", "c4_local"]
+    assert line() == "python_stdlib"
+    assert line("--validation.enable", "--validation.seq_len", "8192",
+                "--validation.dataset", "c4") == "python_stdlib; held out: c4"  # fmt: skip
+    assert line(*local, "--training.dataset_path", str(tmp_path)) == f"c4_local from {tmp_path}"
+    missing = line(*local, "--training.dataset_path", "FOLDER")
+    assert missing == "c4_local from FOLDER, which is not a folder on this machine"
+    assert line(*local) == "c4_local from no folder"
+
+
 @pytest.mark.parametrize(("name", "measured"), [
-    ("270m_98k", {"Lighthouse": 38.8, "dense": 34.7}),
+    ("270m_98k", {"Lighthouse": 38.7, "dense": 34.7}),
     ("paper_530m_98k", {"Lighthouse": 25.6, "dense": 27.0}),
 ])  # fmt: skip
 def test_memory_estimate_is_near_what_was_measured(tmp_path, name, measured) -> None:

@@ -3,7 +3,7 @@
 Run by test_kernels.py in a process of its own, without Triton's interpreter. Tensors are on the
 meta device: they have shapes and no memory.
 
-    compile_kernels.py CAPABILITY CASE      CASE: a number in ``CASES``, or "loss"
+    compile_kernels.py CAPABILITY CASE      CASE: a number in ``CASES``, "long" or "loss"
 """
 
 import sys
@@ -17,6 +17,8 @@ from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
 SHARED_MEMORY = 99 * 1024
+# Lines of a kernel's text before optimisation. Several thousand take minutes to compile.
+MOST_LINES = 4000
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
             torch.int64: "*i64"}  # fmt: skip
 # L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
@@ -28,13 +30,19 @@ CASES = [
 
 
 class Compiler:
-    """Takes the place of a kernel: launching it compiles it."""
+    """Takes the place of a kernel: launching it compiles it.
+
+    Args:
+        capability: that of the GPU.
+        aligned: tell the compiler what 16 divides, as most launches do. Loads are then vectors.
+    """
 
     count = 0
 
-    def __init__(self, kernel, capability: int) -> None:
+    def __init__(self, kernel, capability: int, aligned: bool) -> None:
         self.kernel = kernel
         self.target = GPUTarget("cuda", capability, 32)
+        self.aligned = aligned
 
     def __getitem__(self, grid):
         return self.launch
@@ -42,7 +50,13 @@ class Compiler:
     def launch(self, *arguments, num_warps: int, num_stages: int = 3, **constants) -> None:
         names = self.kernel.arg_names
         signature = dict.fromkeys(constants, "constexpr")
-        for name, value in zip(names, arguments, strict=False):
+        attributes = {}
+        for number, (name, value) in enumerate(zip(names, arguments, strict=False)):
+            divisible = isinstance(value, torch.Tensor) or (
+                isinstance(value, int) and value % 16 == 0
+            )
+            if self.aligned and divisible:
+                attributes[number,] = [["tt.divisibility", 16]]
             if isinstance(value, torch.Tensor):
                 signature[name] = POINTERS[value.dtype]
             elif isinstance(value, float):
@@ -51,19 +65,21 @@ class Compiler:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         signature = {name: signature[name] for name in names}
         constants = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(self.kernel, signature=signature, constexprs=constants)
+        source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         compiled = compile(source, target=self.target, options=options)
         assert compiled.asm["cubin"]
+        assert compiled.asm["ttir"].count("\n") <= MOST_LINES, self.kernel
         assert compiled.metadata.shared <= SHARED_MEMORY, self.kernel
         Compiler.count += 1
 
 
-def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> None:
-    def rows(h: int, length: int) -> torch.Tensor:
-        return torch.empty(batch, length, h, d, dtype=dtype, device="meta").transpose(1, 2)
+def rows_of(batch: int, heads: int, length: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(batch, length, heads, d, dtype=dtype, device="meta").transpose(1, 2)
 
-    q, k = rows(heads, n), rows(kv_heads, n)
+
+def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> None:
+    q, k = (rows_of(batch, h, n, d, dtype) for h in (heads, kv_heads))
     coarsest, a = pooling.launch_pool(q, p, levels, p)
     _, b = pooling.launch_pool(k, p, levels, 1)
     for x, y in ((q, k), (k, q)):
@@ -82,6 +98,21 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels)
 
 
+def launch_long(p: int, picks: int, heads: int, d: int, dtype: torch.dtype) -> None:
+    """The kernels whose text grows with the rows under an entry, at two levels."""
+    coarsest, s = picks + 1, picks + 1 + picks * p
+    n = coarsest * p
+    rows, gathered = (rows_of(1, heads, length, d, dtype) for length in (n, s))
+    slot, index = (
+        torch.empty(1, heads, length, dtype=torch.int32, device="meta")
+        for length in (n + coarsest, s)
+    )
+    far_lse, lse = (x[..., 0].float() for x in (gathered, rows))
+    pooling.launch_pool(rows, p, 2, p)
+    scatter.launch_collect(rows, slot, s, p, 2, True)
+    merge.launch_collect(rows, rows, lse, gathered, far_lse, index, slot, p, 2)
+
+
 def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
     logits = torch.empty(tokens, vocabulary, dtype=dtype, device="meta")
     labels = torch.empty(tokens, dtype=torch.int64, device="meta")
@@ -97,8 +128,10 @@ def main() -> None:
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]
     for module, name in kernels:
-        setattr(module, name, Compiler(getattr(module, name), int(capability)))
-    if case == "loss":
+        setattr(module, name, Compiler(getattr(module, name), int(capability), case == "long"))
+    if case == "long":
+        launch_long(128, 2048, 8, 128, torch.bfloat16)
+    elif case == "loss":
         launch_loss(4096, 128256, torch.bfloat16)
         launch_loss(77, 300, torch.float32)
     else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from text_data import config, digest, global_batches, loader, write_jsonl
 
+from torchtitan.models.llama3_lighthouse import validate
 from torchtitan.models.llama3_lighthouse.data import text_sources
 from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.data.tokenizer import BOS_ID, EOS_ID
@@ -277,3 +278,24 @@ def test_global_batches_do_not_depend_on_the_ranks(folder: Path) -> None:
         batches, state = global_batches(job, ranks, count, state)
         changed += batches
     assert changed == straight
+
+
+def test_loaders_warn_of_nothing_that_their_user_cannot_mend(folder: Path, recwarn) -> None:
+    next(iter(loader(config(path=folder))))
+    assert not [warning for warning in recwarn if "set_vital" in str(warning.message)]
+
+
+def test_long_validation_says_how_far_it_is(folder: Path, monkeypatch, caplog) -> None:
+    settings = config(path=folder, batch_size=1)
+    settings.validation.steps = 3
+    validator = validate.LighthouseValidator.__new__(validate.LighthouseValidator)
+    validator.job_config, validator.batch_mesh = settings, None
+    validator._build_dataloader = lambda: loader(config(path=folder, batch_size=1))
+    monkeypatch.setattr(validate, "device_type", "cpu")
+    clock = iter([0.0, 6.0, 12.0, 18.0])
+    monkeypatch.setattr(validate.time, "monotonic", lambda: next(clock))
+    with caplog.at_level("INFO"):
+        assert len(list(validator._batches())) == 3
+    assert [line for line in caplog.messages if line.startswith("Validation")] == [
+        "Validation: 2 of 3 batches in 0:12"
+    ]

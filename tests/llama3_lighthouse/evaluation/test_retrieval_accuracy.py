@@ -35,6 +35,7 @@ from torchtitan.models.llama3_lighthouse.data.tokenizer import (
 )
 from torchtitan.models.llama3_lighthouse.evaluation import retrieval_report
 from torchtitan.models.llama3_lighthouse.evaluation.inference import load_trained_model, logits_at
+from torchtitan.models.llama3_lighthouse.evaluation.progress import Progress
 from torchtitan.models.llama3_lighthouse.evaluation.retrieval_accuracy import (
     Cell,
     measure_cell,
@@ -363,6 +364,13 @@ def test_command_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monke
         return logits_at(model, tokens, places)
 
     monkeypatch.setattr(retrieval_report, "logits_at", recording)
+    counts = []
+    advance = Progress.advance
+    monkeypatch.setattr(
+        Progress,
+        "advance",
+        lambda bar, count, detail: [counts.append(count), advance(bar, count, "")],
+    )
     line = [checkpoint.parent, "--output", tmp_path, "--tasks", "passkey", "variables"]
     line += ["--lengths", "100", "200", "--depths", "0", "50", "100", "--trials", "2"]
     evaluate_niah(*line, "--attention", "dense", "lighthouse", "--device", "cpu")
@@ -376,6 +384,8 @@ def test_command_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monke
     assert lighthouse_on == [[False] * 4] * 12 + [[True] * 4] * 12
     cells = evaluated["cells"]
     assert len(cells) == 2 * 2 * 2 * 3
+    # Progress is told after every batch: a cell takes minutes on a CPU.
+    assert counts == [2 * cell["sequence_length"] for cell in cells]
     trained = load_trained_model(checkpoint)
     trained.model.use_attention("lighthouse")
     expected = measure_cell(

@@ -68,8 +68,8 @@ def set_up_console() -> None:
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch")]:
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(is_of_use)
-    # torchdata calls a function that the next torch will drop.
-    warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+    # It prints by itself what it also hands to the root logger.
+    logging.getLogger("huggingface_hub").handlers.clear()
     # On a CPU, training.mixed_precision_param = "float32" asks for no autocast, and gets none.
     warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype is not supported")
     # Weights are made alike on every rank by the seed, and nothing random follows.

@@ -6,6 +6,7 @@ memory and work.
 """
 
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -55,8 +56,23 @@ def _describe(config: JobConfig, world_size: int) -> str:
         model = LighthouseTransformer(args)
     parameters = sum(local_parameters(part) for part in _parts(model, dims, config, args))
     lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
+    lines.append(_text_line(config))
     warnings = (f"warning       {line}" for line in warnings_of(config, world_size))
     return "\n".join([*lines, *warnings])
+
+
+def _text_line(config: JobConfig) -> str:
+    """The sources of text. A dry run may come before they are there, and reads none of them."""
+    sections = [config.training, *([config.validation] if config.validation.enable else [])]
+    found = []
+    for section in sections:
+        path, source = section.dataset_path, section.dataset
+        if path:
+            source += f" from {path}"
+        if section.dataset == "c4_local" and not (path and Path(path).is_dir()):
+            source += ", which is not a folder on this machine" if path else " from no folder"
+        found.append(source)
+    return "text          " + "; held out: ".join(found)
 
 
 def _parts(

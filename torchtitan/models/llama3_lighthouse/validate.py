@@ -1,5 +1,6 @@
 """Held-out loss, on the same tokens every time."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,14 +13,19 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from .console import duration
 from .data.packing import build_validation_dataloader
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
 from .infra.pipeline import loss_over_microbatches
 from .job_config import JobConfig
 from .metrics import LighthouseMetricsProcessor, whole_loss
+
+# A validation that takes longer says how far it is.
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class LighthouseValidator(BaseValidator):
@@ -66,8 +72,11 @@ class LighthouseValidator(BaseValidator):
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield inputs and labels, [B, N] each, up to the limit or until a rank has no more."""
         batches = iter(self._build_dataloader())
-        steps = 0
-        while steps != self.job_config.validation.steps:
+        limit = self.job_config.validation.steps
+        of_all = f" of {limit:,}" if limit > 0 else ""
+        steps, begun = 0, time.monotonic()
+        told = begun
+        while steps != limit:
             batch = next(batches, None)
             missing = torch.tensor(float(batch is None), device=device_type)
             if dist_utils.dist_max(missing, self.batch_mesh) > 0:
@@ -75,6 +84,10 @@ class LighthouseValidator(BaseValidator):
             assert batch is not None
             yield batch[0]["input"].to(device_type), batch[1].to(device_type)
             steps += 1
+            now = time.monotonic()
+            if now - told >= SECONDS_BETWEEN_LINES:
+                told = now
+                logger.info(f"Validation: {steps:,}{of_all} batches in {duration(now - begun)}")
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:

@@ -4,6 +4,7 @@ Documents are dealt to streams (``streams.TextStream``). Every rank reads its sh
 and a checkpoint holds the position of each stream, whichever rank reads it.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -81,7 +82,10 @@ class PackedTextDataloader(ParallelAwareDataloader):
         source: TextSource,
         **kwargs: Any,
     ) -> None:
-        super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
+        with warnings.catch_warnings():
+            # torchdata calls a function that the next torch will drop.
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+            super().__init__(dataset, dp_rank, dp_world_size, **kwargs)
         self.stream_count = stream_count
         self._settings = settings
         self._key = key

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 DOTS_PER_INCH = 120
 # One colour for one thing in all figures.
 LIGHTHOUSE, DENSE, UPSTREAM, FLOOR = "tab:orange", "tab:blue", "tab:purple", "tab:gray"
+WINDOW = "tab:brown"
 
 
 def check_plots(wanted: bool) -> None:

@@ -166,7 +166,7 @@ def _measure(
     total = tokens * options.trials * len(options.depths)
     with Progress("retrieval", total, "tokens", scaled=True) as bar:
         for checkpoint, method in zip(checkpoints, methods, strict=True):
-            for cells in _cells_of(options, overrides, checkpoint, method, plan):
+            for cells in _cells_of(options, overrides, checkpoint, method, plan, bar):
                 checkpoint.cells += cells
                 accuracies = [cell.accuracy for cell in cells]
                 say(
@@ -174,8 +174,6 @@ def _measure(
                     f"{cells[0].length:,} tokens: {statistics.fmean(accuracies):.0%} right "
                     f"({min(accuracies):.0%} to {max(accuracies):.0%} by depth)"
                 )
-                done = sum(cell.trials * cell.sequence_length for cell in cells)
-                bar.advance(done, checkpoint.label)
                 write_tables(options.output, record, checkpoints)
 
 
@@ -185,12 +183,15 @@ def _cells_of(
     checkpoint: Evaluated,
     method: LighthouseConfig | None,
     plan: Plan,
+    bar: Progress,
 ) -> Iterator[list[Cell]]:
-    """Yield the cells, one for each depth, of each entry of the plan."""
+    """Yield the cells, one for each depth, of each entry of the plan; ``bar`` counts batches."""
     longest = max(sequence_length(task, n, attention, method) for attention, task, n in plan)
-    if longest > checkpoint.trained_length:
-        say(f"{checkpoint.label}: sequences of up to {longest:,} tokens are longer than those it "
-            f"was trained on, {checkpoint.trained_length:,}")  # fmt: skip
+    prompt = max(n for _, _, n in plan)
+    # A longer sequence may also be the answer or the padding after a prompt that fits.
+    if prompt > checkpoint.trained_length:
+        say(f"{checkpoint.label}: prompts of up to {prompt:,} tokens are longer than the sequences "
+            f"it was trained on, {checkpoint.trained_length:,}")  # fmt: skip
     trained = load_trained_model(
         checkpoint.path,
         overrides,
@@ -203,11 +204,17 @@ def _cells_of(
         checkpoint.dense_steps = trained.record.dense_steps
     encoder = PromptEncoder(trained.tokenizer)
     is_bytes = isinstance(trained.tokenizer, ByteTokenizer)
+
+    def counted(tokens: torch.Tensor, places: slice) -> torch.Tensor:
+        logits = logits_at(trained.model, tokens, places)
+        bar.advance(tokens.numel(), checkpoint.label)
+        return logits
+
     for attention, task, length in plan:
         trained.model.use_attention(attention)
         yield [
             measure_cell(
-                lambda tokens, places: logits_at(trained.model, tokens, places),
+                counted,
                 encoder,
                 task,
                 length,
