@@ -21,7 +21,8 @@ from .cpu import use_sum_reductions
 from .offload import LayerInputOffload
 
 # One block compiles to six graphs: dense, Lighthouse, and Lighthouse switched to dense attention,
-# each in training and in validation. Dynamo's limit of 8 leaves too little room.
+# each in training and in validation, and to as many for each further stage of a schedule. Dynamo's
+# limit of 8 leaves too little room.
 RECOMPILE_LIMIT = 32
 
 
@@ -35,6 +36,8 @@ def parallelize_lighthouse(
         SELECTION | WINDOW | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
     )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # A run has few lengths: each gets graphs of its own, which are faster than those for any length.
+    torch._dynamo.config.automatic_dynamic_shapes = False
 
     def apply_to_attention(modules: list[nn.Module], mesh: DeviceMesh, attention_type: str) -> None:
         apply_context_parallel(modules, mesh, job_config.parallelism)
