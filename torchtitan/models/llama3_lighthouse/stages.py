@@ -22,6 +22,7 @@ KEY = "lighthouse.schedule"
 NAMES = ("lighthouse", "window", "dense")
 # A stage with this word may be the last one although it is not dense.
 LAST = "last"
+# Types of the method's settings, which a stage may change.
 METHOD_TYPES = {field.name: get_type_hints(LighthouseConfig)[field.name]
                 for field in fields(LighthouseConfig)}  # fmt: skip
 COUNTS = ("until", "seq_len", "local_batch_size")
@@ -69,6 +70,18 @@ def stages_of(config: JobConfig) -> tuple[Stage, ...]:
     switch = min(section.dense_from_step, steps)
     found = [Stage("lighthouse", switch, config)] if switch else []
     return (*found, Stage("dense", steps, config)) if switch < steps else tuple(found)
+
+
+def with_method_of(config: JobConfig, step: int) -> JobConfig:
+    """The configuration, with the method's settings of the stage of ``step`` and no schedule.
+
+    Raises:
+        ValueError: as ``stages_of``.
+    """
+    found = copy.deepcopy(config)
+    found.lighthouse = stage_at(step, stages_of(config)).config.lighthouse
+    found.lighthouse.stage = Lighthouse().stage
+    return found
 
 
 def distinct_stages(config: JobConfig) -> list[Stage]:
@@ -126,7 +139,7 @@ def _check_short_form(section: Lighthouse) -> None:
         if given != default:
             raise UserValueError(
                 f"lighthouse.{key} = {given!r} does not go with {KEY}, which names the stages; "
-                f"leave one of the two out"
+                f"leave one of the two out, or pass --lighthouse.{key} {default}"
             )
 
 
