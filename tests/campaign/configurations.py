@@ -28,6 +28,7 @@ from torchtitan.models.llama3_lighthouse import train as trainer
 from torchtitan.models.llama3_lighthouse.errors import UserError
 from torchtitan.models.llama3_lighthouse.job_config import (
     JobConfig,
+    Lighthouse,
     LighthouseConfigManager,
     leaves,
 )
@@ -46,6 +47,7 @@ SMALL = {
     "validation.steps": "2",
     "checkpoint.interval": "2",
 }
+SCHEDULE = "lighthouse.schedule"
 OFF = ("metrics.enable_tensorboard", "checkpoint.enable")
 # Every run is given its own file.
 NOT_DRAWN = ("job.config_file",)
@@ -63,6 +65,20 @@ HOSTILE: dict[type, tuple[str, ...]] = {
     float: ("-1", "1e-30", "1e30", "nan", "inf", "-inf", HUGE, "many", ""),
     str: ("", " ", "nonsense", NUL, "h\u00e9 \u2603", "/proc/no/such", "x" * 300, "a/../b"),
 }
+# Words of ``lighthouse.schedule``: typical ones, of which one is wrong for SMALL, and hostile ones.
+SCHEDULES = (
+    "dense",
+    "dense until=1 seq_len=128,lighthouse until=2,dense",
+    "window last window=16",
+    "dense until=1 seq_len=64,window until=2 window=8,dense",
+    "lighthouse until=9,dense",
+)
+BAD_SCHEDULES = (
+    "dense,dense", "lighthouse", "model,loss", "dense until=1e3", "dense until=-1,dense", "", ",",
+    "dense until=1 seq_len=96,dense", f"dense until={HUGE}", f"dense {NUL}", " ", "dense until",
+    "dense until=1 seq_len=1 local_batch_size=256,dense", "lighthouse until=1 top_k=3,dense",
+    "window until=1,dense",
+)  # fmt: skip
 # Items of lists that are no choices.
 LISTS: dict[type, tuple[Any, ...]] = {str: ("model", "loss"), int: (0, 5)}
 # No key means any of these.
@@ -137,6 +153,9 @@ def _line(generator: random.Random, keys: list[Any]) -> list[str]:
 def values_of(key: str, kind: Any, default: Any, only_typical: bool) -> list[list[str]]:
     """Words that set ``key`` to a typical value of its type, or to a boundary or hostile one."""
     inner = [part for part in get_args(kind) if part is not type(None)]
+    if key == SCHEDULE:
+        words = SCHEDULES if only_typical else SCHEDULES + BAD_SCHEDULES
+        return [[f"--{key}", word] for word in words]
     if kind is bool:
         section, _, name = key.rpartition(".")
         return [[f"--{key}"], [f"--{section}.no-{name}"]]
@@ -177,7 +196,11 @@ def command_line(arguments: list[str], folder: Path) -> list[str]:
         return ["--job.config_file", str(file), "--job.dump_folder", str(folder / "dump")]
     given = {word[2:] for word in arguments if word.startswith("--")}
     line = ["--job.config_file", str(CONFIG)]
-    for key, value in {**SMALL, "job.dump_folder": str(folder / "dump")}.items():
+    settings = {**SMALL, "job.dump_folder": str(folder / "dump")}
+    if SCHEDULE in given:
+        # Its default, as a schedule takes its place.
+        settings["lighthouse.dense_from_step"] = str(Lighthouse().dense_from_step)
+    for key, value in settings.items():
         if key not in given:
             line += [f"--{key}", value]
     for key in OFF:

@@ -15,6 +15,12 @@ IN_A_FORK = "in_a_fork"
 # Command lines and how each ends, with what its message has to hold.
 SAMPLE = [
     (["--training.steps", "2", "--checkpoint.enable"], "trained", ""),
+    (
+        ["--lighthouse.schedule", "dense until=1 seq_len=64,lighthouse until=2,dense"],
+        "trained",
+        "",
+    ),
+    (["--lighthouse.schedule", "dense,dense"], "refused", "lighthouse.schedule, stage 'dense': "),
     (["--optimizer.lr", "nan"], "refused", "optimizer.lr = nan must be finite"),
     (["--lighthouse.levels", "10000000"], "refused", "levels = 10000000"),
     (["--parallelism.tensor_parallel_degree", "2"], "refused", "tensor_parallel_degree 2"),

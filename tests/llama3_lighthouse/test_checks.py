@@ -16,7 +16,6 @@ from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserFileError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
-from torchtitan.models.llama3_lighthouse.stages import attention_at, stage_at
 from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer
 
 
@@ -204,22 +203,6 @@ def test_earlier_load_step_does_not_overwrite_later_ones(tmp_path: Path) -> None
         "checkpoint.initial_load_model_only": False,
     }
     assert "Goes on from" in Run(tmp_path, branch).succeed().log
-
-
-def test_stage_rule() -> None:
-    assert [stage_at(step, "auto", 2) for step in (1, 2, 3)] == [
-        "lighthouse",
-        "lighthouse",
-        "dense",
-    ]
-    assert stage_at(1, "auto", 0) == "dense"
-    assert stage_at(99, "lighthouse", 2) == "lighthouse"
-    assert stage_at(1, "dense", 2) == "dense"
-    assert [attention_at(step, "lighthouse", 3) == "dense" for step in range(1, 7)] == [
-        step % 3 == 0 for step in range(1, 7)
-    ]
-    assert attention_at(3, "lighthouse", 0) == "lighthouse"
-    assert {attention_at(step, "dense", 3) for step in range(1, 7)} == {"dense"}
 
 
 @pytest.mark.parametrize(

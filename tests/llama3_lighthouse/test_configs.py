@@ -14,6 +14,7 @@ from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
+from torchtitan.models.llama3_lighthouse.stages import stages_of
 from torchtitan.models.llama3_lighthouse.studies.ablations import expand, record_of
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
@@ -56,7 +57,9 @@ def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
     part = 2 if path.stem == "recovery_books_32k" else 3
     assert check_model(config) <= config.training.seq_len // part
     section = config.lighthouse
-    if section.stage == "auto":
+    if section.schedule:
+        assert stages_of(config)[-1].attention == "dense"
+    elif section.stage == "auto":
         assert 0 < section.dense_from_step < config.training.steps
 
 

@@ -94,6 +94,64 @@ def test_method_is_free_where_it_is_not_used(caplog) -> None:
         check(recorded(lighthouse__top_k=4096), last_lighthouse_step=None)
 
 
+STAGES = ["dense until=10", "lighthouse until=30 top_k=1024", "lighthouse until=40", "dense"]
+
+
+def go_on(
+    before: dict[str, Any] | list[str], now: dict[str, Any] | list[str], step: int = 20
+) -> None:
+    """Compare two runs, of which each is given by its schedule or by other settings."""
+    settings = [
+        each if isinstance(each, dict) else {"lighthouse__schedule": each} for each in (before, now)
+    ]
+    configs = [recorded(training__steps=50, **each) for each in settings]
+    record = CheckpointRecord(step, step if step > 10 else 0, configs[0])
+    check_settings(PATH, record, configs[1], elsewhere=False, weights_only=False)
+
+
+@pytest.mark.parametrize(("now", "words"), [
+    ([STAGES[0], "lighthouse until=30 top_k=2048", *STAGES[2:]],
+     "lighthouse until=30 top_k=2048': lighthouse.top_k = 2048 (checkpoint: 1024)"),
+    ([STAGES[0], "window until=30 window=64", *STAGES[2:]], "lighthouse.attention = 'window' (ch"),
+    # The present stage becomes the next one early.
+    ([STAGES[0], "lighthouse until=15 top_k=1024", *STAGES[2:]], "lighthouse.top_k = 1536 (check"),
+    ({"lighthouse__schedule": STAGES, "lighthouse__scorer": "gla"}, "lighthouse.scorer = 'gla'"),
+    ({"lighthouse__dense_from_step": 30}, "lighthouse.top_k = 1536 (checkpoint: 1024)"),
+])  # fmt: skip
+def test_another_method_in_a_stage_that_has_begun_is_refused(now, words: str) -> None:
+    with pytest.raises(UserValueError) as caught:
+        go_on(STAGES, now)
+    assert "would make another model of" in str(caught.value) and words in str(caught.value)
+
+
+def test_a_schedule_takes_the_place_of_the_short_form_where_it_means_the_same(caplog) -> None:
+    short = {"lighthouse__dense_from_step": 30, "lighthouse__top_k": 1024}
+    go_on(short, ["lighthouse until=30 top_k=1024", "dense"])
+    with pytest.raises(UserValueError, match="top_k = 512 .checkpoint: 1024"):
+        go_on(short, ["lighthouse until=30 top_k=512", "dense"])
+    go_on(STAGES, {**short, "lighthouse__dense_from_step": 40})
+    assert {each.levelno for each in caplog.records} == {logging.WARNING}
+
+
+@pytest.mark.parametrize(("now", "step"), [
+    # The next stage has not begun.
+    ([*STAGES[:2], "lighthouse until=40 top_k=512", "dense"], 20),
+    ([*STAGES[:2], "lighthouse until=40 top_k=512", "dense"], 30),
+    ([STAGES[0], "lighthouse until=30 top_k=512", *STAGES[2:]], 10),
+    # The present one goes on as long as another did, or gives way to dense attention.
+    ([STAGES[0], "lighthouse until=45 top_k=1024", "dense"], 20),
+    ([STAGES[0], "lighthouse until=20 top_k=1024", "dense"], 20),
+    ([STAGES[0], "lighthouse until=30 top_k=512", "dense"], 40),
+])  # fmt: skip
+def test_what_steps_ahead_do_is_warned_of(now: list[str], step: int, caplog) -> None:
+    go_on(STAGES, STAGES, step)
+    assert not caplog.records
+    go_on(STAGES, now, step)
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert "with other settings: lighthouse.schedule = [" in warning.message
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("model__flavor", "15M"), ("model__converters", ["float8"]), ("lighthouse__tokenizer", "hf"),
 ])  # fmt: skip

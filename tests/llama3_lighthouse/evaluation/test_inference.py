@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from torchtitan.models.llama3_lighthouse.checkpoints.record import RECORD_FILE, read_record
+from torchtitan.models.llama3_lighthouse.checkpoints.record import (
+    RECORD_FILE,
+    CheckpointRecord,
+    read_record,
+)
 from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.evaluation.inference import (
     find_checkpoint,
     load_trained_model,
+    read_configuration,
 )
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 
 
 def test_checkpoints_record_what_wrote_them(run: Path) -> None:
@@ -36,6 +42,26 @@ def test_loaded_model_has_the_validated_loss(run: Path, step: int, attention: st
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     logged = {line["step"]: line.get("validation_metrics/loss") for line in lines}
     assert sum(losses) / 3 == pytest.approx(logged[step], abs=1e-5)
+
+
+def test_a_schedules_model_has_the_method_of_the_last_steps_that_used_it() -> None:
+    config = JobConfig()
+    config.model.flavor, config.training.steps = "debugmodel", 8
+    config.lighthouse.dense_layers = [0, 5]
+    config.lighthouse.schedule = [
+        "lighthouse until=2 top_k=128", "lighthouse until=4 seq_len=32768 top_k=256 scorer=gla",
+        "window until=6 window=64", "dense",
+    ]  # fmt: skip
+    config.training.seq_len = 65536
+    for last, expected in ((2, (128, "norm", 0)), (4, (256, "gla", 0)), (6, (1536, "norm", 64))):
+        record = CheckpointRecord(8, last, config.to_dict())
+        found, args = read_configuration(Path("step-8"), record, [])
+        assert (args.lighthouse.top_k, args.lighthouse.scorer, args.window) == expected
+        assert found.training.seq_len == args.max_seq_len == 65536
+        # Shorter sequences than a stage of training had, and another method, can be evaluated.
+        line = ["--training.seq_len", "16384", "--lighthouse.top_k", "512"]
+        found, args = read_configuration(Path("step-8"), record, line)
+        assert (args.max_seq_len, args.lighthouse.top_k, args.window) == (16384, 512, expected[2])
 
 
 def test_finding_checkpoints(run: Path, tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ short form of two stages of one length.
 """
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, cast, get_type_hints
 
 from lighthouse import LighthouseConfig
 
-from .errors import UserValueError
+from .errors import UserTypeError, UserValueError
 from .job_config import JobConfig, Lighthouse
 
 ATTENTIONS = ("lighthouse", "dense")
@@ -20,9 +22,12 @@ KEY = "lighthouse.schedule"
 NAMES = ("lighthouse", "window", "dense")
 # A stage with this word may be the last one although it is not dense.
 LAST = "last"
+# Types of the method's settings, which a stage may change.
 METHOD_TYPES = {field.name: get_type_hints(LighthouseConfig)[field.name]
                 for field in fields(LighthouseConfig)}  # fmt: skip
 COUNTS = ("until", "seq_len", "local_batch_size")
+# Numbers beyond this, and longer texts, are not shown in full.
+MOST_DIGITS, MOST_SHOWN = 18, 100
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,53 @@ def stages_of(config: JobConfig) -> tuple[Stage, ...]:
     return (*found, Stage("dense", steps, config)) if switch < steps else tuple(found)
 
 
-def distinct_configs(config: JobConfig) -> list[JobConfig]:
-    """The configurations of a run's stages, each once."""
-    found: list[JobConfig] = []
-    for stage in stages_of(config):
-        if stage.config not in found:
-            found.append(stage.config)
+def with_method_of(config: JobConfig, step: int) -> JobConfig:
+    """The configuration, with the method's settings of the stage of ``step`` and no schedule.
+
+    Raises:
+        ValueError: as ``stages_of``.
+    """
+    found = copy.deepcopy(config)
+    found.lighthouse = stage_at(step, stages_of(config)).config.lighthouse
+    found.lighthouse.stage = Lighthouse().stage
     return found
+
+
+def distinct_stages(config: JobConfig) -> list[Stage]:
+    """The first stage of each configuration, in order.
+
+    Raises:
+        ValueError: as ``stages_of``.
+    """
+    found: list[Stage] = []
+    for stage in stages_of(config):
+        if all(stage.config != other.config for other in found):
+            found.append(stage)
+    return found
+
+
+@contextmanager
+def naming(stage: Stage) -> Generator[None]:
+    """Let the messages of checks on a stage's configuration begin with the stage.
+
+    These messages name the keys of a run with this stage alone, some of which the stage itself has.
+    """
+    try:
+        yield
+    except (UserValueError, UserTypeError) as error:
+        message = str(error)
+        own = [
+            word
+            for word in stage.text.split()
+            if re.search(rf"(?<!validation\.)\b{word.partition('=')[0]}\b", message) and "=" in word
+        ]
+        hint = f"; the stage itself says {' '.join(own)}, so change that" if own else ""
+        raise type(error)(f"{named(stage)}{message}{hint}") from None
+
+
+def named(stage: Stage) -> str:
+    """The beginning of a message about one stage; empty in the short form."""
+    return f"{KEY}, stage {_shown(stage.text)}: " if stage.text else ""
 
 
 def stage_at(step: int, stages: Sequence[Stage]) -> Stage:
@@ -94,23 +139,24 @@ def _check_short_form(section: Lighthouse) -> None:
         if given != default:
             raise UserValueError(
                 f"lighthouse.{key} = {given!r} does not go with {KEY}, which names the stages; "
-                f"leave one of the two out"
+                f"leave one of the two out, or pass --lighthouse.{key} {default}"
             )
 
 
 def _scheduled(config: JobConfig) -> tuple[Stage, ...]:
     found: list[Stage] = []
+    steps = config.training.steps
     for text in config.lighthouse.schedule:
+        if found and found[-1].last == steps:
+            raise _fault(found[-1].text, f"ends at the run's last step, {steps}, and a stage "
+                         "follows", "write until=STEP with an earlier one")  # fmt: skip
         found.append(_stage(text, config, found[-1].last if found else 0))
-    _check_order(found, config.training.steps)
+    _check_end(found, steps)
     return tuple(found)
 
 
-def _check_order(stages: Sequence[Stage], steps: int) -> None:
+def _check_end(stages: Sequence[Stage], steps: int) -> None:
     for stage in stages[:-1]:
-        if stage.last == steps:
-            raise _fault(stage.text, f"ends at the run's last step, {steps}, and a stage follows",
-                         "write until=STEP with an earlier one")  # fmt: skip
         if stage.says_last:
             raise _fault(stage.text, f"says {LAST}, and a stage follows", f"leave {LAST} out")
     end = stages[-1]
@@ -127,7 +173,9 @@ def _stage(text: str, config: JobConfig, after: int) -> Stage:
     words, steps = text.split(), config.training.steps
     name = words[0] if words else ""
     if name not in NAMES:
-        raise _fault(text, f"'{name}' is no attention", f"begin with one of {', '.join(NAMES)}")
+        raise _fault(
+            text, f"{_shown(name)} is no attention", f"begin with one of {', '.join(NAMES)}"
+        )
     values = _values(text, [word for word in words[1:] if word != LAST])
     last = values.pop("until", steps)
     if not after < last:
@@ -147,7 +195,7 @@ def _values(text: str, words: list[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         known = [*COUNTS, *METHOD_TYPES]
         if not equals or key not in known:
-            raise _fault(text, f"'{word}' is not understood",
+            raise _fault(text, f"{_shown(word)} is not understood",
                          f"write {LAST}, or KEY=VALUE with one of {', '.join(known)}")  # fmt: skip
         if key in found:
             raise _fault(text, f"{key} stands there twice", "leave one of them out")
@@ -158,8 +206,9 @@ def _values(text: str, words: list[str]) -> dict[str, Any]:
 def _typed(text: str, key: str, value: str) -> Any:
     if key not in COUNTS and METHOD_TYPES[key] is not int:
         return value
-    if not (value.isascii() and value.isdigit()):
-        raise _fault(text, f"{key} = '{value}' is no whole number", f"write {key}=NUMBER")
+    if not (value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS):
+        raise _fault(text, f"{key} = {_shown(value)} is no whole number of at most {MOST_DIGITS} "
+                     "digits", f"write {key}=NUMBER")  # fmt: skip
     number = int(value)
     if key in COUNTS and number < 1:
         raise _fault(text, f"{key} = {number} must be at least 1", f"write {key}=NUMBER")
@@ -209,4 +258,8 @@ def _changed(text: str, config: JobConfig, name: str, values: dict[str, Any]) ->
 
 
 def _fault(text: str, problem: str, fix: str) -> UserValueError:
-    return UserValueError(f"{KEY}, stage '{text}': {problem}; {fix}")
+    return UserValueError(f"{KEY}, stage {_shown(text)}: {problem}; {fix}")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}...")

@@ -1,6 +1,7 @@
 """Differences between a run and the checkpoint that it goes on from."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lighthouse import LighthouseConfig
 
 from ..errors import UserValueError
 from ..job_config import JobConfig, Lighthouse, Training, flatten
-from ..stages import stage_at, stages_of
+from ..stages import Stage, named, stage_at, stages_of
 from .record import CheckpointRecord
 
 # Settings that decide what weights of one shape compute.
@@ -82,14 +83,20 @@ def check_settings(
     Raises:
         ValueError: a setting makes it another model, and the run would go on in the same folder.
     """
-    section = present["lighthouse"]
     next_step = 1 if weights_only else record.step + 1
-    config = JobConfig(lighthouse=Lighthouse(**section), training=Training(**present["training"]))
+    now = stage_at(next_step, _stages(present))
     read = set()
-    if stage_at(next_step, stages_of(config)).attention == "lighthouse":
-        read = OF_THE_WINDOW if section["attention"] == "window" else METHOD
-    model_keys = MODEL if record.last_lighthouse_step == 0 else MODEL | read
+    if now.attention == "lighthouse":
+        window = now.config.lighthouse.attention == "window"
+        read = OF_THE_WINDOW if window else METHOD
+    scheduled = bool(
+        record.config["lighthouse"].get("schedule") or present["lighthouse"]["schedule"]
+    )
     model, training, rest = [], [], []
+    if scheduled:
+        # A key's own value says little here, because stages may have others.
+        model += _of_the_stage(record, next_step, now, read)
+    model_keys = MODEL if scheduled or record.last_lighthouse_step == 0 else MODEL | read
     for found in differences(record.config, present):
         if found.key in model_keys:
             model.append(found)
@@ -113,6 +120,39 @@ def check_settings(
         logger.warning(f"Training goes on from {path} with other settings: {_listed(training)}")
     if rest and not weights_only:
         logger.info(f"Other settings differ: {_listed(rest)}")
+
+
+def _stages(config: dict[str, Any]) -> Sequence[Stage]:
+    """The stages of a configuration by section, which may be of another version."""
+    lighthouse, training = (
+        {key: value for key, value in config.get(name, {}).items() if hasattr(section, key)}
+        for name, section in (("lighthouse", Lighthouse()), ("training", Training()))
+    )
+    return stages_of(JobConfig(lighthouse=Lighthouse(**lighthouse), training=Training(**training)))
+
+
+def _of_the_stage(
+    record: CheckpointRecord, next_step: int, now: Stage, read: set[str]
+) -> list[Difference]:
+    """Settings in which the stage that the checkpoint has begun would go on as another one.
+
+    Args:
+        now: the stage of step ``next_step`` in the present run.
+        read: the keys of the method that it reads.
+    """
+    stages = _stages(record.config)
+    before = stage_at(next_step, stages)
+    if before.attention != "lighthouse" or stage_at(record.step, stages) is not before:
+        return []
+    settings = (
+        {"lighthouse": {key: value for key, value in vars(stage.config.lighthouse).items()
+                        if f"lighthouse.{key}" in read}}
+        for stage in (before, now)
+    )  # fmt: skip
+    return [
+        Difference(f"{named(now)}{each.key}", each.recorded, each.present)
+        for each in all_differences(*settings)
+    ]
 
 
 def _listed(found: list[Difference]) -> str:

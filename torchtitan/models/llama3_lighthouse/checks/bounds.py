@@ -246,6 +246,9 @@ BOUNDS: dict[str, Rule] = {
         note="0 mixes no dense steps in, and lighthouse.stage = 'dense' trains dense throughout",
         besides=(0,),
     ),
+    # ``stages`` reads the stages, and checks them.
+    "lighthouse.schedule": BY_TYPE,
+    "lighthouse.keep_position": BY_TYPE,
     "lighthouse.levels": BY_TYPE,
     "lighthouse.pooling_factor": BY_TYPE,
     "lighthouse.top_k": BY_TYPE,

@@ -8,14 +8,12 @@ from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
 from ..checkpoints.folders import checkpoints_in
-from ..data.packing import global_batch_size, stream_count
-from ..data.retrieval import PromptEncoder
-from ..data.retrieval_mix import RetrievalMix
+from ..data.packing import global_batch_size, retrieval_mix, stream_count
 from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
-from ..stages import distinct_configs, stages_of
+from ..stages import Stage, distinct_stages, naming
 from .bounds import check_bounds
 from .output import check_output_of_run, is_installed
 from .parallelism import (
@@ -36,6 +34,8 @@ OF_THE_MODEL = (
     "validation.",
     "parallelism.context_parallel_",
 )
+# Keys that a stage of a schedule sets, or that follow from them.
+OF_A_STAGE = ("lighthouse.", "training.")
 # Sources of text that come from no folder.
 WITHOUT_PATH = ("python_stdlib",)
 
@@ -49,8 +49,9 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     """
     check_bounds(config)
     check_model(config, flavors)
-    for each in distinct_configs(config):
-        check_parallelism(each, flavors[config.model.flavor].n_layers)
+    for stage in distinct_stages(config):
+        with naming(stage):
+            check_parallelism(stage.config, flavors[config.model.flavor].n_layers)
     check_lengths_in_pipeline(config)
     _check_optimizer(config)
     _check_schedule(config)
@@ -80,28 +81,36 @@ def check_launch(
         * section.pipeline_parallel_degree
     )
     streams = stream_count(config, data_parallel)
-    for each in distinct_configs(config):
-        batch, local = each.training.global_batch_size, each.training.local_batch_size
-        if batch > 0 and batch % (local * data_parallel):
-            raise UserValueError(
-                f"training.global_batch_size = {batch} must be a multiple of "
-                f"training.local_batch_size = {local} times the data-parallel degree of "
-                f"{data_parallel}, or -1 for just that"
-            )
-        whole = global_batch_size(each, data_parallel)
-        if whole % streams:
-            raise UserValueError(
-                f"lighthouse.schedule has a stage of {whole} sequences a step, which the text's "
-                f"{streams} streams do not divide; pass --lighthouse.data_streams with a number "
-                "that divides every stage's batch"
-            )
-        tokens = whole // data_parallel * each.training.seq_len
-        if tokens > MOST_POSITIONS:
-            raise UserValueError(
-                f"training.global_batch_size = {batch} and training.local_batch_size = {local} "
-                f"give each rank {tokens:,} tokens a step, which it reads before it begins the "
-                f"step; lower them to {MOST_POSITIONS:,} tokens or fewer"
-            )
+    # With this batch, those of all stages are whole passes too.
+    batch, local = config.training.global_batch_size, config.training.local_batch_size
+    if batch > 0 and batch % (local * data_parallel):
+        raise UserValueError(
+            f"training.global_batch_size = {batch} must be a multiple of "
+            f"training.local_batch_size = {local} times the data-parallel degree of "
+            f"{data_parallel}, or -1 for just that"
+        )
+    for stage in distinct_stages(config):
+        with naming(stage):
+            _check_batch(stage.config, data_parallel, streams)
+
+
+def _check_batch(config: JobConfig, data_parallel: int, streams: int) -> None:
+    """Check that the text's streams share a stage's batch, and that it can be read."""
+    whole = global_batch_size(config, data_parallel)
+    if whole % streams:
+        raise UserValueError(
+            f"the {whole} sequences of a step cannot be shared by the text's {streams} streams; "
+            "pass --lighthouse.data_streams with a number that divides every stage's batch"
+        )
+    training = config.training
+    tokens = whole // data_parallel * training.seq_len
+    if tokens > MOST_POSITIONS:
+        raise UserValueError(
+            f"training.global_batch_size = {training.global_batch_size} and "
+            f"training.local_batch_size = {training.local_batch_size} give each rank {tokens:,} "
+            "tokens a step, which it reads before it begins the step; lower them to "
+            f"{MOST_POSITIONS:,} tokens or fewer"
+        )
 
 
 def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
@@ -116,11 +125,25 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
     _check_attention(config)
-    _check_selections(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
-    _check_lengths(config)
+    _method(config)
+    for stage in distinct_stages(config):
+        with naming(stage):
+            _check_stage(stage)
+    _check_length_of_validation(config)
     _check_tokenizer(config)
-    _check_retrieval_mix(config)
+
+
+def _check_stage(stage: Stage) -> None:
+    """Check the settings of the model and its input that a schedule may change."""
+    if stage.text:
+        check_bounds(stage.config, OF_A_STAGE)
+    _check_attention(stage.config)
+    _check_selections(stage.config)
+    # In a schedule, dense stages may have lengths that no selection takes.
+    if stage.attention == "lighthouse" or not stage.text:
+        _check_geometry(stage.config)
+    _check_retrieval_mix(stage.config)
 
 
 def _check_attention(config: JobConfig) -> None:
@@ -160,16 +183,7 @@ def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
         )
 
 
-def _check_lengths(config: JobConfig) -> None:
-    """Check the method's own rules, and put the section of the key before its messages."""
-    _method(config)
-    # A schedule may have stages of other settings, or none that selects.
-    scheduled = config.lighthouse.schedule
-    for stage in stages_of(config) if scheduled else ():
-        if stage.attention == "lighthouse":
-            _check_geometry(stage.config)
-    if not scheduled:
-        _check_geometry(config)
+def _check_length_of_validation(config: JobConfig) -> None:
     if config.validation.enable and config.validation.seq_len > config.training.seq_len:
         raise UserValueError(
             f"validation.seq_len = {config.validation.seq_len} exceeds training.seq_len = "
@@ -178,6 +192,7 @@ def _check_lengths(config: JobConfig) -> None:
 
 
 def _method(config: JobConfig) -> LighthouseConfig:
+    """The method's settings, with the section of the key before the messages of its rules."""
     try:
         return lighthouse_config(config.lighthouse)
     except (ValueError, TypeError) as error:
@@ -217,13 +232,9 @@ def _check_tokenizer(config: JobConfig) -> None:
 
 
 def _check_retrieval_mix(config: JobConfig) -> None:
-    section = config.lighthouse
-    rate, tasks = section.passkey_mix, section.passkey_tasks
-    if rate and section.tokenizer == "byte":
-        # Other tokenizers have not been read yet, and lengths of prompts depend on them.
-        for each in distinct_configs(config):
-            length = each.training.seq_len + 1
-            RetrievalMix(PromptEncoder(ByteTokenizer()), rate, length, 1, tasks)
+    # Other tokenizers have not been read yet, and lengths of prompts depend on them.
+    if config.lighthouse.tokenizer == "byte":
+        retrieval_mix(config, ByteTokenizer(), 1)
 
 
 def _check_optimizer(config: JobConfig) -> None:

@@ -13,8 +13,7 @@ from ..errors import UserValueError
 from ..infra.pipeline import check_pipeline
 from ..job_config import JobConfig, Parallelism
 from ..model.flavors import flavors
-from ..stages import KEY as SCHEDULE
-from ..stages import stages_of
+from ..stages import distinct_stages, naming, stages_of
 
 
 def check_parallelism(config: JobConfig, n_layers: int) -> None:
@@ -53,15 +52,20 @@ def check_lengths_in_pipeline(config: JobConfig) -> None:
         ValueError: ``lighthouse.schedule`` changes the length or the local batch.
     """
     degree = config.parallelism.pipeline_parallel_degree
-    shapes = {
-        (stage.seq_len, stage.config.training.local_batch_size) for stage in stages_of(config)
-    }
-    if degree > 1 and len(shapes) > 1:
-        raise UserValueError(
-            f"{SCHEDULE} changes the length or the batch of a pass, and the parts of a pipeline "
-            f"(parallelism.pipeline_parallel_degree = {degree}) exchange tensors of one shape; set "
-            "the degree to 1, or give every stage the same seq_len and local_batch_size"
-        )
+    first, *others = stages_of(config)
+    for stage in others if degree > 1 else ():
+        shapes = [
+            f"{each.config.training.local_batch_size} x {each.seq_len:,} tokens"
+            for each in (stage, first)
+        ]
+        if shapes[0] != shapes[1]:
+            with naming(stage):
+                raise UserValueError(
+                    f"a pass of {shapes[0]} follows stages of {shapes[1]}, and the parts of a "
+                    f"pipeline (parallelism.pipeline_parallel_degree = {degree}) exchange tensors "
+                    "of one shape; set the degree to 1, or give every stage the same seq_len and "
+                    "local_batch_size"
+                )
 
 
 def _check_validation_in_pipeline(config: JobConfig) -> None:
@@ -227,7 +231,9 @@ def check_device(config: JobConfig, device_type: str) -> None:
         )
     if device_type == "cuda":
         return
-    _check_memory(config)
+    for stage in distinct_stages(config):
+        with naming(stage):
+            _check_memory(stage.config)
     needs_gpu = {
         "activation_checkpoint.offload_inputs": "needs a GPU (CUDA) to offload from",
         "profiling.enable_profiling": "profiles GPUs, and upstream fails without one",

@@ -8,6 +8,7 @@ from lighthouse import LighthouseConfig
 
 from ..job_config import JobConfig, leaves
 from ..model.flavors import flavors
+from ..stages import distinct_stages, named
 from .parallelism import precision_key, running_window
 from .rules import shown
 
@@ -74,7 +75,10 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
 
 def warnings_of(config: JobConfig, world_size: int) -> list[str]:
     """Warnings before a run of ``world_size`` processes begins, one line each."""
-    return [*_unused(config), *_stages(config), *_window(config, world_size)]
+    found = [*_unused(config), *_stages(config)]
+    for stage in distinct_stages(config):
+        found += [f"{named(stage)}{line}" for line in _window(stage.config, world_size)]
+    return found
 
 
 def _stages(config: JobConfig) -> list[str]:

@@ -274,15 +274,7 @@ def _build(
     source = find_source(section.dataset, split, section.dataset_path, key)
     for line in source.describe():
         _say_once(line)
-    mix, method = None, job_config.lighthouse
-    if method.passkey_mix and split == "train":
-        mix = RetrievalMix(
-            PromptEncoder(tokenizer),
-            method.passkey_mix,
-            section.seq_len + 1,
-            streams,
-            method.passkey_tasks,
-        )
+    mix = retrieval_mix(job_config, tokenizer, streams) if split == "train" else None
     share = streams // dp_world_size
     messages = StreamMessages(source, key, streams)
     own = [
@@ -312,6 +304,21 @@ def _build(
         worker_init_fn=serve_parent,
         **vars(section.dataloader),
     )
+
+
+def retrieval_mix(
+    job_config: JobConfig, tokenizer: BaseTokenizer, streams: int
+) -> RetrievalMix | None:
+    """The retrieval documents in training's sequences, or None if there are none.
+
+    Raises:
+        ValueError: the sequences are too short for them.
+    """
+    section, length = job_config.lighthouse, job_config.training.seq_len + 1
+    if not section.passkey_mix:
+        return None
+    encoder = PromptEncoder(tokenizer)
+    return RetrievalMix(encoder, section.passkey_mix, length, streams, section.passkey_tasks)
 
 
 @cache

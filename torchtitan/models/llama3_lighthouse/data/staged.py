@@ -9,8 +9,8 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
-from ..stages import distinct_configs
-from .packing import PackedTextDataloader, build_dataloader, stream_count
+from ..stages import distinct_stages, naming
+from .packing import PackedTextDataloader, build_dataloader, retrieval_mix, stream_count
 from .positions import decode
 
 LENGTH = "training.seq_len"
@@ -123,6 +123,10 @@ def build_staged_dataloader(
         config.lighthouse.data_streams = streams
         return build_dataloader(dp_world_size, dp_rank, tokenizer, config, infinite)
 
-    return StagedDataloader(
-        distinct_configs(job_config), build, job_config.lighthouse.keep_position
-    )
+    stages = distinct_stages(job_config)
+    for stage in stages:
+        # A later stage would complain of its sequences only when it begins.
+        with naming(stage):
+            retrieval_mix(stage.config, tokenizer, streams)
+    configs = [stage.config for stage in stages]
+    return StagedDataloader(configs, build, job_config.lighthouse.keep_position)

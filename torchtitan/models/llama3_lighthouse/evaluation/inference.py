@@ -20,6 +20,7 @@ from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
+from ..stages import with_method_of
 
 # Keys that name Python code to import. A checkpoint may come from anyone, so such keys in its
 # record are ignored. A user can still pass them.
@@ -200,7 +201,13 @@ def read_configuration(
             f"{path} has no record of its configuration, as it was not written by Lighthouse's "
             "trainer; pass that of its run with --job.config_file FILE"
         )
-    config = parse_over(record.config if record else None, overrides)
+    recorded = record.config if record else None
+    scheduled = (recorded or {}).get("lighthouse", {}).get("schedule")
+    if record and record.last_lighthouse_step and scheduled:
+        # The method is that of the last steps that used it, at whatever length.
+        config = with_method_of(parse_over(record.config, []), record.last_lighthouse_step)
+        recorded = {**record.config, "lighthouse": dataclasses.asdict(config.lighthouse)}
+    config = parse_over(recorded, overrides)
     return config, model_arguments(config)
 
 

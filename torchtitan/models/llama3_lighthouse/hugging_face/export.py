@@ -92,10 +92,12 @@ def check_dense(path: Path, record: CheckpointRecord | None) -> None:
             "know that they were"
         )
     if record.step and not record.dense_steps:
+        scheduled = record.config.get("lighthouse", {}).get("schedule")
+        stage = "a dense stage in lighthouse.schedule" if scheduled else "--lighthouse.stage dense"
         raise UserValueError(
             f"step {record.step} of {path} belongs to the Lighthouse stage, and a Llama has dense "
             "attention, which most layers have not been trained with: train on with "
-            "--lighthouse.stage dense first, or pass --allow-lighthouse to export it as it is"
+            f"{stage} first, or pass --allow-lighthouse to export it as it is"
         )
 
 
