@@ -288,10 +288,11 @@ def test_compilers_cache_asks_for_a_hash() -> None:
     assert autograd_cache._get_context_fn_cache_hash(contexts) == "lighthouse []", READ_THE_PAGE
 
 
-def test_dynamo_has_a_recompile_limit() -> None:
+def test_dynamo_has_the_settings_that_we_change() -> None:
     import torch._dynamo
 
     assert isinstance(torch._dynamo.config.recompile_limit, int), READ_THE_PAGE
+    assert isinstance(torch._dynamo.config.automatic_dynamic_shapes, bool), READ_THE_PAGE
 
 
 def test_backends_of_dense_attention_are_those_of_the_module() -> None:

@@ -1,6 +1,7 @@
 """Runs whose stages change length, attention and settings of the method."""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,19 @@ def test_a_changed_schedule_is_refused_where_it_moves_the_text(tmp_path: Path) -
     assert (
         "after step 2, is in sequences of 128 tokens, and lighthouse.schedule has 512" in third.log
     )
+
+
+@pytest.mark.slow
+def test_each_stage_compiles_in_its_first_step_alone(tmp_path: Path) -> None:
+    """Two kinds of layers in each of the first two stages; the third only switches one of them."""
+    settings = {"compile.enable": True, "validation.enable": False, "checkpoint.enable": False}
+    # Forks import torch before they are told what to log.
+    log = run_in(tmp_path, settings, torchrun=True, TORCH_LOGS="recompiles").succeed().log
+    compiled: dict[int, int] = {}
+    step = 1
+    for line in log.splitlines():
+        step += bool(re.search(r"step +\d+ of 12", line))
+        if "Recompiling function forward" in line:
+            compiled[step] = compiled.get(step, 0) + 1
+    # The first compilation of all is no recompilation.
+    assert compiled == {1: 1, 5: 2, 9: 1}

@@ -36,7 +36,7 @@ def parallelize_lighthouse(
         SELECTION | WINDOW | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
     )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    # A run has few lengths: each gets graphs of its own, which are faster than those for any length.
+    # A run has few lengths. Graphs of one length are faster than those for any.
     torch._dynamo.config.automatic_dynamic_shapes = False
 
     def apply_to_attention(modules: list[nn.Module], mesh: DeviceMesh, attention_type: str) -> None:
