@@ -10,16 +10,17 @@ from launch import Run, validation_losses
 
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 
-STAGES = ["dense until=4 seq_len=128", "lighthouse until=8 top_k=64 window=40", "dense"]
+STAGES = ["dense until=2 seq_len=128", "lighthouse until=4 top_k=64 window=40", "dense"]
 SCHEDULED = {
     "lighthouse.schedule": STAGES,
     # Its default, which a schedule asks for.
     "lighthouse.dense_from_step": 10000,
     "lighthouse.combine": "finest",
-    "lr_scheduler.total_steps": 12,
+    "training.steps": 6,
+    "lr_scheduler.total_steps": 6,
     "validation.enable": True,
     "validation.seq_len": 512,
-    "validation.freq": 2,
+    "validation.freq": 3,
     "validation.steps": 1,
 }
 EXACT = ("stage", "batches", "loss", "maximum_loss", "grad_norm", "tokens_seen")
@@ -43,29 +44,29 @@ def test_schedule_equals_a_killed_one_and_launches_by_hand(tmp_path: Path, proce
     options = {"processes": processes}
     expected = run_in(tmp_path / "whole", {}, **options).succeed()
     assert [line["stage"] for line in expected.steps().values()] == (
-        ["dense"] * 4 + ["lighthouse"] * 4 + ["dense"] * 4
+        ["dense"] * 2 + ["lighthouse"] * 2 + ["dense"] * 2
     )
     assert "attention runs on 128 of 128 positions" in expected.log
     assert "of 512 positions, each position attends over a window of 40 too" in (expected.log)
     lengths = [entry["lighthouse/sequence_length"]
                for entry in read_metrics(tmp_path / "whole/dump").values()]  # fmt: skip
-    assert lengths == [128] * 4 + [512] * 8
+    assert lengths == [128] * 2 + [512] * 4
     (tokens,) = {line["tokens_seen"] / step for step, line in expected.steps().items()}
     assert tokens == 512 * processes
 
-    often = {"checkpoint.interval": 4}
-    run_in(tmp_path / "killed", often, **options).crash_after_step(5)
-    assert not (tmp_path / "killed/dump/checkpoint/step-8").exists()
+    often = {"checkpoint.interval": 2}
+    run_in(tmp_path / "killed", often, **options).crash_after_step(3)
+    assert not (tmp_path / "killed/dump/checkpoint/step-4").exists()
     killed = run_in(tmp_path / "killed", often, **options).succeed()
-    assert "checkpoint/step-4\n" in killed.log
+    assert "checkpoint/step-2\n" in killed.log
 
     by_hand = {"lighthouse.data_streams": processes}
     method = {"lighthouse.top_k": 64, "lighthouse.window": 40}
     for steps, settings in {
-        4: {"lighthouse.stage": "dense", "training.seq_len": 128, "training.local_batch_size": 4,
+        2: {"lighthouse.stage": "dense", "training.seq_len": 128, "training.local_batch_size": 4,
             "validation.enable": False},
-        8: {"lighthouse.stage": "lighthouse", **method, "lighthouse.keep_position": True},
-        12: {"lighthouse.stage": "dense", **method},
+        4: {"lighthouse.stage": "lighthouse", **method, "lighthouse.keep_position": True},
+        6: {"lighthouse.stage": "dense", **method},
     }.items():  # fmt: skip
         settings = {**by_hand, **settings, "training.steps": steps}
         hand = run_in(tmp_path / "hand", settings, **options).succeed()
@@ -73,7 +74,7 @@ def test_schedule_equals_a_killed_one_and_launches_by_hand(tmp_path: Path, proce
         assert exact(killed, rank) == exact(expected, rank)
         assert exact(hand, rank) == exact(expected, rank)
     held_out = validation_losses(expected)
-    assert list(held_out) == ["1", "2", "4", "6", "8", "10", "12"]
+    assert list(held_out) == ["1", "3", "6"]
     for other in (killed, hand):
         assert validation_losses(other).items() <= held_out.items()
 
@@ -85,7 +86,7 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path, processes: int) -> None:
     options = {"processes": processes}
     expected = run_in(tmp_path / "whole", {}, **options).succeed()
     draw = random.Random(processes)
-    stops = sorted([4, 8, *(draw.randint(1, 11) for _ in range(18))])
+    stops = sorted([2, 4, *(draw.randint(1, 5) for _ in range(18))])
     each_step = {"checkpoint.interval": 1, "checkpoint.keep_latest_k": 2}
     for step in stops:
         run_in(tmp_path / "killed", each_step, **options).crash_after_step(step)
@@ -96,17 +97,17 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path, processes: int) -> None:
 
 @pytest.mark.slow
 def test_another_mesh_in_the_middle_reads_the_same_text(tmp_path: Path) -> None:
-    """Two data-parallel ranks up to step 6, within the second stage, then one process."""
+    """Two data-parallel ranks up to step 3, within the second stage, then one process."""
     batch = {"training.global_batch_size": 2}
     expected = run_in(tmp_path / "one", batch).succeed()
-    run_in(tmp_path / "two", {**batch, "training.steps": 6, "lighthouse.schedule": [
+    run_in(tmp_path / "two", {**batch, "training.steps": 3, "lighthouse.schedule": [
         STAGES[0], "lighthouse top_k=64 window=40 last",
     ]}, processes=2).succeed()  # fmt: skip
     other = run_in(tmp_path / "two", batch).succeed()
     read = [sorted(line["batches"]) for line in expected.steps().values()]
     found = [
         sorted(
-            other.steps(0)[step]["batches"] + (other.steps(1)[step]["batches"] if step < 7 else [])
+            other.steps(0)[step]["batches"] + (other.steps(1)[step]["batches"] if step < 4 else [])
         )
         for step in other.steps(0)
     ]
@@ -116,7 +117,7 @@ def test_another_mesh_in_the_middle_reads_the_same_text(tmp_path: Path) -> None:
 def test_a_changed_schedule_is_refused_where_it_moves_the_text(tmp_path: Path) -> None:
     run_in(tmp_path, {"checkpoint.interval": 2, "validation.enable": False}).crash_after_step(3)
     other = run_in(tmp_path, {"validation.enable": False, "lighthouse.schedule": [
-        "dense until=4 seq_len=256", *STAGES[1:],
+        "dense until=2 seq_len=256", *STAGES[1:],
     ]})  # fmt: skip
     assert other.wait() == 1
     assert "training.seq_len = 128, this run has 256" in other.log
@@ -138,8 +139,8 @@ def test_each_stage_compiles_in_its_first_step_alone(tmp_path: Path) -> None:
     compiled: dict[int, int] = {}
     step = 1
     for line in log.splitlines():
-        step += bool(re.search(r"step +\d+ of 12", line))
+        step += bool(re.search(r"step +\d+ of 6", line))
         if "Recompiling function forward" in line:
             compiled[step] = compiled.get(step, 0) + 1
     # The first compilation of all is no recompilation.
-    assert compiled == {1: 1, 5: 2, 9: 1}
+    assert compiled == {1: 1, 3: 2, 5: 1}
