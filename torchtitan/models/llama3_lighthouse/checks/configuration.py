@@ -124,7 +124,6 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
         raise UserValueError(
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
-    _check_attention(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
     _method(config)
     for stage in distinct_stages(config):
