@@ -6,6 +6,7 @@ from typing import Any
 
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 
 from ..errors import UserValueError
 from ..job_config import JobConfig
@@ -77,11 +78,17 @@ class StagedDataloader(BaseDataLoader):
             ValueError: as of ``PackedTextDataloader``.
         """
         if "identity" in state_dict:
+            # A length that no stage has is refused below, unless it is meant.
             length = decode(state_dict["identity"], "identity").get(LENGTH)
             fits = (x for x in self._configs if str(x.training.seq_len) == length)
             config = next(fits, self._configs[0])
             if _shape(config) != self._shape:
                 self.present, self._shape = self._build(config), _shape(config)
+            if self._any_length and length != str(self.seq_len):
+                logger.warning(
+                    f"The text goes on from sequences of {length} tokens in ones of "
+                    f"{self.seq_len}, as lighthouse.keep_position asks"
+                )
         self._restored = True
         self.present.load_state_dict(state_dict, but=(LENGTH,) if self._any_length else ())
 
