@@ -50,7 +50,7 @@ class Schedule:
     default. seq_len is training.seq_len by default, and at most that; the local batch follows it,
     so that every step has as many tokens, unless local_batch_size is set. Settings of the method,
     such as top_k and window, may change too. A last stage that is not dense says "last". Takes the
-    place of stage and dense_from_step."""
+    place of stage, dense_from_step and attention."""
 
     keep_position: bool = False
     """Go on at the checkpoint's place in the text although its sequences had another length than

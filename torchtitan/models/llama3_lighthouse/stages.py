@@ -134,7 +134,7 @@ def attention_at(step: int, stage: Stage) -> str:
 
 def _check_short_form(section: Lighthouse) -> None:
     """Check that nothing but the schedule names stages."""
-    for key in ("stage", "dense_from_step"):
+    for key in ("stage", "dense_from_step", "attention"):
         given, default = getattr(section, key), getattr(Lighthouse(), key)
         if given != default:
             raise UserValueError(

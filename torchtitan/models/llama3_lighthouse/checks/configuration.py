@@ -80,7 +80,6 @@ def check_launch(
         * section.tensor_parallel_degree
         * section.pipeline_parallel_degree
     )
-    streams = stream_count(config, data_parallel)
     # With this batch, those of all stages are whole passes too.
     batch, local = config.training.global_batch_size, config.training.local_batch_size
     if batch > 0 and batch % (local * data_parallel):
@@ -89,6 +88,7 @@ def check_launch(
             f"training.local_batch_size = {local} times the data-parallel degree of "
             f"{data_parallel}, or -1 for just that"
         )
+    streams = stream_count(config, data_parallel)
     for stage in distinct_stages(config):
         with naming(stage):
             _check_batch(stage.config, data_parallel, streams)
@@ -124,7 +124,6 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
         raise UserValueError(
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
-    _check_attention(config)
     _check_dense_layers(config, flavors[config.model.flavor].n_layers)
     _method(config)
     for stage in distinct_stages(config):
