@@ -145,7 +145,7 @@ def test_message_names_stage_value_and_fix(base: JobConfig, stages, number, word
     ([SHORT, "dense"], None, {"lighthouse.dense_from_step": 6}, 1,
      "lighthouse.dense_from_step = 6 does not go with lighthouse.schedule"),
     ([SHORT, "dense"], None, {"lighthouse.attention": "window"}, 1,
-     "lighthouse.attention = 'window' does not go with lighthouse.schedule, .*n lighthouse"),
+     "lighthouse.attention = 'window' does not go with lighthouse.schedule, .*attention lighth"),
     ([SHORT, "dense"], None, {"training.global_batch_size": 3, "training.local_batch_size": 2}, 1,
      "training.global_batch_size = 3 must be a multiple of training.local_batch_size = 2"),
     (["lighthouse until=4 window=8", "dense"], 0,
