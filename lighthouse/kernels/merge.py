@@ -297,8 +297,7 @@ def launch_collect(
         grad, out, lse, far, far_lse, index, slot, grad_far, out_far, *grad_strides, *out_strides,
         *far_strides, *grad_far.stride()[:3], heads, heads // index.shape[1], length, s,
         coarsest, slot.shape[2], LONGEST.get(far.dtype, LONGEST_OF_OTHERS),
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
-        num_warps=COLLECT_WARPS,
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, num_warps=COLLECT_WARPS,
     )  # fmt: skip
     return grad_far, out_far
 

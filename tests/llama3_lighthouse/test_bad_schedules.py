@@ -13,6 +13,7 @@ from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.stages import stages_of
 from torchtitan.models.llama3_lighthouse.studies.settings import with_settings
 
 STEPS, LENGTH = 12, 512
@@ -76,6 +77,7 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["lighthouse until = 4", "dense"], 0, "'until' is not understood;"),
     (["lighthouse until=4 dense_layers=0", "dense"], 0, "'dense_layers=0' is not understood;"),
     (["lighthouse until=4 until=5", "dense"], 0, "until stands there twice; leave one of them out"),
+    (["lighthouse last last"], 0, "last stands there twice; leave one of them out"),
     (["dense until=4 seq_len=0", "dense"], 0, "seq_len = 0 must be at least 1;"),
     (["dense until=4 seq_len=128k", "dense"], 0, "seq_len = '128k' is no whole number"),
     (["dense until=4 seq_len=192", "dense"], 0,
@@ -227,3 +229,23 @@ def test_a_window_as_long_as_a_stage_is_warned_of(base: JobConfig) -> None:
     (found,) = warned([short, "window until=8 window=128", "dense"])
     assert found.startswith(f"lighthouse.schedule, stage '{short}': lighthouse.window = 128 holds ")
     assert not warned(["window until=8 window=128", "dense"])
+
+
+@pytest.mark.parametrize("wrong", [5, ["dense"], None])
+def test_stages_are_strings(base: JobConfig, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"lighthouse.schedule, stage 2 = .* is no string; write"):
+        check(scheduled(base, SHORT, wrong, "dense"))
+
+
+def test_too_many_stages_are_refused_at_once(base: JobConfig) -> None:
+    stages = [f"dense until={step}" for step in range(1, 2000)]
+    with pytest.raises(ValueError, match="lighthouse.schedule has 1,999 stages; write 100 or"):
+        check(scheduled(base, *stages))
+
+
+def test_dense_steps_within_a_stage_are_counted(base: JobConfig) -> None:
+    stages = ["lighthouse until=7", "dense"]
+    first, last = stages_of(scheduled(base, *stages, **{"lighthouse.dense_every": 3}))
+    assert (first.dense_steps, last.dense_steps) == (2, 5)
+    first, last = stages_of(scheduled(base, *stages))
+    assert (first.dense_steps, last.dense_steps) == (0, 5)

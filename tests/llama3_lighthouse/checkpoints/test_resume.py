@@ -109,6 +109,10 @@ def go_on(
     check_settings(PATH, record, configs[1], elsewhere=False, weights_only=False)
 
 
+def test_a_seed_checkpoint_has_begun_no_stage() -> None:
+    go_on(["lighthouse until=30 top_k=1024", "dense"], ["lighthouse until=30 top_k=64", "dense"], 0)
+
+
 @pytest.mark.parametrize(("now", "words"), [
     ([STAGES[0], "lighthouse until=30 top_k=2048", *STAGES[2:]],
      "lighthouse until=30 top_k=2048': lighthouse.top_k = 2048 (checkpoint: 1024)"),

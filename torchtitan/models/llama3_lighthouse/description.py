@@ -91,29 +91,29 @@ def _schedule_lines(
     config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs, parameters: int
 ) -> list[str]:
     """A line for each stage: what a step is, its memory, and its share of the run's FLOPs."""
-    stages, first = RunStages(config, args).all, 1
     found, work = [], []
-    for each in stages:
+    for each in RunStages(config, args).all:
         stage, training = each.stage, each.stage.config.training
         batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
         tokens = training.local_batch_size * stage.seq_len // dims.cp // dims.tp
-        estimate = memory_estimate(
-            stage.config, dims, each.args, tokens, parameters, (stage.attention,)
-        )
-        steps = stage.last - first + 1
-        work.append(steps * batch * stage.seq_len * each.flops[stage.attention])
+        used = sorted({stage.attention, "dense"} if stage.dense_steps else {stage.attention})
+        estimate = memory_estimate(stage.config, dims, each.args, tokens, parameters, used)
+        state = estimate.pop("state")
+        steps = {"dense": stage.dense_steps}
+        steps["lighthouse"] = stage.last - stage.first + 1 - stage.dense_steps
+        flops = sum(steps[attention] * each.flops[attention] for attention in used)
+        work.append(batch * stage.seq_len * flops)
         runs = ""
         if stage.attention == "lighthouse" and each.args.selects:
             runs = f", S = {each.gathered['lighthouse']:,}"
         if stage.attention == "lighthouse" and stage.config.lighthouse.window:
             runs += f", window of {stage.config.lighthouse.window:,}"
         found.append(
-            f"{_name(stage.config, stage.attention)} in steps {first:,} to {stage.last:,}: "
+            f"{_name(stage.config, stage.attention)} in steps {stage.first:,} to {stage.last:,}: "
             f"{_count(batch, 'sequence')} of {stage.seq_len:,} tokens{runs}; "
-            f"{_gib(estimate['state'] + estimate[stage.attention])} GiB a rank, estimated; "
+            f"{_gib(state + max(estimate.values()))} GiB a rank, estimated; "
             f"{each.flops[stage.attention]:.3e} FLOPs/token"
         )
-        first = stage.last + 1
     total = sum(work)
     return [
         f"stage {number:<7} {line}, {part / total:.0%} of the run's FLOPs"
@@ -167,7 +167,8 @@ def _steps_line(config: JobConfig, dims: ParallelDims) -> str:
     if section.schedule:
         stages = f"in {_count(len(section.schedule), 'stage')}"
     every = section.dense_every
-    every_line = f", one step in {every} of them dense" if every and switch else ""
+    sparse = any(stage.attention == "lighthouse" for stage in stages_of(config))
+    every_line = f", one step in {every} of them dense" if every and sparse else ""
     return (
         f"steps         {steps:,}: {stages}{every_line}; "
         f"{_tokens_of_run(config, dims):,} tokens in all"
@@ -175,12 +176,11 @@ def _steps_line(config: JobConfig, dims: ParallelDims) -> str:
 
 
 def _tokens_of_run(config: JobConfig, dims: ParallelDims) -> int:
-    first, tokens = 1, 0
-    for stage in stages_of(config):
-        batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
-        tokens += (stage.last - first + 1) * batch * stage.seq_len
-        first = stage.last + 1
-    return tokens
+    ranks = dims.dp_replicate * dims.dp_shard
+    return sum(
+        (stage.last - stage.first + 1) * global_batch_size(stage.config, ranks) * stage.seq_len
+        for stage in stages_of(config)
+    )
 
 
 def _mesh_line(dims: ParallelDims) -> str:

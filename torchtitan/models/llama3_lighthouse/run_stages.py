@@ -1,4 +1,4 @@
-"""What each stage of a run computes: its model arguments, FLOPs and lengths."""
+"""The stages of a run with their model arguments, FLOPs and lengths."""
 
 import copy
 from dataclasses import dataclass

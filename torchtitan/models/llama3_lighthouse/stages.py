@@ -28,6 +28,8 @@ METHOD_TYPES = {field.name: get_type_hints(LighthouseConfig)[field.name]
 COUNTS = ("until", "seq_len", "local_batch_size")
 # Numbers beyond this, and longer texts, are not shown in full.
 MOST_DIGITS, MOST_SHOWN = 18, 100
+# Each stage has a configuration of its own, which is checked before anything is built.
+MOST_STAGES = 100
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ class Stage:
 
     Attributes:
         attention: "lighthouse" or "dense"; the first names the window too, if it stands alone.
-        last: number of the last step.
+        first, last: numbers of its first and last step.
         config: the run's configuration with the values of this stage.
         text: the stage as a schedule names it, or "" in the short form.
     """
 
     attention: str
+    first: int
     last: int
     config: JobConfig
     text: str = ""
@@ -49,6 +52,14 @@ class Stage:
     @property
     def seq_len(self) -> int:
         return self.config.training.seq_len
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps that train under dense attention, those of ``lighthouse.dense_every`` included."""
+        every = self.config.lighthouse.dense_every
+        if self.attention == "dense":
+            return self.last - self.first + 1
+        return self.last // every - (self.first - 1) // every if every else 0
 
     @property
     def says_last(self) -> bool:
@@ -66,10 +77,10 @@ def stages_of(config: JobConfig) -> tuple[Stage, ...]:
         _check_short_form(section)
         return _scheduled(config)
     if section.stage != "auto":
-        return (Stage(section.stage, steps, config),)
+        return (Stage(section.stage, 1, steps, config),)
     switch = min(section.dense_from_step, steps)
-    found = [Stage("lighthouse", switch, config)] if switch else []
-    return (*found, Stage("dense", steps, config)) if switch < steps else tuple(found)
+    found = [Stage("lighthouse", 1, switch, config)] if switch else []
+    return (*found, Stage("dense", switch + 1, steps, config)) if switch < steps else tuple(found)
 
 
 def with_method_of(config: JobConfig, step: int) -> JobConfig:
@@ -145,8 +156,14 @@ def _check_short_form(section: Lighthouse) -> None:
 
 def _scheduled(config: JobConfig) -> tuple[Stage, ...]:
     found: list[Stage] = []
-    steps = config.training.steps
-    for text in config.lighthouse.schedule:
+    steps, count = config.training.steps, len(config.lighthouse.schedule)
+    if count > MOST_STAGES:
+        raise UserValueError(f"{KEY} has {count:,} stages; write {MOST_STAGES} or fewer")
+    for number, text in enumerate(config.lighthouse.schedule, 1):
+        if not isinstance(text, str):
+            raise UserTypeError(
+                f'{KEY}, stage {number} = {text!r} is no string; write "ATTENTION until=STEP"'
+            )
         if found and found[-1].last == steps:
             raise _fault(found[-1].text, f"ends at the run's last step, {steps}, and a stage "
                          "follows", "write until=STEP with an earlier one")  # fmt: skip
@@ -176,6 +193,8 @@ def _stage(text: str, config: JobConfig, after: int) -> Stage:
         raise _fault(
             text, f"{_shown(name)} is no attention", f"begin with one of {', '.join(NAMES)}"
         )
+    if words.count(LAST) > 1:
+        raise _fault(text, f"{LAST} stands there twice", "leave one of them out")
     values = _values(text, [word for word in words[1:] if word != LAST])
     last = values.pop("until", steps)
     if not after < last:
@@ -185,7 +204,7 @@ def _stage(text: str, config: JobConfig, after: int) -> Stage:
         raise _fault(text, f"ends at step {last}, after training.steps = {steps}",
                      f"write until={steps} or less, or pass --training.steps {last}")  # fmt: skip
     changed = _changed(text, config, name, values)
-    return Stage("dense" if name == "dense" else "lighthouse", last, changed, text)
+    return Stage("dense" if name == "dense" else "lighthouse", after + 1, last, changed, text)
 
 
 def _values(text: str, words: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Two-stage training: ``torchrun -m torchtitan.models.llama3_lighthouse.train``."""
+"""Training in stages: ``torchrun -m torchtitan.models.llama3_lighthouse.train``."""
 
 import os
 import sys
@@ -111,6 +111,7 @@ class LighthouseTrainer(upstream.Trainer):
             logger.info("The first step of each stage compiles the model, which can take minutes")
         self.metrics_processor.start_clock()
         super().train()
+        self.verdicts.heed(self.step)
         if self.verdicts.stopped_by and self.step < config.training.steps:
             self._save_and_stop()
         seconds = time.monotonic() - start

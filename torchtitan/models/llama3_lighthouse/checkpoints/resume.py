@@ -140,6 +140,9 @@ def _of_the_stage(
         now: the stage of step ``next_step`` in the present run.
         read: the keys of the method that it reads.
     """
+    if not record.step:
+        # A seed checkpoint was not trained in any stage.
+        return []
     stages = _stages(record.config)
     before = stage_at(next_step, stages)
     if before.attention != "lighthouse" or stage_at(record.step, stages) is not before:

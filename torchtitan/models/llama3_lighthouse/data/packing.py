@@ -111,7 +111,9 @@ class PackedTextDataloader(ParallelAwareDataloader):
     def go_on_from(self, other: "PackedTextDataloader") -> None:
         """Continue where ``other`` is, which reads the same streams of the same text."""
         self.dataset.load_state_dict(other._positions())
-        self.fingerprint = other.fingerprint
+        # It may have been asked for nowhere, and reading all text takes long.
+        if "fingerprint" in vars(other):
+            self.fingerprint = other.fingerprint
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,9 +139,12 @@ class PackedTextDataloader(ParallelAwareDataloader):
             if key in but or (key == TOKENIZER_FILE and key not in identity):
                 continue
             if identity.get(key) != value:
+                keep = ""
+                if key == "training.seq_len":
+                    keep = "pass --lighthouse.keep_position to go on from there all the same, or "
                 raise UserValueError(
                     f"the checkpoint's position in the data is for {key} = {identity.get(key)}, "
-                    f"this run has {value}; restore that, or {START_OVER}"
+                    f"this run has {value}; restore that, or {keep}{START_OVER}"
                 )
         self._check_text(identity.get(self._text))
         # Positions of other ranks' streams need not be read.

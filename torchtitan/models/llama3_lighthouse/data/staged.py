@@ -75,7 +75,7 @@ class StagedDataloader(BaseDataLoader):
         """Continue from a position, in the stage whose sequences have its length.
 
         Raises:
-            ValueError: as of ``PackedTextDataloader``.
+            ValueError: as ``PackedTextDataloader``.
         """
         if "identity" in state_dict:
             # A length that no stage has is refused below, unless it is meant.

@@ -203,9 +203,9 @@ def read_configuration(
         )
     recorded = record.config if record else None
     scheduled = (recorded or {}).get("lighthouse", {}).get("schedule")
-    if record and record.last_lighthouse_step and scheduled:
+    if record and scheduled:
         # The method is that of the last steps that used it, at whatever length.
-        config = with_method_of(parse_over(record.config, []), record.last_lighthouse_step)
+        config = with_method_of(parse_over(record.config, []), record.last_lighthouse_step or 1)
         recorded = {**record.config, "lighthouse": dataclasses.asdict(config.lighthouse)}
     config = parse_over(recorded, overrides)
     return config, model_arguments(config)

@@ -64,8 +64,9 @@ def summarise(run: Run, keys: Iterable[str]) -> Row:
         row[f"tokens/s, {name}"] = round(speeds[name]) if name in speeds else None
     row["peak memory, GiB"] = max(entry[MEMORY] for entry in trained)
     row["S"] = row["N/S"] = None
-    if lighthouse and (method := selecting_config(run.config.lighthouse)):
-        n = run.config.training.seq_len
+    selecting = next((each for each in stages if each.attention == "lighthouse"), stages[0])
+    if lighthouse and (method := selecting_config(selecting.config.lighthouse)):
+        n = selecting.seq_len
         row["S"] = PyramidGeometry(method, n).gathered_length
         row["N/S"] = n / row["S"]
     return row | _last_selections(steps)
