@@ -310,7 +310,9 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("saved", ["nothing", "attention and selection"])
+@pytest.mark.parametrize(
+    "saved", [pytest.param("nothing", marks=pytest.mark.slow), "attention and selection"]
+)
 def test_checkpointing_repeats_the_same_bits(saved) -> None:
     each = GROUPED
     # In this precision the device's stock attention is one operation.
@@ -339,7 +341,7 @@ def test_checkpointing_repeats_the_same_bits(saved) -> None:
     assert sum(executions.counts[operation] for operation in ATTENTION) == times
 
 
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_steps_do_not_recompile(window: int) -> None:
     combine = "finest" if window else "sum"
     each = case(group=2, combine=combine, window=window)
@@ -360,7 +362,7 @@ def test_steps_do_not_recompile(window: int) -> None:
 # Case 2 has the widest rows and 64-bit offsets; the GPU tests compile smaller ones as well.
 @pytest.mark.parametrize(
     "case",
-    [*(pytest.param(number, marks=pytest.mark.slow) for number in ("0", "1", "2", "long")), "loss"],
+    [pytest.param(case, marks=pytest.mark.slow) for case in ("0", "1", "2", "long", "loss")],
 )
 def test_every_kernel_compiles_for_ampere(case: str, tmp_path: Path) -> None:
     """Triton's compiler refuses more than its interpreter, and needs no GPU either.

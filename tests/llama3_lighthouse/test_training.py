@@ -75,7 +75,8 @@ def test_verdicts_read_late_change_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", ["disabled", "late", pytest.param("async", marks=pytest.mark.slow)]
+    "mode",
+    ["disabled", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("late", "async"))],
 )
 def test_stop_of_one_rank_saves_on_all(tmp_path: Path, mode: str) -> None:
     """Only the second of two processes gets the signal; a second run is refused meanwhile."""
