@@ -64,7 +64,8 @@ class RunStages:
 
     def at(self, step: int) -> RunStage:
         """The stage of step number ``step``."""
-        return self.all[self._stages.index(stage_at(step, self._stages))]
+        now = stage_at(step, self._stages)
+        return next(each for each in self.all if each.stage is now)
 
     def attention_at(self, step: int) -> str:
         """The attention that step number ``step`` uses."""

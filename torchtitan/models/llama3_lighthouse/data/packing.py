@@ -111,9 +111,6 @@ class PackedTextDataloader(ParallelAwareDataloader):
     def go_on_from(self, other: "PackedTextDataloader") -> None:
         """Continue where ``other`` is, which reads the same streams of the same text."""
         self.dataset.load_state_dict(other._positions())
-        # It may have been asked for nowhere, and reading all text takes long.
-        if "fingerprint" in vars(other):
-            self.fingerprint = other.fingerprint
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,12 +260,14 @@ def _build(
     tokenizer: BaseTokenizer,
     job_config: JobConfig,
     infinite: bool,
+    check: bool = True,
 ) -> PackedTextDataloader:
     """Loader of this rank's share of the streams.
 
     Args:
         key: section of the configuration, "training" or "validation".
         streams: streams of all ranks together.
+        check: whether to read the first documents of local text.
     """
     section = getattr(job_config, key)
     if section.dataloader.num_workers > 1:
@@ -286,7 +285,7 @@ def _build(
         TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, mix)
         for number in range(dp_rank * share, (dp_rank + 1) * share)
     ]
-    if source.is_local:
+    if check and source.is_local:
         for stream in own:
             stream.check_first_documents(CHECKED_CHARACTERS // share)
     settings = {
@@ -338,17 +337,32 @@ def build_dataloader(
     tokenizer: BaseTokenizer,
     job_config: JobConfig,
     infinite: bool = True,
+    known: PackedTextDataloader | None = None,
 ) -> PackedTextDataloader:
     """Loader of ``training.dataset``; begins again at the end of the text.
+
+    Args:
+        known: another loader of this text, which then is neither checked nor fingerprinted again.
 
     Raises:
         ValueError: the text cannot be found or read, or a document near its beginning has no text.
     """
     streams = stream_count(job_config, dp_world_size)
     loader = _build(
-        "training", "train", streams, dp_world_size, dp_rank, tokenizer, job_config, infinite
+        "training",
+        "train",
+        streams,
+        dp_world_size,
+        dp_rank,
+        tokenizer,
+        job_config,
+        infinite,
+        check=known is None,
     )
-    if job_config.checkpoint.enable:
+    # A run without checkpoints asks for no fingerprint, for which all text may be read.
+    if known is not None and "fingerprint" in vars(known):
+        loader.fingerprint = known.fingerprint
+    elif job_config.checkpoint.enable:
         # The first save would wait for it otherwise, and might find text that changed meanwhile.
         _ = loader.fingerprint
     return loader

@@ -24,21 +24,21 @@ class StagedDataloader(BaseDataLoader):
 
     Args:
         configs: the configurations of the stages; the first one's loader comes first.
-        build: makes the loader of a stage.
+        build: makes the loader of a stage, given another one of the same text if there is one.
         any_length: whether a position may be of sequences of a length that no stage has.
     """
 
     def __init__(
         self,
         configs: Iterable[JobConfig],
-        build: Callable[[JobConfig], PackedTextDataloader],
+        build: Callable[[JobConfig, PackedTextDataloader | None], PackedTextDataloader],
         any_length: bool,
     ) -> None:
         self._configs = list(configs)
         self._build = build
         self._any_length = any_length
         self._shape = _shape(self._configs[0])
-        self.present = build(self._configs[0])
+        self.present = build(self._configs[0], None)
         self._restored = False
 
     @property
@@ -55,7 +55,7 @@ class StagedDataloader(BaseDataLoader):
         """Give the sequences of a stage from the next batch on."""
         if _shape(config) == self._shape:
             return
-        before, self.present = self.present, self._build(config)
+        before, self.present = self.present, self._build(config, self.present)
         self.present.go_on_from(before)
         self._shape = _shape(config)
 
@@ -83,7 +83,8 @@ class StagedDataloader(BaseDataLoader):
             fits = (x for x in self._configs if str(x.training.seq_len) == length)
             config = next(fits, self._configs[0])
             if _shape(config) != self._shape:
-                self.present, self._shape = self._build(config), _shape(config)
+                self.present = self._build(config, self.present)
+                self._shape = _shape(config)
             if self._any_length and length != str(self.seq_len):
                 logger.warning(
                     f"The text goes on from sequences of {length} tokens in ones of "
@@ -124,11 +125,11 @@ def build_staged_dataloader(
     """
     streams = stream_count(job_config, dp_world_size)
 
-    def build(config: JobConfig) -> PackedTextDataloader:
+    def build(config: JobConfig, known: PackedTextDataloader | None) -> PackedTextDataloader:
         config = copy.deepcopy(config)
         # As many in each stage, whatever its batch.
         config.lighthouse.data_streams = streams
-        return build_dataloader(dp_world_size, dp_rank, tokenizer, config, infinite)
+        return build_dataloader(dp_world_size, dp_rank, tokenizer, config, infinite, known)
 
     stages = distinct_stages(job_config)
     for stage in stages:
