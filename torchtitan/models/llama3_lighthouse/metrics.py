@@ -18,8 +18,9 @@ from torchtitan.components.metrics import (
 )
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import Color, NoColor, device_module
+from torchtitan.tools.utils import Color, NoColor, device_module, device_type
 
 from .console import coloured, duration
 from .errors import UserFileError
@@ -181,6 +182,48 @@ class LighthouseMetricsProcessor(MetricsProcessor):
         """Count one step that ran under ``attention`` at ``flops_per_token``."""
         self._flops_per_token_of_steps.append(flops_per_token)
         self._attentions.append(attention)
+
+    def sum_over(self, mesh: str, value: torch.Tensor) -> float:
+        """Sum over the ranks of a mesh.
+
+        Args:
+            mesh: "batch" (ranks that read different text), "cp" (ranks that share a sequence),
+                "loss" (both), or "pp" (pipeline stages, of which the last has the loss).
+        """
+        ranks = self.parallel_dims.get_optional_mesh(mesh)
+        # A single rank leaves its counts on the host, which then need not wait for the device.
+        return dist_utils.dist_sum(value if ranks is None else value.to(device_type), ranks)
+
+    def log_step(
+        self,
+        step: int,
+        loss_share: torch.Tensor,
+        tokens: tuple[torch.Tensor, float],
+        tokens_seen: int,
+        grad_norm: torch.Tensor,
+        extra_metrics: dict[str, Any],
+    ) -> None:
+        """Log a step by what each rank knows of it.
+
+        Args:
+            loss_share: the rank's loss, divided by the tokens of all ranks.
+            tokens: the step's tokens that count in the loss, on this rank and on all ranks.
+            tokens_seen: tokens that this rank has read since the run began.
+        """
+        local_tokens, global_tokens = tokens
+        loss_share = loss_share.new_tensor(self.sum_over("pp", loss_share))
+        # The ranks that share this rank's sequences hold the rest of their loss.
+        mean_of_text = self.sum_over("cp", loss_share) * global_tokens / local_tokens
+        seen = torch.tensor(tokens_seen, dtype=torch.int64, device=device_type)
+        self.log(
+            step,
+            self.sum_over("loss", loss_share),
+            dist_utils.dist_max(
+                mean_of_text.to(device_type), self.parallel_dims.get_optional_mesh("batch")
+            ),
+            grad_norm.item(),
+            {TOKENS: self.sum_over("batch", seen), **extra_metrics},
+        )
 
     def log(
         self,

@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 from unittest.mock import patch
 
 import torch
@@ -31,7 +31,6 @@ from .infra.context_parallel import held_batch
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
 from .metrics import (
-    TOKENS,
     UNDER_LIGHTHOUSE,
     LighthouseMetricsProcessor,
     whole_loss,
@@ -225,7 +224,7 @@ class LighthouseTrainer(upstream.Trainer):
         learning_rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
 
         local_tokens = torch.stack([(y != IGNORE_INDEX).sum() for _, y in microbatches]).sum()
-        global_tokens = self._sum_over("batch", local_tokens)
+        global_tokens = self.metrics_processor.sum_over("batch", local_tokens)
         attention = self.stages.attention_at(self.step)
         if attention != self.stage:
             self._use_attention(attention)
@@ -266,7 +265,19 @@ class LighthouseTrainer(upstream.Trainer):
             self._now.flops[attention], self.stages.kind_of(self.step)
         )
         if self.metrics_processor.should_log(self.step):
-            self._log(attention, loss_share, local_tokens, global_tokens, grad_norm, learning_rate)
+            self.metrics_processor.log_step(
+                self.step,
+                loss_share,
+                (local_tokens, global_tokens),
+                self.ntokens_seen,
+                grad_norm,
+                {
+                    "lr": learning_rate,
+                    UNDER_LIGHTHOUSE: float(attention == "lighthouse"),
+                    "lighthouse/gathered_length": self._now.gathered[attention],
+                    "lighthouse/sequence_length": self._now.stage.seq_len,
+                },
+            )
         if self.verdicts.stopped_by and self.step < self.job_config.training.steps:
             # A validation that is due now may take longer than whoever stopped the run waits.
             self.checkpointer.save_now(self.step)
@@ -308,47 +319,6 @@ class LighthouseTrainer(upstream.Trainer):
         # Batches in pinned memory (training.dataloader.pin_memory) do not hold up the host.
         inputs = {name: x.to(self.device, non_blocking=True) for name, x in inputs.items()}
         return inputs, labels.to(self.device, non_blocking=True)
-
-    def _sum_over(self, mesh: str, value: torch.Tensor) -> float:
-        """Sum over the ranks of a mesh.
-
-        Args:
-            mesh: "batch" (ranks that read different text), "cp" (ranks that share a sequence),
-                "loss" (both), or "pp" (pipeline stages, of which the last has the loss).
-        """
-        ranks = self.parallel_dims.get_optional_mesh(mesh)
-        # A single rank leaves its counts on the host, which then need not wait for the device.
-        return dist_utils.dist_sum(value if ranks is None else value.to(self.device), ranks)
-
-    def _log(
-        self,
-        attention: str,
-        loss_share: torch.Tensor,
-        local_tokens: torch.Tensor,
-        global_tokens: float,
-        grad_norm: torch.Tensor,
-        learning_rate: float | torch.Tensor,
-    ) -> None:
-        batch_mesh = self.parallel_dims.get_optional_mesh("batch")
-        loss_share = loss_share.new_tensor(self._sum_over("pp", loss_share))
-        tokens_seen = torch.tensor(self.ntokens_seen, dtype=torch.int64, device=self.device)
-        # The ranks that share this rank's sequences hold the rest of their loss.
-        share_of_text = self._sum_over("cp", loss_share)
-        mean_of_text = share_of_text * global_tokens / local_tokens
-        metrics: dict[str, Any] = {
-            TOKENS: self._sum_over("batch", tokens_seen),
-            "lr": learning_rate,
-            UNDER_LIGHTHOUSE: float(attention == "lighthouse"),
-            "lighthouse/gathered_length": self._now.gathered[attention],
-            "lighthouse/sequence_length": self._now.stage.seq_len,
-        }
-        self.metrics_processor.log(
-            self.step,
-            self._sum_over("loss", loss_share),
-            dist_utils.dist_max(mean_of_text.to(self.device), batch_mesh),
-            grad_norm.item(),
-            extra_metrics=metrics,
-        )
 
     def close(self) -> None:
         try:
