@@ -191,8 +191,9 @@ def parse(line: list[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", metavar="N,k",
                         help="seq_len and top_k; default: those of CONFIG")  # fmt: skip
     parser.add_argument("--steps", type=int, default=6, help="steps to measure; default: 6")
-    parser.add_argument("--warm-up", type=int, default=3,
-                        help="steps before them, at least 1; default: 3")  # fmt: skip
+    parser.add_argument("--warm-up", type=int, default=5,
+                        help="steps before them, at least 1; default: 5. The first compiles, and "
+                        "the fourth captures a CUDA graph")  # fmt: skip
     parser.add_argument("--find-longest", action="store_true",
                         help="search for the longest length that fits, from the first one "
                         "on")  # fmt: skip

@@ -79,8 +79,16 @@ def timed_trainer(base: type, measured: Measured, profile: bool) -> type:
             super().__init__(config)
             self.metrics_processor.should_log = lambda step: False
 
+        def _forward_backward(self, *arguments: Any) -> Any:
+            # Our trainer calls this for each pass, and forward_backward_step for those that it
+            # does not replay from a CUDA graph.
+            return self._kept(super()._forward_backward(*arguments))
+
         def forward_backward_step(self, **arguments: Any) -> Any:
             loss = super().forward_backward_step(**arguments)
+            return loss if hasattr(base, "_forward_backward") else self._kept(loss)
+
+        def _kept(self, loss: Any) -> Any:
             # A copy, as the next step may compute its loss in the same place.
             self.shares.append(loss.detach().clone())
             return loss

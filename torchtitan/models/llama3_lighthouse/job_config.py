@@ -83,6 +83,11 @@ class Lighthouse(Method, Schedule):
     chunk of tokens after another. "auto" is "chunked" from a vocabulary of 16,384 on, and "whole"
     below it and where tensor parallelism shards the vocabulary."""
 
+    cuda_graphs: bool = True
+    """Launch forward and backward of a microbatch as one CUDA graph, from a stage's fourth step on.
+    A graph runs the same kernels, without waiting for the host. It is for one GPU and compiled
+    models; elsewhere the start of the log says why there is none."""
+
     data_streams: int = 0
     """Streams that the training text is dealt to, document by document. The data-parallel degree
     must divide this number, and this number must divide the global batch. 0 gives each sequence of

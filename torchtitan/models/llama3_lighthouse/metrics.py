@@ -12,6 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import (
     BaseLogger,
+    DeviceMemoryMonitor,
+    DeviceMemStats,
     LoggerContainer,
     MetricsProcessor,
     _get_metrics_rank,
@@ -82,6 +84,23 @@ class KeptMetrics(BaseLogger):
         self.logger.close()
 
 
+class MemoryMonitor(DeviceMemoryMonitor):
+    """Upstream's monitor, which also counts as active what CUDA graphs hold for their passes.
+
+    Attributes:
+        in_graphs: those bytes. The allocator counts them once, when a graph is captured.
+    """
+
+    in_graphs = 0
+
+    def get_peak_stats(self) -> DeviceMemStats:
+        stats = super().get_peak_stats()
+        return stats._replace(
+            max_active_gib=stats.max_active_gib + self._to_gib(self.in_graphs),
+            max_active_pct=stats.max_active_pct + self._to_pct(self.in_graphs),
+        )
+
+
 class TimeLeft:
     """Estimates the time until the last step from the steps measured so far.
 
@@ -134,9 +153,11 @@ class LighthouseMetricsProcessor(MetricsProcessor):
     """
 
     time_left: TimeLeft | None = None
+    device_memory_monitor: MemoryMonitor
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
         super().__init__(job_config, parallel_dims)
+        self.device_memory_monitor = MemoryMonitor(device_type)
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
             loggers = LoggerContainer()
             loggers.add_logger(self.logger)

@@ -28,6 +28,7 @@ from .data.staged import StagedDataloader
 from .description import describe, ending, output_line, what_runs
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
+from .infra.pass_graphs import PassGraphs, launch_line, why_no_graphs
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
 from .metrics import (
@@ -92,6 +93,12 @@ class LighthouseTrainer(upstream.Trainer):
         self.steps_taken = 0
         self.stop_request = StopRequest()
         self.verdicts = Verdicts(self.checkpointer)
+        self.graphs: PassGraphs | None = None
+        if device_type == "cuda" and not why_no_graphs(job_config, self.parallel_dims.world_size):
+            self.graphs = PassGraphs(self._pass, self._parameters(), self.device)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for model in self.model_parts for p in model.parameters()]
 
     def train(self) -> None:
         """Train up to the last step, and say what the run is and how it ended.
@@ -104,6 +111,8 @@ class LighthouseTrainer(upstream.Trainer):
         for line in describe(config, self.parallel_dims, self.model_args, parameters):
             logger.info(line)
         logger.info(output_line(config))
+        if device_type == "cuda":
+            logger.info(launch_line(config, self.parallel_dims.world_size))
         for warning in warnings_of(config, self.parallel_dims.world_size):
             logger.warning(warning)
         if config.compile.enable:
@@ -126,11 +135,17 @@ class LighthouseTrainer(upstream.Trainer):
         self.stop_request.ignore()
         raise stopped(self.verdicts.stopped_by, self.step, folder)
 
-    def set_stage(self, step: int) -> None:
-        """Give model and text the shape of ``step``'s stage, and log when the stage changes."""
+    def set_stage(self, step: int) -> bool:
+        """Give model and text the shape of ``step``'s stage, and log when the stage changes.
+
+        Returns:
+            Whether it changes.
+        """
         now = self.stages.at(step)
         if self.stage and now is self._now:
-            return
+            return False
+        if self.graphs is not None:
+            self.graphs.forget()
         came_from = f" after {self.stage}" if self.stage else ""
         if not self.stage and step > 1:
             self.dataloader.check_length(step - 1, self.stages.at(step - 1).stage.seq_len)
@@ -154,6 +169,7 @@ class LighthouseTrainer(upstream.Trainer):
                 "lighthouse.entry_score = 'max' lets the model read later tokens off the "
                 "selection: losses of this stage are too low; 'first' gives true ones"
             )
+        return True
 
     def _use_attention(self, attention: str) -> None:
         for model in self.model_parts:
@@ -166,13 +182,24 @@ class LighthouseTrainer(upstream.Trainer):
             NonFiniteError: on every rank, if the loss of any rank or the gradient norm is not
                 finite, in this step or in the one before; the optimizer takes no step.
         """
-        self.set_stage(self.step)
+        start = time.monotonic()
+        stage_begins = self.set_stage(self.step)
         if self.stage == "lighthouse":
             self.checkpointer.last_lighthouse_step = self.step
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        if not self._records_selections(self.step):
+        if self._records_selections(self.step):
+            self._train_between_selections(microbatches)
+        else:
             self._train_on(microbatches)
-            return
+        if stage_begins:
+            device_module.synchronize()
+            compiled = ", compilation included" if self.job_config.compile.enable else ""
+            logger.info(
+                f"The first step of stage '{self.stage}' took {time.monotonic() - start:.1f} s"
+                f"{compiled}"
+            )
+
+    def _train_between_selections(self, microbatches: list[Batch]) -> None:
         before = self._selections(*microbatches[0])
         self._train_on(microbatches)
         after = self._selections(*microbatches[0])
@@ -228,7 +255,7 @@ class LighthouseTrainer(upstream.Trainer):
         attention = self.stages.attention_at(self.step)
         if attention != self.stage:
             self._use_attention(attention)
-        losses = [self._forward_backward(*batch, global_tokens) for batch in microbatches]
+        losses = [self._forward_backward(attention, x, global_tokens) for x in microbatches]
         # Validation and whatever else runs between steps uses the attention of the stage.
         if attention != self.stage:
             self._use_attention(self.stage)
@@ -236,7 +263,7 @@ class LighthouseTrainer(upstream.Trainer):
         loss_share = torch.stack(losses).sum()
 
         grad_norm = dist_utils.clip_grad_norm_(
-            [p for model in self.model_parts for p in model.parameters()],
+            self._parameters(),
             self.job_config.training.max_norm,
             foreach=True,
             pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
@@ -283,18 +310,25 @@ class LighthouseTrainer(upstream.Trainer):
             self.checkpointer.save_now(self.step)
 
     def _forward_backward(
-        self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, global_tokens: float
+        self, attention: str, microbatch: Batch, global_tokens: float
     ) -> torch.Tensor:
-        inputs, labels = self._on_device(inputs, labels)
+        if self.graphs is not None:
+            loss = self.graphs.run(attention, *microbatch, global_tokens)
+            self.metrics_processor.device_memory_monitor.in_graphs = self.graphs.held
+            return loss
         if self.parallel_dims.pp_enabled:
             # pyrefly: ignore[missing-attribute]  infra/pipeline.py adds it to the schedule.
             self.pp_schedule.share_of_mean.tokens = global_tokens
             global_tokens = 1.0
+        tokens = torch.full((), global_tokens, device=self.device)
+        return self._pass(*self._on_device(*microbatch), tokens)
+
+    def _pass(
+        self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Forward and backward; returns this rank's loss divided by ``tokens``, a scalar."""
         loss = self.forward_backward_step(
-            input_dict=inputs,
-            labels=labels,
-            # pyrefly: ignore[bad-argument-type]  Upstream declares a tensor but only divides by it.
-            global_valid_tokens=global_tokens,
+            input_dict=inputs, labels=labels, global_valid_tokens=tokens
         )
         if self.parallel_dims.pp_enabled and not self.pp_has_last_stage:
             return torch.zeros((), device=self.device)

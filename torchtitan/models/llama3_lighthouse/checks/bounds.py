@@ -259,6 +259,7 @@ BOUNDS: dict[str, Rule] = {
     "lighthouse.combine": BY_TYPE,
     "lighthouse.dense_layers": Names(),
     "lighthouse.loss": BY_TYPE,
+    "lighthouse.cuda_graphs": BY_TYPE,
     "lighthouse.data_streams": count(0, MOST_POSITIONS),
     "lighthouse.log_selection_every": count(0, note="0 logs no selections"),
     "lighthouse.passkey_mix": number(0, 1),

@@ -1,0 +1,279 @@
+"""CUDA graphs of passes: the same bits as without, whatever changes from pass to pass.
+
+On a CPU a stand-in takes the place of CUDA's graphs. It knows addresses alone, as they do: a replay
+reads and writes the tensors of its capture, and sets no attribute.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from launch import Run
+from torch import nn
+
+from torchtitan.models.llama3_lighthouse.infra.pass_graphs import (
+    EAGER_PASSES,
+    PassGraphs,
+    launch_line,
+    why_no_graphs,
+)
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+KINDS = ("lighthouse", "dense")
+
+
+class StandInGraph:
+    def __init__(self, work: Callable[[], torch.Tensor], parameters: list[nn.Parameter]) -> None:
+        self.work, self.parameters = work, parameters
+        self.before = [parameter.grad for parameter in parameters]
+        kept = [None if x is None else x.clone() for x in self.before]
+        self.loss = work()
+        self.after = [parameter.grad for parameter in parameters]
+        # A capture runs nothing.
+        for gradient, value in zip(self.before, kept, strict=True):
+            if gradient is not None:
+                gradient.copy_(value)
+
+    def replay(self) -> None:
+        there = [parameter.grad for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, self.before, strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            with torch.enable_grad():
+                loss = self.work()
+            self.loss.copy_(loss)
+            for parameter, gradient in zip(self.parameters, self.after, strict=True):
+                if parameter.grad is not gradient:
+                    gradient.copy_(parameter.grad)
+        for parameter, gradient in zip(self.parameters, there, strict=True):
+            parameter.grad = gradient
+
+    def reset(self) -> None:
+        self.work = None
+
+
+class StandIn(PassGraphs):
+    def _captured(self, work: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor, int]:
+        graph = StandInGraph(work, self._parameters)
+        return graph, graph.loss, 1
+
+    def _on_stream(self) -> Any:
+        return nullcontext()
+
+    def _new_stream(self) -> None:
+        return None
+
+    def _new_pool(self) -> None:
+        return None
+
+    def _empty_cache(self) -> None:
+        return None
+
+
+class Trained:
+    """A small model that is trained with graphs, or without where ``graphs`` is None."""
+
+    def __init__(self, device: str, with_graphs: bool) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Embedding(11, 16), nn.Linear(16, 16), nn.Linear(16, 11))
+        self.model.to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.device, self.kind, self.passes_run = device, "", 0
+        self.graphs = None
+        if with_graphs:
+            cls = StandIn if device == "cpu" else PassGraphs
+            parameters = list(self.model.parameters())
+            self.graphs = cls(self.one_pass, parameters, torch.device(device))
+
+    def one_pass(
+        self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        self.passes_run += 1
+        hidden = self.model[1](self.model[0](inputs["input"]))
+        logits = self.model[2](hidden.tanh() if self.kind == "dense" else hidden)
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=-100
+        )
+        loss = losses / tokens
+        loss.backward()
+        return loss.detach()
+
+    def step(self, kind: str, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Losses of one step on ``rows`` [microbatches, B, N + 1]; some labels do not count."""
+        self.kind = kind
+        self.optimizer.zero_grad()
+        labels = rows[..., 1:].masked_fill(rows[..., 1:] < int(rows[0, 0, 0]) // 2, -100)
+        tokens = float((labels != -100).sum())
+        losses = []
+        for row, label in zip(rows, labels, strict=True):
+            inputs = {"input": row[..., :-1]}
+            if self.graphs is not None:
+                losses.append(self.graphs.run(kind, inputs, label, tokens))
+                continue
+            inputs = {name: x.to(self.device) for name, x in inputs.items()}
+            divisor = torch.full((), tokens, device=self.device)
+            losses.append(self.one_pass(inputs, label.to(self.device), divisor))
+        self.optimizer.step()
+        return losses
+
+
+def rows_of(step: int, microbatches: int, length: int = 8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 11, (microbatches, 2, length + 1), generator=generator)
+
+
+def assert_same(one: Trained, other: Trained, steps: list[tuple[str, torch.Tensor]]) -> None:
+    for kind, rows in steps:
+        expected, found = one.step(kind, rows), other.step(kind, rows)
+        # The losses of a step are kept until its end, while later passes replay.
+        assert torch.stack(expected).tolist() == torch.stack(found).tolist()
+        for x, y in zip(one.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_graphs_change_no_bit(device: str, microbatches: int) -> None:
+    """Tokens that count differ from step to step; two attentions take turns."""
+    plain, graphed = Trained(device, False), Trained(device, True)
+    steps = [(KINDS[step % 3 == 0], rows_of(step, microbatches)) for step in range(15)]
+    assert_same(plain, graphed, steps)
+    assert graphed.graphs.held > 0
+    # The stand-in runs the work in each replay.
+    if device == "cuda":
+        # Each kind launched its kernels EAGER_PASSES times and once more in its capture.
+        eager = EAGER_PASSES + 1
+        # Further passes wait for the first graph, then are captured at once.
+        further = EAGER_PASSES * (microbatches - 1) + (microbatches > 1)
+        assert graphed.passes_run == 2 * (eager + further)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forget_takes_other_shapes(device: str) -> None:
+    plain, graphed = Trained(device, False), Trained(device, True)
+    for length in (8, 12):
+        assert_same(plain, graphed, [("dense", rows_of(step, 2, length)) for step in range(6)])
+        graphed.graphs.forget()
+        assert graphed.graphs.held == 0
+        assert all(parameter.grad is None for parameter in graphed.model.parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("when", ["first", "further"])
+def test_capture_without_memory_goes_on_and_says_so(
+    device: str, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, graphed = Trained(device, False), Trained(device, True)
+    capture, one_pass, captures = graphed.graphs._captured, graphed.one_pass, []
+
+    def too_large(*batch: Any) -> torch.Tensor:
+        loss = one_pass(*batch)
+        torch.empty(2**50, device="cuda")
+        return loss
+
+    def captured(work: Callable[[], torch.Tensor]) -> Any:
+        captures.append(work)
+        if when == "further" and len(captures) == 1:
+            return capture(work)
+        if device == "cpu":
+            raise torch.OutOfMemoryError
+        with patch.object(graphed.graphs, "_forward_backward", too_large):
+            return capture(work)
+
+    with patch.object(graphed.graphs, "_captured", captured):
+        assert_same(plain, graphed, [("dense", rows_of(step, 3)) for step in range(8)])
+    assert len(captures) == (1 if when == "first" else 2)
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "does not fit the memory" in line and "--lighthouse.no-cuda_graphs" in line
+    # The next stage may be shorter.
+    graphed.graphs.forget()
+    assert_same(plain, graphed, [("dense", rows_of(step, 1)) for step in range(6)])
+    assert graphed.graphs.held > 0
+
+
+def test_capture_that_fails_names_the_key() -> None:
+    graphed = Trained("cpu", True)
+    with patch.object(graphed.graphs, "_captured", side_effect=RuntimeError("not permitted")):
+        with pytest.raises(RuntimeError, match=r"pass --lighthouse\.no-cuda_graphs"):
+            for step in range(EAGER_PASSES + 1):
+                graphed.step("dense", rows_of(step, 1))
+
+
+def config_with(**changes: Any) -> JobConfig:
+    config = JobConfig()
+    config.compile.enable = True
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "reason"),
+    [
+        ({}, 1, None),
+        ({"lighthouse__cuda_graphs": False}, 1, "cuda_graphs = false"),
+        ({}, 2, "2 processes"),
+        ({"activation_checkpoint__offload_inputs": True}, 1, "offload_inputs"),
+        ({"training__enable_cpu_offload": True}, 1, "enable_cpu_offload"),
+        ({"compile__enable": False}, 1, "not compiled"),
+        ({"compile__components": ["loss"]}, 1, "not compiled"),
+        ({"model__converters": ["quantize.linear.float8"]}, 1, "converters"),
+    ],
+)
+def test_log_says_why_there_are_no_graphs(
+    changes: dict[str, Any], world_size: int, reason: str | None
+) -> None:
+    config = config_with(**changes)
+    found, line = why_no_graphs(config, world_size), launch_line(config, world_size)
+    if reason is None:
+        assert found is None and "passes as CUDA graphs" in line
+    else:
+        assert reason in found and line.endswith(found)
+
+
+def exact(run: Run) -> dict[int, tuple[Any, ...]]:
+    keys = ("stage", "batches", "loss", "grad_norm", "tokens_seen")
+    return {step: tuple(line[key] for key in keys) for step, line in run.steps().items()}
+
+
+@pytest.mark.gpu
+def test_training_with_graphs_equals_training_without(tmp_path: Path) -> None:
+    """50 steps in two stages and two lengths, with dense steps between, accumulation, validation,
+    selection statistics, checkpoints, and a restart by which the graphs are captured anew."""
+    stages = ["lighthouse until=20 seq_len=512", "lighthouse until=36", "dense"]
+    settings = {
+        # Its default, which a schedule asks for.
+        "lighthouse.dense_from_step": 10000,
+        **{"lighthouse.combine": "finest", "training.seq_len": 1024},
+        **{"lighthouse.schedule": stages, "lighthouse.dense_every": 4, "lighthouse.window": 64},
+        **{"lighthouse.log_selection_every": 10, "training.global_batch_size": 3},
+        **{"training.steps": 50, "training.mixed_precision_param": "bfloat16"},
+        **{"compile.enable": True, "debug.deterministic": True, "checkpoint.interval": 13},
+        **{"validation.enable": True, "validation.freq": 9, "validation.steps": 1},
+        **{"validation.seq_len": 1024, "activation_checkpoint.mode": "lighthouse"},
+        "lighthouse.passkey_mix": 0.2,
+    }
+    runs = []
+    for name, more in {
+        "with": {}, "without": {"lighthouse.cuda_graphs": False}, "again": {},
+    }.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        run = Run(tmp_path / name, {**settings, **more})
+        if name == "again":
+            run.crash_after_step(30)
+            run = Run(tmp_path / name, {**settings, **more})
+        runs.append(run.succeed())
+    with_graphs, without, again = runs
+    assert "launches      passes as CUDA graphs" in with_graphs.log
+    # Two lengths under Lighthouse attention, and dense passes in each of the three stages.
+    assert with_graphs.log.count("replay a CUDA graph from here on") == 5
+    assert "replay a CUDA graph" not in without.log
+    assert sorted(exact(without)) == list(range(1, 51))
+    assert exact(with_graphs) == exact(without)
+    assert exact(again) == exact(without)

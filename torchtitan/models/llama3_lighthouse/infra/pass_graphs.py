@@ -1,0 +1,235 @@
+"""CUDA graphs of passes: the host launches forward and backward of a microbatch as one.
+
+The kernels of a small model end sooner than the host launches them one by one, and the GPU waits.
+A graph holds the launches of a whole pass with the addresses that they read and write. So whatever
+changes from pass to pass is copied to fixed addresses first: the tokens, the labels, and the number
+that the loss is divided by. The optimizer, the checks and the logs stay outside.
+"""
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchtitan.tools.logging import logger
+
+from ..job_config import JobConfig
+
+# The first pass compiles, and creates handles and workspaces that must be there before a capture.
+EAGER_PASSES = 3
+Inputs = dict[str, torch.Tensor]
+# Takes inputs, labels and the float32 scalar that the summed loss is divided by, all on the device.
+# Returns the loss without its autograd graph, and leaves gradients in the parameters.
+Pass = Callable[[Inputs, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def why_no_graphs(config: JobConfig, world_size: int) -> str | None:
+    """The reason why a run on GPUs launches kernel by kernel; None if it captures graphs."""
+    if not config.lighthouse.cuda_graphs:
+        return "lighthouse.cuda_graphs = false"
+    if world_size > 1:
+        return f"{world_size} processes send to one another within a pass"
+    if config.activation_checkpoint.offload_inputs:
+        return "activation_checkpoint.offload_inputs = true copies on streams of its own"
+    if config.training.enable_cpu_offload:
+        return "training.enable_cpu_offload = true computes on the host"
+    if not config.compile.enable or "model" not in config.compile.components:
+        return "the model is not compiled (compile.enable, compile.components)"
+    if config.model.converters:
+        return f"model.converters = {config.model.converters} were not tried with graphs"
+    return None
+
+
+def launch_line(config: JobConfig, world_size: int) -> str:
+    """How the host of a run on GPUs launches its passes."""
+    reason = why_no_graphs(config, world_size)
+    if reason:
+        return f"launches      kernel by kernel, without CUDA graphs: {reason}"
+    return f"launches      passes as CUDA graphs, after {EAGER_PASSES} of each kind without"
+
+
+@dataclass
+class _Captured:
+    """A graph and the tensors at its fixed addresses."""
+
+    graph: Any
+    inputs: Inputs
+    labels: torch.Tensor
+    loss: torch.Tensor
+    gradients: list[torch.Tensor | None]
+
+
+class PassGraphs:
+    """Runs passes, each kind as a graph once it has run ``EAGER_PASSES`` times without one.
+
+    The first pass of a step writes gradients and the others add to them, so these are two graphs.
+
+    Args:
+        forward_backward: one pass, launched kernel by kernel.
+        parameters: all that ``forward_backward`` leaves gradients in.
+        device: a GPU.
+
+    Attributes:
+        held: bytes that graphs keep for themselves and that no tensor occupies between passes.
+    """
+
+    def __init__(
+        self, forward_backward: Pass, parameters: Sequence[nn.Parameter], device: torch.device
+    ) -> None:
+        self._forward_backward, self._parameters = forward_backward, list(parameters)
+        self._tokens = torch.ones((), device=device)
+        # Autograd adds gradients on the stream of the pass that first met a parameter. Passes
+        # before the capture therefore run on the stream of the capture.
+        self._stream = self._new_stream()
+        self._graphs: dict[tuple[str, bool], _Captured] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        for captured in self._graphs.values():
+            captured.graph.reset()
+        self._graphs, self.held = {}, 0
+        self._eager_passes: Counter[tuple[str, bool]] = Counter()
+        self._lacks_memory = False
+        self._pool = self._new_pool()
+        self._empty_cache()
+
+    def forget(self) -> None:
+        """Drop graphs, their memory and all gradients, because shapes or kernels change.
+
+        Each kind of pass runs without a graph again before it is captured anew.
+        """
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._begin()
+
+    def run(self, kind: str, inputs: Inputs, labels: torch.Tensor, tokens: float) -> torch.Tensor:
+        """Run one pass and leave its gradients, added to those of the step's earlier passes.
+
+        Args:
+            kind: tells passes apart that run different kernels, such as the attention.
+            inputs, labels: the microbatch, on any device, of one shape until ``forget``.
+            tokens: the number that the summed loss is divided by.
+
+        Returns:
+            The loss, a float32 scalar that later passes leave alone.
+        """
+        key = kind, all(parameter.grad is None for parameter in self._parameters)
+        self._tokens.fill_(tokens)
+        if key not in self._graphs and self._is_due(key):
+            self._capture(key, inputs, labels)
+        if key in self._graphs:
+            return self._replay(self._graphs[key], inputs, labels)
+        self._eager_passes[key] += 1
+        with self._on_stream():
+            device = self._tokens.device
+            return self._forward_backward(
+                {name: x.to(device, non_blocking=True) for name, x in inputs.items()},
+                labels.to(device, non_blocking=True),
+                self._tokens,
+            )
+
+    def _is_due(self, key: tuple[str, bool]) -> bool:
+        if self._lacks_memory or self._eager_passes[key] < EAGER_PASSES:
+            return False
+        kind, is_first = key
+        # A further pass adds to gradients at fixed addresses, which are those of the first graph.
+        return is_first or (kind, True) in self._graphs
+
+    def _replay(self, captured: _Captured, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+        for name, x in inputs.items():
+            captured.inputs[name].copy_(x, non_blocking=True)
+        captured.labels.copy_(labels, non_blocking=True)
+        captured.graph.replay()
+        # The optimizer sets gradients to None, and a graph knows nothing of attributes.
+        for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
+            parameter.grad = gradient
+        return captured.loss.clone()
+
+    def _capture(self, key: tuple[str, bool], inputs: Inputs, labels: torch.Tensor) -> None:
+        """Capture a pass, which runs nothing; without the memory for it, say so and go on."""
+        start, device = time.perf_counter(), self._tokens.device
+        fixed = {name: x.to(device, copy=True) for name, x in inputs.items()}
+        fixed_labels = labels.to(device, copy=True)
+        before = [parameter.grad for parameter in self._parameters]
+        try:
+            graph, loss, held = self._captured(
+                lambda: self._forward_backward(fixed, fixed_labels, self._tokens)
+            )
+        except RuntimeError as error:
+            for parameter, gradient in zip(self._parameters, before, strict=True):
+                parameter.grad = gradient
+            if not _is_out_of_memory(error):
+                raise RuntimeError(
+                    "forward and backward cannot be captured as a CUDA graph; pass "
+                    "--lighthouse.no-cuda_graphs to launch their kernels one by one"
+                ) from error
+            self._begin()
+            self._lacks_memory = True
+            logger.warning(
+                "A CUDA graph does not fit the memory, so the host launches the kernels of this "
+                "stage one by one; pass --lighthouse.no-cuda_graphs to do so without trying"
+            )
+            return
+        self.held = max(self.held, held)
+        gradients = [parameter.grad for parameter in self._parameters]
+        self._graphs[key] = _Captured(graph, fixed, fixed_labels, loss, gradients)
+        kind, is_first = key
+        if is_first:
+            logger.info(
+                f"Steps under {kind} attention replay a CUDA graph from here on, captured in "
+                f"{time.perf_counter() - start:.1f} s"
+            )
+
+    # Only the methods below touch CUDA; tests on a CPU put a stand-in there.
+
+    def _captured(self, work: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor, int]:
+        """A graph of ``work``, the tensor that ``work`` returned, and the bytes held between."""
+        # A dead cycle may hold autograd's nodes of an earlier pass, bound to another stream.
+        gc.collect()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            # The data loader pins memory in another thread, which the default mode forbids.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                result = work()
+        finally:
+            # torch leaves the capture's stream in place if the capture cannot be ended.
+            torch.cuda.set_stream(current)
+        memory = torch.cuda.memory_stats()
+        torch.cuda.reset_peak_memory_stats()
+        held = memory["active_bytes.all.peak"] - memory["active_bytes.all.current"]
+        return graph, result, held
+
+    @contextmanager
+    def _on_stream(self) -> Generator[None]:
+        """Launch on the capture's stream, after and before all else on the current one."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def _new_stream(self) -> Any:
+        return torch.cuda.Stream()
+
+    def _new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def _empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was too small; torch's own error may hide behind that of the capture's end."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__context__
+    return False
