@@ -118,6 +118,11 @@ def test_ending_says_what_comes_next(tmp_path: Path) -> None:
     )
     assert re.fullmatch(rf"Next: \S*lighthouse export-hf {tmp_path} --output FOLDER", second)
     assert "--lighthouse.stage dense" in ending(config, 45, 1, "lighthouse", 1.0)[1]
+    # Both together are refused.
+    scheduled = parse(tmp_path, "debug_schedule_cpu", "--lighthouse.schedule", "lighthouse last")
+    following = ending(scheduled, 45, 1, "lighthouse", 1.0)[1]
+    assert "with a dense stage at the end of lighthouse.schedule and a larger" in following
+    assert "--lighthouse.stage" not in following
     (already,) = ending(config, 45, 0, "", 1.0)
     assert already.startswith("Already at step 45 of 45: nothing to train; pass --training.steps")
     # The text ran out, so the last save is of an earlier step.

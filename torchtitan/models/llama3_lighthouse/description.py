@@ -354,8 +354,10 @@ def ending(config: JobConfig, step: int, steps_taken: int, stage: str, seconds: 
     if stage == "dense":
         lines.append(f"Next: {_command()} export-hf {folder} --output FOLDER")
     else:
+        how = "--lighthouse.stage dense"
+        if config.lighthouse.schedule:
+            how = "a dense stage at the end of lighthouse.schedule"
         lines.append(
-            "Next: the dense stage, by the same command with --lighthouse.stage dense and a larger "
-            "--training.steps"
+            f"Next: the dense stage, by the same command with {how} and a larger --training.steps"
         )
     return lines
