@@ -54,6 +54,24 @@ def test_dry_run_says_what_ranks_send_only_under_context_parallelism(tmp_path: P
     assert "bytes" not in dry_run(parse(tmp_path, "debug_cpu"), 2)
 
 
+def test_dry_run_says_what_ranks_send_in_each_stage(tmp_path: Path) -> None:
+    line = ["--parallelism.context_parallel_degree", "2", "--lighthouse.schedule"]
+
+    def rings(*stages: str) -> list[str]:
+        text = dry_run(parse(tmp_path, "debug_schedule_cpu", *line, ",".join(stages)), 2)
+        return re.findall(r"^ring +(.+)$", text, re.MULTILINE)
+
+    alone = "each rank sends 2,359,296 bytes of keys, values and gradients, and 8,192 bytes of seam"
+    (found,) = rings("dense until=9 seq_len=4096", "lighthouse until=18", "dense")
+    assert found.startswith(alone)
+    # S is half as long.
+    half = "lighthouse until=9 seq_len=4096 top_k=64 picks_per_stratum=16"
+    first, second = rings(half, "lighthouse until=18", "dense until=27", "lighthouse last")
+    assert first.startswith("in stage 1, each rank sends 1,179,648 bytes of keys,")
+    assert second.startswith(f"in stage 2 and stage 4, {alone}")
+    assert not rings("dense until=9 seq_len=4096", "dense")
+
+
 def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
     line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
     text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)

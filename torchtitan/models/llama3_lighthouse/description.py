@@ -23,7 +23,7 @@ from .job_config import JobConfig
 from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, pinned_bytes
 from .metrics import METRICS_FILE
 from .model.model import LighthouseModelArgs, LighthouseTransformer, selecting_config
-from .run_stages import RunStages
+from .run_stages import RunStage, RunStages
 from .stages import ATTENTIONS, stages_of
 
 GIB = 2**30
@@ -61,14 +61,16 @@ def describe(
         f"{parameters:,} parameters",
     ]
     if config.lighthouse.schedule:
+        stages = RunStages(config, args).all
         return [
             *lines,
-            *_schedule_lines(config, dims, args, parameters),
+            *_schedule_lines(stages, dims, parameters),
+            *_ring_lines(stages, dims),
             *_offload_line(config, args, tokens),
         ]
     lines.append(_lighthouse_line(config, dims))
     if dims.cp_enabled:
-        lines.append(_context_parallel_line(config, dims, args))
+        lines.append(f"ring          {_sent_over_the_ring(config, dims, args)}")
     lines += [
         _memory_line(config, dims, args, tokens, parameters),
         "FLOPs/token   "
@@ -87,12 +89,10 @@ def _offload_line(config: JobConfig, args: LighthouseModelArgs, tokens: int) -> 
     return [f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host"]
 
 
-def _schedule_lines(
-    config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs, parameters: int
-) -> list[str]:
+def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: int) -> list[str]:
     """A line for each stage: what a step is, its memory, and its share of the run's FLOPs."""
     found, work = [], []
-    for each in RunStages(config, args).all:
+    for each in stages:
         stage, training = each.stage, each.stage.config.training
         batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
         tokens = training.local_batch_size * stage.seq_len // dims.cp // dims.tp
@@ -231,7 +231,19 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
     )
 
 
-def _context_parallel_line(config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs) -> str:
+def _ring_lines(stages: Sequence[RunStage], dims: ParallelDims) -> list[str]:
+    """A line for each size of the ring's messages, which names stages where there are several."""
+    numbers: dict[str, list[str]] = {}
+    for each in stages if dims.cp_enabled else ():
+        if each.stage.attention == "lighthouse":
+            sent = _sent_over_the_ring(each.stage.config, dims, each.args)
+            numbers.setdefault(sent, []).append(f"stage {each.number + 1}")
+    if len(numbers) == 1:
+        return [f"ring          {sent}" for sent in numbers]
+    return [f"ring          in {' and '.join(those)}, {sent}" for sent, those in numbers.items()]
+
+
+def _sent_over_the_ring(config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs) -> str:
     sent = bytes_sent_per_layer(
         args,
         config.training.seq_len,
@@ -241,7 +253,7 @@ def _context_parallel_line(config: JobConfig, dims: ParallelDims, args: Lighthou
     # Tensor parallelism gives a rank a share of the heads.
     ring, seam = (sent[name] // dims.tp for name in ("ring", "seam"))
     return (
-        f"ring          each rank sends {ring:,} bytes of keys, values and gradients, and {seam:,} "
+        f"each rank sends {ring:,} bytes of keys, values and gradients, and {seam:,} "
         "bytes of seam rows, per Lighthouse layer and sequence"
     )
 
