@@ -72,6 +72,32 @@ def test_dry_run_says_what_ranks_send_in_each_stage(tmp_path: Path) -> None:
     assert not rings("dense until=9 seq_len=4096", "dense")
 
 
+def test_dry_run_says_what_share_of_the_run_a_stage_takes(tmp_path: Path) -> None:
+    def shares(*stages: str) -> list[tuple[int, int]]:
+        line = ["--lighthouse.schedule", ",".join(stages)]
+        text = dry_run(parse(tmp_path, "short_to_lighthouse_98k", *line), 1)
+        found = re.findall(r"^stage .* (\d+)% of the run's FLOPs and about (\d+)% of", text, re.M)
+        assert len(found) == len(stages)
+        return [(int(flops), int(time)) for flops, time in found]
+
+    short = "seq_len=8192 top_k=128"
+    (flops, time), rest = shares(f"lighthouse until=8000 {short}", "dense seq_len=8192")
+    assert rest == (100 - flops, 100 - time)
+    # The passes over memory, which Lighthouse has more of, take time and no FLOPs. The guide has
+    # both shares over those of the dense stage, 0.56 and 0.64.
+    assert (flops, time) == (36, 39)
+    assert shares("dense until=4000", "dense") == [(25, 25), (75, 75)]
+
+
+def test_the_guide_quotes_a_dry_run(tmp_path: Path) -> None:
+    guide = (ROOT / "docs/guides/training.md").read_text()
+    (schedule,) = re.findall(r'--dry-run \\\n +--lighthouse.schedule "(.+)"', guide)
+    line = ["--lighthouse.schedule", schedule]
+    text = dry_run(parse(tmp_path, "short_to_lighthouse_98k", *line), 1)
+    quoted = re.findall(r"^stage .+$", guide, re.MULTILINE)
+    assert len(quoted) == 3 and quoted == re.findall(r"^stage .+$", text, re.MULTILINE)
+
+
 def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
     line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
     text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)

@@ -25,6 +25,7 @@ from .metrics import METRICS_FILE
 from .model.model import LighthouseModelArgs, LighthouseTransformer, selecting_config
 from .run_stages import RunStage, RunStages
 from .stages import ATTENTIONS, stages_of
+from .time_estimate import step_seconds
 
 GIB = 2**30
 # How lines name an attention, which for stage "lighthouse" is ``lighthouse.attention``.
@@ -90,8 +91,8 @@ def _offload_line(config: JobConfig, args: LighthouseModelArgs, tokens: int) -> 
 
 
 def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: int) -> list[str]:
-    """A line for each stage: what a step is, its memory, and its share of the run's FLOPs."""
-    found, work = [], []
+    """A line for each stage: what a step is, its memory, and its shares of the run."""
+    found, work, time = [], [], []
     for each in stages:
         stage, training = each.stage, each.stage.config.training
         batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
@@ -103,6 +104,13 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
         steps["lighthouse"] = stage.last - stage.first + 1 - stage.dense_steps
         flops = sum(steps[attention] * each.flops[attention] for attention in used)
         work.append(batch * stage.seq_len * flops)
+        time.append(
+            sum(
+                steps[attention]
+                * step_seconds(each.args, stage.seq_len, batch * stage.seq_len, attention)
+                for attention in used
+            )
+        )
         runs = ""
         if stage.attention == "lighthouse" and each.args.selects:
             runs = f", S = {each.gathered['lighthouse']:,}"
@@ -114,10 +122,11 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
             f"{_gib(state + max(estimate.values()))} GiB a rank, estimated; "
             f"{each.flops[stage.attention]:.3e} FLOPs/token"
         )
-    total = sum(work)
+    all_work, all_time = sum(work), sum(time)
     return [
-        f"stage {number:<7} {line}, {part / total:.0%} of the run's FLOPs"
-        for number, (line, part) in enumerate(zip(found, work, strict=True), 1)
+        f"stage {number:<7} {line}, {flops / all_work:.0%} of the run's FLOPs and about "
+        f"{seconds / all_time:.0%} of its time on GPUs"
+        for number, (line, flops, seconds) in enumerate(zip(found, work, time, strict=True), 1)
     ]
 
 
