@@ -32,8 +32,8 @@ LAYERS = [
         *(
             f"{OVERLAY}.{name}"
             for name in (
-                "train_spec", "baseline", "memory_estimate", "run_stages", "description", "train",
-                "dry_run",
+                "train_spec", "baseline", "memory_estimate", "time_estimate", "run_stages",
+                "description", "train", "dry_run",
             )
         ),
     ],

@@ -14,7 +14,7 @@ from torchtitan.models.llama3_lighthouse.errors import UserError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.stages import stages_of
-from torchtitan.models.llama3_lighthouse.studies.settings import with_settings
+from torchtitan.models.llama3_lighthouse.studies.settings import command_line, with_settings
 
 STEPS, LENGTH = 12, 512
 # Its defaults, which a schedule asks for.
@@ -143,7 +143,8 @@ def test_message_names_stage_value_and_fix(base: JobConfig, stages, number, word
 
 @pytest.mark.parametrize(("stages", "number", "settings", "processes", "words"), [
     ([SHORT, "dense"], None, {"lighthouse.stage": "dense"}, 1,
-     "lighthouse.stage = 'dense' does not go with lighthouse.schedule, .*; leave one of the two"),
+     "lighthouse.stage = 'dense' does not go with lighthouse.schedule, .*; leave one of the two "
+     "out: --lighthouse.schedule none turns the schedule off, --lighthouse.stage auto keeps it"),
     ([SHORT, "dense"], None, {"lighthouse.dense_from_step": 6}, 1,
      "lighthouse.dense_from_step = 6 does not go with lighthouse.schedule"),
     ([SHORT, "dense"], None, {"lighthouse.attention": "window"}, 1,
@@ -220,10 +221,24 @@ def test_the_launcher_and_toml_read_the_same_stages(base: JobConfig, tmp_path: P
     check(scheduled(base, *spaced.lighthouse.schedule))
 
 
+def test_none_turns_the_schedule_of_a_file_off(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("[lighthouse]\nschedule = ['lighthouse until=4', 'dense']\n")
+    line = ["--job.config_file", str(file), "--lighthouse.stage", "dense"]
+    given = LighthouseConfigManager().parse_args(line)
+    with pytest.raises(UserValueError, match="--lighthouse.schedule none turns the schedule off"):
+        stages_of(given)
+    for off in (["--lighthouse.schedule", "none"], command_line({"lighthouse.schedule": []})):
+        found = LighthouseConfigManager().parse_args([*line, *off])
+        assert found.lighthouse.schedule == []
+        assert [stage.attention for stage in stages_of(found)] == ["dense"]
+
+
 def test_a_window_as_long_as_a_stage_is_warned_of(base: JobConfig) -> None:
     def warned(schedule: list[str]) -> list[str]:
         config = scheduled(base, *schedule, **{"training.mixed_precision_param": "bfloat16"})
-        return warnings_of(config, 1)
+        # The rest says that no stage reads the settings of the method.
+        return [line for line in warnings_of(config, 1) if "has no effect" not in line]
 
     short = "window until=4 seq_len=128 window=128"
     (found,) = warned([short, "window until=8 window=128", "dense"])

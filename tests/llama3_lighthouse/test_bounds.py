@@ -11,7 +11,7 @@ from launch import SMALL, arguments
 from torchtitan.models.llama3_lighthouse.checks.bounds import BOUNDS, check_bounds
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config, check_launch
 from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
-from torchtitan.models.llama3_lighthouse.checks.unread import READ_WHEN, warnings_of
+from torchtitan.models.llama3_lighthouse.checks.unread import A_STAGE, READ_WHEN, warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserTypeError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import (
     JobConfig,
@@ -102,7 +102,8 @@ def test_every_key_has_a_row() -> None:
     assert keys == BOUNDS.keys(), "give each key a row in checks/bounds.py: decide on its bounds"
     unknown = [key for key in READ_WHEN if not any(name.startswith(key) for name in keys)]
     assert not unknown
-    assert {condition.key for each in READ_WHEN.values() for condition in each} <= keys
+    conditions = {condition.key for each in READ_WHEN.values() for condition in each}
+    assert conditions <= keys | {A_STAGE}
 
 
 @pytest.mark.parametrize("key", BROKEN)
@@ -240,6 +241,21 @@ def test_pinned_memory_is_refused_without_a_gpu(config: JobConfig) -> None:
         ({"quantize.linear.float8.filter_fqns": ["output"]}, "when model.converters is given"),
         ({"checkpoint.export_dtype": "float16"}, "checkpoint.last_save_model_only is true"),
         ({"parallelism.pipeline_parallel_schedule": "GPipe"}, "pipeline_parallel_degree is above"),
+        ({"lighthouse.dense_every": 2}, None),
+        ({"lighthouse.dense_every": 2, "lighthouse.stage": "dense"},
+         "lighthouse.dense_every = 2 has no effect: it is read when a stage is not dense"),
+        ({"lighthouse.log_selection_every": 3, "lighthouse.dense_from_step": 0},
+         "lighthouse.log_selection_every = 3 has no effect: it is read when a stage is not dense"),
+        ({"lighthouse.dense_every": 2, "lighthouse.dense_from_step": 10000,
+          "lighthouse.schedule": ["dense until=4 seq_len=128", "dense"]}, "dense_every = 2 has no"),
+        ({"lighthouse.dense_every": 2, "lighthouse.dense_from_step": 10000,
+          "lighthouse.schedule": ["window until=4 window=8", "dense"], "lighthouse.top_k": 1024,
+          "lighthouse.pooling_factor": 4, "lighthouse.picks_per_stratum": 128,
+          "training.mixed_precision_param": "bfloat16"},
+         "lighthouse.top_k = 1024 has no effect: it is read when lighthouse.schedule has a stage"),
+        # A dense run may carry the method's settings.
+        ({"lighthouse.top_k": 64, "lighthouse.dense_layers": [], "lighthouse.stage": "dense"},
+         None),
         ({}, None),
     ],
 )  # fmt: skip

@@ -54,6 +54,50 @@ def test_dry_run_says_what_ranks_send_only_under_context_parallelism(tmp_path: P
     assert "bytes" not in dry_run(parse(tmp_path, "debug_cpu"), 2)
 
 
+def test_dry_run_says_what_ranks_send_in_each_stage(tmp_path: Path) -> None:
+    line = ["--parallelism.context_parallel_degree", "2", "--lighthouse.schedule"]
+
+    def rings(*stages: str) -> list[str]:
+        text = dry_run(parse(tmp_path, "debug_schedule_cpu", *line, ",".join(stages)), 2)
+        return re.findall(r"^ring +(.+)$", text, re.MULTILINE)
+
+    alone = "each rank sends 2,359,296 bytes of keys, values and gradients, and 8,192 bytes of seam"
+    (found,) = rings("dense until=9 seq_len=4096", "lighthouse until=18", "dense")
+    assert found.startswith(alone)
+    # S is half as long.
+    half = "lighthouse until=9 seq_len=4096 top_k=64 picks_per_stratum=16"
+    first, second = rings(half, "lighthouse until=18", "dense until=27", "lighthouse last")
+    assert first.startswith("in stage 1, each rank sends 1,179,648 bytes of keys,")
+    assert second.startswith(f"in stage 2 and stage 4, {alone}")
+    assert not rings("dense until=9 seq_len=4096", "dense")
+
+
+def test_dry_run_says_what_share_of_the_run_a_stage_takes(tmp_path: Path) -> None:
+    def shares(*stages: str) -> list[tuple[int, int]]:
+        line = ["--lighthouse.schedule", ",".join(stages)]
+        text = dry_run(parse(tmp_path, "short_to_lighthouse_98k", *line), 1)
+        found = re.findall(r"^stage .* (\d+)% of the run's FLOPs and about (\d+)% of", text, re.M)
+        assert len(found) == len(stages)
+        return [(int(flops), int(time)) for flops, time in found]
+
+    short = "seq_len=8192 top_k=128"
+    (flops, time), rest = shares(f"lighthouse until=8000 {short}", "dense seq_len=8192")
+    assert rest == (100 - flops, 100 - time)
+    # The passes over memory, which Lighthouse has more of, take time and no FLOPs. The guide has
+    # both shares over those of the dense stage, 0.56 and 0.64.
+    assert (flops, time) == (36, 39)
+    assert shares("dense until=4000", "dense") == [(25, 25), (75, 75)]
+
+
+def test_the_guide_quotes_a_dry_run(tmp_path: Path) -> None:
+    guide = (ROOT / "docs/guides/training.md").read_text()
+    (schedule,) = re.findall(r'--dry-run \\\n +--lighthouse.schedule "(.+)"', guide)
+    line = ["--lighthouse.schedule", schedule]
+    text = dry_run(parse(tmp_path, "short_to_lighthouse_98k", *line), 1)
+    quoted = re.findall(r"^stage .+$", guide, re.MULTILINE)
+    assert len(quoted) == 3 and quoted == re.findall(r"^stage .+$", text, re.MULTILINE)
+
+
 def test_dry_run_of_a_pipeline(tmp_path: Path) -> None:
     line = ["--parallelism.pipeline_parallel_degree", "2", "--training.local_batch_size", "2"]
     text = dry_run(parse(tmp_path, "debug_cpu", *line), 4)
@@ -118,6 +162,11 @@ def test_ending_says_what_comes_next(tmp_path: Path) -> None:
     )
     assert re.fullmatch(rf"Next: \S*lighthouse export-hf {tmp_path} --output FOLDER", second)
     assert "--lighthouse.stage dense" in ending(config, 45, 1, "lighthouse", 1.0)[1]
+    # Both together are refused.
+    scheduled = parse(tmp_path, "debug_schedule_cpu", "--lighthouse.schedule", "lighthouse last")
+    following = ending(scheduled, 45, 1, "lighthouse", 1.0)[1]
+    assert "with a dense stage at the end of lighthouse.schedule and a larger" in following
+    assert "--lighthouse.stage" not in following
     (already,) = ending(config, 45, 0, "", 1.0)
     assert already.startswith("Already at step 45 of 45: nothing to train; pass --training.steps")
     # The text ran out, so the last save is of an earlier step.

@@ -23,8 +23,9 @@ from .job_config import JobConfig
 from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, pinned_bytes
 from .metrics import METRICS_FILE
 from .model.model import LighthouseModelArgs, LighthouseTransformer, selecting_config
-from .run_stages import RunStages
+from .run_stages import RunStage, RunStages
 from .stages import ATTENTIONS, stages_of
+from .time_estimate import step_seconds
 
 GIB = 2**30
 # How lines name an attention, which for stage "lighthouse" is ``lighthouse.attention``.
@@ -61,14 +62,16 @@ def describe(
         f"{parameters:,} parameters",
     ]
     if config.lighthouse.schedule:
+        stages = RunStages(config, args).all
         return [
             *lines,
-            *_schedule_lines(config, dims, args, parameters),
+            *_schedule_lines(stages, dims, parameters),
+            *_ring_lines(stages, dims),
             *_offload_line(config, args, tokens),
         ]
     lines.append(_lighthouse_line(config, dims))
     if dims.cp_enabled:
-        lines.append(_context_parallel_line(config, dims, args))
+        lines.append(f"ring          {_sent_over_the_ring(config, dims, args)}")
     lines += [
         _memory_line(config, dims, args, tokens, parameters),
         "FLOPs/token   "
@@ -87,12 +90,10 @@ def _offload_line(config: JobConfig, args: LighthouseModelArgs, tokens: int) -> 
     return [f"offload       needs GPUs (CUDA); a rank pins {pinned:.2f} GiB on its host"]
 
 
-def _schedule_lines(
-    config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs, parameters: int
-) -> list[str]:
-    """A line for each stage: what a step is, its memory, and its share of the run's FLOPs."""
-    found, work = [], []
-    for each in RunStages(config, args).all:
+def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: int) -> list[str]:
+    """A line for each stage: what a step is, its memory, and its shares of the run."""
+    found, work, time = [], [], []
+    for each in stages:
         stage, training = each.stage, each.stage.config.training
         batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
         tokens = training.local_batch_size * stage.seq_len // dims.cp // dims.tp
@@ -103,6 +104,13 @@ def _schedule_lines(
         steps["lighthouse"] = stage.last - stage.first + 1 - stage.dense_steps
         flops = sum(steps[attention] * each.flops[attention] for attention in used)
         work.append(batch * stage.seq_len * flops)
+        time.append(
+            sum(
+                steps[attention]
+                * step_seconds(each.args, stage.seq_len, batch * stage.seq_len, attention)
+                for attention in used
+            )
+        )
         runs = ""
         if stage.attention == "lighthouse" and each.args.selects:
             runs = f", S = {each.gathered['lighthouse']:,}"
@@ -114,10 +122,11 @@ def _schedule_lines(
             f"{_gib(state + max(estimate.values()))} GiB a rank, estimated; "
             f"{each.flops[stage.attention]:.3e} FLOPs/token"
         )
-    total = sum(work)
+    all_work, all_time = sum(work), sum(time)
     return [
-        f"stage {number:<7} {line}, {part / total:.0%} of the run's FLOPs"
-        for number, (line, part) in enumerate(zip(found, work, strict=True), 1)
+        f"stage {number:<7} {line}, {flops / all_work:.0%} of the run's FLOPs and about "
+        f"{seconds / all_time:.0%} of its time on GPUs"
+        for number, (line, flops, seconds) in enumerate(zip(found, work, time, strict=True), 1)
     ]
 
 
@@ -231,7 +240,19 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
     )
 
 
-def _context_parallel_line(config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs) -> str:
+def _ring_lines(stages: Sequence[RunStage], dims: ParallelDims) -> list[str]:
+    """A line for each size of the ring's messages, which names stages where there are several."""
+    numbers: dict[str, list[str]] = {}
+    for each in stages if dims.cp_enabled else ():
+        if each.stage.attention == "lighthouse":
+            sent = _sent_over_the_ring(each.stage.config, dims, each.args)
+            numbers.setdefault(sent, []).append(f"stage {each.number + 1}")
+    if len(numbers) == 1:
+        return [f"ring          {sent}" for sent in numbers]
+    return [f"ring          in {' and '.join(those)}, {sent}" for sent, those in numbers.items()]
+
+
+def _sent_over_the_ring(config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs) -> str:
     sent = bytes_sent_per_layer(
         args,
         config.training.seq_len,
@@ -241,7 +262,7 @@ def _context_parallel_line(config: JobConfig, dims: ParallelDims, args: Lighthou
     # Tensor parallelism gives a rank a share of the heads.
     ring, seam = (sent[name] // dims.tp for name in ("ring", "seam"))
     return (
-        f"ring          each rank sends {ring:,} bytes of keys, values and gradients, and {seam:,} "
+        f"each rank sends {ring:,} bytes of keys, values and gradients, and {seam:,} "
         "bytes of seam rows, per Lighthouse layer and sequence"
     )
 
@@ -354,8 +375,10 @@ def ending(config: JobConfig, step: int, steps_taken: int, stage: str, seconds: 
     if stage == "dense":
         lines.append(f"Next: {_command()} export-hf {folder} --output FOLDER")
     else:
+        how = "--lighthouse.stage dense"
+        if config.lighthouse.schedule:
+            how = "a dense stage at the end of lighthouse.schedule"
         lines.append(
-            "Next: the dense stage, by the same command with --lighthouse.stage dense and a larger "
-            "--training.steps"
+            f"Next: the dense stage, by the same command with {how} and a larger --training.steps"
         )
     return lines

@@ -27,6 +27,8 @@ BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 MOST_LISTED = 40
 FLAG = re.compile(r"--[A-Za-z_]")
 ALL_KEYS = "lighthouse train --list-keys shows all keys"
+# The only stage of a schedule that is none. A command line cannot name an empty list.
+NO_SCHEDULE = "none"
 
 
 @dataclass
@@ -50,7 +52,8 @@ class Schedule:
     default. seq_len is training.seq_len by default, and at most that; the local batch follows it,
     so that every step has as many tokens, unless local_batch_size is set. Settings of the method,
     such as top_k and window, may change too. A last stage that is not dense says "last". Takes the
-    place of stage, dense_from_step and attention."""
+    place of stage, dense_from_step and attention. "none" alone is no schedule, which turns that of
+    a TOML file off."""
 
     keep_position: bool = False
     """Go on at the checkpoint's place in the text although its sequences had another length than
@@ -110,6 +113,10 @@ class Lighthouse(Method, Schedule):
 
     tokenizer: Literal["byte", "hf"] = "byte"
     """"byte" is the built-in byte-level tokenizer; "hf" reads the one in model.hf_assets_path."""
+
+    def __post_init__(self) -> None:
+        if self.schedule == [NO_SCHEDULE]:
+            self.schedule = []
 
 
 @dataclass

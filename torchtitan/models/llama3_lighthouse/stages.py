@@ -14,7 +14,7 @@ from typing import Any, cast, get_type_hints
 from lighthouse import LighthouseConfig
 
 from .errors import UserTypeError, UserValueError
-from .job_config import JobConfig, Lighthouse
+from .job_config import NO_SCHEDULE, JobConfig, Lighthouse
 
 ATTENTIONS = ("lighthouse", "dense")
 KEY = "lighthouse.schedule"
@@ -150,7 +150,8 @@ def _check_short_form(section: Lighthouse) -> None:
         if given != default:
             raise UserValueError(
                 f"lighthouse.{key} = {given!r} does not go with {KEY}, which names the stages; "
-                f"leave one of the two out, or pass --lighthouse.{key} {default}"
+                f"leave one of the two out: --{KEY} {NO_SCHEDULE} turns the schedule off, "
+                f"--lighthouse.{key} {default} keeps it"
             )
 
 

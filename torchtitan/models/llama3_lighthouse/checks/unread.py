@@ -8,14 +8,17 @@ from lighthouse import LighthouseConfig
 
 from ..job_config import JobConfig, leaves
 from ..model.flavors import flavors
-from ..stages import distinct_stages, named
+from ..stages import distinct_stages, named, stages_of
 from .parallelism import precision_key, running_window
 from .rules import shown
+
+# Stands for a key, whose values are the attentions of the run's stages.
+A_STAGE = "a stage"
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A requirement on the value of one key, in words and as a test."""
+    """A requirement on the value of one key, or on ``A_STAGE``, in words and as a test."""
 
     key: str
     words: str
@@ -38,10 +41,21 @@ def _given(key: str) -> Requirement:
     return Requirement(key, "is given", bool)
 
 
+def _no_window_stands_alone(schedule: list[str]) -> bool:
+    """Whether a schedule has a stage 'lighthouse', or dense ones alone."""
+    names = {stage.split()[0] for stage in schedule}
+    return "lighthouse" in names or "window" not in names
+
+
 MODE = "activation_checkpoint.mode"
 IN_PIPELINES = (_above("parallelism.pipeline_parallel_degree", 1),)
 UNDER_TENSOR_PARALLELISM = (_above("parallelism.tensor_parallel_degree", 1),)
-SELECTING = (_is("lighthouse.attention", "lighthouse"),)
+SPARSE = (Requirement(A_STAGE, "is not dense", lambda stages: "lighthouse" in stages),)
+# Dense runs carry the settings of the method, so that one key on the command line turns it on.
+SELECTING = (
+    _is("lighthouse.attention", "lighthouse"),
+    Requirement("lighthouse.schedule", "has a stage 'lighthouse'", _no_window_stands_alone),
+)
 WITH_WORKERS = (_above("training.dataloader.num_workers", 0),)
 # How keys begin -> requirements that must all hold for them to be read. A section with a key
 # ``enable`` is off on purpose, so its other keys are not listed.
@@ -66,6 +80,8 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
     "parallelism.enable_async_tensor_parallel": UNDER_TENSOR_PARALLELISM,
     "quantize.": (_given("model.converters"),),
     "debug.deterministic_warn_only": (_is("debug.deterministic", True),),
+    "lighthouse.dense_every": SPARSE,
+    "lighthouse.log_selection_every": SPARSE,
     "lighthouse.dilation": (*SELECTING, _is_not("lighthouse.scorer", "norm")),
     "lighthouse.passkey_tasks": (_above("lighthouse.passkey_mix", 0),),
     "training.dataloader.persistent_workers": WITH_WORKERS,
@@ -119,6 +135,7 @@ def _unused(config: JobConfig) -> list[str]:
     """Settings that nothing reads, because another setting has another value."""
     found, all_leaves = [], list(leaves(config))
     values = {leaf.key: leaf.value for leaf in all_leaves}
+    values[A_STAGE] = {stage.attention for stage in stages_of(config)}
     for leaf in (leaf for leaf in all_leaves if leaf.value != leaf.default):
         for beginning, requirements in READ_WHEN.items():
             missed = [each for each in requirements if not each.test(values[each.key])]

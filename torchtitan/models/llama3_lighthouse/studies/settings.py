@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..job_config import JobConfig, leaves
+from ..job_config import NO_SCHEDULE, JobConfig, leaves
 
 Settings = Mapping[str, Any]
 
@@ -21,6 +21,8 @@ def command_line(settings: Settings) -> list[str]:
             line.append(f"--{section}.{name}" if value else f"--{section}.no-{name}")
         else:
             values = value if isinstance(value, list | tuple) else [value]
+            if key == "lighthouse.schedule":
+                values = values or [NO_SCHEDULE]
             values = [",".join(values)] if key in of_names else values
             line += [f"--{key}", *map(str, values)]
     return line
