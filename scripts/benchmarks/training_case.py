@@ -62,7 +62,6 @@ class Measured:
             "seconds": seconds[warm_up - 1 :],
             "losses": [float(sum(shares)) for shares in self.losses],
             "reserved GiB": memory["reserved_bytes.all.peak"] / GIB,
-            "active GiB": memory["active_bytes.all.peak"] / GIB,
         }
 
 

@@ -152,3 +152,15 @@ def test_time_left_counts_the_steps_of_each_attention() -> None:
     # Single dense steps within the stage: 3 of 10 units each, 4 times that for the dense one.
     left.measured(["lighthouse", "lighthouse", "dense", "lighthouse"], 14.0)
     assert left.seconds == {"lighthouse": 2.0, "dense": 8.0}
+
+
+def test_memory_in_graphs_counts_as_active() -> None:
+    """Peak and share of the device's memory; what is reserved holds the graphs already."""
+    monitor = metrics.MemoryMonitor(metrics.device_type)
+    before = monitor.get_peak_stats()
+    monitor.in_graphs = 2**40
+    after = monitor.get_peak_stats()
+    assert after.max_active_gib - before.max_active_gib == pytest.approx(1024, abs=1)
+    share = 100 * 2**40 / monitor.device_capacity
+    assert after.max_active_pct - before.max_active_pct == pytest.approx(share, rel=0.01)
+    assert after.max_reserved_gib == pytest.approx(before.max_reserved_gib, abs=1)
