@@ -58,9 +58,17 @@ class StandInGraph:
 
 
 class StandIn(PassGraphs):
+    free = 100
+
+    def _with_peak(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+        return work(), 50
+
+    def _free(self) -> int:
+        return self.free
+
     def _captured(self, work: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor, int]:
         graph = StandInGraph(work, self._parameters)
-        return graph, graph.loss, 1
+        return graph, graph.loss, 30
 
     def _on_stream(self) -> Any:
         return nullcontext()
@@ -194,6 +202,27 @@ def test_capture_without_memory_goes_on_and_says_so(
     graphed.graphs.forget()
     assert_same(plain, graphed, [("dense", rows_of(step, 1)) for step in range(6)])
     assert graphed.graphs.held > 0
+
+
+@pytest.mark.parametrize(("free", "captured"), [(100, 2), (99, 0)])
+def test_graph_leaves_room_for_a_pass_beside_it(
+    free: int, captured: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Validation and passes without a graph cannot use the memory that graphs keep."""
+    caplog.set_level("INFO")
+    plain, graphed = Trained("cpu", False), Trained("cpu", True)
+    graphed.graphs.free = free
+    assert_same(plain, graphed, [("dense", rows_of(step, 2)) for step in range(8)])
+    assert len(graphed.graphs._graphs) == captured
+    lines = [line for line in caplog.messages if "No CUDA graph for dense attention" in line]
+    assert len(lines) == (not captured)
+    # The graphs of further passes share memory with those of first passes.
+    graphed.graphs.forget()
+    graphed.graphs.free = 100
+    assert_same(plain, graphed, [("dense", rows_of(step, 2)) for step in range(4)])
+    graphed.graphs.free = 70
+    assert_same(plain, graphed, [("lighthouse", rows_of(step, 1)) for step in range(5)])
+    assert ("lighthouse", True) in graphed.graphs._graphs
 
 
 def test_capture_that_fails_names_the_key() -> None:

@@ -20,6 +20,7 @@ from torchtitan.tools.logging import logger
 
 from ..job_config import JobConfig
 
+GIB = 2**30
 # The first pass compiles, and creates handles and workspaces that must be there before a capture.
 EAGER_PASSES = 3
 Inputs = dict[str, torch.Tensor]
@@ -94,6 +95,8 @@ class PassGraphs:
             captured.graph.reset()
         self._graphs, self.held = {}, 0
         self._eager_passes: Counter[tuple[str, bool]] = Counter()
+        # Bytes that a pass without a graph takes at its peak.
+        self._needed: dict[tuple[str, bool], int] = {}
         self._lacks_memory = False
         self._pool = self._new_pool()
         self._empty_cache()
@@ -125,20 +128,34 @@ class PassGraphs:
         if key in self._graphs:
             return self._replay(self._graphs[key], inputs, labels)
         self._eager_passes[key] += 1
+        device = self._tokens.device
         with self._on_stream():
-            device = self._tokens.device
-            return self._forward_backward(
-                {name: x.to(device, non_blocking=True) for name, x in inputs.items()},
-                labels.to(device, non_blocking=True),
-                self._tokens,
+            loss, self._needed[key] = self._with_peak(
+                lambda: self._forward_backward(
+                    {name: x.to(device, non_blocking=True) for name, x in inputs.items()},
+                    labels.to(device, non_blocking=True),
+                    self._tokens,
+                )
             )
+        return loss
 
     def _is_due(self, key: tuple[str, bool]) -> bool:
         if self._lacks_memory or self._eager_passes[key] < EAGER_PASSES:
             return False
         kind, is_first = key
         # A further pass adds to gradients at fixed addresses, which are those of the first graph.
-        return is_first or (kind, True) in self._graphs
+        if not is_first and (kind, True) not in self._graphs:
+            return False
+        needed = self._needed[key]
+        if self._free() >= needed + max(0, needed - self.held):
+            return True
+        self._lacks_memory = True
+        logger.info(
+            f"No CUDA graph for {kind} attention: it would keep {needed / GIB:.1f} GiB, and leave "
+            "too little for validation and for passes without a graph; the host launches the "
+            "kernels of this stage one by one"
+        )
+        return False
 
     def _replay(self, captured: _Captured, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
         for name, x in inputs.items():
@@ -192,20 +209,31 @@ class PassGraphs:
         # A dead cycle may hold autograd's nodes of an earlier pass, bound to another stream.
         gc.collect()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        torch.cuda.reset_peak_memory_stats()
         try:
             # The data loader pins memory in another thread, which the default mode forbids.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                result = work()
+                result, peak = self._with_peak(work)
         finally:
             # torch leaves the capture's stream in place if the capture cannot be ended.
             torch.cuda.set_stream(current)
-        memory = torch.cuda.memory_stats()
+        # From here on the peak is that of what runs beside the graph.
         torch.cuda.reset_peak_memory_stats()
-        held = memory["active_bytes.all.peak"] - memory["active_bytes.all.current"]
-        return graph, result, held
+        return graph, result, peak
+
+    def _with_peak(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """``work()`` and the bytes that it had at its peak beyond those that it leaves."""
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        memory = torch.cuda.memory_stats()
+        return result, memory["active_bytes.all.peak"] - memory["active_bytes.all.current"]
+
+    def _free(self) -> int:
+        """Bytes that are free outside of graphs, with those that the allocator keeps at hand."""
+        memory, (free, _) = torch.cuda.memory_stats(), torch.cuda.mem_get_info()
+        kept = memory["reserved_bytes.all.current"] - memory["active_bytes.all.current"]
+        return free + kept - self.held
 
     @contextmanager
     def _on_stream(self) -> Generator[None]:
