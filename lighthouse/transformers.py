@@ -1,0 +1,273 @@
+"""Lighthouse attention in models of Hugging Face's ``transformers``.
+
+    from lighthouse.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="lighthouse")
+    ...
+    model.set_attn_implementation("sdpa")  # the dense stage
+
+``transformers`` hands a model's masks to the implementation's own mask function, and leaves out the
+masks of an implementation that has none. So there is one here, which refuses every mask but the
+causal one. Whatever else Lighthouse does not compute is refused too.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from .attention import lighthouse_attention
+from .config import LighthouseConfig
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"lighthouse.transformers needs transformers 5 or later, found {transformers.__version__}; "
+        "run pip install -U transformers"
+    )
+
+NAME = "lighthouse"
+# The method without what reads later tokens off the selection, and with a window beside it. The
+# defaults of LighthouseConfig are the paper's.
+RECOMMENDED = LighthouseConfig(entry_score="first", combine="finest", window=256)
+# A model's own settings, as an attribute of its configuration: fields of LighthouseConfig, and
+# "dense_layers".
+SETTINGS = "lighthouse"
+DENSE_LAYERS = "dense_layers"
+DENSE = 'model.set_attn_implementation("sdpa") computes it'
+# Arguments of an attention call that change its result -> what they ask for.
+REFUSED = {
+    "softcap": "caps its scores",
+    "sliding_window": "has a sliding window",
+    "s_aux": "has attention sinks",
+    "position_bias": "adds a bias to its scores",
+    "head_mask": "masks heads",
+    "output_attentions": "returns its attention weights",
+    "cu_seq_lens_q": "packs several sequences into one",
+    "cu_seqlens_q": "packs several sequences into one",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a model.
+
+    Attributes:
+        config: the method's.
+        dense_layers: numbers of the layers that stay dense.
+    """
+
+    config: LighthouseConfig
+    dense_layers: frozenset[int]
+
+
+_registered: Settings | None = None
+# The positions of the last forward pass, if they are still there; all layers get the same tensor.
+_in_order: weakref.ref[torch.Tensor] | None = None
+
+
+def register(config: LighthouseConfig | None = None, dense_layers: Iterable[int] = ()) -> None:
+    """Make ``attn_implementation="lighthouse"`` valid for models of ``transformers``.
+
+    Calling it again changes the settings of all models that have none of their own. A model has its
+    own in ``model.config.lighthouse``, a dict of the settings of ``LighthouseConfig`` and
+    "dense_layers". It is saved and loaded with the model.
+
+    Args:
+        config: settings of the method; by default ``RECOMMENDED``.
+        dense_layers: layers with dense attention, counted from 0.
+
+    Raises:
+        TypeError: ``config`` is no LighthouseConfig, or a layer no integer.
+    """
+    global _registered
+    if config is not None and not isinstance(config, LighthouseConfig):
+        raise TypeError(
+            f"config must be a LighthouseConfig, got {type(config).__name__}; pass "
+            "LighthouseConfig(...)"
+        )
+    _registered = Settings(config or RECOMMENDED, _layers(dense_layers))
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, refuse_masks)
+
+
+def settings_for(config: LighthouseConfig, dense_layers: Iterable[int] = ()) -> dict[str, Any]:
+    """A model's own settings, to be put into ``model.config.lighthouse``."""
+    return {**asdict(config), DENSE_LAYERS: sorted(_layers(dense_layers))}
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """The settings that a model's attention layer runs with.
+
+    Raises:
+        ValueError, TypeError: the model's own settings are wrong, or there are none at all.
+    """
+    own = getattr(getattr(module, "config", None), SETTINGS, None)
+    if own is None:
+        if _registered is None:
+            raise ValueError("call lighthouse.transformers.register() first")
+        return _registered
+    if not isinstance(own, dict):
+        raise TypeError(
+            f"config.{SETTINGS} must be a dict of settings, got {type(own).__name__}; see "
+            "settings_for"
+        )
+    settings = dict(own)
+    layers = _layers(settings.pop(DENSE_LAYERS, ()))
+    try:
+        return Settings(LighthouseConfig(**settings), layers)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"config.{SETTINGS}: {error}") from None
+
+
+def _layers(numbers: Iterable[int]) -> frozenset[int]:
+    found = list(numbers)
+    wrong = [number for number in found if isinstance(number, bool) or not isinstance(number, int)]
+    if wrong or any(number < 0 for number in found):
+        raise TypeError(
+            f"dense_layers must be layer numbers from 0 on, got {found}; leave it out for none"
+        )
+    return frozenset(found)
+
+
+def refuse_masks(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    **_: Any,
+) -> None:
+    """Check that a model asks for the causal mask alone; ``transformers`` calls it before layers.
+
+    Raises:
+        ValueError: it asks for another one, as for padding, or attends over a cache.
+    """
+    _refuse_cache(q_length, kv_length)
+    if attention_mask is not None:
+        if attention_mask.shape[-1] != kv_length:
+            raise ValueError(
+                f"an attention_mask of {attention_mask.shape[-1]} positions does not fit "
+                f"{kv_length}; leave it out"
+            )
+        # Within a compiled graph nobody can look at a mask.
+        if torch.compiler.is_compiling() or not bool(attention_mask.all()):
+            raise ValueError(
+                "Lighthouse attention takes no attention_mask: it attends over all earlier "
+                "positions, padding included. Fill sequences up with text and leave the mask out; "
+                + DENSE
+            )
+    # The compiler cannot tell whether positions run on, so transformers hands it a mask for packed
+    # sequences in any case. ``attend`` checks the positions there.
+    packed_for_compiler = torch.compiler.is_compiling() and not use_vmap
+    if mask_function is not causal_mask_function and not packed_for_compiler:
+        raise ValueError(
+            "Lighthouse attention is causal over one sequence, and this model asks for another "
+            "mask: a sliding window, both directions, blocks, or position_ids that start anew "
+            "within a row. " + DENSE
+        )
+
+
+def _refuse_cache(q_length: int, kv_length: int) -> None:
+    if q_length != kv_length:
+        raise ValueError(
+            f"Lighthouse attention does not decode with a cache: {q_length} queries over "
+            f"{kv_length} keys. For generation {DENSE}"
+        )
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention of one layer, as ``transformers`` calls it.
+
+    Args:
+        module: the layer's attention, whose ``layer_idx`` says whether it stays dense.
+        query: [B, Hq, N, D].
+        key, value: [B, Hkv, N, D].
+        attention_mask, dropout, is_causal: None, 0.0 and not False.
+        scaling: factor of the scores before the softmax.
+        options: whatever else the model hands over.
+
+    Returns:
+        [B, N, Hq, D], and None for the attention weights.
+
+    Raises:
+        ValueError, TypeError: the model asks for what Lighthouse does not compute, or its settings
+            do not fit N.
+    """
+    _refuse_cache(query.shape[2], key.shape[2])
+    if attention_mask is not None:
+        raise ValueError(f"Lighthouse attention takes no attention_mask; leave it out. {DENSE}")
+    if dropout:
+        raise ValueError(
+            f"Lighthouse attention has no dropout, got {dropout}; set attention_dropout = 0.0 in "
+            "the model's config"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        raise ValueError(f"Lighthouse attention is causal, and this layer is not. {DENSE}")
+    for name, meaning in REFUSED.items():
+        asked = options.get(name)
+        if asked is not None and asked is not False:
+            raise ValueError(
+                f"Lighthouse attention does not take {name}: this model {meaning}. {DENSE}"
+            )
+    if (positions := options.get("position_ids")) is not None:
+        _check_positions(positions)
+    settings = settings_of(module)
+    if settings.dense_layers:
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise ValueError(
+                f"dense_layers = {sorted(settings.dense_layers)} cannot be told apart, because "
+                f"{type(module).__name__} has no layer_idx; leave dense_layers out"
+            )
+        if layer in settings.dense_layers:
+            return sdpa_attention_forward(
+                module, query, key, value, None, scaling=scaling, is_causal=True
+            )
+    out = lighthouse_attention(query, key, value, settings.config, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_positions(positions: torch.Tensor) -> None:
+    """Check that positions [B or 1, N] run on by one.
+
+    Raises:
+        ValueError: they do not, as where sequences are packed; RuntimeError in compiled code.
+    """
+    global _in_order
+    message = (
+        "Lighthouse attention takes one sequence a row, and these position_ids do not run on by "
+        "one: rows that pack several sequences, or pad them, are not supported. " + DENSE
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async((positions.diff(dim=-1) == 1).all(), message)
+        return
+    # Looking into a tensor holds up the host, so the first layer does it for all.
+    if _in_order is not None and _in_order() is positions:
+        return
+    if not bool((positions.diff(dim=-1) == 1).all()):
+        raise ValueError(message)
+    _in_order = weakref.ref(positions)
