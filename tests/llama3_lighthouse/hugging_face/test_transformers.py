@@ -1,7 +1,5 @@
 """``attn_implementation="lighthouse"`` in models of transformers."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from torchtitan.models.llama3_lighthouse.model.model import (
     LighthouseTransformer,
 )
 
-ROOT = Path(__file__).parents[3]
 N, VOCABULARY = 128, 320
 METHOD = LighthouseConfig(
     pooling_factor=2, top_k=16, picks_per_stratum=8, entry_score="first", combine="finest"
@@ -255,18 +252,3 @@ def test_models_that_it_does_not_compute_are_refused() -> None:
     module._registered = None
     with pytest.raises(ValueError, match="register"):
         build()(tokens())
-
-
-@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_example_trains_through_both_stages(
-    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = ROOT / "examples/transformers_trainer.py"
-    spec = importlib.util.spec_from_file_location("transformers_trainer", file)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    monkeypatch.setattr(sys, "argv", [str(file), "--steps", str(steps), "--output", str(tmp_path)])
-    first, second = example.main()
-    assert len(first) == len(second) == steps
-    assert second[-1] < first[-1] < first[0]
-    assert (tmp_path / "model.safetensors").is_file()
