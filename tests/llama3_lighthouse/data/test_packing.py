@@ -197,6 +197,13 @@ def test_python_stdlib_is_large_held_out_and_stable() -> None:
     again = text_sources.python_stdlib("train", None, "training")
     assert [d["text"] for d in again.open()] == train
     assert any("class TestCase" in text for text in train + held_out)
+    # A seed draws another order of the same files, and holds out the same ones.
+    seeded = [
+        [d["text"] for d in text_sources.python_stdlib(split, None, "training", 1).open()]
+        for split in ("train", "validation")
+    ]
+    assert seeded[0] != train
+    assert [sorted(texts) for texts in seeded] == [sorted(train), sorted(held_out)]
 
 
 @pytest.mark.parametrize(

@@ -233,3 +233,54 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, monkeypatch) -> None:
 def test_a_line_longer_than_the_readers_chunk_trains(tmp_path: Path) -> None:
     write_jsonl(tmp_path, {"a.jsonl": ["x" * 12_000_000, "y"]})
     assert [len(text) for text in read(tmp_path)] == [12_000_000, 1]
+
+
+def test_seed_draws_the_order_of_files(tmp_path: Path) -> None:
+    names = " ".join(f"{folder}/{number}.txt" for folder in "ab" for number in range(10))
+    held_out = "validation/x.txt validation/y.txt validation/z.txt"
+    write_names(tmp_path / "here", f"{names} {held_out}")
+    write_names(tmp_path / "there", f"{names} {held_out}")
+
+    def texts(folder: str, seed: int, split: str = "train") -> list[str]:
+        source = c4_local(split, str(tmp_path / folder), "training", seed)
+        return [row["text"] for row in source.open()]
+
+    orders = [texts("here", seed) for seed in range(4)]
+    assert orders[0] == names.split()
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    # The folder may move, and a file that comes later leaves the order of the others as it is.
+    assert texts("there", 3) == orders[3]
+    write_names(tmp_path / "there", "a/more.txt")
+    assert [name for name in texts("there", 3) if name != "a/more.txt"] == orders[3]
+    (line,) = read_folder(str(tmp_path / "here"), "training").describe("train", 3)
+    assert line.endswith("; its files are shuffled by seed 3")
+
+
+def test_run_goes_on_in_its_own_order_alone(tmp_path: Path) -> None:
+    write_names(tmp_path, " ".join(f"{number:03}.txt" for number in range(60)) + " validation.txt")
+    jobs = [config(path=tmp_path, seq_len=8, batch_size=1) for _ in range(2)]
+    for job, seed in zip(jobs, (1, 2), strict=True):
+        job.lighthouse.shuffle_seed = seed
+    begun = loader(jobs[0])
+    straight = [batch[0]["input"].tolist() for batch in islice(begun, 8)]
+    again = loader(jobs[0])
+    first = [batch[0]["input"].tolist() for batch in islice(again, 3)]
+    state, resumed = again.state_dict(), loader(jobs[0])
+    resumed.load_state_dict(state)
+    assert first + [batch[0]["input"].tolist() for batch in islice(resumed, 5)] == straight
+    with pytest.raises(ValueError, match=r"text of training\.dataset"):
+        loader(jobs[1]).load_state_dict(state)
+    # Both are compared on the same held-out text.
+    held_out = [
+        next(iter(loader(job, build=build_validation_dataloader)))[0]["input"].tolist()
+        for job in jobs
+    ]
+    assert held_out[0] == held_out[1]
+
+
+def test_streamed_text_is_not_shuffled() -> None:
+    job = config("c4")
+    job.lighthouse.shuffle_seed = 1
+    with pytest.raises(UserValueError, match="shuffle_seed = 1 does not go with .*'c4_local'"):
+        loader(job)

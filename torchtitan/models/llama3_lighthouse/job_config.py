@@ -96,6 +96,11 @@ class Lighthouse(Method, Schedule):
     must divide this number, and this number must divide the global batch. 0 gives each sequence of
     a global batch a stream of its own."""
 
+    shuffle_seed: int = 0
+    """Seed of the order in which the files of the training text are read. 0 reads them in the order
+    of their names; "python_stdlib" has one of its own. Documents of one file keep their order, and
+    validation reads the same text in any case."""
+
     log_selection_every: int = 0
     """Steps between records of what Lighthouse layers select. Each record takes two more forward
     passes over one microbatch. 0 turns them off."""

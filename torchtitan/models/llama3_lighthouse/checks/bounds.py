@@ -261,6 +261,7 @@ BOUNDS: dict[str, Rule] = {
     "lighthouse.loss": BY_TYPE,
     "lighthouse.cuda_graphs": BY_TYPE,
     "lighthouse.data_streams": count(0, MOST_POSITIONS),
+    "lighthouse.shuffle_seed": count(0, note="0 reads the files in the order of their names"),
     "lighthouse.log_selection_every": count(0, note="0 logs no selections"),
     "lighthouse.passkey_mix": number(0, 1),
     "lighthouse.passkey_tasks": Names(needed=True),

@@ -275,7 +275,9 @@ def _build(
             f"{key}.dataloader.num_workers = {section.dataloader.num_workers}: documents are "
             "packed in one sequence, by 1 worker at most; use 0 or 1"
         )
-    source = find_source(section.dataset, split, section.dataset_path, key)
+    # Runs that are compared validate on the same text, whatever the order of their own.
+    seed = job_config.lighthouse.shuffle_seed if split == "train" else 0
+    source = find_source(section.dataset, split, section.dataset_path, key, seed)
     for line in source.describe():
         _say_once(line)
     mix = retrieval_mix(job_config, tokenizer, streams) if split == "train" else None

@@ -15,8 +15,15 @@ import pyarrow.parquet as parquet
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
+from .fingerprint import digest
+
 # Rows of a column file that become Python objects at a time.
 ROWS_AT_ONCE = 256
+
+
+def shuffled(name: str, seed: int) -> str:
+    """A key by which names are sorted into an order that ``seed`` draws."""
+    return digest(f"{seed}/{name}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from fsspec.compression import compr
 
 from ..errors import UserFileError, UserValueError
-from .text_files import TextFiles
+from .text_files import TextFiles, shuffled
 
 # Suffix of a file -> name of the reader in Hugging Face datasets.
 FILE_KINDS = {
@@ -62,11 +62,12 @@ class TextFolder:
     held_out: dict[str, int]
     left_out: dict[tuple[str, str], list[str]]
 
-    def files(self, split: str, key: str) -> TextFiles:
+    def files(self, split: str, key: str, shuffle_seed: int = 0) -> TextFiles:
         """The files of ``split``, "train" or "validation".
 
         Args:
             key: section of the configuration that names the folder, for messages.
+            shuffle_seed: draws their order, by their paths below the folder; 0 keeps it.
 
         Raises:
             ValueError: there are none.
@@ -86,14 +87,19 @@ class TextFolder:
                     f"{key}.dataset_path = {self.path!r} holds {path}, which this user may not "
                     "read; change its permissions, or move it away"
                 )
+        if shuffle_seed:
+            root = os.path.realpath(self.path)
+            paths = sorted(paths, key=lambda x: shuffled(os.path.relpath(x, root), shuffle_seed))
         return TextFiles(self.kind, tuple(paths))
 
-    def describe(self, split: str) -> list[str]:
+    def describe(self, split: str, shuffle_seed: int = 0) -> list[str]:
         """One or two lines: what ``split`` reads, and what nothing reads, with the reasons."""
         reads = "training" if split == "train" else "validation"
         line = f"{reads} reads {_counted(self.kind, self._of(split))} of {self.path}"
         if split == "train":
             line += f"; held out: {_counted(self.kind, self.held_out) if self.held_out else 'none'}"
+        if shuffle_seed:
+            line += f"; its files are shuffled by seed {shuffle_seed}"
         lines = [line[0].upper() + line[1:]]
         if self.left_out:
             lines.append(f"Not read in {self.path}: {_reasons(self.left_out)}")

@@ -14,7 +14,7 @@ from ..errors import UserValueError
 from .fingerprint import contents_fingerprint, digest
 from .older_positions import older_fingerprint
 from .origins import first_fault
-from .text_files import TextFiles
+from .text_files import TextFiles, shuffled
 from .text_folder import read_folder
 
 
@@ -42,13 +42,18 @@ class TextSource:
     older_fingerprint: Callable[[], str | None] | None = None
 
 
-def c4(split: str, path: str | None, key: str) -> TextSource:
+def c4(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> TextSource:
     """English C4, streamed from the Hugging Face hub or from a mirror of it at ``path``.
 
     Raises:
-        ValueError: from ``open``, if the hub or the mirror cannot be reached.
+        ValueError: it is to be shuffled; from ``open``, if the hub or the mirror cannot be reached.
     """
     name = path or "allenai/c4"
+    if shuffle_seed:
+        raise UserValueError(
+            f"lighthouse.shuffle_seed = {shuffle_seed} does not go with {key}.dataset = 'c4', "
+            "which is read in the order of the hub; set it to 0, or use 'c4_local' with a folder"
+        )
 
     def open_documents() -> IterableDataset:
         try:
@@ -62,7 +67,7 @@ def c4(split: str, path: str | None, key: str) -> TextSource:
     return TextSource(open_documents, lambda: name, is_local=False)
 
 
-def c4_local(split: str, path: str | None, key: str) -> TextSource:
+def c4_local(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> TextSource:
     """A folder of JSON lines, Parquet, Arrow or text files, read in place.
 
     Raises:
@@ -70,7 +75,7 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
             be read.
     """
     folder = read_folder(path, key)
-    files = folder.files(split, key)
+    files = folder.files(split, key, shuffle_seed)
     options: dict[str, Any] = {"sample_by": "document"} if files.kind == "text" else {}
     # A list of this class is read as it is. Names in another one are taken for patterns.
     paths = DataFilesList(list(files.paths), [() for _ in files.paths])
@@ -91,12 +96,12 @@ def c4_local(split: str, path: str | None, key: str) -> TextSource:
         lambda: contents_fingerprint(folder.path, files.kind, files.paths),
         is_local=True,
         files=files,
-        describe=lambda: folder.describe(split),
-        older_fingerprint=lambda: older_fingerprint(folder),
+        describe=lambda: folder.describe(split, shuffle_seed),
+        older_fingerprint=lambda: None if shuffle_seed else older_fingerprint(folder),
     )
 
 
-def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
+def python_stdlib(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> TextSource:
     """Source text of the running interpreter's standard library: real text on any machine.
 
     Tests and installed packages are left out. Files are sorted by a hash of their path, so that
@@ -108,9 +113,10 @@ def python_stdlib(split: str, path: str | None, key: str) -> TextSource:
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
     for file in _library_files(root):
-        rank = digest(file.relative_to(root).as_posix())
+        name = file.relative_to(root).as_posix()
+        rank = digest(name)
         if (int(rank, 16) % 20 == 0) == (split == "validation"):
-            documents.append((rank, file))
+            documents.append((shuffled(name, shuffle_seed) if shuffle_seed else rank, file))
     texts = []
     for _, file in sorted(documents):
         try:
@@ -141,27 +147,30 @@ def _library_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-# ``training.dataset`` or ``validation.dataset`` -> function of split, dataset_path and section.
-SOURCES: dict[str, Callable[[str, str | None, str], TextSource]] = {
+# ``training.dataset`` or ``validation.dataset`` -> function of split, dataset_path, section, seed.
+SOURCES: dict[str, Callable[[str, str | None, str, int], TextSource]] = {
     "c4": c4,
     "c4_local": c4_local,
     "python_stdlib": python_stdlib,
 }
 
 
-def find_source(name: str, split: str, path: str | None, key: str) -> TextSource:
+def find_source(
+    name: str, split: str, path: str | None, key: str, shuffle_seed: int = 0
+) -> TextSource:
     """The source that ``{key}.dataset = name`` means.
 
     Args:
         split: "train" or "validation".
         path: value of ``{key}.dataset_path``.
         key: section of the configuration that names the source, for messages.
+        shuffle_seed: seed of the order of the files; 0 reads them in that of their names.
 
     Raises:
-        ValueError: the source is unknown or cannot be opened.
+        ValueError: the source is unknown, cannot be shuffled, or cannot be opened.
     """
     if name not in SOURCES:
         raise UserValueError(
             f"{key}.dataset = '{name}' is not known; use one of {', '.join(SOURCES)}"
         )
-    return SOURCES[name](split, path, key)
+    return SOURCES[name](split, path, key, shuffle_seed)
