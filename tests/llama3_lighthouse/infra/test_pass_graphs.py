@@ -79,6 +79,9 @@ class StandIn(PassGraphs):
     def _new_pool(self) -> None:
         return None
 
+    def _wait(self) -> None:
+        return None
+
     def _empty_cache(self) -> None:
         return None
 
@@ -102,6 +105,8 @@ class Trained:
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         self.passes_run += 1
+        inputs = {name: x.to(self.device) for name, x in inputs.items()}
+        labels = labels.to(self.device)
         hidden = self.model[1](self.model[0](inputs["input"]))
         logits = self.model[2](hidden.tanh() if self.kind == "dense" else hidden)
         losses = nn.functional.cross_entropy(
@@ -123,9 +128,8 @@ class Trained:
             if self.graphs is not None:
                 losses.append(self.graphs.run(kind, inputs, label, tokens))
                 continue
-            inputs = {name: x.to(self.device) for name, x in inputs.items()}
             divisor = torch.full((), tokens, device=self.device)
-            losses.append(self.one_pass(inputs, label.to(self.device), divisor))
+            losses.append(self.one_pass(inputs, label, divisor))
         self.optimizer.step()
         return losses
 
@@ -197,7 +201,7 @@ def test_capture_without_memory_goes_on_and_says_so(
         assert_same(plain, graphed, [("dense", rows_of(step, 3)) for step in range(8)])
     assert len(captures) == (1 if when == "first" else 2)
     (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "does not fit the memory" in line and "--lighthouse.no-cuda_graphs" in line
+    assert f"{when} pass" in line and "its capture ran out of memory" in line
     # The next stage may be shorter.
     graphed.graphs.forget()
     assert_same(plain, graphed, [("dense", rows_of(step, 1)) for step in range(6)])
@@ -214,8 +218,13 @@ def test_graph_leaves_room_for_a_pass_beside_it(
     graphed.graphs.free = free
     assert_same(plain, graphed, [("dense", rows_of(step, 2)) for step in range(8)])
     assert len(graphed.graphs._graphs) == captured
-    lines = [line for line in caplog.messages if "No CUDA graph for dense attention" in line]
+    lines = [line for line in caplog.messages if "first pass of a step under dense" in line]
     assert len(lines) == (not captured)
+    # One kind may have a graph where another has none.
+    if not captured:
+        graphed.graphs.free = 100
+        assert_same(plain, graphed, [("lighthouse", rows_of(step, 2)) for step in range(5)])
+        assert ("lighthouse", False) in graphed.graphs._graphs
     # The graphs of further passes share memory with those of first passes.
     graphed.graphs.forget()
     graphed.graphs.free = 100
@@ -223,6 +232,14 @@ def test_graph_leaves_room_for_a_pass_beside_it(
     graphed.graphs.free = 70
     assert_same(plain, graphed, [("lighthouse", rows_of(step, 1)) for step in range(5)])
     assert ("lighthouse", True) in graphed.graphs._graphs
+
+
+def test_other_shapes_are_refused() -> None:
+    graphed = Trained("cpu", True)
+    for step in range(EAGER_PASSES + 1):
+        graphed.step("dense", rows_of(step, 1))
+    with pytest.raises(ValueError, match=r"\(2, 8\).*, got .*\(1, 8\)"):
+        graphed.step("dense", rows_of(9, 1)[:, :1])
 
 
 def test_capture_that_fails_names_the_key() -> None:
@@ -252,6 +269,7 @@ def config_with(**changes: Any) -> JobConfig:
         ({"training__enable_cpu_offload": True}, 1, "enable_cpu_offload"),
         ({"compile__enable": False}, 1, "not compiled"),
         ({"compile__components": ["loss"]}, 1, "not compiled"),
+        ({"compile__backend": "aot_eager"}, 1, "compile.backend = 'aot_eager'"),
         ({"model__converters": ["quantize.linear.float8"]}, 1, "converters"),
     ],
 )
@@ -261,7 +279,7 @@ def test_log_says_why_there_are_no_graphs(
     config = config_with(**changes)
     found, line = why_no_graphs(config, world_size), launch_line(config, world_size)
     if reason is None:
-        assert found is None and "passes as CUDA graphs" in line
+        assert found is None and "each pass as one CUDA graph" in line
     else:
         assert reason in found and line.endswith(found)
 
@@ -298,7 +316,7 @@ def test_training_with_graphs_equals_training_without(tmp_path: Path) -> None:
     with_graphs, without = run("with"), run("without", **{"lighthouse.cuda_graphs": False})
     killed.crash_after_step(30)
     killed = run("killed").succeed()
-    assert "launches      passes as CUDA graphs" in with_graphs.succeed().log
+    assert "launches      each pass as one CUDA graph" in with_graphs.succeed().log
     assert with_graphs.log.count("replay a CUDA graph from here on") == 3
     assert "replay a CUDA graph" not in without.succeed().log
     assert sorted(exact(without)) == list(range(1, 51))

@@ -320,13 +320,14 @@ class LighthouseTrainer(upstream.Trainer):
             # pyrefly: ignore[missing-attribute]  infra/pipeline.py adds it to the schedule.
             self.pp_schedule.share_of_mean.tokens = global_tokens
             global_tokens = 1.0
-        tokens = torch.full((), global_tokens, device=self.device)
-        return self._pass(*self._on_device(*microbatch), tokens)
+        tokens = torch.full((), float(global_tokens), device=self.device)
+        return self._pass(*microbatch, tokens)
 
     def _pass(
         self, inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         """Forward and backward; returns this rank's loss divided by ``tokens``, a scalar."""
+        inputs, labels = self._on_device(inputs, labels)
         loss = self.forward_backward_step(
             input_dict=inputs, labels=labels, global_valid_tokens=tokens
         )

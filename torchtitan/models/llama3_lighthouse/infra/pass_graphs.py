@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ GIB = 2**30
 # The first pass compiles, and creates handles and workspaces that must be there before a capture.
 EAGER_PASSES = 3
 Inputs = dict[str, torch.Tensor]
-# Takes inputs, labels and the float32 scalar that the summed loss is divided by, all on the device.
-# Returns the loss without its autograd graph, and leaves gradients in the parameters.
+# Takes inputs and labels on any device, and on the GPU the float32 scalar that the summed loss is
+# divided by. Returns the loss without its autograd graph, and leaves gradients in the parameters.
 Pass = Callable[[Inputs, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -41,6 +42,8 @@ def why_no_graphs(config: JobConfig, world_size: int) -> str | None:
         return "training.enable_cpu_offload = true computes on the host"
     if not config.compile.enable or "model" not in config.compile.components:
         return "the model is not compiled (compile.enable, compile.components)"
+    if config.compile.backend != "inductor":
+        return f"compile.backend = '{config.compile.backend}' was not tried with graphs"
     if config.model.converters:
         return f"model.converters = {config.model.converters} were not tried with graphs"
     return None
@@ -51,7 +54,7 @@ def launch_line(config: JobConfig, world_size: int) -> str:
     reason = why_no_graphs(config, world_size)
     if reason:
         return f"launches      kernel by kernel, without CUDA graphs: {reason}"
-    return f"launches      passes as CUDA graphs, after {EAGER_PASSES} of each kind without"
+    return f"launches      each pass as one CUDA graph, after {EAGER_PASSES} passes without"
 
 
 @dataclass
@@ -91,13 +94,18 @@ class PassGraphs:
         self._begin()
 
     def _begin(self) -> None:
+        # Freeing memory does not wait for the optimizer, which may still read gradients.
+        self._wait()
+        for parameter in self._parameters:
+            parameter.grad = None
         for captured in self._graphs.values():
             captured.graph.reset()
         self._graphs, self.held = {}, 0
         self._eager_passes: Counter[tuple[str, bool]] = Counter()
         # Bytes that a pass without a graph takes at its peak.
         self._needed: dict[tuple[str, bool], int] = {}
-        self._lacks_memory = False
+        # Kinds of passes whose graph the memory has no room for.
+        self._without: set[tuple[str, bool]] = set()
         self._pool = self._new_pool()
         self._empty_cache()
 
@@ -106,8 +114,6 @@ class PassGraphs:
 
         Each kind of pass runs without a graph again before it is captured anew.
         """
-        for parameter in self._parameters:
-            parameter.grad = None
         self._begin()
 
     def run(self, kind: str, inputs: Inputs, labels: torch.Tensor, tokens: float) -> torch.Tensor:
@@ -120,6 +126,10 @@ class PassGraphs:
 
         Returns:
             The loss, a float32 scalar that later passes leave alone.
+
+        Raises:
+            ValueError: the microbatch has another shape than that of the graph.
+            RuntimeError: a pass cannot be captured.
         """
         key = kind, all(parameter.grad is None for parameter in self._parameters)
         self._tokens.fill_(tokens)
@@ -128,19 +138,15 @@ class PassGraphs:
         if key in self._graphs:
             return self._replay(self._graphs[key], inputs, labels)
         self._eager_passes[key] += 1
-        device = self._tokens.device
+        work = partial(self._forward_backward, inputs, labels, self._tokens)
         with self._on_stream():
-            loss, self._needed[key] = self._with_peak(
-                lambda: self._forward_backward(
-                    {name: x.to(device, non_blocking=True) for name, x in inputs.items()},
-                    labels.to(device, non_blocking=True),
-                    self._tokens,
-                )
-            )
+            if self._eager_passes[key] != EAGER_PASSES:
+                return work()
+            loss, self._needed[key] = self._with_peak(work)
         return loss
 
     def _is_due(self, key: tuple[str, bool]) -> bool:
-        if self._lacks_memory or self._eager_passes[key] < EAGER_PASSES:
+        if key in self._without or self._eager_passes[key] < EAGER_PASSES:
             return False
         kind, is_first = key
         # A further pass adds to gradients at fixed addresses, which are those of the first graph.
@@ -149,15 +155,29 @@ class PassGraphs:
         needed = self._needed[key]
         if self._free() >= needed + max(0, needed - self.held):
             return True
-        self._lacks_memory = True
-        logger.info(
-            f"No CUDA graph for {kind} attention: it would keep {needed / GIB:.1f} GiB, and leave "
-            "too little for validation and for passes without a graph; the host launches the "
-            "kernels of this stage one by one"
+        self._go_without(
+            key,
+            f"it would keep {needed / GIB:.1f} GiB, and leave too little for validation and for "
+            "passes without a graph",
         )
         return False
 
+    def _go_without(self, key: tuple[str, bool], reason: str) -> None:
+        self._without.add(key)
+        kind, is_first = key
+        passes = "first pass" if is_first else "further passes"
+        logger.warning(
+            f"No CUDA graph for the {passes} of a step under {kind} attention: {reason}. The host "
+            "launches their kernels one by one until the stage ends"
+        )
+
     def _replay(self, captured: _Captured, inputs: Inputs, labels: torch.Tensor) -> torch.Tensor:
+        # Copying would broadcast.
+        fixed = {**captured.inputs, "labels": captured.labels}
+        given = {**inputs, "labels": labels}
+        shapes = [{name: tuple(x.shape) for name, x in each.items()} for each in (fixed, given)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"the CUDA graph takes a microbatch of {shapes[0]}, got {shapes[1]}")
         for name, x in inputs.items():
             captured.inputs[name].copy_(x, non_blocking=True)
         captured.labels.copy_(labels, non_blocking=True)
@@ -175,7 +195,7 @@ class PassGraphs:
         before = [parameter.grad for parameter in self._parameters]
         try:
             graph, loss, held = self._captured(
-                lambda: self._forward_backward(fixed, fixed_labels, self._tokens)
+                partial(self._forward_backward, fixed, fixed_labels, self._tokens)
             )
         except RuntimeError as error:
             for parameter, gradient in zip(self._parameters, before, strict=True):
@@ -185,12 +205,8 @@ class PassGraphs:
                     "forward and backward cannot be captured as a CUDA graph; pass "
                     "--lighthouse.no-cuda_graphs to launch their kernels one by one"
                 ) from error
-            self._begin()
-            self._lacks_memory = True
-            logger.warning(
-                "A CUDA graph does not fit the memory, so the host launches the kernels of this "
-                "stage one by one; pass --lighthouse.no-cuda_graphs to do so without trying"
-            )
+            self._empty_cache()
+            self._go_without(key, "its capture ran out of memory")
             return
         self.held = max(self.held, held)
         gradients = [parameter.grad for parameter in self._parameters]
@@ -250,6 +266,9 @@ class PassGraphs:
     def _new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
 
+    def _wait(self) -> None:
+        torch.cuda.synchronize()
+
     def _empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
@@ -257,7 +276,8 @@ class PassGraphs:
 def _is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory was too small; torch's own error may hide behind that of the capture's end."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        # CUDA's own errors have no class for it.
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             return True
         error = error.__context__
     return False
