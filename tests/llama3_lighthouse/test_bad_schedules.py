@@ -69,6 +69,8 @@ FAULTS: list[tuple[list[str], int, str]] = [
     ([NUL], 0, r"'dense\x00' is no attention;"),
     (["sparse until=4", "dense"], 0, "'sparse' is no attention; begin with one of"),
     (["Dense"], 0, "'Dense' is no attention;"),
+    (["NONE"], 0, "window, dense, or give none by itself, in small letters, for no schedule"),
+    (["none", "dense"], 0, "or give none by itself"),
     (["until=4 dense", "dense"], 0, "'until=4' is no attention;"),
     (["lighthouse until=4 top_q=32", "dense"], 0,
      "'top_q=32' is not understood; write last, or KEY=VALUE with one of until, seq_len,"),

@@ -84,8 +84,8 @@ def test_dry_run_says_what_share_of_the_run_a_stage_takes(tmp_path: Path) -> Non
     (flops, time), rest = shares(f"lighthouse until=8000 {short}", "dense seq_len=8192")
     assert rest == (100 - flops, 100 - time)
     # The passes over memory, which Lighthouse has more of, take time and no FLOPs. The guide has
-    # both shares over those of the dense stage, 0.56 and 0.64.
-    assert (flops, time) == (36, 39)
+    # both shares over those of the dense stage, 0.56 and 0.67.
+    assert (flops, time) == (36, 40)
     assert shares("dense until=4000", "dense") == [(25, 25), (75, 75)]
 
 

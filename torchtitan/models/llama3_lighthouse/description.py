@@ -243,8 +243,11 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
 def _ring_lines(stages: Sequence[RunStage], dims: ParallelDims) -> list[str]:
     """A line for each size of the ring's messages, which names stages where there are several."""
     numbers: dict[str, list[str]] = {}
-    for each in stages if dims.cp_enabled else ():
-        if each.stage.attention == "lighthouse":
+    if not dims.cp_enabled:
+        return []
+    for each in stages:
+        sparse_layers = each.args.n_layers - len(each.args.dense_layers)
+        if each.stage.attention == "lighthouse" and sparse_layers:
             sent = _sent_over_the_ring(each.stage.config, dims, each.args)
             numbers.setdefault(sent, []).append(f"stage {each.number + 1}")
     if len(numbers) == 1:

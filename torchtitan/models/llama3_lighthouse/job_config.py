@@ -52,8 +52,8 @@ class Schedule:
     default. seq_len is training.seq_len by default, and at most that; the local batch follows it,
     so that every step has as many tokens, unless local_batch_size is set. Settings of the method,
     such as top_k and window, may change too. A last stage that is not dense says "last". Takes the
-    place of stage, dense_from_step and attention. "none" alone is no schedule, which turns that of
-    a TOML file off."""
+    place of stage, dense_from_step and attention. "none" by itself means no schedule, also where
+    the TOML file has one."""
 
     keep_position: bool = False
     """Go on at the checkpoint's place in the text although its sequences had another length than

@@ -191,9 +191,10 @@ def _stage(text: str, config: JobConfig, after: int) -> Stage:
     words, steps = text.split(), config.training.steps
     name = words[0] if words else ""
     if name not in NAMES:
-        raise _fault(
-            text, f"{_shown(name)} is no attention", f"begin with one of {', '.join(NAMES)}"
-        )
+        fix = f"begin with one of {', '.join(NAMES)}"
+        if name.lower() == NO_SCHEDULE:
+            fix += f", or give {NO_SCHEDULE} by itself, in small letters, for no schedule"
+        raise _fault(text, f"{_shown(name)} is no attention", fix)
     if words.count(LAST) > 1:
         raise _fault(text, f"{LAST} stands there twice", "leave one of them out")
     values = _values(text, [word for word in words[1:] if word != LAST])

@@ -5,8 +5,8 @@ of a GPU's peak. The constants below are fitted to steps of H200s in bfloat16, c
 
 One GPU does all the work here. Communication, the bubbles of a pipeline, the recomputation of
 activation checkpointing and waiting for the host are left out. They lengthen one stage more than
-another, but ratios of two steps that recompute are within 20% of the records in docs/benchmarks,
-and of two that do not within 12%.
+another. Ratios of two steps of one model and GPU are within 15% of the records in docs/benchmarks
+where the host keeps up; small steps without CUDA graphs take several times as long.
 """
 
 from .memory_estimate import ACTIVATION_BYTES, product_widths
@@ -19,13 +19,14 @@ BANDWIDTH = 3.8e12
 # Seconds of attention, forward and backward, in one head: for each row of queries, for each pair of
 # a query and a key, and for each FLOP of a pair. Together they are half of the peak in long
 # sequences of heads of 128, and a third in those of 64.
-ROW, PAIR, PAIR_FLOP = 1.7e-9, 1.35e-12, 1.22e-15
+ROW, PAIR, PAIR_FLOP = 1.65e-9, 1.3e-12, 1.12e-15
 # Values that forward and backward read and write per token and layer. Norms, residuals and rotary
 # embedding take some for each dimension of the model, SiLU for each of the feed-forward's, and
 # Lighthouse for pooling, gathering, scattering and merging.
-PASSES, SILU_PASSES, LIGHTHOUSE_PASSES = 38, 9, 25
-# Bytes that the loss moves for each logit, and clipping and AdamW in a step for each parameter.
-LOGIT_BYTES, PARAMETER_BYTES = 8, 50
+PASSES, SILU_PASSES, LIGHTHOUSE_PASSES = 40, 12, 27
+# Bytes that the loss moves for each logit, and that a step moves for each parameter, however short
+# it is: casts of weights and gradients, clipping, AdamW.
+LOGIT_BYTES, PARAMETER_BYTES = 8, 100
 
 
 def step_seconds(args: LighthouseModelArgs, seq_len: int, tokens: int, attention: str) -> float:
