@@ -322,3 +322,24 @@ def test_training_with_graphs_equals_training_without(tmp_path: Path) -> None:
     assert sorted(exact(without)) == list(range(1, 51))
     assert exact(with_graphs) == exact(without) == exact(killed)
     assert validation_losses(with_graphs) == validation_losses(without)
+
+
+@pytest.mark.gpu
+def test_dense_steps_and_records_between_graphs(tmp_path: Path) -> None:
+    """24 steps of one length: dense ones in between, selection statistics, and checkpoints that are
+    written while the next step replays."""
+    settings = {
+        **{"lighthouse.stage": "lighthouse", "lighthouse.dense_every": 4},
+        **{"lighthouse.log_selection_every": 5, "training.steps": 24, "compile.enable": True},
+        **{"training.mixed_precision_param": "bfloat16", "debug.deterministic": True},
+        **{"checkpoint.interval": 7, "checkpoint.async_mode": "async"},
+    }
+    runs = {}
+    for name, graphs in {"with": True, "without": False}.items():
+        (tmp_path / name).mkdir()
+        runs[name] = Run(tmp_path / name, {**settings, "lighthouse.cuda_graphs": graphs})
+    for run in runs.values():
+        run.succeed()
+    # Dense steps are the fourth, the eighth and so on, so the fourth dense step is the sixteenth.
+    assert runs["with"].log.count("replay a CUDA graph from here on") == 2
+    assert exact(runs["with"]) == exact(runs["without"])
