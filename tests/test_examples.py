@@ -14,8 +14,11 @@ each_length = pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest
 
 
 @pytest.fixture(autouse=True)
-def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave no settings behind, and find none of a launcher that another test was."""
     monkeypatch.setattr(lighthouse.transformers, "_registered", None)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def loaded(name: str, monkeypatch: pytest.MonkeyPatch, *line: object) -> ModuleType:
