@@ -17,7 +17,12 @@ def kernels_of(profile: Any) -> dict[str, Any]:
     """
     from torch.autograd import DeviceType
 
-    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    # An annotation, such as the optimizer's step, spans kernels that are there themselves.
+    events = [
+        e
+        for e in profile.events()
+        if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+    ]
     events.sort(key=lambda e: e.time_range.start)
     kernels: dict[str, list[float]] = {}
     busy, reached, before = 0.0, events[0].time_range.start if events else 0.0, ""
