@@ -249,7 +249,10 @@ def test_document_beyond_the_check_stops_when_it_is_reached(folder, monkeypatch)
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (config("c5"), "'c5' is not known; use one of c4, c4_local, python_stdlib"),
+        (
+            config("c5"),
+            "'c5' is not known; use one of c4, c4_local, python_stdlib, python_packages",
+        ),
         (config(path=None), "pass --training.dataset_path FOLDER"),
         (config(path="/nowhere"), "'/nowhere' is not a folder"),
         (config("python_stdlib", workers=2), "num_workers = 2"),

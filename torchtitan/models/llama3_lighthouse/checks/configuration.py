@@ -37,7 +37,7 @@ OF_THE_MODEL = (
 # Keys that a stage of a schedule sets, or that follow from them.
 OF_A_STAGE = ("lighthouse.", "training.")
 # Sources of text that come from no folder.
-WITHOUT_PATH = ("python_stdlib",)
+WITHOUT_PATH = ("python_stdlib", "python_packages")
 
 
 def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:

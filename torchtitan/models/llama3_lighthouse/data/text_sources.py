@@ -14,6 +14,7 @@ from ..errors import UserValueError
 from .fingerprint import contents_fingerprint, digest
 from .older_positions import older_fingerprint
 from .origins import first_fault
+from .source_trees import is_held_out, package_roots, trees
 from .text_files import TextFiles, shuffled
 from .text_folder import read_folder
 
@@ -147,11 +148,43 @@ def _library_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
+def python_packages(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> TextSource:
+    """Source trees of the standard library and of installed packages (``source_trees``).
+
+    They are sorted by a hash of their name. One package in ten is held out whole.
+
+    Raises:
+        ValueError: the interpreter has no source text.
+    """
+    found = sorted(
+        (shuffled(name, shuffle_seed), text)
+        for package, name, text in trees(package_roots())
+        if is_held_out(package) == (split == "validation")
+    )
+    texts = [text for _, text in found]
+    if not texts:
+        raise UserValueError(
+            f"{key}.dataset = 'python_packages': this interpreter has no source text; use "
+            f"{key}.dataset = 'c4_local' with a folder of your own"
+        )
+    size = sum(map(len, texts))
+    reads = "Training" if split == "train" else "Validation"
+    line = (
+        f"{reads} reads {len(texts):,} source trees of installed Python packages, {size:,} "
+        f"characters, the longest of {max(map(len, texts)):,}"
+    )
+    dataset, fingerprint = Dataset.from_dict({"text": texts}), digest("\0".join(texts))
+    return TextSource(
+        dataset.to_iterable_dataset, lambda: fingerprint, is_local=True, describe=lambda: [line]
+    )
+
+
 # ``training.dataset`` or ``validation.dataset`` -> function of split, dataset_path, section, seed.
 SOURCES: dict[str, Callable[[str, str | None, str, int], TextSource]] = {
     "c4": c4,
     "c4_local": c4_local,
     "python_stdlib": python_stdlib,
+    "python_packages": python_packages,
 }
 
 
