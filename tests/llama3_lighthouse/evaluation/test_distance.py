@@ -19,6 +19,7 @@ from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.evaluation.bootstrap import bootstrap
 from torchtitan.models.llama3_lighthouse.evaluation.distance import (
     DistanceSettings,
+    _block_ends,
     flat,
     measure,
     plan_of,
@@ -130,6 +131,19 @@ def test_copying_is_worth_what_lies_within_its_context_to_the_token() -> None:
     in_reach = 512 - (450 + MATCHED) + 1
     assert found["context/512"] == pytest.approx(CHANCE * (128 - in_reach) / 128, abs=0.06)
     assert found["context/full"] == 0.0
+
+
+@pytest.mark.parametrize("contexts", [(512, 1024), (1536,), (4, 1000), (1400, 1535)])
+def test_blocks_have_enough_context_and_do_not_overlap(contexts: tuple[int, ...]) -> None:
+    for seed in range(20):
+        settings = DistanceSettings(contexts=contexts, seed=seed)
+        plan = plan_of(settings, LENGTH)
+        ends = _block_ends(plan, 0)
+        assert len(ends) == min(8, (LENGTH - max(contexts)) // plan.block)
+        starts = [end - plan.block for end in ends]
+        assert starts[0] >= max(contexts) and ends[-1] <= LENGTH + 1
+        assert all(start >= end for start, end in zip(starts[1:], ends, strict=False))
+        assert plan.block == min(128, contexts[0] // 4)
 
 
 def test_blocks_of_other_lengths_are_padded_with_text_that_tells_nothing() -> None:

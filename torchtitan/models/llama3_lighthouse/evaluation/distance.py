@@ -262,12 +262,13 @@ def _block_count(plan: Plan) -> int:
 
 
 def _block_ends(plan: Plan, *key: object) -> list[int]:
-    """Ends of the blocks of targets, one drawn from each of as many equal ranges."""
-    count, first = _block_count(plan), max(plan.contexts) + plan.block
-    edges = np.linspace(first, plan.length + 1, count + 1).astype(int)
+    """Ends of the blocks of targets, each drawn to lie in one of as many equal ranges."""
+    edges = np.linspace(max(plan.contexts), plan.length + 1, _block_count(plan) + 1).astype(int)
     random = random_of("targets", plan.settings.seed, *key)
-    return [int(random.integers(low, max(low + 1, high))) for low, high in
-            zip(edges[:-1], edges[1:], strict=True)]  # fmt: skip
+    return [
+        int(random.integers(low + plan.block, high + 1))
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    ]
 
 
 def _with_less_context(
