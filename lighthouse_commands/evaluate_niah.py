@@ -2,17 +2,20 @@
 
     lighthouse evaluate niah outputs/debug --output outputs/niah
 
-Each prompt hides statements in random alphanumerics. The needle is the one that holds the answer;
-it stands at a given depth of a prompt of a given length. The share of right answers comes with
-its interval at 95%. Tasks:
+Each prompt hides statements in random alphanumerics or in a list. The needle is the one that holds
+the answer; it stands at a given depth of a prompt of a given length. The share of right answers
+comes with its interval at 95%. Tasks:
 
     passkey        a key of one digit
     long_passkey   a key of five digits
     several_keys   four named keys of one digit, one of them asked for
     variables      two chains of three variables, the end of one asked for
+    lookup         an object in JSON that fills the prompt, the value of one key asked for
+    common_word    a list of words that fills the prompt; one is common in the half at that depth
 
 All checkpoints with the same tokenizer see the same prompts, to the token. At depth 0% the needle
 follows BOS directly; at 100% the question follows the needle, unless the task puts more between.
+A list follows random alphanumerics that make up the length.
 
 With --attention dense lighthouse the prompts also run under Lighthouse attention, on sequences
 padded with random alphanumerics to the next length that Lighthouse takes. Plots show both. A
