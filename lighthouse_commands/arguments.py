@@ -117,6 +117,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """Add --labels; its value is None unless given."""
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="a name for each checkpoint, in their order; default: run and step",
+    )
+
+
 def add_no_plots(parser: argparse.ArgumentParser) -> None:
     """Add --no-plots."""
     parser.add_argument("--no-plots", action="store_true", help="write tables alone")

@@ -24,6 +24,7 @@ from .arguments import (
     add_attention,
     add_checkpoints,
     add_device,
+    add_labels,
     add_no_plots,
     add_output,
 )
@@ -43,12 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="length of the first bucket; default: 256",
     )
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="NAME",
-        help="a name for each checkpoint, in their order; default: run and step",
-    )
+    add_labels(parser)
     add_device(parser)
     parser.add_argument(
         "--dtype",

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate loss": "evaluate_loss",
     "evaluate niah": "evaluate_niah",
     "evaluate causality": "evaluate_causality",
+    "evaluate distance": "evaluate_distance",
     "ablations": "ablations",
     "recovery": "recovery",
 }
@@ -33,7 +34,9 @@ def build_parser() -> CommandParser:
         epilog="lighthouse COMMAND --help says what a command takes and writes.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    evaluate = commands.add_parser("evaluate", help="measure checkpoints: loss, niah, causality")
+    evaluate = commands.add_parser(
+        "evaluate", help="measure checkpoints: loss, niah, causality, distance"
+    )
     evaluations = evaluate.add_subparsers(required=True, metavar="MEASURE")
     for words, name in COMMANDS.items():
         module = importlib.import_module(f"lighthouse_commands.{name}")

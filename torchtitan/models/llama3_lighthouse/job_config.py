@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 import typeguard
 from torchtitan.config import ConfigManager
@@ -20,7 +20,9 @@ from lighthouse import LighthouseConfig
 
 from .errors import UserFileError, UserTypeError, UserValueError
 
-RetrievalTask = Literal["passkey", "long_passkey", "several_keys", "variables"]
+RetrievalTask = Literal[
+    "passkey", "long_passkey", "several_keys", "variables", "lookup", "common_word"
+]
 BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 
 # Messages list no more keys than this.
@@ -111,10 +113,10 @@ class Lighthouse(Method, Schedule):
     sequences hold the text, in its order. 0.0 means no such documents, 1.0 no text."""
 
     passkey_tasks: list[RetrievalTask] = field(
-        default_factory=lambda: list(get_args(RetrievalTask))
+        default_factory=lambda: ["passkey", "long_passkey", "several_keys", "variables"]
     )
-    """Tasks of the retrieval documents. Small models learn "passkey" first; they do not learn all
-    four at once."""
+    """Tasks of the retrieval documents; "lookup" and "common_word" are others. Small models learn
+    "passkey" first; they do not learn four at once."""
 
     tokenizer: Literal["byte", "hf"] = "byte"
     """"byte" is the built-in byte-level tokenizer; "hf" reads the one in model.hf_assets_path."""

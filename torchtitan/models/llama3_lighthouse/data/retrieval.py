@@ -6,49 +6,18 @@ training and of evaluation differ, so no training document is an evaluation prom
 
 A prompt begins with BOS. Random filler with statements in it follows, and the question comes last.
 The needle is the statement that holds the answer. The answer, one to five decimal digits, continues
-the prompt. Every part is encoded by itself, so that lengths add up in any tokenizer.
+the prompt. Every part is encoded by itself, so that lengths add up in any tokenizer. In the prompts
+of ``retrieval_lists``, the items of a list take the place of the filler.
 """
 
 import functools
-import hashlib
-import string
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from ..errors import UserValueError
-
-ALPHANUMERICS = string.ascii_letters + string.digits
-
-
-class Tokenizer(Protocol):
-    """The part of a tokenizer that prompts need; ``bos_id`` and ``eos_id`` may be missing."""
-
-    def encode(self, text: str, add_bos: bool, add_eos: bool) -> Sequence[int]: ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kind of prompt.
-
-    Attributes:
-        digits: digits of every key, and so of the answer.
-        keys: keys in a prompt. All differ, and the question asks for one.
-        links: variables in the chain from a key to the variable in question; 0: no variables.
-    """
-
-    name: str
-    digits: int = 1
-    keys: int = 1
-    links: int = 0
-
-    @property
-    def chance(self) -> float:
-        """Share of answers that random digits get right."""
-        return 0.1**self.digits
-
+from .retrieval_lists import LIST_FORMS
+from .retrieval_parts import Prompt, PromptEncoder, Task, random_of
 
 # Names are those of ``job_config.RetrievalTask``.
 TASKS: dict[str, Task] = {
@@ -62,6 +31,10 @@ TASKS: dict[str, Task] = {
         Task("several_keys", keys=4),
         # Two chains of three variables; the question names the last of one chain.
         Task("variables", keys=2, links=3),
+        # An object in JSON, whose pairs fill the prompt; the question names one of the keys.
+        Task("lookup", form="object"),
+        # A list of words that fills the prompt; one of them is common, in half of the list.
+        Task("common_word", form="words"),
     )
 }
 
@@ -75,83 +48,6 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise UserValueError(f"task '{name}' is not known; use {', '.join(TASKS)}")
     return TASKS[name]
-
-
-class PromptEncoder:
-    """Token ids of the parts of prompts.
-
-    Raises:
-        ValueError: a digit or a capital letter alone is more than one token.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        bos, eos = getattr(tokenizer, "bos_id", None), getattr(tokenizer, "eos_id", None)
-        self._special = {bos, eos}
-        self.bos = _ids([] if bos is None else [bos])
-        self.eos = _ids([] if eos is None else [eos])
-        self.digits = self._one_token_each(string.digits)
-        self.letters = self._one_token_each(string.ascii_uppercase)
-        singles = [self.encode(character) for character in ALPHANUMERICS]
-        self._is_bytes = all(
-            list(ids) == [ord(character)]
-            for ids, character in zip(singles, ALPHANUMERICS, strict=True)
-        ) and np.array_equal(self.encode(ALPHANUMERICS), np.concatenate(singles))
-        self._phrases: dict[str, np.ndarray] = {}
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of ``text`` as int32 [tokens], without BOS and EOS."""
-        ids = self._tokenizer.encode(text, add_bos=False, add_eos=False)
-        # Some tokenizers of Hugging Face add BOS and EOS even when told not to.
-        return _ids([token for token in ids if token not in self._special])
-
-    def phrase(self, text: str) -> np.ndarray:
-        """As ``encode``; remembers the ids, for text that every prompt repeats."""
-        if text not in self._phrases:
-            self._phrases[text] = self.encode(text)
-        return self._phrases[text]
-
-    def filler(self, random: np.random.Generator, count: int) -> np.ndarray:
-        """Random alphanumerics, int32 [count]."""
-        if self._is_bytes:
-            letters = np.frombuffer(ALPHANUMERICS.encode(), dtype=np.uint8)
-            return letters[random.integers(len(letters), size=count)].astype(np.int32)
-        parts, missing = [], count
-        while missing > 0:
-            # A token of random text is one to three characters long.
-            picked = random.integers(len(ALPHANUMERICS), size=2 * missing + 8)
-            parts.append(self.encode("".join(ALPHANUMERICS[i] for i in picked))[:missing])
-            missing -= len(parts[-1])
-        return np.concatenate([_ids([]), *parts])
-
-    def _one_token_each(self, characters: str) -> np.ndarray:
-        encoded = {character: self.encode(character) for character in characters}
-        for character, ids in encoded.items():
-            if len(ids) != 1:
-                raise UserValueError(
-                    f"retrieval prompts need a tokenizer in which '{character}' alone is one "
-                    f"token, this one makes {len(ids)} of it; use lighthouse.tokenizer = 'byte'"
-                )
-        return np.concatenate(list(encoded.values()))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and its answer.
-
-    Attributes:
-        tokens: int32 [n].
-        answer: digits of the answer, 0 to 9 each, int64 [task.digits].
-        needle: position of the needle's first token.
-        statements: positions of the first tokens of all statements, in order.
-        others: the other questions that the prompt can answer, each with its answer.
-    """
-
-    tokens: np.ndarray
-    answer: np.ndarray
-    needle: int
-    statements: tuple[int, ...]
-    others: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -174,16 +70,6 @@ class _Parts:
     @property
     def statements(self) -> list[np.ndarray]:
         return [self.needle, *self.followers, *self.distractors]
-
-
-def _ids(tokens: Sequence[int]) -> np.ndarray:
-    return np.array(tokens, dtype=np.int32)
-
-
-def random_of(*key: object) -> np.random.Generator:
-    """Random numbers that depend on ``key`` alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
 def draw_parts(random: np.random.Generator, encoder: PromptEncoder, task: Task) -> _Parts:
@@ -237,6 +123,8 @@ def _merged(random: np.random.Generator, rows: list[list[np.ndarray]]) -> list[n
 @functools.lru_cache(maxsize=64)
 def shortest_prompt(encoder: PromptEncoder, task: Task) -> int:
     """Tokens of the shortest prompt that can hold the needle at every depth."""
+    if task.form != "statements":
+        return LIST_FORMS[task.form].shortest(encoder, task)
     parts = draw_parts(random_of("shortest"), encoder, task)
     lengths = [len(statement) for statement in parts.statements]
     # Space before the needle that is too short for the next distractor holds filler instead.
@@ -244,10 +132,18 @@ def shortest_prompt(encoder: PromptEncoder, task: Task) -> int:
     return len(encoder.bos) + sum(lengths) + len(parts.question) + slack
 
 
+def other_questions(encoder: PromptEncoder, task: Task) -> int:
+    """Tokens of the other questions of a prompt, with their answers; the same for all prompts."""
+    random, shortest = random_of("shortest"), shortest_prompt(encoder, task)
+    return sum(map(len, draw_prompt(random, encoder, task, shortest, 0.0).others))
+
+
 def draw_prompt(
     random: np.random.Generator, encoder: PromptEncoder, task: Task, length: int, depth: float
 ) -> Prompt:
     """A prompt of ``length`` tokens with its needle at ``depth``, as in ``evaluation_prompt``."""
+    if task.form != "statements":
+        return LIST_FORMS[task.form].draw(random, encoder, task, length, depth)
     parts = draw_parts(random, encoder, task)
     rest = length - len(encoder.bos) - len(parts.question)
     after_needle = sum(map(len, parts.followers))

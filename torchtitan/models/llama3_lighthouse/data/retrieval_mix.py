@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import UserValueError
+from ..job_config import Lighthouse
 from .retrieval import (
-    TASKS,
     PromptEncoder,
     Task,
-    draw_parts,
     draw_prompt,
     find_task,
+    other_questions,
     random_of,
     shortest_prompt,
 )
@@ -46,7 +46,7 @@ class RetrievalMix:
         rate: float,
         length: int,
         streams: int,
-        tasks: Sequence[str] = tuple(TASKS),
+        tasks: Sequence[str] = tuple(Lighthouse().passkey_tasks),
         seed: int = 0,
     ) -> None:
         self._encoder, self._rate, self._length = encoder, rate, length
@@ -56,8 +56,8 @@ class RetrievalMix:
         # Task -> tokens that follow its prompt.
         self._endings: dict[Task, int] = {}
         for task in map(find_task, tasks):
-            others = draw_parts(random_of("shortest"), encoder, task).others
-            self._endings[task] = task.digits + sum(map(len, others)) + len(encoder.eos)
+            others = other_questions(encoder, task)
+            self._endings[task] = task.digits + others + len(encoder.eos)
             self._shortest[task] = shortest_prompt(encoder, task) + self._endings[task]
         self._enough = max(self._shortest.values())
         if length < self._enough:

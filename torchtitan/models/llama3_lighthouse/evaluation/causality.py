@@ -20,7 +20,7 @@ from ..environment import environment
 from ..errors import UserValueError
 from ..model.model import lighthouse_config
 from .figures import new_figure, save
-from .held_out_loss import check_text, estimate
+from .held_out_loss import check_text, estimate, with_held_out_text
 from .inference import (
     TrainedModel,
     find_checkpoint,
@@ -142,15 +142,8 @@ def with_text(path: Path, overrides: list[str]) -> list[str]:
         ValueError, TypeError, OSError: there is no such text, its sequences are too short for the
             selection, or the attention of the first stage is a window.
     """
+    overrides = with_held_out_text(path, overrides)
     config = recorded_config(path, overrides)
-    if not config.validation.enable:
-        own = ["--validation.enable", "--validation.seq_len", str(config.training.seq_len)]
-        own += ["--validation.dataset", config.training.dataset]
-        own += ["--validation.local_batch_size", "1"]
-        if config.training.dataset_path:
-            own += ["--validation.dataset_path", config.training.dataset_path]
-        overrides = [*own, *overrides]
-        config = recorded_config(path, overrides)
     if config.lighthouse.attention == "window":
         raise UserValueError(
             f"{path} has lighthouse.attention = 'window', which selects nothing: no position sees "

@@ -1,6 +1,7 @@
 """Common parts of all plots. matplotlib is imported only to draw."""
 
 import importlib.util
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,3 +85,17 @@ def colours(count: int) -> Sequence[Any]:
 
     palette = matplotlib.color_sequences["tab10" if count <= 10 else "tab20"]
     return [palette[number % len(palette)] for number in range(count)]
+
+
+def run_styles(names: list[str]) -> dict[str, tuple[Any, str]]:
+    """Colour and marker of each checkpoint; runs that differ in their seed share the colour."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r",seed=\d+", "", name), []).append(name)
+    # The palette begins with the colours of dense and of Lighthouse.
+    free = iter(colours(len(groups) + 2)[2:])
+    found = {}
+    for group, members in groups.items():
+        colour = DENSE if group.startswith("dense") else next(free)
+        found |= {name: (colour, "os^Dv*"[n % 6]) for n, name in enumerate(members)}
+    return found

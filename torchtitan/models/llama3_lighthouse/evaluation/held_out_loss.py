@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -14,7 +15,7 @@ from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..model.model import LighthouseTransformer
-from .inference import TrainedModel, without_output
+from .inference import TrainedModel, recorded_config, without_output
 
 # Positions whose logits exist at once, which bounds memory for any vocabulary.
 POSITIONS_AT_ONCE = 2048
@@ -61,6 +62,25 @@ def text_identity(config: JobConfig) -> dict[str, object]:
     }
 
 
+def with_held_out_text(path: Path, overrides: list[str]) -> list[str]:
+    """Overrides that give the run of a checkpoint a held-out text, if it had no validation.
+
+    It is the held-out split of the training text, in sequences of training.seq_len.
+
+    Raises:
+        ValueError, TypeError, OSError: as ``recorded_config``.
+    """
+    config = recorded_config(path, overrides)
+    if config.validation.enable:
+        return overrides
+    own = ["--validation.enable", "--validation.seq_len", str(config.training.seq_len)]
+    own += ["--validation.dataset", config.training.dataset]
+    own += ["--validation.local_batch_size", "1"]
+    if config.training.dataset_path:
+        own += ["--validation.dataset_path", config.training.dataset_path]
+    return [*own, *overrides]
+
+
 def check_text(config: JobConfig) -> None:
     """Read the beginning of the held-out text.
 
@@ -101,12 +121,16 @@ def losses_by_position(
         labels: int64 [B, N].
     """
     device = next(model.parameters()).device
+    wanted = (labels != IGNORE_INDEX).any(dim=0)
     labels = labels.to(device)
     with without_output(model) as output:
         hidden = model(inputs.to(device))
     losses = []
     for start in range(0, labels.shape[1], POSITIONS_AT_ONCE):
         chunk = slice(start, start + POSITIONS_AT_ONCE)
+        if not wanted[chunk].any():
+            losses.append(torch.zeros(labels[:, chunk].shape, device=device))
+            continue
         logits = output(hidden[:, chunk]).float()
         losses.append(
             cross_entropy(

@@ -1,7 +1,6 @@
 """Held-out losses of several checkpoints as a table and a plot."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from ..checks.output import check_output
 from ..environment import environment
 from ..errors import UserValueError
-from .figures import DENSE, colours, length_axis, new_figure, save
+from ..job_config import JobConfig
+from .figures import length_axis, new_figure, run_styles, save
 from .held_out_loss import (
     bucket_means,
     check_text,
@@ -80,20 +80,12 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
-    labels, count = options.labels, len(options.checkpoints)
-    if labels and (len(labels) != count or len(set(labels)) != count):
-        raise UserValueError(
-            f"--labels must be {count} different names, one for each checkpoint, got "
-            f"{', '.join(labels)}"
-        )
-    paths = [find_checkpoint(path) for path in options.checkpoints]
-    if len(set(paths)) < len(paths):
-        raise UserValueError("two of the checkpoints are the same; name each once")
+    paths, labels = named_checkpoints(options.checkpoints, options.labels)
     text = check_same_text(paths, overrides)
     buckets = context_buckets(text["validation.seq_len"], options.first_bucket)
     check_output(options.output)
     curves: list[Curve] = []
-    for path, label in zip(paths, labels or labels_of(paths), strict=True):
+    for path, label in zip(paths, labels, strict=True):
         curves += _curves(path, label, options, overrides)
     rows = rows_of(curves, buckets)
     _write(rows, curves, text, options)
@@ -106,13 +98,41 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
     say_what_was_written(options.output, "losses.csv", "losses.json", "losses.png")
 
 
+def named_checkpoints(
+    checkpoints: list[Path], labels: list[str] | None
+) -> tuple[list[Path], list[str]]:
+    """The step-N folders, and a name for each: as given, or run and step.
+
+    Raises:
+        ValueError: there is no such checkpoint, one comes twice, or the names do not fit.
+    """
+    count = len(checkpoints)
+    if labels and (len(labels) != count or len(set(labels)) != count):
+        raise UserValueError(
+            f"--labels must be {count} different names, one for each checkpoint, got "
+            f"{', '.join(labels)}"
+        )
+    paths = [find_checkpoint(path) for path in checkpoints]
+    if len(set(paths)) < len(paths):
+        raise UserValueError("two of the checkpoints are the same; name each once")
+    return paths, labels or labels_of(paths)
+
+
 def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
     """Check that all checkpoints are evaluated on the same tokens; return their ``text_identity``.
 
     Raises:
         ValueError, TypeError, OSError: the tokens differ, or a configuration is wrong.
     """
-    configs = [recorded_config(path, overrides) for path in paths]
+    return same_text(paths, [recorded_config(path, overrides) for path in paths])
+
+
+def same_text(paths: list[Path], configs: list[JobConfig]) -> dict[str, Any]:
+    """As ``check_same_text``, for configurations that are read.
+
+    Raises:
+        ValueError: the tokens differ, or there is no text.
+    """
     first, *others = [text_identity(config) for config in configs]
     for path, identity in zip(paths[1:], others, strict=True):
         for key, value in identity.items():
@@ -202,7 +222,7 @@ def plot(rows: list[Row], path: Path) -> None:
     for row in rows:
         curves.setdefault((row["checkpoint"], row["attention"]), []).append(row)
     names = list(dict.fromkeys(checkpoint for checkpoint, _ in curves))
-    style_of = _styles(names)
+    style_of = run_styles(names)
     # Bands of more curves would make one grey.
     with_bands = len(curves) <= MOST_BANDS
     ends: list[int] = []
@@ -224,17 +244,3 @@ def plot(rows: list[Row], path: Path) -> None:
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper center", fontsize=8, ncols=2)
     save(figure, path)
-
-
-def _styles(names: list[str]) -> dict[str, tuple[Any, str]]:
-    """Colour and marker of each checkpoint; runs that differ in their seed share the colour."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r",seed=\d+", "", name), []).append(name)
-    # The palette begins with the colours of dense and of Lighthouse.
-    free = iter(colours(len(groups) + 2)[2:])
-    found = {}
-    for group, members in groups.items():
-        colour = DENSE if group.startswith("dense") else next(free)
-        found |= {name: (colour, "os^Dv*"[n % 6]) for n, name in enumerate(members)}
-    return found
