@@ -105,7 +105,7 @@ def best_rates(contest: Contest, tried: dict[tuple[str, float], Run]) -> dict[st
     best = {}
     for name in contest.arms:
         own = {rate: run for (arm, rate), run in tried.items() if arm == name}
-        if all(run.is_finished for run in own.values()):
+        if own and all(run.is_finished for run in own.values()):
             values = {rate: tuning_value(contest, run) for rate, run in own.items()}
             best[name] = max(values, key=lambda rate: contest.tuning_sign * values[rate])
     return best
