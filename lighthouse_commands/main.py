@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate distance": "evaluate_distance",
     "ablations": "ablations",
     "recovery": "recovery",
+    "contest": "contest",
 }
 OWN_PACKAGES = ("lighthouse", "lighthouse_commands", "torchtitan.models.llama3_lighthouse")
 

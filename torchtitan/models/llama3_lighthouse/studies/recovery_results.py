@@ -132,7 +132,7 @@ def read_history(track: Track) -> History:
         losses=[entry[LOSS] for entry in steps],
         tokens=[round(entry[TOKENS]) for entry in steps],
         logged_seconds=logged,
-        seconds=_running_total(logged, is_lighthouse),
+        seconds=running_total(logged, is_lighthouse),
         is_lighthouse=is_lighthouse,
         switch=track.runs[-1].config.lighthouse.dense_from_step,
         held_out={
@@ -141,7 +141,7 @@ def read_history(track: Track) -> History:
     )
 
 
-def _running_total(logged: list[float], kinds: list[bool]) -> list[float]:
+def running_total(logged: Sequence[float], kinds: Sequence[int]) -> list[float]:
     """Seconds up to and including each step; a slow step counts as the median of its kind."""
     medians = {kind: statistics.median(s for s, of in zip(logged, kinds, strict=True)
                                        if of == kind) for kind in set(kinds)}  # fmt: skip

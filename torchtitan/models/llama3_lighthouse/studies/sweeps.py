@@ -51,6 +51,7 @@ class SweepOptions:
         processes: training processes of each run.
         at_once: runs that train side by side.
         only_list: whether to say what would run, and end.
+        per_gpu: runs of one process that share each GPU.
     """
 
     output: Path
@@ -58,6 +59,7 @@ class SweepOptions:
     at_once: int = 1
     only_list: bool = False
     plots: bool = True
+    per_gpu: int = 1
 
     def slots(self) -> list[Environment]:
         """Check the options, and return the environments of runs that train side by side.
@@ -66,10 +68,19 @@ class SweepOptions:
             ValueError: a number breaks a rule, or plots cannot be drawn.
         """
         check_plots(self.plots and not self.only_list)
-        for flag, value in (("processes", self.processes), ("at-once", self.at_once)):
+        for flag, value in (
+            ("processes", self.processes),
+            ("at-once", self.at_once),
+            ("per-gpu", self.per_gpu),
+        ):
             if value < 1:
                 raise UserValueError(f"--{flag} {value} must be at least 1")
-        return slots_of(self.at_once, self.processes)
+        if self.per_gpu > 1 and self.processes > 1:
+            raise UserValueError(
+                f"--per-gpu {self.per_gpu} shares GPUs among runs of one process; leave out "
+                f"--processes {self.processes}"
+            )
+        return slots_of(self.at_once, self.processes, self.per_gpu)
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ class Run:
         return (self.folder / FINISHED).exists()
 
 
-def slots_of(at_once: int, processes: int) -> list[Environment]:
+def slots_of(at_once: int, processes: int, per_gpu: int = 1) -> list[Environment]:
     """For each of the runs that train side by side, the environment that gives it its GPUs.
 
     Raises:
@@ -112,13 +123,16 @@ def slots_of(at_once: int, processes: int) -> list[Environment]:
     gpus = torch.cuda.device_count()
     if at_once == 1 or gpus == 0:
         return [{}] * at_once
-    if at_once * processes > gpus:
+    needed = math.ceil(at_once * processes / per_gpu)
+    if needed > gpus:
         raise UserValueError(
-            f"--at-once {at_once} with --processes {processes} needs {at_once * processes} GPUs, "
-            f"and {gpus} are here; pass fewer of either"
+            f"--at-once {at_once} with --processes {processes} needs {needed} GPUs, and "
+            f"{gpus} are here; pass fewer of either"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
     names = visible.split(",")
+    if per_gpu > 1:
+        return [{"CUDA_VISIBLE_DEVICES": names[number % needed]} for number in range(at_once)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + processes])}
             for first in range(0, at_once * processes, processes)]  # fmt: skip
 

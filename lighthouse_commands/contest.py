@@ -1,0 +1,66 @@
+"""Train the arms of a contest, and say by a rule fixed before the runs which one is better.
+
+    lighthouse contest train_configs/contests/debug.toml --output outputs/contest_debug
+
+The file names the arms, each a schedule or other settings, with the learning rates that each one
+tries; the seeds, which draw the weights and the order of the text; the primary measure with its
+direction, margin and rule; and which arms are compared. Its hash goes into the results, and a file
+that has changed since they were begun is refused.
+
+Each arm tries its rates with one seed and then trains all seeds at the best. A best rate at the
+edge of its grid is said; --widen tries rates beyond it. After each run the measures of distance and
+retrieval are taken from its last checkpoint.
+
+The same command goes on where it was interrupted, and repeats nothing that finished.
+
+Writes a folder for each run; runs.csv, measures.csv and curves.csv, after every run; and at the end
+comparisons.csv, results.md with the verdicts and, unless --no-plots, loss_over_time.png,
+loss_by_position.png and retrieval_over_length.png. --report-only writes these again from the first
+three.
+"""
+
+import argparse
+from pathlib import Path
+
+from .arguments import add_output, add_sweep_arguments
+
+SUMMARY = "compare ways of training by a rule fixed before the runs"
+IF_INTERRUPTED = "the same command goes on from here"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of the contest")
+    add_output(parser)
+    add_sweep_arguments(parser)
+    parser.add_argument(
+        "--per-gpu",
+        type=int,
+        default=1,
+        metavar="RUNS",
+        help="runs that share a GPU, out of those at once; their times are then no measure; "
+        "default: 1",
+    )
+    parser.add_argument(
+        "--widen", action="store_true", help="try rates beyond a grid whose best is at its edge"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the report again from the CSV files"
+    )
+
+
+def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    from torchtitan.models.llama3_lighthouse.studies.contest import report_again, run_contest
+    from torchtitan.models.llama3_lighthouse.studies.sweeps import SweepOptions
+
+    if options.report_only:
+        report_again(options.config, options.output, not options.no_plots)
+        return
+    sweep = SweepOptions(
+        options.output,
+        options.processes,
+        options.at_once,
+        options.list,
+        not options.no_plots,
+        options.per_gpu,
+    )
+    run_contest(options.config, sweep, overrides, options.widen)

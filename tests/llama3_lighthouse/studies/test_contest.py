@@ -1,0 +1,259 @@
+"""Contests: the file, the rule, resumes, the widening of grids and the report."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from launch import exit_code_of
+from scipy import stats
+
+from lighthouse_commands.main import main
+from torchtitan.models.llama3_lighthouse.errors import UserError
+from torchtitan.models.llama3_lighthouse.studies import contest as contests
+from torchtitan.models.llama3_lighthouse.studies.contest_file import Contest, fix, read_contest
+from torchtitan.models.llama3_lighthouse.studies.contest_measures import Number, write_numbers
+from torchtitan.models.llama3_lighthouse.studies.contest_report import report
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import (
+    BETTER,
+    NO_DIFFERENCE,
+    WORSE,
+    comparison_level,
+    in_words,
+    judge,
+    t_interval,
+)
+from torchtitan.models.llama3_lighthouse.studies.sweeps import slots_of
+
+ROOT = Path(__file__).parents[3]
+FILES = sorted((ROOT / "train_configs/contests").glob("*.toml"))
+DEBUG = ROOT / "train_configs/contests/debug.toml"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A copy of the debug contest that may be edited."""
+    text = DEBUG.read_text().replace("../debug", f"{ROOT}/train_configs/debug")
+    (tmp_path / "contest.toml").write_text(text)
+    return tmp_path / "contest.toml"
+
+
+@pytest.fixture
+def call(path: Path, tmp_path: Path, monkeypatch, capsys):
+    """Run the command without plots; return what it printed and its exit code or message."""
+
+    def run(*line: str) -> tuple[str, int | str | None]:
+        argv = ["lighthouse", "contest", path, "--output", tmp_path / "out", "--no-plots", *line]
+        code = exit_code_of(main, monkeypatch, *argv)
+        return capsys.readouterr().out, code
+
+    return run
+
+
+def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05) -> None:
+    """Log lines and measures of a run whose arm "lighthouse" is better by ``gain``."""
+    rate, seed = run.settings["optimizer.lr"], run.settings["debug.seed"]
+    loss = 1.5 + abs(np.log(rate / rates_best)) + 0.001 * seed
+    loss -= gain * run.name.startswith("lighthouse")
+    lines = []
+    for step in range(1, 9):
+        lines.append({"step": step, "n_tokens_seen": 512 * step, "lighthouse/stage": 1.0,
+                      "time_metrics/end_to_end(s)": 0.5, "loss_metrics/global_avg_loss": loss})  # fmt: skip
+        if step in (1, 4, 8):
+            lines.append({"step": step, "validation_metrics/loss": loss + 8 - step})
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Runs and measures in place of training; lists those that were asked for."""
+    calls = SimpleNamespace(trained=[], measured=[], kill_at=None, best=2e-3)
+
+    def train(run, processes, title, environment, lock) -> int:
+        calls.trained.append(run.name)
+        write_logs(run, calls.best)
+        return 0
+
+    def measure(contest, run, environment) -> int:
+        calls.measured.append(run.name)
+        if len(calls.measured) == calls.kill_at:
+            raise KeyboardInterrupt
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+        loss = json.loads(lines[-1])["validation_metrics/loss"]
+        documents = [Number("loss", n, loss + 0.1 * n) for n in range(4)]
+        retrieval = Number("retrieval/passkey/512", None, 0.5)
+        write_numbers(run.folder, [Number("validation", None, loss), *documents, retrieval])
+        return 0
+
+    monkeypatch.setattr(contests, "train", train)
+    monkeypatch.setattr(contests, "measure", measure)
+    return calls
+
+
+def contest_with(**values) -> Contest:
+    """The debug contest with other values."""
+    found = read_contest(DEBUG)
+    return Contest(**{**vars(found), **values})
+
+
+def test_intervals_are_students_t() -> None:
+    # By hand: mean 3, standard deviation 1.5811, t of 4 degrees of freedom 2.7764.
+    found = t_interval([1.0, 2.0, 3.0, 4.0, 5.0], 0.95)
+    assert found.low == pytest.approx(3 - 2.776445 * 1.581139 / 5**0.5, abs=1e-5)
+    values = np.random.default_rng(0).normal(size=7)
+    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    ours = t_interval(values.tolist(), 0.9)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert t_interval([1.0], 0.95).low is None
+
+
+@pytest.mark.parametrize("rule", ["mean", "interval"])
+def test_an_arm_against_itself_is_no_difference(rule: str) -> None:
+    contest = contest_with(rule=rule, margin=0.0)
+    random = np.random.default_rng(1)
+    draws = 600
+    words = [judge(contest, (random.normal(size=6) - random.normal(size=6)).tolist()).word
+             for _ in range(draws)]  # fmt: skip
+    alarms = draws - words.count(NO_DIFFERENCE)
+    level = 1 - comparison_level(contest)
+    # No more than chance allows at the stated level, 0.025 for one of two comparisons.
+    assert level == pytest.approx(0.025)
+    assert 0 < alarms <= stats.binom.ppf(0.999, draws, level)
+
+
+@pytest.mark.parametrize(("direction", "word"), [("higher", BETTER), ("lower", WORSE)])
+def test_a_planted_difference_is_found_on_its_side(direction: str, word: str) -> None:
+    contest = contest_with(direction=direction, margin=0.01)
+    gaps = (0.05 + 0.005 * np.random.default_rng(2).normal(size=6)).tolist()
+    assert judge(contest, gaps).word == word
+    assert judge(contest, [-gap for gap in gaps]).word == (WORSE if word == BETTER else BETTER)
+    assert word in in_words(contest, "a", "b", judge(contest, gaps))
+
+
+def test_the_margin_decides_by_the_rule() -> None:
+    gaps = [-0.011, -0.012, -0.012, -0.013, -0.0125, -0.008]
+    assert judge(contest_with(rule="mean", margin=0.01), gaps).word == BETTER
+    assert judge(contest_with(rule="interval", margin=0.01), gaps).word == NO_DIFFERENCE
+    within = judge(contest_with(margin=0.02), gaps)
+    assert within.word == NO_DIFFERENCE and within.equal
+    alone = judge(contest_with(), [-0.5])
+    assert "no verdict" in in_words(contest_with(), "a", "b", alone)
+
+
+def test_a_contest_goes_on_where_it_was_killed_and_repeats_nothing(call, faked, tmp_path) -> None:
+    faked.kill_at = 3
+    call()
+    faked.kill_at = None
+    out, code = call()
+    assert code is None or code == 0
+    # The run that was killed while it was measured is not trained again. The best of two rates
+    # leaves three runs of seed 1, one a rate of dense, and six in all are distinct, with seed 2.
+    assert len(faked.trained) == len(set(faked.trained)) == 7
+    assert len(faked.measured) == 8
+    assert "lighthouse against dense: better" in out
+    assert "window against dense: no difference" in out
+    before = (tmp_path / "out/results.md").read_text()
+    call()
+    assert len(faked.trained) == 7
+    (tmp_path / "out/results.md").unlink()
+    call("--report-only")
+    assert (tmp_path / "out/results.md").read_text() == before
+    assert "0.05" in before and read_contest(tmp_path / "contest.toml").digest in before
+
+
+def test_a_changed_file_is_refused_beside_old_results(call, faked, path) -> None:
+    call()
+    path.write_text(path.read_text().replace("margin = 0.01", "margin = 0.001"))
+    for line in ((), ("--report-only",)):
+        _, message = call(*line)
+        assert "has changed since the results" in message and "\n" not in message
+
+
+def test_a_changed_base_is_refused_too(path, tmp_path) -> None:
+    base = tmp_path / "base.toml"
+    base.write_text((ROOT / "train_configs/debug_schedule_cpu.toml").read_text())
+    text = path.read_text().replace(f"{ROOT}/train_configs/debug_schedule_cpu.toml", "base.toml")
+    path.write_text(text)
+    fix(read_contest(path), tmp_path / "out")
+    base.write_text(base.read_text() + "\n# another\n")
+    with pytest.raises(UserError, match="or its base has changed"):
+        fix(read_contest(path), tmp_path / "out")
+
+
+def test_a_best_rate_at_the_edge_is_said_and_widened_on_request(call, faked, tmp_path) -> None:
+    faked.best = 8e-3
+    out, _ = call()
+    assert "dense-" not in out
+    _, _ = call("--widen")
+    widened = json.loads((tmp_path / "out/widened.json").read_text())["dense"]
+    assert widened == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert "dense,lr=0.008,seed=2" in faked.trained
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [1, 2]", "seeds = [1, 1]", "seeds = [1, 1] must be different"),
+        ("seeds = [1, 2]", "seeds = [0, 1]", "must be different numbers from 1 on"),
+        ('direction = "lower"', 'direction = "down"', "direction = 'down'; use lower or higher"),
+        ('direction = "lower"', "", "names no direction"),
+        ("margin = 0.01", "margin = -1", "margin = -1 must be at least 0"),
+        ('["window", "dense"]', '["windw", "dense"]', "compare names 'windw'; the arms are dense"),
+        ('["window", "dense"]', '["dense", "dense"]', "sets 'dense' against itself"),
+        ("rates = [2e-3]", "rates = []", "must be different learning rates"),
+        ("training.steps = 8", "training.step = 8", "did you mean 'steps'?"),
+        ("training.steps = 8", "debug.seed = 3", "settings sets debug.seed, which runs vary"),
+        ("prompts = 5", "prompt = 5", "'prompt' is not known"),
+        ("documents = 4", "document = 4", "distance.document is not known"),
+        ('["passkey"]', '["pass"]', "task 'pass' is not known"),
+    ],
+)
+def test_a_bad_contest_ends_in_one_line(call, path, old: str, new: str, message: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    _, line = call()
+    assert message in line and "\n" not in line
+
+
+def test_overrides_of_what_the_contest_sets_are_refused(call) -> None:
+    for flag in ("--optimizer.lr", "--debug.seed", "--lighthouse.schedule"):
+        _, line = call(flag, "1")
+        assert f"{flag} is set by" in line
+
+
+def test_a_missing_primary_measure_is_said(call, faked, path) -> None:
+    path.write_text(path.read_text().replace('primary = "loss"', 'primary = "lost"'))
+    _, line = call()
+    assert "primary = 'lost' is not measured; use validation, loss" in line
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_contests_of_the_repository_can_be_planned(file: Path, tmp_path: Path) -> None:
+    contest = read_contest(file)
+    text = ["--training.dataset_path", str(ROOT), "--validation.dataset_path", str(ROOT)]
+    extra = [] if file == DEBUG else text
+    planner = contests.Planner(contest, tmp_path / "out", extra)
+    arm = next(iter(contest.arms.values()))
+    run = planner.run(arm, arm.rates[0], contest.seeds[-1])
+    assert run.config.lighthouse.shuffle_seed == run.config.debug.seed == contest.seeds[-1]
+
+
+def test_runs_can_share_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots_of(4, 1, 2)] == ["0", "1", "0", "1"]
+    with pytest.raises(UserError, match="needs 3 GPUs"):
+        slots_of(5, 1, 2)
+
+
+@pytest.mark.slow
+def test_three_arms_train_and_are_judged(path, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    exit_code_of(main, monkeypatch, "lighthouse", "contest", path, "--output", out)
+    assert "lighthouse against dense" in (out / "results.md").read_text()
+    for name in ("loss_over_time", "loss_by_position", "retrieval_over_length"):
+        assert (out / f"{name}.png").stat().st_size > 1000
+    assert "against dense" in report(read_contest(path), out, plots=False)

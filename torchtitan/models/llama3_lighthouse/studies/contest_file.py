@@ -1,0 +1,251 @@
+"""A contest as its TOML file fixes it before the runs: arms, rates, seeds, measure and rule."""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..data.retrieval import find_task
+from ..errors import UserTypeError, UserValueError
+from ..evaluation.distance import DistanceSettings
+from ..job_config import JobConfig, check_toml, flatten
+from .settings import nested
+
+DIRECTIONS, RULES = ("lower", "higher"), ("mean", "interval")
+# The last held-out loss of a run's own validation, which every run has.
+VALIDATION = "validation"
+RECORD, COPY = "contest.json", "contest.toml"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        settings: section.key to value of what tells it from the others.
+        rates: learning rates that are tried with one seed.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    rates: list[float]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A contest; the attributes bear the names of the file's keys.
+
+    Attributes:
+        path: the file.
+        digest: SHA-256 of the file and of the base configuration, in hexadecimal.
+        config: TOML file that all runs start from.
+        settings: section.key to value, for every run.
+        seed_keys: the keys that a seed sets.
+        seeds: seeds of the runs at the best rate.
+        rate_seed: seed of the runs that choose the rate.
+        tuned_by: name of the measure that chooses the rate; lower is better unless it is primary.
+        primary: name of the measure that decides.
+        direction: "lower" or "higher", the better side of the primary measure.
+        margin: difference of the primary measure that matters.
+        rule: "mean": the interval excludes zero and the mean reaches the margin; "interval": the
+            whole interval lies beyond the margin.
+        level: confidence of all comparisons together.
+        compare: pairs of an arm and its control.
+        retrieval: names of retrieval tasks.
+        prompts: prompts of each task and length.
+        distance: settings of ``evaluation.distance``.
+    """
+
+    path: Path
+    digest: str
+    config: Path
+    settings: dict[str, Any]
+    arms: dict[str, Arm]
+    seed_keys: list[str]
+    seeds: list[int]
+    rate_seed: int
+    tuned_by: str
+    primary: str
+    direction: str
+    margin: float
+    rule: str
+    level: float
+    compare: list[tuple[str, str]]
+    retrieval: list[str]
+    prompts: int
+    distance: DistanceSettings
+
+    @property
+    def sign(self) -> int:
+        """1 if higher is better in the primary measure, else -1."""
+        return 1 if self.direction == "higher" else -1
+
+    @property
+    def tuning_sign(self) -> int:
+        """The same for the measure that chooses the rate."""
+        if self.tuned_by == self.primary:
+            return self.sign
+        return 1 if self.tuned_by.startswith("retrieval/") else -1
+
+
+# Each key with its type and its default; None: it must be given.
+KEYS: dict[str, tuple[type | tuple[type, ...], Any]] = {
+    "config": (str, None),
+    "arms": (dict, None),
+    "seeds": (list, None),
+    "primary": (str, None),
+    "direction": (str, None),
+    "margin": ((int, float), None),
+    "compare": (list, None),
+    "rule": (str, "mean"),
+    "level": (float, 0.95),
+    "settings": (dict, {}),
+    "seed_keys": (list, ["debug.seed", "lighthouse.shuffle_seed"]),
+    "rate_seed": (int, -1),
+    "tuned_by": (str, VALIDATION),
+    "retrieval": (list, ["passkey"]),
+    "prompts": (int, 50),
+    "distance": (dict, {}),
+}
+
+
+def read_contest(path: Path) -> Contest:
+    """Read and check a contest's file.
+
+    Raises:
+        ValueError, TypeError, OSError: the file does not describe a contest.
+    """
+    if not path.is_file():
+        raise UserValueError(f"no such contest: {path}; pass a TOML file")
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserValueError(f"{path} is not TOML: {error}") from None
+    values = _values(path, tables)
+    base = path.parent / values["config"]
+    if not base.is_file():
+        raise UserValueError(f"{path}: config = '{values['config']}' is no file ({base})")
+    digest = hashlib.sha256(path.read_bytes() + b"\0" + base.read_bytes()).hexdigest()
+    arms = {name: _arm(path, name, table) for name, table in values["arms"].items()}
+    seeds = values["seeds"]
+    if not seeds or len(set(seeds)) < len(seeds) or not all(_is_seed(seed) for seed in seeds):
+        raise UserValueError(f"{path}: seeds = {seeds} must be different numbers from 1 on")
+    values |= {
+        "config": base,
+        "arms": arms,
+        "settings": _settings(path, values["settings"]),
+        "rate_seed": seeds[0] if values["rate_seed"] == -1 else values["rate_seed"],
+        "compare": [_pair(path, pair, arms) for pair in values["compare"]],
+        "distance": _distance(path, values["distance"]),
+    }
+    contest = Contest(path=path, digest=digest, **values)
+    _check(contest)
+    return contest
+
+
+def _values(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
+    """Every key of the file, or its default, of the right type."""
+    if unknown := tables.keys() - KEYS.keys():
+        raise UserValueError(f"{path}: '{min(unknown)}' is not known; use {', '.join(KEYS)}")
+    values = {}
+    for key, (kind, default) in KEYS.items():
+        value = tables.get(key, default)
+        if value is None:
+            raise UserValueError(f"{path} names no {key}; add {key} = VALUE")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserTypeError(f"{path}: {key} = {value!r} has the wrong type")
+        values[key] = value
+    return values
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _settings(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    settings = flatten(table)
+    if bare := [key for key in settings if "." not in key]:
+        raise UserValueError(f"{path}: '{bare[0]}' names no section; write section.{bare[0]}")
+    check_toml(JobConfig, nested(settings))
+    return settings
+
+
+def _arm(path: Path, name: str, table: Any) -> Arm:
+    if not isinstance(table, dict):
+        raise UserTypeError(f"{path}: arms.{name} must be a table; write [arms.{name}]")
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise UserValueError(f"{path}: arm '{name}' names a folder; use letters, digits, _ and -")
+    rates = table.get("rates")
+    numbers = isinstance(rates, list) and all(isinstance(rate, float) for rate in rates)
+    if not rates or not numbers or min(rates) <= 0 or len(set(rates)) < len(rates):
+        raise UserValueError(
+            f"{path}: arms.{name}.rates = {rates!r} must be different learning rates, such as "
+            "[1e-3, 2e-3]"
+        )
+    settings = _settings(path, {key: value for key, value in table.items() if key != "rates"})
+    return Arm(name, settings, sorted(rates))
+
+
+def _pair(path: Path, pair: Any, arms: dict[str, Arm]) -> tuple[str, str]:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(n, str) for n in pair):
+        raise UserTypeError(f'{path}: compare holds {pair!r}; write ["ARM", "CONTROL"]')
+    for name in pair:
+        if name not in arms:
+            raise UserValueError(f"{path}: compare names '{name}'; the arms are {', '.join(arms)}")
+    if pair[0] == pair[1]:
+        raise UserValueError(f"{path}: compare sets '{pair[0]}' against itself; name two arms")
+    return pair[0], pair[1]
+
+
+def _distance(path: Path, table: dict[str, Any]) -> DistanceSettings:
+    names = {field.name for field in fields(DistanceSettings)}
+    if unknown := table.keys() - names:
+        raise UserValueError(
+            f"{path}: distance.{min(unknown)} is not known; use {', '.join(sorted(names))}"
+        )
+    return DistanceSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+
+
+def _check(contest: Contest) -> None:
+    for key, known in (("direction", DIRECTIONS), ("rule", RULES)):
+        if (value := getattr(contest, key)) not in known:
+            raise UserValueError(f"{contest.path}: {key} = '{value}'; use {' or '.join(known)}")
+    if contest.margin < 0:
+        raise UserValueError(f"{contest.path}: margin = {contest.margin} must be at least 0")
+    if not 0.5 <= contest.level < 1:
+        raise UserValueError(f"{contest.path}: level = {contest.level} must be from 0.5 to below 1")
+    if not contest.compare or len(set(contest.compare)) < len(contest.compare):
+        raise UserValueError(f"{contest.path}: compare must hold pairs of arms, each once")
+    if not _is_seed(contest.rate_seed):
+        raise UserValueError(f"{contest.path}: rate_seed = {contest.rate_seed} must be at least 1")
+    if contest.prompts < 1:
+        raise UserValueError(f"{contest.path}: prompts = {contest.prompts} must be at least 1")
+    for task in contest.retrieval:
+        find_task(task)
+    check_toml(JobConfig, nested(dict.fromkeys(contest.seed_keys, 1)))
+    varied = {"optimizer.lr", *contest.seed_keys}
+    for name, settings in (("settings", contest.settings),
+                           *((f"arms.{arm.name}", arm.settings) for arm in contest.arms.values())):  # fmt: skip
+        if clash := varied & settings.keys():
+            raise UserValueError(f"{contest.path}: {name} sets {min(clash)}, which runs vary")
+
+
+def fix(contest: Contest, output: Path) -> None:
+    """Write the file and its hash into a new folder of results, or compare it with theirs.
+
+    Raises:
+        ValueError: the results there were begun by another file.
+    """
+    record = output / RECORD
+    if record.exists():
+        if json.loads(record.read_text())["sha256"] != contest.digest:
+            raise UserValueError(
+                f"{contest.path} or its base has changed since the results in {output} were begun "
+                f"({COPY} there is the file as it was); undo the change, or pass --output FOLDER"
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / COPY).write_bytes(contest.path.read_bytes())
+    record.write_text(json.dumps({"sha256": contest.digest, "file": contest.path.name}, indent=1))
