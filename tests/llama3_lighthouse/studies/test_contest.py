@@ -58,8 +58,15 @@ def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05) -> None:
     loss -= gain * run.name.startswith("lighthouse")
     lines = []
     for step in range(1, 9):
-        lines.append({"step": step, "n_tokens_seen": 512 * step, "lighthouse/stage": 1.0,
-                      "time_metrics/end_to_end(s)": 0.5, "loss_metrics/global_avg_loss": loss})  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "n_tokens_seen": 512 * step,
+                "lighthouse/stage": 1.0,
+                "time_metrics/end_to_end(s)": 0.5,
+                "loss_metrics/global_avg_loss": loss,
+            }
+        )
         if step in (1, 4, 8):
             lines.append({"step": step, "validation_metrics/loss": loss + 8 - step})
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -206,6 +213,7 @@ def test_a_best_rate_at_the_edge_is_said_and_widened_on_request(call, faked, tmp
         ("training.steps = 8", "debug.seed = 3", "settings sets debug.seed, which runs vary"),
         ("prompts = 5", "prompt = 5", "'prompt' is not known"),
         ("documents = 4", "document = 4", "distance.document is not known"),
+        ("documents = 4", 'documents = "all"', "distance.documents = 'all': the value"),
         ('["passkey"]', '["pass"]', "task 'pass' is not known"),
     ],
 )

@@ -5,12 +5,12 @@ import json
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..data.retrieval import find_task
 from ..errors import UserTypeError, UserValueError
 from ..evaluation.distance import DistanceSettings
-from ..job_config import JobConfig, check_toml, flatten
+from ..job_config import JobConfig, check_toml, flatten, type_fault
 from .settings import nested
 
 DIRECTIONS, RULES = ("lower", "higher"), ("mean", "interval")
@@ -205,7 +205,14 @@ def _distance(path: Path, table: dict[str, Any]) -> DistanceSettings:
         raise UserValueError(
             f"{path}: distance.{min(unknown)} is not known; use {', '.join(sorted(names))}"
         )
-    return DistanceSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+    kinds = get_type_hints(DistanceSettings)
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in table.items()
+    }
+    for key, value in values.items():
+        if fault := type_fault(value, kinds[key]):
+            raise UserTypeError(f"{path}: distance.{key} = {table[key]!r}: {fault}")
+    return DistanceSettings(**values)
 
 
 def _check(contest: Contest) -> None:
@@ -226,8 +233,9 @@ def _check(contest: Contest) -> None:
         find_task(task)
     check_toml(JobConfig, nested(dict.fromkeys(contest.seed_keys, 1)))
     varied = {"optimizer.lr", *contest.seed_keys}
-    for name, settings in (("settings", contest.settings),
-                           *((f"arms.{arm.name}", arm.settings) for arm in contest.arms.values())):  # fmt: skip
+    tables = {"settings": contest.settings}
+    tables |= {f"arms.{name}": arm.settings for name, arm in contest.arms.items()}
+    for name, settings in tables.items():
         if clash := varied & settings.keys():
             raise UserValueError(f"{contest.path}: {name} sets {min(clash)}, which runs vary")
 

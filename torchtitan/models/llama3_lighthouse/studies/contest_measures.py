@@ -45,7 +45,7 @@ def distance(trained: TrainedModel, contest: Contest) -> Iterator[Number]:
 
 
 def retrieval(trained: TrainedModel, contest: Contest) -> Iterator[Number]:
-    """Accuracy of each task by length, the mean over depths; lengths it does not fit are left out."""
+    """Accuracy of each task by length, the mean over depths, where the task fits."""
     trained.model.use_attention("dense")
     encoder = PromptEncoder(trained.tokenizer)
     device = next(trained.model.parameters()).device

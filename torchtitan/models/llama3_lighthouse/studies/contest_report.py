@@ -47,8 +47,10 @@ def write_data(placed: Sequence[tuple[Row, Run]], processes: int, output: Path) 
         last = max(timed)
         runs.append(place | {"steps": last, "tokens": round(timed[last][TOKENS]),
                              "GPU seconds": seconds[last]})  # fmt: skip
-        measures += [place | {"measure": each.measure, "document": each.document,
-                              "value": each.value} for each in read_numbers(run.folder)]  # fmt: skip
+        measures += [
+            place | {"measure": each.measure, "document": each.document, "value": each.value}
+            for each in read_numbers(run.folder)
+        ]
         curves += [
             place | {"step": step, "tokens": round(timed[step][TOKENS]),
                      "GPU seconds": seconds[step], VALIDATION: entry[HELD_OUT_LOSS]}

@@ -41,7 +41,7 @@ def t_interval(values: Sequence[float], level: float) -> Estimate:
 
 
 def comparison_level(contest: Contest) -> float:
-    """Confidence of one comparison, so that all of them together have the contest's (Bonferroni)."""
+    """Confidence of one comparison, so that all together have the contest's (Bonferroni)."""
     return 1 - (1 - contest.level) / len(contest.compare)
 
 
