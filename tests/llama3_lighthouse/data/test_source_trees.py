@@ -37,10 +37,13 @@ def test_trees_are_cut_at_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_package_counts_once_and_a_root_in_a_root_apart(tmp_path: Path) -> None:
     """As Python finds them: site-packages lies within the folder of the standard library."""
-    outer = write(tmp_path, {"json/a.py": "outer", "site-packages/json/a.py": "inner",
+    outer = write(tmp_path / "outer", {"json/a.py": "outer", "site-packages/json/a.py": "inner",
                              "site-packages/other.py": "other"})  # fmt: skip
-    texts = [text for _, _, text in trees([outer, outer / "site-packages"])]
-    assert texts == ["# json/a.py\nouter", "# other.py\nother"]
+    expected = ["# json/a.py\nouter", "# other.py\nother"]
+    assert [text for _, _, text in trees([outer, outer / "site-packages"])] == expected
+    # In a virtual environment the packages of the Python below it are none of ours.
+    own = write(tmp_path / "own", {"mine.py": "mine", "mine/_vendor/json/a.py": "outer"})
+    assert [text for _, _, text in trees([outer, own])] == [expected[0], "# mine.py\nmine"]
 
 
 def test_whole_packages_are_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 from .fingerprint import digest
 
 LARGEST_TREE = 2**20
-LEFT_OUT = {"__pycache__", "node_modules"}
+# Copies of packages would stand in two documents, one of which may be held out: those of another
+# Python within the standard library's folder, and those that packages bring along.
+COPIES = {"site-packages", "dist-packages", "_vendor", "vendor"}
+LEFT_OUT = {"__pycache__", "node_modules", *COPIES}
 
 
 def package_roots() -> list[Path]:
