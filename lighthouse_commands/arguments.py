@@ -117,6 +117,38 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype, float32 unless given."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="type of the weights; default: float32",
+    )
+
+
+def add_first_bucket(parser: argparse.ArgumentParser) -> None:
+    """Add --first-bucket."""
+    parser.add_argument(
+        "--first-bucket",
+        type=int,
+        default=256,
+        metavar="TOKENS",
+        help="length of the first bucket of positions; default: 256",
+    )
+
+
+def add_batch_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add --batch-tokens."""
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=65536,
+        metavar="TOKENS",
+        help="tokens in a batch, one sequence at least; default: 65536",
+    )
+
+
 def add_labels(parser: argparse.ArgumentParser) -> None:
     """Add --labels; its value is None unless given."""
     parser.add_argument(

@@ -26,8 +26,11 @@ import argparse
 
 from .arguments import (
     add_attention,
+    add_batch_tokens,
     add_checkpoints,
     add_device,
+    add_dtype,
+    add_first_bucket,
     add_labels,
     add_no_plots,
     add_output,
@@ -86,28 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed of targets, passages and places; default: 0",
     )
-    parser.add_argument(
-        "--first-bucket",
-        type=int,
-        default=256,
-        metavar="TOKENS",
-        help="length of the first bucket of positions; default: 256",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=65536,
-        metavar="TOKENS",
-        help="tokens in a batch, one sequence at least; default: 65536",
-    )
+    add_first_bucket(parser)
+    add_batch_tokens(parser)
     add_labels(parser)
     add_device(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="type of the weights; default: float32",
-    )
+    add_dtype(parser)
     add_no_plots(parser)
 
 

@@ -24,6 +24,8 @@ from .arguments import (
     add_attention,
     add_checkpoints,
     add_device,
+    add_dtype,
+    add_first_bucket,
     add_labels,
     add_no_plots,
     add_output,
@@ -37,21 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoints(parser)
     add_output(parser)
     add_attention(parser, "dense")
-    parser.add_argument(
-        "--first-bucket",
-        type=int,
-        default=256,
-        metavar="TOKENS",
-        help="length of the first bucket; default: 256",
-    )
+    add_first_bucket(parser)
     add_labels(parser)
     add_device(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="type of the weights; default: float32",
-    )
+    add_dtype(parser)
     add_no_plots(parser)
 
 

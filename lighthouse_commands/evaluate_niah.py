@@ -30,6 +30,7 @@ import argparse
 
 from .arguments import (
     add_attention,
+    add_batch_tokens,
     add_checkpoints,
     add_device,
     add_no_plots,
@@ -73,13 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="type of the weights; default: bfloat16 on cuda, float32 on cpu",
     )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=65536,
-        metavar="TOKENS",
-        help="tokens in a batch, one sequence at least; default: 65536",
-    )
+    add_batch_tokens(parser)
     parser.add_argument("--revision", help="git revision to record; default: as git says")
     add_no_plots(parser)
 

@@ -7,7 +7,7 @@ folder in it, by the same rule, and one for the files beside them.
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .fingerprint import digest
@@ -25,8 +25,10 @@ def package_roots() -> list[Path]:
     return [Path(path) for path in dict.fromkeys(paths) if path and Path(path).is_dir()]
 
 
-def trees(roots: list[Path]) -> Iterator[tuple[str, str, str]]:
-    """Yield each document: its package, its name and its text.
+def trees(
+    roots: list[Path], wanted: Callable[[str], bool] = lambda package: True
+) -> Iterator[tuple[str, str, str]]:
+    """Yield each document of the packages that are ``wanted``: package, name and text.
 
     A module that is no folder is a package of its own name. Files that are not UTF-8 or may not be
     read are left out.
@@ -36,7 +38,7 @@ def trees(roots: list[Path]) -> Iterator[tuple[str, str, str]]:
         for entry in sorted(root.iterdir()):
             inside = any(entry == other or entry in other.parents for other in roots)
             # Of two installations of a package, Python imports the first.
-            if inside or entry.stem in seen or entry.name in LEFT_OUT:
+            if inside or entry.stem in seen or entry.name in LEFT_OUT or not wanted(entry.stem):
                 continue
             found = list(_documents(entry, root))
             if found:

@@ -131,9 +131,7 @@ def python_stdlib(split: str, path: str | None, key: str, shuffle_seed: int = 0)
             f"{key}.dataset = 'python_stdlib': this interpreter has no source text in {root}; "
             f"use {key}.dataset = 'c4_local' with a folder of your own"
         )
-    dataset = Dataset.from_dict({"text": texts})
-    fingerprint = digest("\0".join(texts))
-    return TextSource(dataset.to_iterable_dataset, lambda: fingerprint, is_local=True)
+    return _in_memory(texts)
 
 
 def _library_files(root: Path) -> Iterator[Path]:
@@ -158,8 +156,9 @@ def python_packages(split: str, path: str | None, key: str, shuffle_seed: int = 
     """
     found = sorted(
         (shuffled(name, shuffle_seed), text)
-        for package, name, text in trees(package_roots())
-        if is_held_out(package) == (split == "validation")
+        for _, name, text in trees(
+            package_roots(), lambda package: is_held_out(package) == (split == "validation")
+        )
     )
     texts = [text for _, text in found]
     if not texts:
@@ -173,9 +172,17 @@ def python_packages(split: str, path: str | None, key: str, shuffle_seed: int = 
         f"{reads} reads {len(texts):,} source trees of installed Python packages, {size:,} "
         f"characters, the longest of {max(map(len, texts)):,}"
     )
+    return _in_memory(texts, line)
+
+
+def _in_memory(texts: list[str], *lines: str) -> TextSource:
+    """A source of documents that are read already, with lines for the log."""
     dataset, fingerprint = Dataset.from_dict({"text": texts}), digest("\0".join(texts))
     return TextSource(
-        dataset.to_iterable_dataset, lambda: fingerprint, is_local=True, describe=lambda: [line]
+        dataset.to_iterable_dataset,
+        lambda: fingerprint,
+        is_local=True,
+        describe=lambda: list(lines),
     )
 
 

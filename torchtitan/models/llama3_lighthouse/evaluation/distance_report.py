@@ -1,6 +1,5 @@
 """What far context is worth to several checkpoints, as tables and a plot."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 
 from ..checks.output import check_output
-from ..environment import environment
 from .bootstrap import bootstrap
 from .distance import (
     DEFAULT_CONTEXTS,
@@ -28,6 +26,7 @@ from .held_out_loss import with_held_out_text
 from .inference import TrainedModel, load_trained_model, recorded_config
 from .loss_report import named_checkpoints, same_text
 from .progress import Progress, say, say_what_was_written
+from .side_by_side import Evaluated, draw_curve, minus_first, write_record
 from .tables import Row, write_csv
 
 INTERVAL = "95%, bootstrap over documents"
@@ -61,14 +60,9 @@ class DistanceOptions:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A checkpoint under one attention, with its numbers; step is None without a record."""
+class Measured(Evaluated):
+    """A checkpoint under one attention, with its numbers."""
 
-    checkpoint: str
-    attention: str
-    path: Path
-    step: int | None
-    dense_steps: int | None
     values: list[Value]
 
 
@@ -110,34 +104,35 @@ def _measured(
 ) -> list[Measured]:
     """A checkpoint under each attention; the model is in memory only during this call."""
     trained = load_trained_model(path, overrides, options.device, getattr(torch, options.dtype))
-    return [_under(trained, label, attention, options, plan) for attention in options.attention]
-
-
-def _under(
-    trained: TrainedModel, label: str, attention: str, options: DistanceOptions, plan: Plan
-) -> Measured:
-    settings, config = options.settings, trained.config
+    settings = options.settings
     documents = held_out_sequences(
-        config, trained.tokenizer, settings.documents, settings.sequences
+        trained.config, trained.tokenizer, settings.documents, settings.sequences
     )
     if len(documents) < settings.documents:
         say(f"{label}: {len(documents)} held-out documents have more than {plan.length:,} tokens, "
             f"and {settings.documents} were asked for (--documents)")  # fmt: skip
+    return [
+        _under(trained, label, attention, settings, plan, documents)
+        for attention in options.attention
+    ]
+
+
+def _under(
+    trained: TrainedModel,
+    label: str,
+    attention: str,
+    settings: DistanceSettings,
+    plan: Plan,
+    documents: list[torch.Tensor],
+) -> Measured:
+    config = trained.config
     total = tokens_read(documents, plan, fitting(config, attention))
     with Progress(f"{label}, {attention}", total, "tokens", scaled=True) as bar:
         values = measure_documents(
             trained.model, trained.tokenizer, config, attention, settings,
             lambda tokens: bar.advance(tokens, ""), documents,
         )  # fmt: skip
-    record = trained.record
-    return Measured(
-        label,
-        attention,
-        trained.path,
-        record.step if record else None,
-        record.dense_steps if record else None,
-        values,
-    )
+    return Measured.of(trained, label, attention, values)
 
 
 def rows_of(measured: list[Measured]) -> list[Row]:
@@ -160,8 +155,7 @@ def rows_of(measured: list[Measured]) -> list[Row]:
                 change = bootstrap(
                     [value - other[document] for document, value in summary.by_document.items()]
                 )
-                row |= {"minus first": change.mean, "minus first, low": change.low,
-                        "minus first, high": change.high}  # fmt: skip
+                row |= minus_first(change)
             rows.append(row)
     return rows
 
@@ -182,21 +176,12 @@ def _write_record(
     options: DistanceOptions,
 ) -> None:
     """Write distance.json."""
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     filled_in = {"contexts": plan.contexts, "distances": plan.distances, "passage": plan.passage}
-    record = {
-        "unit": "nats per token", "interval": INTERVAL, "device": device, "dtype": options.dtype,
-        **environment(), "text": text, "settings": {**asdict(options.settings), **filled_in},
-        "checkpoints": [
-            {
-                "checkpoint": each.checkpoint, "attention": each.attention,
-                "path": str(each.path), "step": each.step, "dense steps": each.dense_steps,
-            }
-            for each in measured
-        ],
-        "numbers": rows,
-    }  # fmt: skip
-    (options.output / "distance.json").write_text(json.dumps(record, indent=1) + "\n")
+    settings = {**asdict(options.settings), **filled_in}
+    write_record(
+        options.output / "distance.json", measured, options.device, options.dtype,
+        {"interval": INTERVAL, "text": text, "settings": settings}, {"numbers": rows},
+    )  # fmt: skip
 
 
 def _line(row: Row) -> str:
@@ -228,14 +213,9 @@ def plot(rows: list[Row], path: Path) -> None:
                 if (row["checkpoint"], row["attention"]) == (checkpoint, attention)
                 and row["measure"] == measure and not row["quantity"]
             ]  # fmt: skip
-            (colour, marker), dense = style_of[checkpoint], attention == "dense"
-            label = checkpoint + ("" if dense else " (Lighthouse)")
-            lengths, means = ([row[key] for row in points] for key in ("tokens", "value"))
-            axis.plot(lengths, means, f"{marker}{'-' if dense else '--'}", color=colour,
-                      label=label if axis is axes[0] else None, markersize=4)  # fmt: skip
-            if all(row["low"] is not None for row in points):
-                low, high = ([row[key] for row in points] for key in ("low", "high"))
-                axis.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
+            lengths = [row["tokens"] for row in points]
+            label = checkpoint if axis is axes[0] else None
+            draw_curve(axis, points, ("tokens", "value"), style_of[checkpoint], label, 0.12)
         length_axis(axis, lengths)
         axis.set(xlabel=x_label, ylabel=f"{y_label},\nnats per token, 95% interval")
         axis.grid(alpha=0.3)

@@ -1,6 +1,5 @@
 """Held-out losses of several checkpoints as a table and a plot."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 
 from ..checks.output import check_output
-from ..environment import environment
 from ..errors import UserValueError
 from ..job_config import JobConfig
 from .figures import length_axis, new_figure, run_styles, save
@@ -28,6 +26,7 @@ from .inference import (
     recorded_config,
 )
 from .progress import Progress, say_what_was_written
+from .side_by_side import Evaluated, draw_curve, minus_first, write_record
 from .tables import Row, write_csv
 
 # Curves of a plot up to which intervals are drawn.
@@ -58,19 +57,13 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Evaluated):
     """Losses of one checkpoint under one attention.
 
     Attributes:
-        step, dense_steps: taken from the checkpoint's record; None if it has none.
         losses: nats, float32 [sequences, N].
     """
 
-    checkpoint: str
-    attention: str
-    path: Path
-    step: int | None
-    dense_steps: int | None
     losses: torch.Tensor
 
 
@@ -158,15 +151,7 @@ def _curve(trained: TrainedModel, label: str, attention: str) -> Curve:
         losses = evaluate(
             trained, attention, lambda batches, loss: bar.advance(1, f"loss {loss:.4f}")
         )
-    record = trained.record
-    return Curve(
-        label,
-        attention,
-        trained.path,
-        record.step if record else None,
-        record.dense_steps if record else None,
-        losses,
-    )
+    return Curve.of(trained, label, attention, losses)
 
 
 def rows_of(curves: list[Curve], buckets: list[tuple[int, int]]) -> list[Row]:
@@ -187,8 +172,7 @@ def rows_of(curves: list[Curve], buckets: list[tuple[int, int]]) -> list[Row]:
             }  # fmt: skip
             if reference is not values:
                 change = estimate(values[:, number] - reference[:, number])
-                row |= {"minus first": change.mean, "minus first, low": change.low,
-                        "minus first, high": change.high}  # fmt: skip
+                row |= minus_first(change)
             rows.append(row)
     return rows
 
@@ -198,20 +182,10 @@ def _write(
 ) -> None:
     """Write losses.csv and losses.json."""
     write_csv(rows, options.output / "losses.csv")
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    record = {
-        "unit": "nats per token", "interval": INTERVAL, "device": device, "dtype": options.dtype,
-        **environment(), "text": text,
-        "checkpoints": [
-            {
-                "checkpoint": curve.checkpoint, "attention": curve.attention,
-                "path": str(curve.path), "step": curve.step, "dense steps": curve.dense_steps,
-            }
-            for curve in curves
-        ],
-        "losses": rows,
-    }  # fmt: skip
-    (options.output / "losses.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(
+        options.output / "losses.json", curves, options.device, options.dtype,
+        {"interval": INTERVAL, "text": text}, {"losses": rows},
+    )  # fmt: skip
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -226,17 +200,12 @@ def plot(rows: list[Row], path: Path) -> None:
     # Bands of more curves would make one grey.
     with_bands = len(curves) <= MOST_BANDS
     ends: list[int] = []
-    for (checkpoint, attention), whole in curves.items():
+    for (checkpoint, _), whole in curves.items():
         # The last row of each curve covers all positions.
         points = whole[:-1]
-        (colour, marker), dense = style_of[checkpoint], attention == "dense"
-        label = checkpoint + ("" if dense else " (Lighthouse)")
-        ends, losses = ([row[key] for row in points] for key in ("context to", "loss"))
-        axis.plot(ends, losses, f"{marker}{'-' if dense else '--'}", color=colour, label=label,
-                  markersize=4)  # fmt: skip
-        if with_bands and all(row["low"] is not None for row in points):
-            low, high = ([row[key] for row in points] for key in ("low", "high"))
-            axis.fill_between(ends, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends = [row["context to"] for row in points]
+        band = 0.15 if with_bands else 0
+        draw_curve(axis, points, ("context to", "loss"), style_of[checkpoint], checkpoint, band)
     length_axis(axis, ends)
     axis.set(xlabel="context, tokens (upper end of each bucket)",
              ylabel=f"held-out loss, nats per token{', 95% interval' if with_bands else ''}",
