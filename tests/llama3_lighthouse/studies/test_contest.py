@@ -1,10 +1,12 @@
 """Contests: the file, the rule, resumes, the widening of grids and the report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 from launch import exit_code_of
 from scipy import stats
@@ -12,8 +14,16 @@ from scipy import stats
 from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.errors import UserError
 from torchtitan.models.llama3_lighthouse.studies import contest as contests
+from torchtitan.models.llama3_lighthouse.studies.contest_data import (
+    mark_trained,
+    seconds_of_steps,
+)
 from torchtitan.models.llama3_lighthouse.studies.contest_file import Contest, fix, read_contest
-from torchtitan.models.llama3_lighthouse.studies.contest_measures import Number, write_numbers
+from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
+    Number,
+    for_tuning,
+    write_numbers,
+)
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import (
     BETTER,
@@ -46,7 +56,8 @@ def call(path: Path, tmp_path: Path, monkeypatch, capsys):
     def run(*line: str) -> tuple[str, int | str | None]:
         argv = ["lighthouse", "contest", path, "--output", tmp_path / "out", "--no-plots", *line]
         code = exit_code_of(main, monkeypatch, *argv)
-        return capsys.readouterr().out, code
+        captured = capsys.readouterr()
+        return captured.out + captured.err, code
 
     return run
 
@@ -75,14 +86,17 @@ def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05) -> None:
 @pytest.fixture
 def faked(monkeypatch):
     """Runs and measures in place of training; lists those that were asked for."""
-    calls = SimpleNamespace(trained=[], measured=[], kill_at=None, best=2e-3)
+    calls = SimpleNamespace(trained=[], measured=[], kill_at=None, best=2e-3, failing=())
 
     def train(run, processes, title, environment, lock) -> int:
         calls.trained.append(run.name)
+        if run.name in calls.failing:
+            (run.folder / "log.txt").write_text("Error: planted\n")
+            return 1
         write_logs(run, calls.best)
         return 0
 
-    def measure(contest, run, environment) -> int:
+    def measure(contest, run, environment, lock) -> int:
         calls.measured.append(run.name)
         if len(calls.measured) == calls.kill_at:
             raise KeyboardInterrupt
@@ -191,11 +205,67 @@ def test_a_changed_base_is_refused_too(path, tmp_path) -> None:
 def test_a_best_rate_at_the_edge_is_said_and_widened_on_request(call, faked, tmp_path) -> None:
     faked.best = 8e-3
     out, _ = call()
-    assert "dense-" not in out
-    _, _ = call("--widen")
+    assert "dense: best rate 0.002, at the edge of its grid; --widen tries further ones" in out
+    assert not (tmp_path / "out/widened.json").exists()
+    call("--widen")
     widened = json.loads((tmp_path / "out/widened.json").read_text())["dense"]
     assert widened == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
     assert "dense,lr=0.008,seed=2" in faked.trained
+
+
+def test_a_failed_rate_leaves_out_its_arm_alone(call, faked, path, tmp_path) -> None:
+    path.write_text(path.read_text().replace("rates = [2e-3]", "rates = [1e-3, 2e-3]"))
+    faked.failing = ("dense,lr=0.001,seed=1",)
+    out, message = call()
+    assert "dense: left out, as a run that chooses its rate failed" in out
+    assert "dense,lr=0.001,seed=1" in str(message)
+    assert {"window,lr=0.002,seed=2", "lighthouse,lr=0.002,seed=2"} <= set(faked.trained)
+    assert "dense,lr=0.002,seed=2" not in faked.trained
+    assert "window against dense: no verdict" in (tmp_path / "out/results.md").read_text()
+    faked.failing = ()
+    out, code = call()
+    assert not code and "window against dense: no difference" in out
+
+
+def test_times_come_from_runs_that_shared_no_gpu(call, faked, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    train = contests.train
+    slow = []
+
+    def train_in_turn(run, processes, title, environment, lock) -> int:
+        code = train(run, processes, title, environment, lock)
+        if "CUDA_VISIBLE_DEVICES" in environment:
+            # Runs that share a GPU are slow.
+            slow.append(run.name)
+            path = run.folder / "metrics.jsonl"
+            path.write_text(path.read_text().replace("0.5", "9.0"))
+        return code
+
+    monkeypatch.setattr(contests, "train", train_in_turn)
+    call("--at-once", "2", "--per-gpu", "2")
+    # One of each arm had the GPU for itself.
+    assert set(slow) == {"dense,lr=0.002,seed=1", "dense,lr=0.002,seed=2", "window,lr=0.002,seed=2",
+                         "lighthouse,lr=0.002,seed=2"}  # fmt: skip
+    runs = pandas.read_csv(tmp_path / "out/runs.csv")
+    assert len(runs) == 8 and np.allclose(runs["GPU seconds"], 8 * 0.5)
+
+
+def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
+    planner = contests.Planner(read_contest(DEBUG), tmp_path, [])
+    run = planner.run(planner.contest.arms["window"], 2e-3, 1)
+    run.folder.mkdir()
+    # Six steps under the window, then two dense ones of three times the length.
+    seconds = [40.0, 1.0, 1.0, 1.0, 9.0, 1.0, 30.0, 3.0]
+    flags = [1.0] * 6 + [0.0] * 2
+    entries = {
+        step: {"time_metrics/end_to_end(s)": each, "lighthouse/stage": flag}
+        for step, (each, flag) in enumerate(zip(seconds, flags, strict=True), 1)
+    }
+    mark_trained(run, alone=False)
+    assert seconds_of_steps([(run, entries)]) == {}
+    mark_trained(run, alone=True)
+    assert seconds_of_steps([(run, entries)]) == {(0, True): 1.0, (1, False): 16.5}
 
 
 @pytest.mark.parametrize(
@@ -231,10 +301,30 @@ def test_overrides_of_what_the_contest_sets_are_refused(call) -> None:
         assert f"{flag} is set by" in line
 
 
-def test_a_missing_primary_measure_is_said(call, faked, path) -> None:
-    path.write_text(path.read_text().replace('primary = "loss"', 'primary = "lost"'))
+@pytest.mark.parametrize("key", ["primary", "tuned_by"])
+def test_a_measure_that_no_run_will_have_is_refused_before_any_runs(
+    call, faked, path, key: str
+) -> None:
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(key)]
+    path.write_text("\n".join([f'{key} = "repeated/100"', *kept]))
     _, line = call()
-    assert "primary = 'lost' is not measured; use validation, loss" in line
+    assert f"{key} = 'repeated/100' is not measured; use validation, loss, position/256" in line
+    assert "repeated/480" in line and "retrieval/passkey/512" in line and not faked.trained
+
+
+def test_runs_that_choose_a_rate_measure_no_more_than_it(path) -> None:
+    contest = read_contest(path)
+    names = ("validation", "beyond/256", "repeated/480", "retrieval/passkey/512")
+    parts = {name: for_tuning(replace(contest, tuned_by=name)) for name in names}
+    asked = {name: (each.distance.contexts, each.distance.distances, each.retrieval)
+             for name, each in parts.items()}  # fmt: skip
+    assert asked == {
+        "validation": ((), (), []),
+        "beyond/256": (None, (), []),
+        "repeated/480": ((), None, []),
+        "retrieval/passkey/512": ((), (), ["passkey"]),
+    }
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -4,22 +4,31 @@ Each arm first tries its learning rates with one seed, then trains every seed at
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TextIO
 
 from ..checks.configuration import check_config
 from ..checks.output import check_output
 from ..errors import UserFileError, UserValueError
 from ..evaluation.progress import say, say_what_was_written
-from ..evaluation.tables import Row
-from ..job_config import LighthouseConfigManager
+from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
+from .contest_data import (
+    CURVES,
+    MEASURES,
+    PLACES,
+    RATES,
+    RUNS,
+    SEEDS,
+    is_trained,
+    mark_trained,
+    write_data,
+)
 from .contest_file import Arm, Contest, fix, read_contest
-from .contest_measures import MEASURES_FILE, read_numbers
-from .contest_report import CURVES, MEASURES, RATES, RESULTS, RUNS, SEEDS, report, write_data
+from .contest_measures import MEASURES_FILE, TUNING, known_measures, read_numbers
+from .contest_report import COMPARISONS, RESULTS, report
 from .recovery import remove_cut_off
 from .recovery_plan import SETTINGS, check_base
 from .settings import command_line, keys_given, with_settings
@@ -28,13 +37,12 @@ from .sweeps import (
     Run,
     SweepOptions,
     lock_folder,
+    process_of_sweep,
     raise_if_failed,
     sweep,
     train,
 )
 
-# This file in a run's folder says that it was trained, and may still have to be measured.
-TRAINED = "trained"
 # Rates that were added beside the file's, by arm.
 WIDENED = "widened.json"
 MOST_WIDENED = 4
@@ -52,7 +60,9 @@ class Planner:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
         for arm in contest.arms.values():
             # Every arm is checked before the first run.
-            check_base(self._config(arm, arm.rates[0], contest.seeds[0]))
+            config = self._config(arm, arm.rates[0], contest.seeds[0])
+            check_base(config)
+            check_measures(contest, config)
 
     def _settings(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         seeds = dict.fromkeys(self.contest.seed_keys, seed)
@@ -112,30 +122,83 @@ def best_rates(contest: Contest, tried: dict[tuple[str, float], Run]) -> dict[st
 
 
 def tuning_value(contest: Contest, run: Run) -> float:
-    """The mean over documents of the measure that chooses the rate.
+    """The mean over documents of the measure that chooses the rate."""
+    return fmean(
+        each.value for each in read_numbers(run.folder) if each.measure == contest.tuned_by
+    )
+
+
+def check_measures(contest: Contest, config: JobConfig) -> None:
+    """Check that the runs will have the measures that the contest decides by.
 
     Raises:
-        ValueError: the run has no such measure.
+        ValueError: they will not.
     """
-    return value_of_measure(contest, run, "tuned_by", contest.tuned_by)
+    known = known_measures(contest, config)
+    for key, name in (("tuned_by", contest.tuned_by), ("primary", contest.primary)):
+        if name not in known:
+            shown = ", ".join(known)
+            raise UserValueError(f"{contest.path}: {key} = '{name}' is not measured; use {shown}")
 
 
-def value_of_measure(contest: Contest, run: Run, key: str, name: str) -> float:
-    numbers = read_numbers(run.folder)
-    values = [each.value for each in numbers if each.measure == name]
-    if not values:
-        known = ", ".join(dict.fromkeys(each.measure for each in numbers))
-        raise UserValueError(f"{contest.path}: {key} = '{name}' is not measured; use {known}")
-    return sum(values) / len(values)
+class _Contestants:
+    """Trains and measures the runs of a contest, and writes what they gave."""
+
+    def __init__(
+        self, contest: Contest, planner: Planner, options: SweepOptions, lock: TextIO
+    ) -> None:
+        self.contest, self.planner, self.options, self.lock = contest, planner, options, lock
+        # Stage, arm, rate and seed to run.
+        self.placed: dict[tuple[str, str, float, int], Run] = {}
+        self.failed: list[str] = []
+
+    def train_all(
+        self, stage: str, asked: list[tuple[str, float, int]], alone: bool = False
+    ) -> dict[tuple[str, float, int], Run]:
+        """Train what has not finished.
+
+        Args:
+            asked: arm, rate and seed of each run.
+            alone: whether no run may share a GPU, so that its times are a measure.
+        """
+        options = self.options.alone() if alone else self.options
+        runs = {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
+        self.placed.update({(stage, *key): run for key, run in runs.items()})
+
+        def train_run(run: Run, title: str, environment: Environment) -> int:
+            if not is_trained(run):
+                remove_cut_off(run)
+                if code := train(run, options.processes, title, environment, self.lock):
+                    return code
+                mark_trained(run, alone=options.per_gpu == 1)
+            if (run.folder / MEASURES_FILE).exists():
+                return 0
+            say(f"{title}: measuring")
+            return measure(self.contest, run, environment, self.lock)
+
+        self.failed += sweep(list(runs.values()), train_run, self.tabulate, options.slots())
+        return runs
+
+    def tabulate(self) -> None:
+        rows = [(dict(zip(PLACES, key, strict=True)), run)
+                for key, run in self.placed.items() if run.is_finished]  # fmt: skip
+        if rows:
+            write_data(rows, self.options.processes, self.options.output)
 
 
-def measure(contest: Contest, run: Run, environment: Environment) -> int:
+def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) -> int:
     """Measure a trained run on the GPU it had, and return the exit code."""
     module = "torchtitan.models.llama3_lighthouse.studies.contest_measures"
     command = [sys.executable, "-m", module, str(contest.path), str(run.folder)]
-    with (run.folder / "log.txt").open("a", buffering=1) as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **environment})
-    return done.returncode
+    # A run that chooses a rate and does not judge it needs little more than that.
+    if run.settings[contest.seed_keys[0]] not in contest.seeds:
+        command.append(TUNING)
+    with (
+        (run.folder / "log.txt").open("a", buffering=1) as log,
+        process_of_sweep(command, environment, lock, stdout=log, stderr=log) as process,
+    ):
+        process.wait()
+    return process.returncode
 
 
 def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bool = False) -> None:
@@ -149,7 +212,8 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
         RunsFailed: some runs failed; the others have finished.
     """
-    contest, slots, output = read_contest(path), options.slots(), options.output
+    contest, output = read_contest(path), options.output
+    options.slots()
     check_output(output)
     planner = Planner(contest, output, extra)
     rates = rates_of(contest, output)
@@ -161,69 +225,51 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
         return
     fix(contest, output)
     with lock_folder(output) as lock:
-
-        def train_run(run: Run, title: str, environment: Environment) -> int:
-            if not (run.folder / TRAINED).exists():
-                remove_cut_off(run)
-                if code := train(run, options.processes, title, environment, lock):
-                    return code
-                (run.folder / TRAINED).touch()
-            say(f"{title}: measuring")
-            return (
-                0 if (run.folder / MEASURES_FILE).exists() else measure(contest, run, environment)
-            )
-
-        placed: dict[tuple[str, str, float, int], Run] = {}
-        failed: list[str] = []
-
-        def train_all(stage: str, asked: list[tuple[str, float, int]]) -> dict[Any, Run]:
-            runs = {key: planner.run(contest.arms[key[0]], *key[1:]) for key in asked}
-            placed.update({(stage, *key): run for key, run in runs.items()})
-            failed.extend(sweep(list(runs.values()), train_run, tabulate, slots))
-            return runs
-
-        def tabulate() -> None:
-            rows = [(_place(key), run) for key, run in placed.items() if run.is_finished]
-            if rows:
-                write_data(rows, options.processes, output)
-
-        best = {name: of_arm[0] for name, of_arm in rates.items()}
-        while any(len(of_arm) > 1 for of_arm in rates.values()):
-            seed = contest.rate_seed
-            asked = [(n, rate, seed) for n in rates if len(rates[n]) > 1 for rate in rates[n]]
-            runs = train_all(RATES, asked)
-            tried = {(name, rate): run for (name, rate, _), run in runs.items()}
-            raise_if_failed(failed, list(runs.values()))
-            best |= best_rates(contest, tried)
-            say_rates(rates, best, widened)
-            if not widened or not widen(contest, rates, best):
-                break
-            (output / WIDENED).write_text(json.dumps(rates))
-        train_all(SEEDS, [(name, best[name], seed) for name in rates for seed in contest.seeds])
-        tabulate()
+        contestants = _Contestants(contest, planner, options, lock)
+        best = _choose_rates(contestants, rates, widened)
+        asked = [(name, best[name], seed) for name in best for seed in contest.seeds]
+        contestants.train_all(SEEDS, asked)
+        contestants.tabulate()
+    placed, failed = contestants.placed, contestants.failed
     if any(run.is_finished for (stage, *_), run in placed.items() if stage == SEEDS):
-        check_primary(contest, placed)
         print(report(contest, output, options.plots))
-        say_what_was_written(output, RESULTS, RUNS, MEASURES, CURVES, "comparisons.csv")
+        say_what_was_written(output, RESULTS, RUNS, MEASURES, CURVES, COMPARISONS)
     raise_if_failed(failed, list(placed.values()))
 
 
-def check_primary(contest: Contest, placed: dict[tuple[str, str, float, int], Run]) -> None:
-    """Raise ``UserValueError`` if the runs lack the primary measure."""
-    run = next(run for run in placed.values() if run.is_finished)
-    value_of_measure(contest, run, "primary", contest.primary)
+def _choose_rates(
+    contestants: _Contestants, rates: dict[str, list[float]], widened: bool
+) -> dict[str, float]:
+    """Each arm's best rate, without the arms of which a run failed."""
+    contest = contestants.contest
+    tuned = [name for name, of_arm in rates.items() if len(of_arm) > 1]
+    best = {name: of_arm[0] for name, of_arm in rates.items() if name not in tuned}
+    if contestants.options.per_gpu > 1:
+        # One run of each arm tells its times.
+        first = [(name, rates[name][0], contest.rate_seed) for name in tuned]
+        contestants.train_all(RATES, first, alone=True)
+        first = [(name, rate, contest.seeds[0]) for name, rate in best.items()]
+        contestants.train_all(SEEDS, first, alone=True)
+    while tuned:
+        asked = [(name, rate, contest.rate_seed) for name in tuned for rate in rates[name]]
+        runs = contestants.train_all(RATES, asked)
+        best |= best_rates(contest, {key[:2]: run for key, run in runs.items()})
+        say_rates(rates, best, widened)
+        if not widened or not widen(contest, rates, best):
+            break
+        (contestants.options.output / WIDENED).write_text(json.dumps(rates))
+    return best
 
 
 def say_rates(rates: dict[str, list[float]], best: dict[str, float], widened: bool) -> None:
     """Say each arm's best rate, and whether it lies at the edge of its grid."""
     for name, of_arm in rates.items():
+        if name not in best:
+            say(f"{name}: left out, as a run that chooses its rate failed", error=True)
+            continue
         edge = len(of_arm) > 1 and best[name] in (of_arm[0], of_arm[-1])
         advice = "" if widened else "; --widen tries further ones"
         say(f"{name}: best rate {best[name]:g}" + (f", at the edge of its grid{advice}" * edge))
-
-
-def _place(key: tuple[str, str, float, int]) -> Row:
-    return dict(zip(("stage", "arm", "rate", "seed"), key, strict=True))
 
 
 def report_again(path: Path, output: Path, plots: bool) -> None:

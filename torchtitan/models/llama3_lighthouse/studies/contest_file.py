@@ -16,6 +16,8 @@ from .settings import nested
 DIRECTIONS, RULES = ("lower", "higher"), ("mean", "interval")
 # The last held-out loss of a run's own validation, which every run has.
 VALIDATION = "validation"
+# Names of accuracies begin with this.
+RETRIEVAL = "retrieval/"
 RECORD, COPY = "contest.json", "contest.toml"
 
 
@@ -87,7 +89,7 @@ class Contest:
         """The same for the measure that chooses the rate."""
         if self.tuned_by == self.primary:
             return self.sign
-        return 1 if self.tuned_by.startswith("retrieval/") else -1
+        return 1 if self.tuned_by.startswith(RETRIEVAL) else -1
 
 
 # Each key with its type and its default; None: it must be given.

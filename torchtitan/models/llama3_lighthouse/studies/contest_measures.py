@@ -1,28 +1,33 @@
 """Measures of a contest's run, in a process of its own on the run's GPU.
 
-python -m torchtitan.models.llama3_lighthouse.studies.contest_measures CONTEST RUN_FOLDER
+python -m torchtitan.models.llama3_lighthouse.studies.contest_measures CONTEST RUN_FOLDER [PART]
+
+With PART = "tuning", measures what chooses the rate and little more.
 """
 
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..data.retrieval import PromptEncoder, find_task, shortest_prompt
+from ..data.retrieval import PromptEncoder, Task, find_task, shortest_prompt
+from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
-from ..evaluation.distance import measure_documents
+from ..evaluation.distance import measure_documents, plan_of, values_of
 from ..evaluation.inference import TrainedModel, checked_device, load_trained_model, logits_at
 from ..evaluation.retrieval_accuracy import measure_cell
 from ..evaluation.retrieval_report import DEFAULT_PARTS
+from ..job_config import JobConfig
 from ..metrics import HELD_OUT_LOSS
-from .contest_file import VALIDATION, Contest, read_contest
+from .contest_file import RETRIEVAL, VALIDATION, Contest, fix, read_contest
 from .sweeps import read_metrics
 
 MEASURES_FILE = "measures.json"
+TUNING = "tuning"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -44,33 +49,71 @@ def distance(trained: TrainedModel, contest: Contest) -> Iterator[Number]:
         yield Number(each.key, each.document, each.value)
 
 
-def retrieval(trained: TrainedModel, contest: Contest) -> Iterator[Number]:
-    """Accuracy of each task by length, the mean over depths, where the task fits."""
-    trained.model.use_attention("dense")
-    encoder = PromptEncoder(trained.tokenizer)
-    device = next(trained.model.parameters()).device
-    longest = trained.config.training.seq_len
+def _retrieval_name(task: str, tokens: int) -> str:
+    return f"{RETRIEVAL}{task}/{tokens}"
+
+
+def _retrieval_lengths(
+    contest: Contest, encoder: PromptEncoder, longest: int
+) -> Iterator[tuple[Task, int, str]]:
+    """Each task with the tokens of its prompts and the name of the number, where the task fits."""
     for name in contest.retrieval:
         task = find_task(name)
         for part in sorted(DEFAULT_PARTS, reverse=True):
             # The answer follows the prompt, and both must lie within the trained positions.
             length = longest // part - (task.digits if part == 1 else 0)
-            if length < shortest_prompt(encoder, task):
-                continue
-            cells = [
-                measure_cell(
-                    lambda tokens, places: logits_at(trained.model, tokens, places),
-                    encoder, task, length, depth, max(1, contest.prompts // len(DEPTHS)),
-                    device=device,
-                )
-                for depth in DEPTHS
-            ]  # fmt: skip
-            accuracy = statistics.fmean(cell.accuracy for cell in cells)
-            yield Number(f"retrieval/{name}/{longest // part}", None, accuracy)
+            if length >= shortest_prompt(encoder, task):
+                yield task, length, _retrieval_name(name, longest // part)
 
 
-# Each takes the trained model and the contest, and yields its numbers.
-MEASURES: list[Callable[[TrainedModel, Contest], Iterator[Number]]] = [distance, retrieval]
+def retrieval(trained: TrainedModel, contest: Contest) -> Iterator[Number]:
+    """Accuracy of each task by length, the mean over depths."""
+    trained.model.use_attention("dense")
+    encoder = PromptEncoder(trained.tokenizer)
+    device = next(trained.model.parameters()).device
+    longest = trained.config.training.seq_len
+    for task, length, name in _retrieval_lengths(contest, encoder, longest):
+        cells = [
+            measure_cell(
+                lambda tokens, places: logits_at(trained.model, tokens, places),
+                encoder, task, length, depth, max(1, contest.prompts // len(DEPTHS)),
+                device=device,
+            )
+            for depth in DEPTHS
+        ]  # fmt: skip
+        yield Number(name, None, statistics.fmean(cell.accuracy for cell in cells))
+
+
+def known_measures(contest: Contest, config: JobConfig) -> list[str]:
+    """Names of all numbers that a run of ``config`` will have.
+
+    Raises:
+        ValueError: the contest's settings of the measures do not fit the run.
+    """
+    plan = plan_of(contest.distance, config.validation.seq_len)
+    document = torch.zeros(1, plan.length + 1, dtype=torch.int64)
+
+    def no_loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(inputs.shape)
+
+    names = [each.key for each in values_of(no_loss, [document], plan)]
+    encoder = PromptEncoder(build_tokenizer(config))
+    longest = config.training.seq_len
+    of_retrieval = [name for _, _, name in _retrieval_lengths(contest, encoder, longest)]
+    return list(dict.fromkeys([VALIDATION, *names, *of_retrieval]))
+
+
+def for_tuning(contest: Contest) -> Contest:
+    """The contest with no measure but the one that chooses the rate, and those beside it."""
+    kind = contest.tuned_by.partition("/")[0]
+    distance = replace(
+        contest.distance,
+        # Without distances the repeated passages are left out, and so on.
+        contexts=contest.distance.contexts if kind in ("context", "beyond") else (),
+        distances=contest.distance.distances if kind == "repeated" else (),
+    )
+    tasks = contest.retrieval if f"{kind}/" == RETRIEVAL else []
+    return replace(contest, distance=distance, retrieval=tasks)
 
 
 def last_validation(folder: Path) -> float:
@@ -91,8 +134,8 @@ def measure_run(contest: Contest, folder: Path) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     trained = load_trained_model(folder, device=device, dtype=dtype)
     numbers = [Number(VALIDATION, None, last_validation(folder))]
-    for measure in MEASURES:
-        numbers += measure(trained, contest)
+    numbers += distance(trained, contest)
+    numbers += retrieval(trained, contest)
     write_numbers(folder, numbers)
 
 
@@ -109,8 +152,15 @@ def read_numbers(folder: Path) -> list[Number]:
     return [Number(*row) for row in json.loads((folder / MEASURES_FILE).read_text())]
 
 
+def main(path: Path, folder: Path, part: str = "") -> None:
+    contest = read_contest(path)
+    # The file may have changed while the run trained.
+    fix(contest, folder.parent)
+    measure_run(for_tuning(contest) if part == TUNING else contest, folder)
+
+
 if __name__ == "__main__":
     try:
-        measure_run(read_contest(Path(sys.argv[1])), Path(sys.argv[2]))
+        main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
     except UserError as error:
         sys.exit(f"Error: {error}")

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +12,23 @@ from ..evaluation.bootstrap import bootstrap
 from ..evaluation.figures import colours, length_axis, new_figure, save
 from ..evaluation.held_out_loss import Estimate
 from ..evaluation.tables import Row, markdown, write_csv
-from ..metrics import HELD_OUT_LOSS, SECONDS, TOKENS
-from .contest_file import VALIDATION, Contest
-from .contest_measures import read_numbers
+from .contest_data import CURVES, GPU_SECONDS, MEASURES, RUNS, SEEDS
+from .contest_file import RETRIEVAL, VALIDATION, Contest
 from .contest_statistics import comparison_level, in_words, judge, t_interval
-from .recovery_results import interpolate, running_total
-from .sweeps import Run, read_metrics
+from .recovery_results import interpolate
 
-RUNS, MEASURES, CURVES, RESULTS = "runs.csv", "measures.csv", "curves.csv", "results.md"
-RATES, SEEDS = "rates", "seeds"
-PLACES = ("stage", "arm", "rate", "seed")
+RESULTS, COMPARISONS = "results.md", "comparisons.csv"
+EQUAL_TIME = f"{VALIDATION}, equal time"
 NOTES = """
 Differences are arm minus control, paired by seed. `t` is the interval by Student's t over seeds,
-for all comparisons together in the primary measure and 95% in the others; `bootstrap` is the 95%
-interval over held-out documents of the mean difference over seeds. Equal time: held-out loss where
-the faster of two runs ends, on a straight line between two validations of the other.
+and `bootstrap` the one over held-out documents of the mean difference over seeds. Intervals hold
+for all comparisons together in the primary measure, and at 95% for each in the others.
+
+GPU seconds are those of the steps alone, each at the median of its stage in runs that shared no
+GPU; compilation, validation and checkpoints are left out. Equal time: held-out loss where the
+faster of two runs ends, on a straight line between two validations of the other, which has not
+decayed its learning rate there. Arms with steps of their own compare decayed runs.
 """
-
-
-def write_data(placed: Sequence[tuple[Row, Run]], processes: int, output: Path) -> None:
-    """Write what finished runs logged and measured as CSV.
-
-    Args:
-        placed: for each run its stage, arm, rate and seed.
-    """
-    runs, measures, curves = [], [], []
-    for place, run in placed:
-        steps = read_metrics(run.folder)
-        timed = {step: entry for step, entry in steps.items() if SECONDS in entry}
-        kinds = [round(entry.get("lighthouse/stage", 0)) for entry in timed.values()]
-        total = running_total([entry[SECONDS] for entry in timed.values()], kinds)
-        seconds = {step: processes * each for step, each in zip(timed, total, strict=True)}
-        last = max(timed)
-        runs.append(place | {"steps": last, "tokens": round(timed[last][TOKENS]),
-                             "GPU seconds": seconds[last]})  # fmt: skip
-        measures += [
-            place | {"measure": each.measure, "document": each.document, "value": each.value}
-            for each in read_numbers(run.folder)
-        ]
-        curves += [
-            place | {"step": step, "tokens": round(timed[step][TOKENS]),
-                     "GPU seconds": seconds[step], VALIDATION: entry[HELD_OUT_LOSS]}
-            for step, entry in steps.items() if HELD_OUT_LOSS in entry and step in timed
-        ]  # fmt: skip
-    for rows, name in ((runs, RUNS), (measures, MEASURES), (curves, CURVES)):
-        write_csv(rows, output / name)
 
 
 class Results:
@@ -91,6 +62,10 @@ class Results:
         return [self.value(arm, seed, measure) - self.value(control, seed, measure)
                 for seed in self.seeds(arm, measure) if seed in both]  # fmt: skip
 
+    def level(self, measure: str) -> float:
+        """Confidence of an interval of one comparison."""
+        return comparison_level(self.contest) if measure == self.contest.primary else 0.95
+
     def over_documents(self, arm: str, control: str, measure: str) -> Estimate | None:
         """The mean difference over seeds, by document; None if there are no documents."""
         gaps: dict[int, list[float]] = {}
@@ -102,12 +77,13 @@ class Results:
                     if document in theirs:
                         gaps.setdefault(document, []).append(value - theirs[document])
         by_document = [statistics.fmean(each) for number, each in gaps.items() if number >= 0]
-        return bootstrap(by_document) if by_document else None
+        return bootstrap(by_document, level=self.level(measure)) if by_document else None
 
     def curve(self, arm: str, seed: int) -> list[tuple[float, float]]:
-        """GPU seconds and held-out loss of a run's validations."""
+        """GPU seconds and held-out loss of a run's validations; empty if its times are unknown."""
         own = self.curves[(self.curves.arm == arm) & (self.curves.seed == seed)]
-        return list(zip(own["GPU seconds"], own[VALIDATION], strict=True))
+        own = own[own[GPU_SECONDS].notna()]
+        return list(zip(own[GPU_SECONDS], own[VALIDATION], strict=True))
 
     def at_equal_time(self, arm: str, control: str) -> list[float]:
         """Difference of held-out loss where the faster of two runs of a seed ends."""
@@ -135,19 +111,17 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
         else:
             words.append(in_words(contest, arm, control, judge(contest, gaps)))
         for measure in results.measures:
-            level = comparison_level(contest) if measure == contest.primary else 0.95
             if gaps := results.differences(arm, control, measure):
-                estimate = t_interval(gaps, level)
+                estimate = t_interval(gaps, results.level(measure))
                 documents = results.over_documents(arm, control, measure)
                 rows.append(_difference_row(arm, control, measure, len(gaps), estimate, documents))
         if equal := results.at_equal_time(arm, control):
-            name = f"{VALIDATION}, equal time"
             estimate = t_interval(equal, 0.95)
-            rows.append(_difference_row(arm, control, name, len(equal), estimate, None))
+            rows.append(_difference_row(arm, control, EQUAL_TIME, len(equal), estimate, None))
     if rows:
-        write_csv(rows, output / "comparisons.csv")
+        write_csv(rows, output / COMPARISONS)
     verdict = "\n".join(f"- {each}" for each in words)
-    first = {contest.primary, VALIDATION, f"{VALIDATION}, equal time", "loss"}
+    first = {contest.primary, VALIDATION, EQUAL_TIME, "loss"}
     short = [row for row in rows if row["measure"] in first or _is_longest(results, row)]
     columns = list(dict.fromkeys(key for row in arms for key in row))
     text = f"# {contest.path.name}\n\nSHA-256 of the file and its base: {contest.digest}\n\n"
@@ -163,14 +137,14 @@ def _is_longest(results: Results, row: Row) -> bool:
     """Whether a row is of retrieval at the longest length."""
     name, _, length = row["measure"].rpartition("/")
     lengths = [int(each.rpartition("/")[2]) for each in results.measures
-               if each.rpartition("/")[0] == name and name.startswith("retrieval/")]  # fmt: skip
+               if each.rpartition("/")[0] == name and name.startswith(RETRIEVAL)]  # fmt: skip
     return bool(lengths) and int(length) == max(lengths)
 
 
 def _arm_row(results: Results, arm: str) -> Row:
     runs = results.runs[results.runs.arm == arm]
     row: dict[str, Any] = {"arm": arm, "rate": f"{runs.rate.iloc[0]:g}", "seeds": len(runs)}
-    row |= {key: float(runs[key].mean()) for key in ("tokens", "GPU seconds")}
+    row |= {key: float(runs[key].mean()) for key in ("tokens", GPU_SECONDS)}
     for measure in dict.fromkeys((results.contest.primary, VALIDATION)):
         if seeds := results.seeds(arm, measure):
             row[measure] = statistics.fmean(results.value(arm, seed, measure) for seed in seeds)
@@ -201,7 +175,7 @@ def _plot(results: Results, output: Path) -> None:
             lines.setdefault("loss_over_time.png", []).append((arm, x, y))
         for file, kinds in (
             ("loss_by_position.png", ["position"]),
-            ("retrieval_over_length.png", [f"retrieval/{t}" for t in results.contest.retrieval]),
+            ("retrieval_over_length.png", [f"{RETRIEVAL}{t}" for t in results.contest.retrieval]),
         ):
             for kind in kinds:
                 found = [m for m in results.measures
@@ -214,7 +188,7 @@ def _plot(results: Results, output: Path) -> None:
                     lines.setdefault(file, []).append((name, x, y))
     for file, of_file in lines.items():
         labels = {
-            "loss_over_time.png": ("GPU seconds", "held-out loss, nats per token"),
+            "loss_over_time.png": (GPU_SECONDS, "held-out loss, nats per token"),
             "loss_by_position.png": ("tokens of context", "held-out loss, nats per token"),
             "retrieval_over_length.png": ("tokens of the prompt", "share of answers right"),
         }[file]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -81,6 +81,11 @@ class SweepOptions:
                 f"--processes {self.processes}"
             )
         return slots_of(self.at_once, self.processes, self.per_gpu)
+
+    def alone(self) -> "SweepOptions":
+        """The same with no GPU shared, on as many GPUs."""
+        at_once = math.ceil(self.at_once / self.per_gpu)
+        return replace(self, at_once=at_once, per_gpu=1)
 
 
 @dataclass(frozen=True)
@@ -156,40 +161,58 @@ def trainer_command(processes: int, arguments: list[str]) -> list[str]:
     return [*command, "--processes", str(processes), *arguments]
 
 
-def train(run: Run, processes: int, title: str, environment: Environment, lock: TextIO) -> int:
-    """Train ``run`` through torchrun, show its progress, and return the exit code."""
-    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-    with (
-        (run.folder / "log.txt").open("a", buffering=1) as log,
-        subprocess.Popen(
-            trainer_command(processes, run.arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # Runs side by side would compete for cores if each of several processes took its share.
-            env={**threads, **os.environ, **environment},
-            # It saves at this signal, and ends.
-            preexec_fn=partial(die_with_parent, number=signal.SIGTERM),
-            # The process keeps the lock until it has ended.
-            pass_fds=[lock.fileno()],
-        ) as process,
-        Progress(title, run.config.training.steps, "steps") as bar,
-    ):
-        assert process.stdout is not None
+@contextmanager
+def process_of_sweep(
+    command: list[str], environment: Environment, lock: TextIO, **options: Any
+) -> Generator[subprocess.Popen, None, None]:
+    """A process that ends with the sweep, and keeps the sweep's lock until it has ended.
+
+    Args:
+        environment: variables besides those of this process.
+        options: further ones of ``subprocess.Popen``.
+    """
+    with subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        # A training run saves at this signal, and ends.
+        preexec_fn=partial(die_with_parent, number=signal.SIGTERM),
+        pass_fds=[lock.fileno()],
+        **options,
+    ) as process:
         under_way.add(process)
         try:
-            for line in process.stdout:
-                log.write(line)
-                if match := STEP_LINE.search(line):
-                    step, loss, speed = match.groups()
-                    steps = int(step.replace(",", ""))
-                    bar.advance(steps - bar.n, f"loss {loss}, {speed} tokens/s")
+            yield process
         except BaseException:
             process.terminate()
             raise
         finally:
             under_way.discard(process)
+
+
+def train(run: Run, processes: int, title: str, environment: Environment, lock: TextIO) -> int:
+    """Train ``run`` through torchrun, show its progress, and return the exit code."""
+    # Runs side by side would compete for cores if each of several processes took its share.
+    threads = {} if processes == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
+    with (
+        (run.folder / "log.txt").open("a", buffering=1) as log,
+        process_of_sweep(
+            trainer_command(processes, run.arguments),
+            {**threads, **environment},
+            lock,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+        Progress(title, run.config.training.steps, "steps") as bar,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            if match := STEP_LINE.search(line):
+                step, loss, speed = match.groups()
+                steps = int(step.replace(",", ""))
+                bar.advance(steps - bar.n, f"loss {loss}, {speed} tokens/s")
     return process.returncode
 
 
