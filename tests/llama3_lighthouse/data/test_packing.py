@@ -269,7 +269,7 @@ def test_more_ranks_than_documents(tmp_path: Path) -> None:
         loader(job, 2, 3)
 
 
-@pytest.mark.parametrize(("streams", "batch"), [(3, 4), (8, 4), (2, 4)])
+@pytest.mark.parametrize(("streams", "batch"), [(3, 4), (6, 4), (2, 4), (-4, 4)])
 def test_streams_that_cannot_be_shared_are_refused(folder: Path, streams, batch) -> None:
     job = config(path=folder, batch_size=1)
     job.training.global_batch_size = batch

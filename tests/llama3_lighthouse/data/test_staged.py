@@ -104,6 +104,65 @@ def test_restarts_and_other_meshes_change_nothing(text: Path, stops: dict[int, i
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+MANY = 8
+
+
+@pytest.fixture
+def text_of_many(tmp_path: Path) -> Path:
+    """As ``text``, for twice as many streams as a step of the last stage has sequences."""
+    texts = [chr(ord("a") + i % MANY) * (50 + 13 * i) for i in range(80)]
+    return write_jsonl(tmp_path / "many", {"a.jsonl": texts})
+
+
+def read_in_turn(job: JobConfig, ranks: int, stops: dict[int, int]) -> list[list[torch.Tensor]]:
+    """The inputs of each step in the order of its sequences; the rest as ``read``."""
+    stages, state, steps = stages_of(job), None, []
+    while len(steps) < STEPS:
+        loaders = [loader(job, rank, ranks) for rank in range(ranks)]
+        if state is not None:
+            for each in loaders:
+                each.load_state_dict(state)
+        readers = [iter(each) for each in loaders]
+        while len(steps) < STEPS:
+            stage = stage_at(len(steps) + 1, stages)
+            training = stage.config.training
+            passes = training.global_batch_size // training.local_batch_size // ranks
+            rows = []
+            for each, reader in zip(loaders, readers, strict=True):
+                each.use(stage.config)
+                for _ in range(passes):
+                    rows += list(next(reader)[0]["input"])
+            steps.append(rows)
+            if len(steps) in stops:
+                state = {key: value for each in loaders for key, value in each.state_dict().items()}
+                ranks = stops[len(steps)]
+                break
+    return steps
+
+
+@pytest.mark.parametrize("schedule", [["dense"], ["dense until=4 seq_len=32", "dense"]])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_more_streams_than_sequences_take_turns(text_of_many: Path, batch: int, schedule) -> None:
+    job = job_of(text_of_many, workers=1, schedule=schedule)
+    job.training.local_batch_size, job.training.global_batch_size = 1, batch
+    job.lighthouse.data_streams = MANY
+    expected = read_in_turn(job, 1, {})
+    if len(schedule) == 1:
+        # Most tokens of a row are the letter of its stream.
+        letters = [[chr(int(row.mode().values)) for row in rows] for rows in expected]
+        size = MANY // batch
+        wanted = [[chr(ord("a") + place * size + step % size) for place in range(batch)]
+                  for step in range(STEPS)]  # fmt: skip
+        assert letters == wanted
+    stops = [{3: 1, 4: 1, 7: 1}, {step: 1 for step in range(1, STEPS)}]
+    if batch > 1:
+        stops += [{2: 2}, {3: 2, 5: 1, 6: batch}]
+    for each in stops:
+        found = read_in_turn(job, 1, each)
+        for one, other in zip(expected, found, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True)), each
+
+
 def test_another_length_is_refused_unless_it_is_meant(text: Path) -> None:
     job = job_of(text)
     part = loader(job)

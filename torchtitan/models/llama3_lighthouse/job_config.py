@@ -94,9 +94,9 @@ class Lighthouse(Method, Schedule):
     models; elsewhere the start of the log says why there is none."""
 
     data_streams: int = 0
-    """Streams that the training text is dealt to, document by document. The data-parallel degree
-    must divide this number, and this number must divide the global batch. 0 gives each sequence of
-    a global batch a stream of its own."""
+    """Streams that the training text is dealt to, document by document: a multiple of the
+    data-parallel degree. It divides the global batch, or is a multiple of it, and the sequences of
+    a batch then take streams in turn. 0 gives each sequence of a global batch one of its own."""
 
     shuffle_seed: int = 0
     """Seed of the order in which the files of the training text are read. 0 reads them in the order

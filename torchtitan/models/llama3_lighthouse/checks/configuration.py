@@ -8,7 +8,7 @@ from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
 from ..checkpoints.folders import checkpoints_in
-from ..data.packing import global_batch_size, retrieval_mix, stream_count
+from ..data.packing import can_share, global_batch_size, retrieval_mix, stream_count
 from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
@@ -97,10 +97,11 @@ def check_launch(
 def _check_batch(config: JobConfig, data_parallel: int, streams: int) -> None:
     """Check that the text's streams share a stage's batch, and that it can be read."""
     whole = global_batch_size(config, data_parallel)
-    if whole % streams:
+    if not can_share(whole, streams):
         raise UserValueError(
             f"the {whole} sequences of a step cannot be shared by the text's {streams} streams; "
-            "pass --lighthouse.data_streams with a number that divides every stage's batch"
+            "pass --lighthouse.data_streams with a number that divides every stage's batch, or "
+            "that all of them divide"
         )
     training = config.training
     tokens = whole // data_parallel * training.seq_len

@@ -10,8 +10,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -25,38 +23,13 @@ from .positions import START_OVER, decode, encode
 from .retrieval import PromptEncoder
 from .retrieval_mix import RetrievalMix
 from .stream_messages import StreamMessages
-from .streams import TextStream, TrainingSequence, state_key
+from .streams import PackedTextDataset, TextStream, state_key
 from .text_sources import TextSource, find_source
 from .tokenizer import tokenizer_fingerprint
 
 TOKENIZER_FILE = "the tokenizer in model.hf_assets_path"
 # Characters of local text that are read when a loader is built, so that bad documents show at once.
 CHECKED_CHARACTERS = 32 * 2**20
-
-
-class PackedTextDataset(IterableDataset, Stateful):
-    """The streams of one data-parallel rank, a sequence from each in turn."""
-
-    def __init__(self, streams: list[TextStream]) -> None:
-        self.streams = streams
-
-    def __iter__(self) -> Iterator[TrainingSequence]:
-        """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) until a stream has no more."""
-        sequences = [iter(stream) for stream in self.streams]
-        while True:
-            # The streams' own counts tell whose turn it is, even if another rank read them before.
-            counts = [stream.sequences for stream in self.streams]
-            sequence = next(sequences[counts.index(min(counts))], None)
-            if sequence is None:
-                return
-            yield sequence
-
-    def state_dict(self) -> dict[str, Any]:
-        return {state_key(stream.number): stream.state_dict() for stream in self.streams}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for stream in self.streams:
-            stream.load_state_dict(state_dict[state_key(stream.number)])
 
 
 class PackedTextDataloader(ParallelAwareDataloader):
@@ -232,21 +205,27 @@ def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
     return training.global_batch_size
 
 
+def can_share(batch: int, streams: int) -> bool:
+    """Whether a step of ``batch`` sequences reads all streams alike, at once or in turn."""
+    return batch % streams == 0 or streams % batch == 0
+
+
 def stream_count(job_config: JobConfig, dp_world_size: int) -> int:
     """Streams that the training text is dealt to.
 
     By default there is one for each sequence of a global batch.
 
     Raises:
-        ValueError: the streams cannot be shared evenly by the ranks, or a global batch by the
-            streams.
+        ValueError: the streams cannot be shared evenly by the ranks, or by the sequences of a
+            global batch.
     """
     batch = global_batch_size(job_config, dp_world_size)
     streams = job_config.lighthouse.data_streams or batch
-    if streams < 1 or streams % dp_world_size or batch % streams:
+    if streams < 1 or streams % dp_world_size or not can_share(batch, streams):
         raise UserValueError(
             f"lighthouse.data_streams = {streams} must be a multiple of the data-parallel degree "
-            f"{dp_world_size} and divide the global batch of {batch} sequences"
+            f"{dp_world_size}, and divide the global batch of {batch} sequences or be a multiple "
+            "of it"
         )
     return streams
 
@@ -282,6 +261,9 @@ def _build(
         _say_once(line)
     mix = retrieval_mix(job_config, tokenizer, streams) if split == "train" else None
     share = streams // dp_world_size
+    of_step = share
+    if split == "train":
+        of_step = global_batch_size(job_config, dp_world_size) // dp_world_size
     messages = StreamMessages(source, key, streams)
     own = [
         TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, mix)
@@ -299,7 +281,7 @@ def _build(
     if job_config.lighthouse.tokenizer == "hf":
         settings[TOKENIZER_FILE] = tokenizer_fingerprint(tokenizer)
     return PackedTextDataloader(
-        PackedTextDataset(own),
+        PackedTextDataset(own, of_step),
         dp_rank,
         dp_world_size,
         streams,

@@ -1,5 +1,6 @@
 """The streams that training text is dealt to, each cut into sequences of equal length."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
@@ -216,3 +219,40 @@ class TextStream:
         self._documents = state_dict["documents"]
         self._empty = state_dict["empty"]
         self._data.load_state_dict(state_dict["data"])
+
+
+class PackedTextDataset(TorchIterableDataset, Stateful):
+    """The streams of one data-parallel rank, a sequence from each in turn.
+
+    If a step reads fewer sequences than there are streams, each of its sequences belongs to
+    neighbouring streams, as many for each, and takes them in turn. The order is thus the same for
+    any number of ranks.
+
+    Args:
+        step_sequences: sequences that this rank reads in an optimizer step. Reading begins and goes
+            on at the beginning of a step.
+    """
+
+    def __init__(self, streams: list[TextStream], step_sequences: int) -> None:
+        self.streams = streams
+        size = max(1, len(streams) // step_sequences)
+        groups = [streams[first : first + size] for first in range(0, len(streams), size)]
+        self._groups = groups if size > 1 else [streams]
+
+    def __iter__(self) -> Iterator[TrainingSequence]:
+        """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) until a stream has no more."""
+        sequences = {stream.number: iter(stream) for stream in self.streams}
+        for group in itertools.cycle(self._groups):
+            # The streams' own counts tell whose turn it is, even if another rank read them before.
+            stream = min(group, key=lambda stream: stream.sequences)
+            sequence = next(sequences[stream.number], None)
+            if sequence is None:
+                return
+            yield sequence
+
+    def state_dict(self) -> dict[str, Any]:
+        return {state_key(stream.number): stream.state_dict() for stream in self.streams}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for stream in self.streams:
+            stream.load_state_dict(state_dict[state_key(stream.number)])
