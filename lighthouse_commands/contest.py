@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="RUNS",
-        help="runs that share a GPU, out of those at once; their times are then no measure; "
-        "default: 1",
+        help="runs that share a GPU, out of those at once; a short run of each arm alone then "
+        "tells its times; default: 1",
     )
     parser.add_argument(
         "--widen", action="store_true", help="try rates beyond a grid whose best is at its edge"

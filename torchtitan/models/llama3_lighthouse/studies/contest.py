@@ -4,6 +4,7 @@ Each arm first tries its learning rates with one seed, then trains every seed at
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,7 @@ from ..errors import UserFileError, UserValueError
 from ..evaluation.progress import say, say_what_was_written
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
+from ..stages import stages_of
 from .contest_data import (
     CURVES,
     MEASURES,
@@ -31,7 +33,7 @@ from .contest_measures import MEASURES_FILE, TUNING, known_measures, read_number
 from .contest_report import COMPARISONS, RESULTS, report
 from .recovery import remove_cut_off
 from .recovery_plan import SETTINGS, check_base
-from .settings import command_line, keys_given, with_settings
+from .settings import command_line, keys_given
 from .sweeps import (
     Environment,
     Run,
@@ -46,6 +48,9 @@ from .sweeps import (
 # Rates that were added beside the file's, by arm.
 WIDENED = "widened.json"
 MOST_WIDENED = 4
+# Steps of each stage in a run that tells times. The first few compile, and capture a graph.
+TIMED_STEPS = 40
+UNTIL = re.compile(r"\buntil=\S+")
 
 
 class Planner:
@@ -60,31 +65,46 @@ class Planner:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
         for arm in contest.arms.values():
             # Every arm is checked before the first run.
-            config = self._config(arm, arm.rates[0], contest.seeds[0])
-            check_base(config)
-            check_measures(contest, config)
+            run = self.run(arm, arm.rates[0], contest.seeds[0])
+            check_base(run.config)
+            check_measures(contest, run.config)
+            self.timing_run(arm)
+
+    def run(self, arm: Arm, rate: float, seed: int) -> Run:
+        """The run of an arm at a learning rate under a seed."""
+        return self._run(f"{arm.name},lr={rate:g},seed={seed}", self._settings(arm, rate, seed), [])
+
+    def timing_run(self, arm: Arm) -> Run:
+        """A few steps of each stage of an arm, which tell how long a step takes."""
+        whole = self.run(arm, arm.rates[0], self.contest.seeds[0])
+        stages = stages_of(whole.config)
+        shorter: dict[str, Any] = {
+            "training.steps": TIMED_STEPS * len(stages),
+            "lr_scheduler.warmup_steps": 0,
+            "validation.enable": False,
+            "checkpoint.enable": False,
+        }
+        if any(stage.text for stage in stages):
+            shorter["lighthouse.schedule"] = [
+                UNTIL.sub(f"until={TIMED_STEPS * number}", stage.text)
+                for number, stage in enumerate(stages, 1)
+            ]
+        elif len(stages) > 1:
+            shorter["lighthouse.dense_from_step"] = TIMED_STEPS
+        return self._run(f"{arm.name},times", whole.settings | shorter, command_line(shorter))
 
     def _settings(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         seeds = dict.fromkeys(self.contest.seed_keys, seed)
         return self.contest.settings | arm.settings | {"optimizer.lr": rate} | seeds
 
-    def _line(self, arm: Arm, rate: float, seed: int) -> list[str]:
-        settings = SETTINGS | self._settings(arm, rate, seed)
-        base = ["--job.config_file", str(self.contest.config)]
-        return [*base, *command_line(settings), *self.extra]
-
-    def _config(self, arm: Arm, rate: float, seed: int):
-        line = [*self._line(arm, rate, seed), f"--job.dump_folder={self.output.resolve()}"]
+    def _run(self, name: str, settings: dict[str, Any], last: list[str]) -> Run:
+        """A run of settings; the flags ``last`` come after those of the command line."""
+        folder = self.output.resolve() / name
+        line = ["--job.config_file", str(self.contest.config), f"--job.dump_folder={folder}"]
+        line += [*command_line(SETTINGS | settings), *self.extra, *last]
         config = LighthouseConfigManager().parse_args(line)
         check_config(config, flavors)
-        return config
-
-    def run(self, arm: Arm, rate: float, seed: int) -> Run:
-        """The run of an arm at a learning rate under a seed."""
-        folder = self.output.resolve() / f"{arm.name},lr={rate:g},seed={seed}"
-        line = [*self._line(arm, rate, seed), f"--job.dump_folder={folder}"]
-        config = with_settings(self._config(arm, rate, seed), {})
-        return Run(self._settings(arm, rate, seed), line, folder, config)
+        return Run(settings, line, folder, config)
 
 
 def rates_of(contest: Contest, output: Path) -> dict[str, list[float]]:
@@ -150,40 +170,46 @@ class _Contestants:
         self.contest, self.planner, self.options, self.lock = contest, planner, options, lock
         # Stage, arm, rate and seed to run.
         self.placed: dict[tuple[str, str, float, int], Run] = {}
+        # Runs that tell the times of an arm.
+        self.timed: dict[str, Run] = {}
         self.failed: list[str] = []
 
     def train_all(
-        self, stage: str, asked: list[tuple[str, float, int]], alone: bool = False
+        self, stage: str, asked: list[tuple[str, float, int]]
     ) -> dict[tuple[str, float, int], Run]:
-        """Train what has not finished.
-
-        Args:
-            asked: arm, rate and seed of each run.
-            alone: whether no run may share a GPU, so that its times are a measure.
-        """
-        options = self.options.alone() if alone else self.options
+        """Train and measure what has not finished; ``asked`` has the arm, rate and seed of each."""
         runs = {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
         self.placed.update({(stage, *key): run for key, run in runs.items()})
+        self._sweep(list(runs.values()), self.options, measured=True)
+        return runs
 
+    def time(self) -> None:
+        """Learn the times of the arms from runs that share no GPU, if the others do."""
+        if self.options.per_gpu > 1:
+            names = dict.fromkeys(name for _, name, *_ in self.placed)
+            self.timed = {n: self.planner.timing_run(self.contest.arms[n]) for n in names}
+            self._sweep(list(self.timed.values()), self.options.alone(), measured=False)
+
+    def _sweep(self, runs: list[Run], options: SweepOptions, measured: bool) -> None:
         def train_run(run: Run, title: str, environment: Environment) -> int:
             if not is_trained(run):
                 remove_cut_off(run)
                 if code := train(run, options.processes, title, environment, self.lock):
                     return code
                 mark_trained(run, alone=options.per_gpu == 1)
-            if (run.folder / MEASURES_FILE).exists():
+            if not measured or (run.folder / MEASURES_FILE).exists():
                 return 0
             say(f"{title}: measuring")
             return measure(self.contest, run, environment, self.lock)
 
-        self.failed += sweep(list(runs.values()), train_run, self.tabulate, options.slots())
-        return runs
+        self.failed += sweep(runs, train_run, self.tabulate, options.slots())
 
     def tabulate(self) -> None:
         rows = [(dict(zip(PLACES, key, strict=True)), run)
                 for key, run in self.placed.items() if run.is_finished]  # fmt: skip
+        timed = {name: run for name, run in self.timed.items() if run.is_finished}
         if rows:
-            write_data(rows, self.options.processes, self.options.output)
+            write_data(rows, timed, self.options.processes, self.options.output)
 
 
 def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) -> int:
@@ -229,6 +255,7 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
         best = _choose_rates(contestants, rates, widened)
         asked = [(name, best[name], seed) for name in best for seed in contest.seeds]
         contestants.train_all(SEEDS, asked)
+        contestants.time()
         contestants.tabulate()
     placed, failed = contestants.placed, contestants.failed
     if any(run.is_finished for (stage, *_), run in placed.items() if stage == SEEDS):
@@ -244,12 +271,6 @@ def _choose_rates(
     contest = contestants.contest
     tuned = [name for name, of_arm in rates.items() if len(of_arm) > 1]
     best = {name: of_arm[0] for name, of_arm in rates.items() if name not in tuned}
-    if contestants.options.per_gpu > 1:
-        # One run of each arm tells its times.
-        first = [(name, rates[name][0], contest.rate_seed) for name in tuned]
-        contestants.train_all(RATES, first, alone=True)
-        first = [(name, rate, contest.seeds[0]) for name, rate in best.items()]
-        contestants.train_all(SEEDS, first, alone=True)
     while tuned:
         asked = [(name, rate, contest.rate_seed) for name in tuned for rate in rates[name]]
         runs = contestants.train_all(RATES, asked)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..evaluation.tables import Row, write_csv
@@ -17,7 +17,7 @@ GPU_SECONDS = "GPU seconds"
 RATES, SEEDS = "rates", "seeds"
 PLACES = ("stage", "arm", "rate", "seed")
 # This file in a run's folder says that it was trained, and may still have to be measured. It holds
-# ALONE if the run shared its GPUs with no other one.
+# ALONE if the run shared no GPU, so that its times are a measure.
 TRAINED = "trained"
 ALONE = "alone"
 
@@ -47,7 +47,7 @@ def _kinds(run: Run, entries: Entries) -> dict[int, Kind]:
 
 
 def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[Kind, float]:
-    """The median seconds of a step of each kind, over the runs of an arm that trained alone.
+    """The median seconds of a step of each kind, over the runs of an arm that shared no GPU.
 
     Steps that compiled, captured a graph or saved a checkpoint do not move a median.
     """
@@ -60,14 +60,17 @@ def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[Kind, float]:
     return {kind: statistics.median(seconds) for kind, seconds in found.items()}
 
 
-def write_data(placed: Sequence[tuple[Row, Run]], processes: int, output: Path) -> None:
+def write_data(
+    placed: Sequence[tuple[Row, Run]], timed: Mapping[str, Run], processes: int, output: Path
+) -> None:
     """Write what finished runs logged and measured as CSV.
 
     Args:
         placed: for each run its stage, arm, rate and seed.
+        timed: arm to a run that tells times alone.
     """
     entries = {run.folder: read_metrics(run.folder) for _, run in placed}
-    by_arm: dict[object, list[tuple[Run, Entries]]] = {}
+    by_arm = {name: [(run, read_metrics(run.folder))] for name, run in timed.items()}
     for place, run in placed:
         by_arm.setdefault(place["arm"], []).append((run, entries[run.folder]))
     times = {arm: seconds_of_steps(runs) for arm, runs in by_arm.items()}
@@ -90,7 +93,7 @@ def _rows(run: Run, entries: Entries, times: dict[Kind, float], processes: int) 
     seconds = 0.0
     for step, kind in _kinds(run, entries).items():
         if TOKENS in (entry := entries[step]):
-            # No run of the arm may have trained alone yet.
+            # Every run of the arm may have shared its GPU so far.
             seconds += processes * times.get(kind, math.nan)
             row: Row = {"step": step, "tokens": round(entry[TOKENS]), GPU_SECONDS: seconds}
             yield row | ({VALIDATION: entry[HELD_OUT_LOSS]} if HELD_OUT_LOSS in entry else {})

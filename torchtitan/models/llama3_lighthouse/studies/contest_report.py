@@ -208,6 +208,9 @@ def _draw(
         axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if path.name != "loss_over_time.png":
         length_axis(axis, [place for _, x, _ in lines for place in x])
+    if path.name == "retrieval_over_length.png":
+        # An interval by Student's t knows no bounds.
+        axis.set_ylim(-0.02, 1.02)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
