@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
-Scorer = Literal["norm", "dilated", "gla"]
+Scorer = Literal["norm", "dilated", "gla", "random"]
 EntryScore = Literal["max", "first"]
 Combine = Literal["sum", "finest"]
 
@@ -12,7 +12,7 @@ ENTRY_SCORES: tuple[str, ...] = get_args(EntryScore)
 COMBINATIONS: tuple[str, ...] = get_args(Combine)
 
 # A scorer that attends needs the whole sequence, in steps of the dilation, to score one position.
-ATTENDS: dict[str, bool] = {"norm": False, "dilated": True, "gla": True}
+ATTENDS: dict[str, bool] = {"norm": False, "dilated": True, "gla": True, "random": False}
 
 # Kernels and torch's own tables number positions with 32 bits.
 LARGEST_SPAN = 2**30
@@ -28,8 +28,9 @@ class LighthouseConfig:
         pooling_factor: Entries p of one level that the next coarser level pools into one; a power
             of two.
         top_k: Entries k picked at each pooled level; a multiple of picks_per_stratum.
-        scorer: How positions are scored: by the norms of q and k ("norm"), or by the norms of what
-            softmax attention ("dilated") or gated linear attention ("gla") returns for them.
+        scorer: How positions are scored: by the norms of q and k ("norm"), by the norms of what
+            softmax attention ("dilated") or gated linear attention ("gla") returns for them, or by
+            a hash of q and of k that tells nothing of them ("random").
         picks_per_stratum: Entries m picked from each of the k / m strata of the sequence. The
             number is even: half of the picks are the best queries and half the best keys.
         dilation: Stride of the positions that the scorers "dilated" and "gla" attend over.

@@ -10,6 +10,7 @@ length, P pyramid length.
 """
 
 import math
+import struct
 from collections.abc import Callable
 from functools import partial
 
@@ -125,6 +126,25 @@ def _rows_themselves(
     return q, k
 
 
+def _hashed_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> Rows:
+    """Rows of one number, from 0 to below 1: a hash of the bits of each row's float32 numbers."""
+    seeds = 0x51ED270B, 0x2545F491
+    hashed = [[_hash(row, seed) for row in rows] for rows, seed in zip((q, k), seeds, strict=True)]
+    by_query, by_key = (q.new_tensor(numbers)[:, None] for numbers in hashed)
+    return by_query, by_key
+
+
+def _hash(row: torch.Tensor, seed: int) -> float:
+    # Adding 0 makes -0 and 0 alike.
+    signed = [struct.unpack("<i", struct.pack("<f", number + 0.0))[0] for number in row.tolist()]
+    number = (sum(signed) + seed) % 2**32
+    for _ in range(2):
+        number = (number ^ (number >> 16)) * 0x7FEB352D % 2**32
+    return ((number ^ (number >> 15)) >> 8) / 2**24
+
+
 def _attended_rows(
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     q: torch.Tensor,
@@ -210,6 +230,7 @@ SCORED_ROWS: dict[str, Callable[..., Rows]] = {
     "norm": _rows_themselves,
     "dilated": partial(_attended_rows, _causal_attention),
     "gla": partial(_attended_rows, _gated_linear_attention),
+    "random": _hashed_rows,
 }
 
 

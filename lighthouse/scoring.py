@@ -8,6 +8,9 @@ The scorer "norm" takes q and k themselves. "dilated" and "gla" take the outputs
 q over k, and of k over q, among the positions that are equal modulo the dilation: softmax attention
 for "dilated", linear attention with a fixed decay for "gla".
 
+"random" is a control: it hashes q and k into rows of one number each, so that picks know nothing of
+what they pick.
+
 Shapes: B batch, Hq query heads, Hkv key-value heads, H heads, N positions, D head dimension, d
 dilation.
 """
@@ -33,6 +36,10 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 LOG2_DECAY = -1 / 16
 # "gla" multiplies this many rows at once. The number changes nothing but rounding.
 GLA_CHUNK = 64
+
+# "random" hashes queries and keys from different seeds.
+QUERY_SEED, KEY_SEED = 0x51ED270B, 0x2545F491
+MULTIPLIER, LOW_BITS = 0x7FEB352D, 0xFFFFFFFF
 
 
 @torch.no_grad()
@@ -106,6 +113,33 @@ def _norms_of_outputs(
     q, k, v = (dilate(rows, config.dilation) for rows in (q, k, v))
     by_query, by_key = attend(q, k, v), attend(k, q, v)
     return undilate(_norms(by_query), config.dilation), undilate(_norms(by_key), config.dilation)
+
+
+def _hashes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return hash_rows(q, QUERY_SEED), hash_rows(k, KEY_SEED)
+
+
+def hash_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """A number from 0 to below 1 for each row, spread evenly and the same wherever it is computed.
+
+    Rows whose float32 bits are equal have the same number.
+
+    Args:
+        rows: [..., D].
+
+    Returns:
+        [...], in the precision of sums.
+    """
+    # Adding 0 makes -0 and 0 alike. A sum of integers has one result in any order.
+    bits = (rows.to(torch.float32) + 0.0).view(torch.int32).sum(dim=-1, dtype=torch.int64)
+    number = (bits + seed) & LOW_BITS
+    for _ in range(2):
+        number = ((number ^ (number >> 16)) * MULTIPLIER) & LOW_BITS
+    # 24 bits are exact in float32.
+    number = (number ^ (number >> 15)) >> 8
+    return number.to(accumulation_dtype(rows.dtype)) * 2.0**-24
 
 
 def _norms(rows: torch.Tensor) -> torch.Tensor:
@@ -199,4 +233,5 @@ SCORER_FUNCTIONS: dict[str, ScorerFunctions] = {
     "norm": ScorerFunctions(_norms_of_inputs, _no_flops),
     "dilated": ScorerFunctions(partial(_norms_of_outputs, dilated_attention), _dilated_flops),
     "gla": ScorerFunctions(partial(_norms_of_outputs, gated_linear_attention), _gla_flops),
+    "random": ScorerFunctions(_hashes, _no_flops),
 }
