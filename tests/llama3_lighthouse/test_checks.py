@@ -99,12 +99,15 @@ def test_outputs_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
             check_output(folder)
 
 
-def test_sequences_too_short_for_retrieval_documents_are_refused(tmp_path: Path) -> None:
+def test_sequences_too_short_for_what_is_mixed_in_are_refused(tmp_path: Path) -> None:
     settings = {"training.seq_len": 192, "lighthouse.top_k": 8, "lighthouse.picks_per_stratum": 8}
     check(tmp_path, **settings)
     settings["lighthouse.passkey_mix"] = 0.5
     check(tmp_path, **settings, **{"lighthouse.passkey_tasks": ("passkey", "long_passkey")})
     with pytest.raises(ValueError, match="needs training.seq_len of at least 227, got 192; raise"):
+        check(tmp_path, **settings)
+    settings |= {"lighthouse.passkey_mix": 0.0, "lighthouse.repeat_mix": 0.5}
+    with pytest.raises(ValueError, match="repeat_mix = 0.5 needs training.seq_len of at least 256"):
         check(tmp_path, **settings)
 
 
@@ -148,7 +151,7 @@ def test_validation_lengths_are_checked_when_it_is_enabled(tmp_path: Path) -> No
         ("[training]\nfoo = 1", r"training\.foo"),
         ('[lighthouse]\ntop_k = "many"', r"lighthouse\.top_k = 'many'"),
         ('[lighthouse]\nstage = "sparse"', r"lighthouse\.stage = 'sparse'"),
-        ('[lighthouse]\nscorer = "random"', r"lighthouse\.scorer = 'random'"),
+        ('[lighthouse]\nscorer = "chance"', r"lighthouse\.scorer = 'chance'"),
         ('[lighthouse]\ndense_layers = ["0"]', r"lighthouse\.dense_layers"),
         ("[training.dataloader]\nworkers = 1", r"training\.dataloader\.workers"),
         ("lighthouse = 3", r"write \[lighthouse\]"),

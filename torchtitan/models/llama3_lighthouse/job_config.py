@@ -99,13 +99,16 @@ class Lighthouse(Method, Schedule):
     a batch then take streams in turn. 0 gives each sequence of a global batch one of its own."""
 
     shuffle_seed: int = 0
-    """Seed of the order in which the files of the training text are read. 0 reads them in the order
-    of their names; "python_stdlib" has one of its own. Documents of one file keep their order, and
-    validation reads the same text in any case."""
+    """Seed of the order of the training files, and of what is mixed into their text. 0 reads them
+    in the order of their names; "python_stdlib" has one of its own. Documents of one file keep
+    their order, and validation reads the same text in any case."""
 
     log_selection_every: int = 0
     """Steps between records of what Lighthouse layers select. Each record takes two more forward
     passes over one microbatch. 0 turns them off."""
+
+    repeat_mix: float = 0.0
+    """Share of the sequences of text in which passages return, near and far."""
 
     passkey_mix: float = 0.0
     """Share of the training tokens that come from synthetic retrieval documents. These fill whole

@@ -8,7 +8,8 @@ from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
 from ..checkpoints.folders import checkpoints_in
-from ..data.packing import can_share, global_batch_size, retrieval_mix, stream_count
+from ..data.mixes import mixes_of
+from ..data.packing import can_share, global_batch_size, stream_count
 from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
@@ -143,7 +144,7 @@ def _check_stage(stage: Stage) -> None:
     # In a schedule, dense stages may have lengths that no selection takes.
     if stage.attention == "lighthouse" or not stage.text:
         _check_geometry(stage.config)
-    _check_retrieval_mix(stage.config)
+    _check_mixes(stage.config)
 
 
 def _check_attention(config: JobConfig) -> None:
@@ -231,10 +232,10 @@ def _check_tokenizer(config: JobConfig) -> None:
         )
 
 
-def _check_retrieval_mix(config: JobConfig) -> None:
+def _check_mixes(config: JobConfig) -> None:
     # Other tokenizers have not been read yet, and lengths of prompts depend on them.
     if config.lighthouse.tokenizer == "byte":
-        retrieval_mix(config, ByteTokenizer(), 1)
+        mixes_of(config, ByteTokenizer(), 1)
 
 
 def _check_optimizer(config: JobConfig) -> None:

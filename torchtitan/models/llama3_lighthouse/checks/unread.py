@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lighthouse import LighthouseConfig
+from lighthouse.config import ATTENDS
 
 from ..job_config import JobConfig, leaves
 from ..model.flavors import flavors
@@ -29,10 +30,6 @@ def _is(key: str, *values: Any) -> Requirement:
     return Requirement(key, f"is {' or '.join(map(shown, values))}", lambda value: value in values)
 
 
-def _is_not(key: str, value: Any) -> Requirement:
-    return Requirement(key, f"is not {shown(value)}", lambda given: given != value)
-
-
 def _above(key: str, least: float) -> Requirement:
     return Requirement(key, f"is above {least}", lambda value: value > least)
 
@@ -47,6 +44,7 @@ def _no_window_stands_alone(schedule: list[str]) -> bool:
     return "lighthouse" in names or "window" not in names
 
 
+ATTENDING = tuple(scorer for scorer, attends in ATTENDS.items() if attends)
 MODE = "activation_checkpoint.mode"
 IN_PIPELINES = (_above("parallelism.pipeline_parallel_degree", 1),)
 UNDER_TENSOR_PARALLELISM = (_above("parallelism.tensor_parallel_degree", 1),)
@@ -82,7 +80,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
     "debug.deterministic_warn_only": (_is("debug.deterministic", True),),
     "lighthouse.dense_every": SPARSE,
     "lighthouse.log_selection_every": SPARSE,
-    "lighthouse.dilation": (*SELECTING, _is_not("lighthouse.scorer", "norm")),
+    "lighthouse.dilation": (*SELECTING, _is("lighthouse.scorer", *ATTENDING)),
     "lighthouse.passkey_tasks": (_above("lighthouse.passkey_mix", 0),),
     "training.dataloader.persistent_workers": WITH_WORKERS,
     "training.dataloader.prefetch_factor": WITH_WORKERS,

@@ -19,9 +19,8 @@ from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..processes import serve_parent
 from .fingerprint import BY_CONTENT
+from .mixes import mixes_of
 from .positions import START_OVER, decode, encode
-from .retrieval import PromptEncoder
-from .retrieval_mix import RetrievalMix
 from .stream_messages import StreamMessages
 from .streams import PackedTextDataset, TextStream, state_key
 from .text_sources import TextSource, find_source
@@ -259,14 +258,14 @@ def _build(
     source = find_source(section.dataset, split, section.dataset_path, key, seed)
     for line in source.describe():
         _say_once(line)
-    mix = retrieval_mix(job_config, tokenizer, streams) if split == "train" else None
+    mixes = mixes_of(job_config, tokenizer, streams) if split == "train" else None
     share = streams // dp_world_size
     of_step = share
     if split == "train":
         of_step = global_batch_size(job_config, dp_world_size) // dp_world_size
     messages = StreamMessages(source, key, streams)
     own = [
-        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, mix)
+        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, mixes)
         for number in range(dp_rank * share, (dp_rank + 1) * share)
     ]
     if check and source.is_local:
@@ -292,21 +291,6 @@ def _build(
         worker_init_fn=serve_parent,
         **vars(section.dataloader),
     )
-
-
-def retrieval_mix(
-    job_config: JobConfig, tokenizer: BaseTokenizer, streams: int
-) -> RetrievalMix | None:
-    """The retrieval documents in training's sequences, or None if there are none.
-
-    Raises:
-        ValueError: the sequences are too short for them.
-    """
-    section, length = job_config.lighthouse, job_config.training.seq_len + 1
-    if not section.passkey_mix:
-        return None
-    encoder = PromptEncoder(tokenizer)
-    return RetrievalMix(encoder, section.passkey_mix, length, streams, section.passkey_tasks)
 
 
 @cache

@@ -35,6 +35,7 @@ class RetrievalMix:
         length: tokens of a sequence, labels included.
         streams: streams of text; each has the same share.
         tasks: names of the tasks, which are drawn equally often.
+        seed: draws other documents.
 
     Raises:
         ValueError: a sequence cannot hold the longest kind of document.
@@ -73,10 +74,11 @@ class RetrievalMix:
         The share is exact to within one sequence, both among the first n sequences of a stream
         and among the sequences of all streams that have the same number.
         """
-        phase = stream / self._streams
-        return math.floor((sequence + 1) * self._rate + phase) > math.floor(
-            sequence * self._rate + phase
-        )
+        return self.taken(stream, sequence + 1) > self.taken(stream, sequence)
+
+    def taken(self, stream: int, sequence: int) -> int:
+        """How many of the sequences of a stream before number ``sequence`` this takes."""
+        return math.floor(sequence * self._rate + stream / self._streams)
 
     def sequence(self, stream: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw sequence number ``sequence`` of a stream.

@@ -11,7 +11,8 @@ from torchtitan.tools.logging import logger
 from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..stages import distinct_stages, naming
-from .packing import PackedTextDataloader, build_dataloader, retrieval_mix, stream_count
+from .mixes import mixes_of
+from .packing import PackedTextDataloader, build_dataloader, stream_count
 from .positions import decode
 
 LENGTH = "training.seq_len"
@@ -135,6 +136,6 @@ def build_staged_dataloader(
     for stage in stages:
         # A later stage would complain of its sequences only when it begins.
         with naming(stage):
-            retrieval_mix(stage.config, tokenizer, streams)
+            mixes_of(stage.config, tokenizer, streams)
     configs = [stage.config for stage in stages]
     return StagedDataloader(configs, build, job_config.lighthouse.keep_position)

@@ -14,8 +14,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from .mixes import Mixes
 from .positions import check_stream
-from .retrieval_mix import RetrievalMix
 from .stream_messages import StreamMessages
 from .text_files import document_problem
 from .text_sources import TextSource
@@ -65,7 +65,7 @@ class TextStream:
         number: the stream's number, which is also that of its first document; both count from 0.
         infinite: begin again at the end of the text.
         messages: those of the loader that the stream belongs to.
-        mix: sequences that stand between those of text; no text is lost to them.
+        mixes: what stands among and within the sequences of text.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TextStream:
         count: int,
         infinite: bool,
         messages: StreamMessages,
-        mix: RetrievalMix | None = None,
+        mixes: Mixes | None = None,
     ) -> None:
         self.number = number
         self.sequences = 0
@@ -87,7 +87,7 @@ class TextStream:
         self._seq_len = seq_len
         self._infinite = infinite
         self._messages = messages
-        self._mix = mix
+        self._mixes = mixes
         self._buffer = np.empty(0, dtype=np.int32)
         self._epoch = 0
         # Documents of this epoch, and the empty ones among them.
@@ -140,13 +140,16 @@ class TextStream:
     def _cut(self) -> Iterator[TrainingSequence]:
         """Yield sequences until the buffer is too short for another."""
         while len(self._buffer) > self._seq_len:
-            if self._mix and self._mix.takes(self.number, self.sequences):
-                tokens, in_loss = self._mix.sequence(self.number, self.sequences)
+            place = self.number, self.sequences
+            if self._mixes and (documents := self._mixes.documents(*place)):
+                tokens, in_loss = documents
                 window = torch.from_numpy(tokens.astype(np.int64))
                 labels = window.masked_fill(~torch.from_numpy(in_loss), IGNORE_INDEX)
             else:
-                window = torch.from_numpy(self._buffer[: self._seq_len + 1].astype(np.int64))
-                labels = window
+                tokens = self._buffer[: self._seq_len + 1]
+                if self._mixes:
+                    tokens = self._mixes.text(tokens, *place)
+                window = labels = torch.from_numpy(tokens.astype(np.int64))
                 self._buffer = self._buffer[self._seq_len :]
             self.sequences += 1
             yield {"input": window[:-1]}, labels[1:]

@@ -1,0 +1,89 @@
+"""Passages that return within training text, near and far."""
+
+import math
+
+import numpy as np
+
+from ..errors import UserValueError
+from .retrieval_parts import random_of
+
+SHORTEST_SEQUENCE = 256
+# Tokens of a passage. Short sequences have shorter ones: from 1/16 to 1/8 of the sequence.
+SHORTEST_PASSAGE, LONGEST_PASSAGE = 64, 512
+# One in so many tokens of a sequence stands in a passage that returns.
+TOKENS_PER_RETURN = 8
+# Streams begin at places that lie apart for any number of them: multiples of the golden ratio.
+PHASE = (5**0.5 - 1) / 2
+
+
+class RepeatMix:
+    """Sequences of text in which passages return, word for word.
+
+    In a sequence that is taken, passages are copied over later text, an eighth of its tokens in
+    all. All doublings of the distance from a passage to its return are equally likely, from the
+    passage's own length to the most that fits. The text that a return covers is not read; what
+    follows the sequence is as it was.
+
+    A sequence depends on the numbers of its stream and of itself alone.
+
+    Args:
+        rate: share of the sequences of text.
+        length: tokens of a sequence, labels included.
+        seed: draws other passages.
+
+    Raises:
+        ValueError: the sequence is too short.
+    """
+
+    def __init__(self, rate: float, length: int, seed: int = 0) -> None:
+        if length - 1 < SHORTEST_SEQUENCE:
+            raise UserValueError(
+                f"lighthouse.repeat_mix = {rate} needs training.seq_len of at least "
+                f"{SHORTEST_SEQUENCE}, got {length - 1}; raise it, or set repeat_mix to 0"
+            )
+        self._rate, self._length, self._seed = rate, length, seed
+        self._longest = min(LONGEST_PASSAGE, length // 8)
+        self._shortest = min(SHORTEST_PASSAGE, length // 16)
+
+    def takes(self, stream: int, number: int) -> bool:
+        """Whether passages return in text sequence ``number`` of a stream, both from 0 on.
+
+        The share is exact to within one sequence among the first n sequences of a stream.
+        """
+        phase = stream * PHASE % 1
+        return math.floor((number + 1) * self._rate + phase) > math.floor(
+            number * self._rate + phase
+        )
+
+    def returns(self, stream: int, number: int) -> list[tuple[int, int, int]]:
+        """Where passages return in a sequence: (from, to, tokens), in order of their return."""
+        random = random_of("repeats", self._seed, stream, number)
+        tokens: list[int] = []
+        while sum(tokens) < self._length // TOKENS_PER_RETURN:
+            tokens.append(int(random.integers(self._shortest, self._longest + 1)))
+        # Every return has room for its passage before it.
+        first = max(tokens)
+        free = self._length - sum(tokens) - first
+        before = np.sort(random.integers(free + 1, size=len(tokens))).tolist()
+        found, end = [], first
+        for gap, skipped, count in zip(before, [0, *before], tokens, strict=False):
+            start = end + gap - skipped
+            distance = self._distance(random, count, start)
+            found.append((start - distance, start, count))
+            end = start + count
+        return found
+
+    @staticmethod
+    def _distance(random: np.random.Generator, shortest: int, longest: int) -> int:
+        """A distance whose doublings are equally likely, by integers alone."""
+        doublings = (longest // shortest).bit_length()
+        low = shortest << int(random.integers(doublings))
+        return int(random.integers(low, min(2 * low, longest + 1)))
+
+    def apply(self, tokens: np.ndarray, stream: int, number: int) -> np.ndarray:
+        """A copy of a sequence [length] in which passages return."""
+        tokens = tokens.copy()
+        for source, target, count in self.returns(stream, number):
+            # A later return begins behind this one, so it changes neither of the two places.
+            tokens[target : target + count] = tokens[source : source + count]
+        return tokens
