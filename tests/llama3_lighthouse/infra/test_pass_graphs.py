@@ -181,12 +181,7 @@ def test_capture_without_memory_goes_on_and_says_so(
     device: str, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, graphed = Trained(device, False), Trained(device, True)
-    capture, one_pass, captures = graphed.graphs._captured, graphed.one_pass, []
-
-    def too_large(*batch: Any) -> torch.Tensor:
-        loss = one_pass(*batch)
-        torch.empty(2**50, device="cuda")
-        return loss
+    capture, captures = graphed.graphs._captured, []
 
     def captured(work: Callable[[], torch.Tensor]) -> Any:
         captures.append(work)
@@ -194,8 +189,13 @@ def test_capture_without_memory_goes_on_and_says_so(
             return capture(work)
         if device == "cpu":
             raise torch.OutOfMemoryError
-        with patch.object(graphed.graphs, "_forward_backward", too_large):
-            return capture(work)
+
+        def too_large() -> torch.Tensor:
+            loss = work()
+            torch.empty(2**50, device="cuda")
+            return loss
+
+        return capture(too_large)
 
     with patch.object(graphed.graphs, "_captured", captured):
         assert_same(plain, graphed, [("dense", rows_of(step, 3)) for step in range(8)])
