@@ -13,10 +13,10 @@ retrieval are taken from its last checkpoint.
 
 The same command goes on where it was interrupted, and repeats nothing that finished.
 
-Writes a folder for each run; runs.csv, measures.csv and curves.csv, after every run; and at the end
-comparisons.csv, results.md with the verdicts and, unless --no-plots, loss_over_time.png,
+Writes a folder for each run; runs.csv, measures.csv, curves.csv and times.csv, after every run; and
+at the end comparisons.csv, results.md with the verdicts and, unless --no-plots, loss_over_time.png,
 loss_by_position.png and retrieval_over_length.png. --report-only writes these again from the first
-three.
+four. --only-times writes times.csv alone: the GPU seconds of a step of each arm on this machine.
 """
 
 import argparse
@@ -44,12 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widen", action="store_true", help="try rates beyond a grid whose best is at its edge"
     )
     parser.add_argument(
+        "--only-times", action="store_true", help="learn how long a step of each arm takes here"
+    )
+    parser.add_argument(
         "--report-only", action="store_true", help="write the report again from the CSV files"
     )
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> None:
-    from torchtitan.models.llama3_lighthouse.studies.contest import report_again, run_contest
+    from torchtitan.models.llama3_lighthouse.studies.contest import (
+        report_again,
+        run_contest,
+        time_arms,
+    )
     from torchtitan.models.llama3_lighthouse.studies.sweeps import SweepOptions
 
     if options.report_only:
@@ -63,4 +70,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
         not options.no_plots,
         options.per_gpu,
     )
+    if options.only_times:
+        time_arms(options.config, sweep, overrides)
+        return
     run_contest(options.config, sweep, overrides, options.widen)

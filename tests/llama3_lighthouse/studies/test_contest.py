@@ -1,6 +1,7 @@
 """Contests: the file, the rule, resumes, the widening of grids and the report."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
     for_tuning,
     write_numbers,
 )
-from torchtitan.models.llama3_lighthouse.studies.contest_report import report
+from torchtitan.models.llama3_lighthouse.studies.contest_report import Results, report
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import (
     BETTER,
     NO_DIFFERENCE,
@@ -228,7 +229,7 @@ def test_a_failed_rate_leaves_out_its_arm_alone(call, faked, path, tmp_path) -> 
     assert not code and "window against dense: no difference" in out
 
 
-def test_times_come_from_runs_that_shared_no_gpu(call, faked, monkeypatch, tmp_path) -> None:
+def test_times_come_from_runs_that_shared_no_gpu(call, faked, monkeypatch, path, tmp_path) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     train = contests.train
@@ -247,8 +248,19 @@ def test_times_come_from_runs_that_shared_no_gpu(call, faked, monkeypatch, tmp_p
     call("--at-once", "2", "--per-gpu", "2")
     assert len(slow) == 7
     assert set(faked.trained) - set(slow) == {"dense,times", "window,times", "lighthouse,times"}
-    runs = pandas.read_csv(tmp_path / "out/runs.csv")
-    assert len(runs) == 8 and np.allclose(runs["GPU seconds"], 8 * 0.5)
+    times = pandas.read_csv(tmp_path / "out/times.csv")
+    assert len(times) == 5 and np.allclose(times["GPU seconds"], 0.5)
+    runs = Results(read_contest(path), tmp_path / "out").runs
+    assert len(runs) == 6 and np.allclose(runs["GPU seconds"], 8 * 0.5)
+    # Another machine's times take the place of these.
+    for each in ("dense", "window", "lighthouse"):
+        shutil.rmtree(tmp_path / f"out/{each},times")
+    monkeypatch.setattr(contests, "train", train)
+    before = (tmp_path / "out/runs.csv").read_text()
+    (tmp_path / "out/times.csv").unlink()
+    call("--only-times")
+    assert len(pandas.read_csv(tmp_path / "out/times.csv")) == 5
+    assert (tmp_path / "out/runs.csv").read_text() == before
 
 
 def test_a_timing_run_has_a_few_steps_of_every_stage(path, tmp_path) -> None:
@@ -281,7 +293,7 @@ def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
     mark_trained(run, alone=False)
     assert seconds_of_steps([(run, entries)]) == {}
     mark_trained(run, alone=True)
-    assert seconds_of_steps([(run, entries)]) == {(0, True): 1.0, (1, False): 16.5}
+    assert seconds_of_steps([(run, entries)]) == {"1 lighthouse": 1.0, "2 dense": 16.5}
 
 
 @pytest.mark.parametrize(

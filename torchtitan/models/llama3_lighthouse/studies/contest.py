@@ -24,9 +24,11 @@ from .contest_data import (
     RATES,
     RUNS,
     SEEDS,
+    TIMES,
     is_trained,
     mark_trained,
     write_data,
+    write_times,
 )
 from .contest_file import Arm, Contest, fix, read_contest
 from .contest_measures import MEASURES_FILE, TUNING, known_measures, read_numbers
@@ -184,11 +186,9 @@ class _Contestants:
         return runs
 
     def time(self) -> None:
-        """Learn the times of the arms from runs that share no GPU, if the others do."""
-        if self.options.per_gpu > 1:
-            names = dict.fromkeys(name for _, name, *_ in self.placed)
-            self.timed = {n: self.planner.timing_run(self.contest.arms[n]) for n in names}
-            self._sweep(list(self.timed.values()), self.options.alone(), measured=False)
+        """Learn the times of the arms from short runs that share no GPU."""
+        self.timed = {n: self.planner.timing_run(arm) for n, arm in self.contest.arms.items()}
+        self._sweep(list(self.timed.values()), self.options.alone(), measured=False)
 
     def _sweep(self, runs: list[Run], options: SweepOptions, measured: bool) -> None:
         def train_run(run: Run, title: str, environment: Environment) -> int:
@@ -205,11 +205,14 @@ class _Contestants:
         self.failed += sweep(runs, train_run, self.tabulate, options.slots())
 
     def tabulate(self) -> None:
-        rows = [(dict(zip(PLACES, key, strict=True)), run)
-                for key, run in self.placed.items() if run.is_finished]  # fmt: skip
-        timed = {name: run for name, run in self.timed.items() if run.is_finished}
-        if rows:
-            write_data(rows, timed, self.options.processes, self.options.output)
+        done = {key: run for key, run in self.placed.items() if run.is_finished}
+        timed = [(name, run) for name, run in self.timed.items() if run.is_finished]
+        output = self.options.output
+        write_times([*timed, *((key[1], run) for key, run in done.items())],
+                    self.options.processes, output)  # fmt: skip
+        if done:
+            write_data([(dict(zip(PLACES, key, strict=True)), run) for key, run in done.items()],
+                       output)  # fmt: skip
 
 
 def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) -> int:
@@ -255,13 +258,32 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
         best = _choose_rates(contestants, rates, widened)
         asked = [(name, best[name], seed) for name in best for seed in contest.seeds]
         contestants.train_all(SEEDS, asked)
-        contestants.time()
+        if options.per_gpu > 1:
+            contestants.time()
         contestants.tabulate()
     placed, failed = contestants.placed, contestants.failed
     if any(run.is_finished for (stage, *_), run in placed.items() if stage == SEEDS):
         print(report(contest, output, options.plots))
-        say_what_was_written(output, RESULTS, RUNS, MEASURES, CURVES, COMPARISONS)
+        say_what_was_written(output, RESULTS, RUNS, MEASURES, CURVES, TIMES, COMPARISONS)
     raise_if_failed(failed, list(placed.values()))
+
+
+def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
+    """Learn only the times of the arms on this machine, and write ``TIMES``.
+
+    Raises:
+        As ``run_contest``.
+    """
+    contest, output = read_contest(path), options.output
+    options.slots()
+    check_output(output)
+    planner = Planner(contest, output, extra)
+    fix(contest, output)
+    with lock_folder(output) as lock:
+        contestants = _Contestants(contest, planner, options, lock)
+        contestants.time()
+    say_what_was_written(output, TIMES)
+    raise_if_failed(contestants.failed, list(contestants.timed.values()))
 
 
 def _choose_rates(

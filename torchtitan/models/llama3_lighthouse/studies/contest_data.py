@@ -1,9 +1,12 @@
 """What the runs of a contest logged and measured, as CSV files."""
 
+import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import pandas
 
 from ..evaluation.tables import Row, write_csv
 from ..metrics import HELD_OUT_LOSS, SECONDS, TOKENS, UNDER_LIGHTHOUSE
@@ -13,7 +16,8 @@ from .contest_measures import read_numbers
 from .sweeps import Run, read_metrics
 
 RUNS, MEASURES, CURVES = "runs.csv", "measures.csv", "curves.csv"
-GPU_SECONDS = "GPU seconds"
+TIMES = "times.csv"
+GPU_SECONDS, STEPS = "GPU seconds", "steps by kind"
 RATES, SEEDS = "rates", "seeds"
 PLACES = ("stage", "arm", "rate", "seed")
 # This file in a run's folder says that it was trained, and may still have to be measured. It holds
@@ -21,9 +25,10 @@ PLACES = ("stage", "arm", "rate", "seed")
 TRAINED = "trained"
 ALONE = "alone"
 
-# Steps of one kind take equal time: the number of their stage, and whether they select.
-Kind = tuple[int, bool]
 Entries = dict[int, dict[str, float]]
+# Seconds of a step by arm and kind. Steps of one kind take equal time: those of one stage that
+# select, and those of it that do not.
+Times = dict[str, dict[str, float]]
 
 
 def mark_trained(run: Run, alone: bool) -> None:
@@ -38,20 +43,21 @@ def trained_alone(run: Run) -> bool:
     return is_trained(run) and (run.folder / TRAINED).read_text() == ALONE
 
 
-def _kinds(run: Run, entries: Entries) -> dict[int, Kind]:
+def _kinds(run: Run, entries: Entries) -> dict[int, str]:
     stages = stages_of(run.config)
     return {
-        step: (stages.index(stage_at(step, stages)), bool(entry.get(UNDER_LIGHTHOUSE)))
+        step: f"{stages.index(stage_at(step, stages)) + 1} "
+        + ("lighthouse" if entry.get(UNDER_LIGHTHOUSE) else "dense")
         for step, entry in entries.items()
     }
 
 
-def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[Kind, float]:
+def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, float]:
     """The median seconds of a step of each kind, over the runs of an arm that shared no GPU.
 
     Steps that compiled, captured a graph or saved a checkpoint do not move a median.
     """
-    found: dict[Kind, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for run, entries in runs:
         if trained_alone(run):
             for step, kind in _kinds(run, entries).items():
@@ -60,40 +66,74 @@ def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[Kind, float]:
     return {kind: statistics.median(seconds) for kind, seconds in found.items()}
 
 
-def write_data(
-    placed: Sequence[tuple[Row, Run]], timed: Mapping[str, Run], processes: int, output: Path
-) -> None:
+def write_times(runs: Iterable[tuple[str, Run]], processes: int, output: Path) -> None:
+    """Write the GPU seconds of a step, for the arms of which a run shared no GPU.
+
+    Arms that have none keep the times that they have, which may come from another machine.
+
+    Args:
+        runs: arms with finished runs of theirs.
+    """
+    by_arm: dict[str, list[tuple[Run, Entries]]] = {}
+    for arm, run in runs:
+        by_arm.setdefault(arm, []).append((run, read_metrics(run.folder)))
+    times = read_times(output)
+    for arm, of_arm in by_arm.items():
+        if seconds := seconds_of_steps(of_arm):
+            times[arm] = {kind: processes * each for kind, each in seconds.items()}
+    rows: list[Row] = [
+        {"arm": arm, "kind": kind, GPU_SECONDS: seconds}
+        for arm, of_arm in times.items()
+        for kind, seconds in of_arm.items()
+    ]
+    if rows:
+        write_csv(rows, output / TIMES)
+
+
+def read_times(output: Path) -> Times:
+    """What ``write_times`` wrote; empty if it has not."""
+    times: Times = {}
+    if (output / TIMES).exists():
+        table = pandas.read_csv(output / TIMES)
+        for arm, kind, seconds in zip(table.arm, table.kind, table[GPU_SECONDS], strict=True):
+            times.setdefault(arm, {})[kind] = float(seconds)
+    return times
+
+
+def gpu_seconds(steps: str, times: Mapping[str, float]) -> float:
+    """GPU seconds of steps by kind, as in the CSV files; NaN if a kind has no time."""
+    counts = json.loads(steps).items()
+    return sum(count * times.get(kind, math.nan) for kind, count in counts)
+
+
+def write_data(placed: Sequence[tuple[Row, Run]], output: Path) -> None:
     """Write what finished runs logged and measured as CSV.
 
     Args:
         placed: for each run its stage, arm, rate and seed.
-        timed: arm to a run that tells times alone.
     """
-    entries = {run.folder: read_metrics(run.folder) for _, run in placed}
-    by_arm = {name: [(run, read_metrics(run.folder))] for name, run in timed.items()}
-    for place, run in placed:
-        by_arm.setdefault(place["arm"], []).append((run, entries[run.folder]))
-    times = {arm: seconds_of_steps(runs) for arm, runs in by_arm.items()}
     runs, measures, curves = [], [], []
     for place, run in placed:
-        rows = list(_rows(run, entries[run.folder], times[place["arm"]], processes))
+        rows = list(_rows(run))
         curves += [place | row for row in rows if VALIDATION in row]
         last = {key: value for key, value in rows[-1].items() if key != VALIDATION}
         runs.append(place | last)
         measures += [
-            place | {"measure": each.measure, "document": each.document, "value": each.value}
+            # Six digits are more than any of them is worth.
+            place | {"measure": each.measure, "document": each.document,
+                     "value": float(f"{each.value:.6g}")}
             for each in read_numbers(run.folder)
-        ]
+        ]  # fmt: skip
     for table, name in ((runs, RUNS), (measures, MEASURES), (curves, CURVES)):
         write_csv(table, output / name)
 
 
-def _rows(run: Run, entries: Entries, times: dict[Kind, float], processes: int) -> Iterator[Row]:
-    """For each logged step its number, tokens, GPU seconds so far, and held-out loss if any."""
-    seconds = 0.0
+def _rows(run: Run) -> Iterator[Row]:
+    """For each logged step its number, tokens, steps by kind so far, and held-out loss if any."""
+    entries = read_metrics(run.folder)
+    counts: dict[str, int] = {}
     for step, kind in _kinds(run, entries).items():
         if TOKENS in (entry := entries[step]):
-            # Every run of the arm may have shared its GPU so far.
-            seconds += processes * times.get(kind, math.nan)
-            row: Row = {"step": step, "tokens": round(entry[TOKENS]), GPU_SECONDS: seconds}
+            counts[kind] = counts.get(kind, 0) + 1
+            row: Row = {"step": step, "tokens": round(entry[TOKENS]), STEPS: json.dumps(counts)}
             yield row | ({VALIDATION: entry[HELD_OUT_LOSS]} if HELD_OUT_LOSS in entry else {})

@@ -12,7 +12,7 @@ from ..evaluation.bootstrap import bootstrap
 from ..evaluation.figures import colours, length_axis, new_figure, save
 from ..evaluation.held_out_loss import Estimate
 from ..evaluation.tables import Row, markdown, write_csv
-from .contest_data import CURVES, GPU_SECONDS, MEASURES, RUNS, SEEDS
+from .contest_data import CURVES, GPU_SECONDS, MEASURES, RUNS, SEEDS, STEPS, gpu_seconds, read_times
 from .contest_file import RETRIEVAL, VALIDATION, Contest
 from .contest_statistics import comparison_level, in_words, judge, t_interval
 from .recovery_results import interpolate
@@ -37,7 +37,12 @@ class Results:
     def __init__(self, contest: Contest, output: Path) -> None:
         self.contest = contest
         frames = [pandas.read_csv(output / name) for name in (RUNS, MEASURES, CURVES)]
-        self.all_runs = frames[0]
+        times = read_times(output)
+        for frame in (frames[0], frames[2]):
+            frame[GPU_SECONDS] = [
+                gpu_seconds(steps, times.get(arm, {}))
+                for arm, steps in zip(frame.arm, frame[STEPS], strict=True)
+            ]
         self.runs, measures, self.curves = (frame[frame.stage == SEEDS] for frame in frames)
         # Arm, seed and measure to the values by document; -1 stands for all of them.
         self.values: dict[tuple[str, int, str], dict[int, float]] = {}
@@ -144,7 +149,9 @@ def _is_longest(results: Results, row: Row) -> bool:
 def _arm_row(results: Results, arm: str) -> Row:
     runs = results.runs[results.runs.arm == arm]
     row: dict[str, Any] = {"arm": arm, "rate": f"{runs.rate.iloc[0]:g}", "seeds": len(runs)}
-    row |= {key: float(runs[key].mean()) for key in ("tokens", GPU_SECONDS)}
+    row["tokens"] = round(runs.tokens.mean())
+    if runs[GPU_SECONDS].notna().all():
+        row[GPU_SECONDS] = float(runs[GPU_SECONDS].mean())
     for measure in dict.fromkeys((results.contest.primary, VALIDATION)):
         if seeds := results.seeds(arm, measure):
             row[measure] = statistics.fmean(results.value(arm, seed, measure) for seed in seeds)
