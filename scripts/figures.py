@@ -41,8 +41,11 @@ from torchtitan.models.llama3_lighthouse.evaluation.figures import (  # noqa: E4
 from torchtitan.models.llama3_lighthouse.evaluation.retrieval_accuracy import Cell  # noqa: E402
 from torchtitan.models.llama3_lighthouse.studies import (  # noqa: E402
     ablation_results,
+    contest_plots,
     recovery_plots,
 )
+from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest  # noqa: E402
+from torchtitan.models.llama3_lighthouse.studies.contest_results import Results  # noqa: E402
 from torchtitan.models.llama3_lighthouse.studies.recovery_plots import Line  # noqa: E402
 
 Rows = list[dict[str, Any]]
@@ -302,6 +305,12 @@ def neighbourhood(path: Path) -> None:
     save(figure, path)
 
 
+def contest(name: str, plot: Callable[[Results, Path], None]) -> Callable[[Path], None]:
+    """A figure of a contest's records."""
+    file = ROOT / f"train_configs/contests/{name}.toml"
+    return lambda path: plot(Results(read_contest(file), STUDIES / f"contest_{name}"), path)
+
+
 def ablations(path: Path) -> None:
     ablation_results.plot_speed(read_csv("ablations_books_16k/results.csv"), path)
 
@@ -329,6 +338,10 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "studies/results/selection_books/held_out.png": selection,
     "studies/results/passkey_16k/passkey.png": passkeys,
     "studies/results/neighbourhood/seeds.png": neighbourhood,
+    "studies/results/contest_books_17m/primary.png": contest("books_17m", contest_plots.primary),
+    "studies/results/contest_books_17m/loss_by_position.png": contest(
+        "books_17m", contest_plots.by_position
+    ),
     "studies/results/ablations_books_16k/loss_and_throughput.png": ablations,
 }
 

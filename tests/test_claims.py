@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -13,6 +14,9 @@ import pytest
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
+from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -185,6 +189,30 @@ def arms_of_a_window() -> dict[tuple[str, int], dict[str, str]]:
                 for row in csv.DictReader(file) if row["tail"] == "0.125"}  # fmt: skip
 
 
+@cache
+def contest_on_books() -> Results:
+    folder = DOCS / "studies/results/contest_books_17m"
+    return Results(read_contest(ROOT / "train_configs/contests/books_17m.toml"), folder)
+
+
+def in_contest(arm: str, control: str) -> tuple[float, float, float]:
+    """Loss of an arm less its control's in the contest on books: mean and interval."""
+    results = contest_on_books()
+    found = t_interval(results.differences(arm, control, "loss"), results.level("loss"))
+    assert found.low is not None and found.high is not None
+    return found.mean, found.low, found.high
+
+
+def short_to_long_below() -> str:
+    mean, low, high = in_contest("recommended", "short_to_long_30")
+    return f"ends {mean:.3f} nats ({low:.3f} to {high:.3f}) lower at equal tokens"
+
+
+def below_dense_at_length() -> str:
+    mean, low, high = in_contest("recommended", "dense")
+    return f"ends {-mean:.3f} nats ({-high:.3f} to {-low:.3f}) below dense training"
+
+
 def merge_below_window() -> str:
     rows = arms_of_a_window()
     gaps = [float(rows["window 256", s]["books"]) - float(rows["merged 256", s]["books"])
@@ -223,6 +251,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "paired seeds": pairs,
     "shorter lengths": shorter,
     "merge and window": merge_below_window,
+    "short to long first": short_to_long_below,
+    "below dense at full length": below_dense_at_length,
     "merge and dense": merge_above_dense,
     "laptop": on_a_laptop,
     "270m_256k_cp8": lambda: estimate("270m_256k_cp8", 8),
@@ -239,6 +269,33 @@ def test_figure_stands_in_its_record(name: str) -> None:
     text = FIGURES[name]()
     assert text in README, f"the record says: {text}"
     assert text.replace(" | ", ", ") in CLAIMS, f"docs/claims.md has no row for: {text}"
+
+
+def test_page_of_the_contest_holds_its_record() -> None:
+    results, page = contest_on_books(), words(DOCS / "studies/recipes.md")
+    for arm in results.contest.arms:
+        values = [results.value(arm, seed, "loss") for seed in results.contest.seeds]
+        found = t_interval(values, 0.95)
+        assert found.high is not None
+        (row,) = re.findall(rf"\| `{arm}` \|(?:[^|]*\|){{2}} ([^|]*) \| ([^|]*)\|", page)
+        assert row[0] == f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
+        seconds = results.runs[results.runs.arm == arm]["GPU seconds"].mean()
+        assert row[1].strip() == ("" if math.isnan(seconds) else f"{seconds:.1f}")
+    for arm, control, words_before in (
+        ("recommended", "short_to_long_30", ""),
+        ("recommended", "dense", ""),
+        ("published", "random", "ends "),
+    ):
+        mean, low, high = in_contest(arm, control)
+        low, high = sorted((abs(low), abs(high)))
+        assert f"{words_before}{abs(mean):.3f} nats ({low:.3f} to {high:.3f})" in page
+    mean, low, high = in_contest("recommended", "window")
+    assert f"({-mean:.3f} below; {-low:.3f} below to {high:.3f} above)" in page
+    far = [name for name in results.measures if re.fullmatch(r"repeated/\d+", name)]
+    gains = [results.value(arm, seed, name) for name in far
+             for arm in results.contest.arms for seed in results.contest.seeds]  # fmt: skip
+    means = [statistics.fmean(gains[n : n + 6]) for n in range(0, len(gains), 6)]
+    assert len(means) == 36 and max(map(abs, means)) < 0.0015
 
 
 def test_log_in_the_readme_is_the_record() -> None:

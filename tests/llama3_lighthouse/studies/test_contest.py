@@ -26,7 +26,8 @@ from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
     for_tuning,
     write_numbers,
 )
-from torchtitan.models.llama3_lighthouse.studies.contest_report import Results, report
+from torchtitan.models.llama3_lighthouse.studies.contest_report import report
+from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import (
     BETTER,
     NO_DIFFERENCE,
@@ -380,6 +381,6 @@ def test_three_arms_train_and_are_judged(path, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     exit_code_of(main, monkeypatch, "lighthouse", "contest", path, "--output", out)
     assert "lighthouse against dense" in (out / "results.md").read_text()
-    for name in ("loss_over_time", "loss_by_position", "retrieval_over_length"):
+    for name in ("primary", "loss_over_time", "loss_by_position", "retrieval_over_length"):
         assert (out / f"{name}.png").stat().st_size > 1000
     assert "against dense" in report(read_contest(path), out, plots=False)

@@ -1,0 +1,117 @@
+"""Plots of a contest, drawn from its CSV files."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..evaluation.figures import colours, length_axis, new_figure, save
+from ..evaluation.held_out_loss import Estimate
+from .contest_data import GPU_SECONDS
+from .contest_file import RETRIEVAL, VALIDATION
+from .contest_results import Results
+from .contest_statistics import t_interval
+
+LOSS = "held-out loss, nats per token"
+# Name, places on the x axis, and estimates there.
+Line = tuple[str, list[float], list[Estimate]]
+
+
+def primary(results: Results, path: Path) -> None:
+    """Draw the primary measure of each arm: a ring for each seed, the mean, and its interval."""
+    measure = results.contest.primary
+    arms = [arm for arm in results.contest.arms if results.seeds(arm, measure)]
+    figure = new_figure(9, 1 + 0.4 * len(arms))
+    axis = figure.subplots()
+    for place, (arm, colour) in enumerate(zip(arms, colours(len(arms)), strict=True)):
+        values = [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
+        found = t_interval(values, 0.95)
+        axis.plot(values, [place] * len(values), "o", color=colour, markerfacecolor="none")
+        axis.plot(found.mean, place, "|", color=colour, markersize=16)
+        if found.low is not None and found.high is not None:
+            axis.plot([found.low, found.high], [place, place], "-", color=colour, linewidth=1)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.invert_yaxis()
+    shown = LOSS if measure in ("loss", VALIDATION) else measure
+    axis.set(xlabel=f"{shown}; {results.contest.direction} is better")
+    axis.grid(alpha=0.3)
+    save(figure, path)
+
+
+def over_time(results: Results, path: Path) -> None:
+    """Draw the held-out loss over GPU seconds, of the arms whose times are known."""
+    lines: list[Line] = []
+    for arm in results.contest.arms:
+        curves = [results.curve(arm, seed) for seed in results.contest.seeds]
+        if curves := [curve for curve in curves if curve]:
+            count = min(map(len, curves))
+            x = [statistics.fmean(curve[n][0] for curve in curves) for n in range(count)]
+            y = [t_interval([curve[n][1] for curve in curves], 0.95) for n in range(count)]
+            lines.append((arm, x, y))
+    _draw(path, lines, (GPU_SECONDS, LOSS), by_length=False)
+
+
+def by_position(results: Results, path: Path) -> None:
+    """Draw the held-out loss by tokens of context."""
+    lines = _over_lengths(results, ["position/"])
+    _draw(path, lines, ("tokens of context", LOSS), by_length=True)
+
+
+def retrieval(results: Results, path: Path) -> None:
+    """Draw the accuracy of each task over the length of the prompt."""
+    lines = _over_lengths(results, [f"{RETRIEVAL}{task}/" for task in results.contest.retrieval])
+    _draw(path, lines, ("tokens of the prompt", "share of answers right"), True, (-0.02, 1.02))
+
+
+def _over_lengths(results: Results, kinds: Sequence[str]) -> list[Line]:
+    """Measures whose names end in a length, a line for each arm and each beginning of a name."""
+    lines: list[Line] = []
+    for arm in results.contest.arms:
+        for kind in kinds:
+            found = [m for m in results.measures
+                     if m.rpartition("/")[0] + "/" == kind and results.seeds(arm, m)]  # fmt: skip
+            y = [t_interval([results.value(arm, seed, m) for seed in results.seeds(arm, m)], 0.95)
+                 for m in found]  # fmt: skip
+            name = f"{arm}, {kind.split('/')[1]}" if len(kinds) > 1 else arm
+            if found:
+                lines.append((name, [float(m.rpartition("/")[2]) for m in found], y))
+    return lines
+
+
+def _draw(
+    path: Path,
+    lines: list[Line],
+    labels: tuple[str, str],
+    by_length: bool,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw lines with bands for their intervals; nothing if there is no line."""
+    if not lines:
+        return
+    figure = new_figure()
+    axis = figure.subplots()
+    for (name, x, estimates), colour in zip(lines, colours(len(lines)), strict=True):
+        axis.plot(x, [each.mean for each in estimates], "o-", color=colour, markersize=3,
+                  linewidth=1, label=name)  # fmt: skip
+        low = np.array([math.nan if e.low is None else e.low for e in estimates])
+        high = np.array([math.nan if e.high is None else e.high for e in estimates])
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    if by_length:
+        length_axis(axis, [place for _, x, _ in lines for place in x])
+    if limits:
+        # An interval by Student's t knows no bounds.
+        axis.set_ylim(*limits)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    save(figure, path)
+
+
+PLOTS: dict[str, Callable[[Results, Path], None]] = {
+    "primary.png": primary,
+    "loss_over_time.png": over_time,
+    "loss_by_position.png": by_position,
+    "retrieval_over_length.png": retrieval,
+}
