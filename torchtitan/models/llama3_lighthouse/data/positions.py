@@ -14,7 +14,7 @@ START_OVER = (
     "pass --checkpoint.exclude_from_loading dataloader to start the text over on purpose, with "
     "weights and optimizer as saved"
 )
-COUNTS = ("sequences", "epoch", "documents", "empty")
+COUNTS = ("sequences", "epoch", "documents", "empty", "cut")
 
 
 def encode(state: dict[str, Any]) -> str:
@@ -47,9 +47,9 @@ def decode(saved: Any, name: str) -> dict[str, Any]:
                 state["buffer"] = np.frombuffer(contents, dtype="<i4").astype(np.int32)
     # A damaged pickle raises nearly anything.
     except Exception as error:
-        raise _unreadable(name, f"{type(error).__name__}: {error}") from None
+        raise unreadable(name, f"{type(error).__name__}: {error}") from None
     if not isinstance(state, dict):
-        raise _unreadable(name, f"it holds a {type(state).__name__}, not a position")
+        raise unreadable(name, f"it holds a {type(state).__name__}, not a position")
     return state
 
 
@@ -64,14 +64,16 @@ def check_stream(state: dict[str, Any], start: dict[str, Any], name: str) -> Non
     """
     # Empty documents were an error when positions did not count them yet.
     state.setdefault("empty", 0)
+    # Positions once held all that was left of the last document.
+    state.setdefault("cut", 0)
     buffer = state.get("buffer")
     if not isinstance(buffer, np.ndarray) or (buffer < 0).any():
-        raise _unreadable(name, "'buffer' holds no tokens")
+        raise unreadable(name, "'buffer' holds no tokens")
     for key in COUNTS:
         if not _is_count(state.get(key)):
-            raise _unreadable(name, f"'{key}' is no number from 0 on")
+            raise unreadable(name, f"'{key}' is no number from 0 on")
     if problem := _differs(state.get("data"), start["data"]):
-        raise _unreadable(name, f"'data{problem}")
+        raise unreadable(name, f"'data{problem}")
 
 
 def _is_count(value: Any) -> bool:
@@ -96,7 +98,8 @@ def _differs(saved: Any, start: Any) -> str | None:
     return None
 
 
-def _unreadable(name: str, problem: str) -> UserValueError:
+def unreadable(name: str, problem: str) -> UserValueError:
+    """The error of a position that does not name a place in the text."""
     return UserValueError(
         f"the checkpoint's entry 'dataloader.{name}' holds no position in the text: {problem}; "
         f"use an older checkpoint, or {START_OVER}"

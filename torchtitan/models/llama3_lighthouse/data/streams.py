@@ -15,7 +15,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from .mixes import Mixes
-from .positions import check_stream
+from .positions import check_stream, unreadable
 from .stream_messages import StreamMessages
 from .text_files import document_problem
 from .text_sources import TextSource
@@ -93,20 +93,33 @@ class TextStream:
         # Documents of this epoch, and the empty ones among them.
         self._documents = 0
         self._empty = 0
+        # The position before the last document was read, and how much was cut since. A position
+        # thus holds no tokens of it, which may be many: a worker hands one over with every batch.
+        self._before: dict[str, Any] | None = None
+        self._cut_since = 0
+        # How much of the next document was cut before a resume.
+        self._cut_before = 0
 
     def __iter__(self) -> Iterator[TrainingSequence]:
         """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) from the present position on."""
         while True:
             # The buffer of a resumed position may hold whole sequences.
-            yield from self._cut()
+            if not self._cut_before:
+                yield from self._cut()
+            before = self._position()
             for document in self._read(self._data, self._documents):
                 text = self._checked_text(document, self._documents)
                 self._documents += 1
                 if not text:
                     self._empty += 1
-                    continue
-                self._buffer = np.concatenate([self._buffer, self._encode(text)])
-                yield from self._cut()
+                else:
+                    tokens = np.concatenate([self._buffer, self._encode(text)])
+                    if (cut := self._cut_before) > len(tokens):
+                        raise unreadable(state_key(self.number), f"'cut' = {cut} is too much")
+                    self._buffer, self._before = tokens[cut:], before
+                    self._cut_since, self._cut_before = cut, 0
+                    yield from self._cut()
+                before = self._position()
             self._require_text(self._documents, self._empty)
             if not self._infinite:
                 return
@@ -151,6 +164,7 @@ class TextStream:
                     tokens = self._mixes.text(tokens, *place)
                 window = labels = torch.from_numpy(tokens.astype(np.int64))
                 self._buffer = self._buffer[self._seq_len :]
+                self._cut_since += self._seq_len
             self.sequences += 1
             yield {"input": window[:-1]}, labels[1:]
 
@@ -197,9 +211,14 @@ class TextStream:
         self._require_text(number, empty)
 
     def state_dict(self) -> dict[str, Any]:
+        if self._before is None:
+            return {"sequences": self.sequences, **self._position(), "cut": 0}
+        return {"sequences": self.sequences, **self._before, "cut": self._cut_since}
+
+    def _position(self) -> dict[str, Any]:
+        """The position in the documents, with what is left of those that were read."""
         return {
-            "sequences": self.sequences,
-            "buffer": self._buffer.copy(),
+            "buffer": self._buffer,
             "epoch": self._epoch,
             "documents": self._documents,
             "empty": self._empty,
@@ -222,6 +241,9 @@ class TextStream:
         self._documents = state_dict["documents"]
         self._empty = state_dict["empty"]
         self._data.load_state_dict(state_dict["data"])
+        self._cut_since = self._cut_before = state_dict["cut"]
+        # Until the document has been read again, the position is the given one.
+        self._before = self._position() if self._cut_since else None
 
 
 class PackedTextDataset(TorchIterableDataset, Stateful):
