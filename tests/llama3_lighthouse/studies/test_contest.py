@@ -14,11 +14,12 @@ from scipy import stats
 
 from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.errors import UserError
-from torchtitan.models.llama3_lighthouse.stages import stages_of
+from torchtitan.models.llama3_lighthouse.stages import stage_at, stages_of
 from torchtitan.models.llama3_lighthouse.studies import contest as contests
 from torchtitan.models.llama3_lighthouse.studies.contest_data import (
     mark_trained,
     seconds_of_steps,
+    steps_by_kind,
 )
 from torchtitan.models.llama3_lighthouse.studies.contest_file import Contest, fix, read_contest
 from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
@@ -65,38 +66,42 @@ def call(path: Path, tmp_path: Path, monkeypatch, capsys):
     return run
 
 
-def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05) -> None:
-    """Log lines and measures of a run whose arm "lighthouse" is better by ``gain``."""
+def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05, fast: float = 0.5) -> None:
+    """Log lines and measures of a run whose arm "lighthouse" is better by ``gain``.
+
+    Steps take 0.5 s, and ``fast`` where they are not dense.
+    """
     rate, seed = run.settings["optimizer.lr"], run.settings["debug.seed"]
     loss = 1.5 + abs(np.log(rate / rates_best)) + 0.001 * seed
     loss -= gain * run.name.startswith("lighthouse")
-    lines = []
-    for step in range(1, run.config.training.steps + 1):
+    lines, stages, last = [], stages_of(run.config), run.config.training.steps
+    for step in range(1, last + 1):
+        selects = stage_at(step, stages).attention == "lighthouse"
         lines.append(
             {
                 "step": step,
                 "n_tokens_seen": 512 * step,
-                "lighthouse/stage": 1.0,
-                "time_metrics/end_to_end(s)": 0.5,
+                "lighthouse/stage": float(selects),
+                "time_metrics/end_to_end(s)": fast if selects else 0.5,
                 "loss_metrics/global_avg_loss": loss,
             }
         )
-        if step in (1, 4, 8):
-            lines.append({"step": step, "validation_metrics/loss": loss + 8 - step})
+        if step == 1 or step % 4 == 0:
+            lines.append({"step": step, "validation_metrics/loss": loss + last - step})
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
 @pytest.fixture
 def faked(monkeypatch):
     """Runs and measures in place of training; lists those that were asked for."""
-    calls = SimpleNamespace(trained=[], measured=[], kill_at=None, best=2e-3, failing=())
+    calls = SimpleNamespace(trained=[], measured=[], kill_at=None, best=2e-3, failing=(), fast=0.5)
 
     def train(run, processes, title, environment, lock) -> int:
         calls.trained.append(run.name)
         if run.name in calls.failing:
             (run.folder / "log.txt").write_text("Error: planted\n")
             return 1
-        write_logs(run, calls.best)
+        write_logs(run, calls.best, fast=calls.fast)
         return 0
 
     def measure(contest, run, environment, lock) -> int:
@@ -280,6 +285,55 @@ def test_a_timing_run_has_a_few_steps_of_every_stage(path, tmp_path) -> None:
     assert whole.config.training.steps == 8 and whole.config.checkpoint.enable
 
 
+def at_equal_time(path: Path, seconds: float) -> None:
+    """Let the contest at ``path`` give all arms as many GPU seconds."""
+    text = path.read_text().replace("training.steps = 8\n", "")
+    path.write_text(f"gpu_seconds = {seconds}\n" + text.replace("until=6", "until=75%"))
+
+
+def test_equal_seconds_decide_the_steps_of_each_arm(call, faked, path, tmp_path) -> None:
+    at_equal_time(path, 40)
+    faked.fast = 0.25
+    out, code = call()
+    assert not code and "lighthouse against dense: better" in out
+    # 75% of the steps take 0.25 s and the rest 0.5 s: 0.3125 s in the mean.
+    # Steps are multiples of 4.
+    steps = json.loads((tmp_path / "out/steps.json").read_text())
+    assert steps == {"dense": 80, "window": 128, "lighthouse": 128}
+    results = Results(read_contest(path), tmp_path / "out")
+    assert results.runs.groupby("arm").step.unique().map(list).to_dict() == {
+        name: [number] for name, number in steps.items()
+    }
+    assert np.allclose(results.runs["GPU seconds"], 40)
+    assert results.runs["steps by kind"].str.contains('"1 lighthouse": 96').sum() == 4
+    # The steps stay, although another machine would take other times.
+    faked.fast = 0.1
+    trained = len(faked.trained)
+    call()
+    assert len(faked.trained) == trained
+    assert "window: 128 steps; rates 0.002" in call("--list")[0]
+
+
+@pytest.mark.parametrize(("seconds", "until", "message"), [
+    (1, "75%", "gpu_seconds = 1 leaves arms.dense 0 steps of 0.500 s, a multiple of valid"),
+    (-1, "75%", "gpu_seconds = -1 must be above 0"),
+    (40, "6", "arms.window says until=6, and gpu_seconds decides how many steps there are"),
+])  # fmt: skip
+def test_seconds_that_decide_nothing_are_refused(
+    call, faked, path, seconds, until, message
+) -> None:
+    at_equal_time(path, seconds)
+    path.write_text(path.read_text().replace("until=75%", f"until={until}"))
+    _, line = call()
+    assert message in line and "\n" not in line
+    assert all(name.endswith(",times") for name in faked.trained)
+
+
+def test_steps_beside_seconds_are_refused(call, path) -> None:
+    path.write_text("gpu_seconds = 40\n" + path.read_text().replace("until=6", "until=75%"))
+    assert "settings sets training.steps, which runs vary" in call()[1]
+
+
 def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
     planner = contests.Planner(read_contest(DEBUG), tmp_path, [])
     run = planner.run(planner.contest.arms["window"], 2e-3, 1)
@@ -295,6 +349,7 @@ def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
     assert seconds_of_steps([(run, entries)]) == {}
     mark_trained(run, alone=True)
     assert seconds_of_steps([(run, entries)]) == {"1 lighthouse": 1.0, "2 dense": 16.5}
+    assert steps_by_kind(run.config) == {"1 lighthouse": 6, "2 dense": 2}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from .contest_data import (
     TIMES,
     is_trained,
     mark_trained,
+    read_times,
     write_data,
     write_times,
 )
@@ -173,16 +174,22 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
     if options.only_list:
         for name, of_arm in rates.items():
             shown = ", ".join(f"{rate:g}" for rate in of_arm)
+            steps = planner.steps.get(name)
             seeds = ", ".join(map(str, contest.seeds))
-            print(f"{name}: rates {shown} (seed {contest.rate_seed}), then seeds {seeds}")
+            of_steps = f"{steps:,} steps; " if steps else ""
+            print(f"{name}: {of_steps}rates {shown} (seed {contest.rate_seed}), then seeds {seeds}")
         return
     fix(contest, output)
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)
+        if contest.gpu_seconds and not planner.steps:
+            contestants.time()
+            raise_if_failed(contestants.failed, list(contestants.timed.values()))
+            planner.set_steps(read_times(output))
         best = _choose_rates(contestants, rates, widened)
         asked = [(name, best[name], seed) for name in best for seed in contest.seeds]
         contestants.train_all(SEEDS, asked)
-        if options.per_gpu > 1:
+        if options.per_gpu > 1 and not contest.gpu_seconds:
             contestants.time()
         contestants.tabulate()
     placed, failed = contestants.placed, contestants.failed

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas
 
 from ..evaluation.tables import Row, write_csv
+from ..job_config import JobConfig
 from ..metrics import HELD_OUT_LOSS, SECONDS, TOKENS, UNDER_LIGHTHOUSE
 from ..stages import stage_at, stages_of
 from .contest_file import VALIDATION
@@ -43,13 +44,26 @@ def trained_alone(run: Run) -> bool:
     return is_trained(run) and (run.folder / TRAINED).read_text() == ALONE
 
 
+def _kind(stage: int, selects: bool) -> str:
+    """The name of a kind of step; stages count from 1."""
+    return f"{stage} {'lighthouse' if selects else 'dense'}"
+
+
 def _kinds(run: Run, entries: Entries) -> dict[int, str]:
     stages = stages_of(run.config)
     return {
-        step: f"{stages.index(stage_at(step, stages)) + 1} "
-        + ("lighthouse" if entry.get(UNDER_LIGHTHOUSE) else "dense")
+        step: _kind(stages.index(stage_at(step, stages)) + 1, bool(entry.get(UNDER_LIGHTHOUSE)))
         for step, entry in entries.items()
     }
+
+
+def steps_by_kind(config: JobConfig) -> dict[str, int]:
+    """How many steps of each kind a run has."""
+    found: dict[str, int] = {}
+    for number, stage in enumerate(stages_of(config), 1):
+        steps = {False: stage.dense_steps, True: stage.last - stage.first + 1 - stage.dense_steps}
+        found |= {_kind(number, selects): count for selects, count in steps.items() if count}
+    return found
 
 
 def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, float]:

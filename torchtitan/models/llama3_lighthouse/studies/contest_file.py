@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +21,8 @@ VALIDATION = "validation"
 # Names of accuracies begin with this.
 RETRIEVAL = "retrieval/"
 RECORD, COPY = "contest.json", "contest.toml"
+# More than half of the timed steps have to be like all later ones.
+LEAST_TIMED = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Contest:
             whole interval lies beyond the margin.
         level: confidence of all comparisons together.
         compare: pairs of an arm and its control.
+        gpu_seconds: GPU seconds of every run, from which the steps of each arm follow; 0: the steps
+            are those of training.steps.
+        timed_steps: steps of each stage in a run that tells times.
         retrieval: names of retrieval tasks.
         prompts: prompts of each task and length.
         distance: settings of ``evaluation.distance``.
@@ -75,6 +82,8 @@ class Contest:
     rule: str
     level: float
     compare: list[tuple[str, str]]
+    gpu_seconds: float
+    timed_steps: int
     retrieval: list[str]
     prompts: int
     distance: DistanceSettings
@@ -107,6 +116,8 @@ KEYS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "seed_keys": (list, ["debug.seed", "lighthouse.shuffle_seed"]),
     "rate_seed": (int, -1),
     "tuned_by": (str, VALIDATION),
+    "gpu_seconds": ((int, float), 0),
+    "timed_steps": (int, 40),
     "retrieval": (list, ["passkey"]),
     "prompts": (int, 50),
     "distance": (dict, {}),
@@ -229,17 +240,32 @@ def _check(contest: Contest) -> None:
         raise UserValueError(f"{contest.path}: compare must hold pairs of arms, each once")
     if not _is_seed(contest.rate_seed):
         raise UserValueError(f"{contest.path}: rate_seed = {contest.rate_seed} must be at least 1")
+    if not 0 <= contest.gpu_seconds < math.inf:
+        raise UserValueError(f"{contest.path}: gpu_seconds = {contest.gpu_seconds} must be above 0")
+    if contest.timed_steps < LEAST_TIMED:
+        raise UserValueError(
+            f"{contest.path}: timed_steps = {contest.timed_steps} must be at least {LEAST_TIMED}, "
+            "because the first ones compile"
+        )
     if contest.prompts < 1:
         raise UserValueError(f"{contest.path}: prompts = {contest.prompts} must be at least 1")
     for task in contest.retrieval:
         find_task(task)
     check_toml(JobConfig, nested(dict.fromkeys(contest.seed_keys, 1)))
     varied = {"optimizer.lr", *contest.seed_keys}
+    if contest.gpu_seconds:
+        varied.add("training.steps")
     tables = {"settings": contest.settings}
     tables |= {f"arms.{name}": arm.settings for name, arm in contest.arms.items()}
     for name, settings in tables.items():
         if clash := varied & settings.keys():
             raise UserValueError(f"{contest.path}: {name} sets {min(clash)}, which runs vary")
+        for stage in settings.get("lighthouse.schedule", ()):
+            if contest.gpu_seconds and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):
+                raise UserValueError(
+                    f"{contest.path}: {name} says {found[0]}, and gpu_seconds decides how many "
+                    "steps there are; write a share of them, such as until=90%"
+                )
 
 
 def fix(contest: Contest, output: Path) -> None:

@@ -1,6 +1,9 @@
 """The runs of a contest: their settings, and the short runs that tell times."""
 
+import json
+import math
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,16 @@ from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..stages import stages_of
+from .contest_data import Times, steps_by_kind
 from .contest_file import Arm, Contest
 from .contest_measures import known_measures
 from .recovery_plan import SETTINGS, check_base
 from .settings import command_line, keys_given
 from .sweeps import Run
 
-# Steps of each stage in a run that tells times. The first few compile, and capture a graph.
-TIMED_STEPS = 40
-UNTIL = re.compile(r"\buntil=\S+")
+UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")
+# Steps of the arms, where gpu_seconds decides them.
+STEPS_FILE = "steps.json"
 
 
 class Planner:
@@ -25,9 +29,12 @@ class Planner:
 
     def __init__(self, contest: Contest, output: Path, extra: list[str]) -> None:
         self.contest, self.output, self.extra = contest, output, extra
+        path = output / STEPS_FILE
+        self.steps: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
         varied = {"optimizer.lr", "job.dump_folder", "job.config_file", *contest.seed_keys}
         varied |= contest.settings.keys() | SETTINGS.keys()
         varied |= {key for arm in contest.arms.values() for key in arm.settings}
+        varied |= {"training.steps"} if contest.gpu_seconds else set()
         if clash := keys_given(extra) & varied:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
         for arm in contest.arms.values():
@@ -44,25 +51,72 @@ class Planner:
     def timing_run(self, arm: Arm) -> Run:
         """A few steps of each stage of an arm, which tell how long a step takes."""
         whole = self.run(arm, arm.rates[0], self.contest.seeds[0])
-        stages = stages_of(whole.config)
+        stages, steps = stages_of(whole.config), self.contest.timed_steps
         shorter: dict[str, Any] = {
-            "training.steps": TIMED_STEPS * len(stages),
+            "training.steps": steps * len(stages),
             "lr_scheduler.warmup_steps": 0,
             "validation.enable": False,
             "checkpoint.enable": False,
         }
         if any(stage.text for stage in stages):
             shorter["lighthouse.schedule"] = [
-                UNTIL.sub(f"until={TIMED_STEPS * number}", stage.text)
+                UNTIL.sub(f"until={steps * number}", stage.text)
                 for number, stage in enumerate(stages, 1)
             ]
         elif len(stages) > 1:
-            shorter["lighthouse.dense_from_step"] = TIMED_STEPS
+            shorter["lighthouse.dense_from_step"] = steps
         return self._run(f"{arm.name},times", whole.settings | shorter, command_line(shorter))
+
+    def set_steps(self, times: Times) -> None:
+        """Give each arm the steps that take the GPU seconds of the contest, once and for all.
+
+        The number is a multiple of validation.freq, so that runs are validated at their end.
+
+        Raises:
+            ValueError: the time is too short for an arm.
+        """
+        for arm in self.contest.arms.values():
+            config = self.run(arm, arm.rates[0], self.contest.seeds[0]).config
+            counts, freq = steps_by_kind(config), config.validation.freq
+            a_step = sum(count * times[arm.name][kind] for kind, count in counts.items())
+            a_step /= config.training.steps
+            steps = math.floor(self.contest.gpu_seconds / a_step / freq) * freq
+            if steps <= config.lr_scheduler.warmup_steps:
+                raise UserValueError(
+                    f"{self.contest.path}: gpu_seconds = {self.contest.gpu_seconds:g} leaves "
+                    f"arms.{arm.name} {steps} steps of {a_step:.3f} s, a multiple of "
+                    f"validation.freq = {freq}, and {config.lr_scheduler.warmup_steps} warm up; "
+                    "raise it, or lower validation.freq"
+                )
+            self.steps[arm.name] = steps
+        (self.output / STEPS_FILE).write_text(json.dumps(self.steps, indent=1))
+        for arm in self.contest.arms.values():
+            # Other steps may not fit the rest of the settings.
+            check_base(self.run(arm, arm.rates[0], self.contest.seeds[0]).config)
 
     def _settings(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         seeds = dict.fromkeys(self.contest.seed_keys, seed)
-        return self.contest.settings | arm.settings | {"optimizer.lr": rate} | seeds
+        settings: dict[str, Any] = self.contest.settings | arm.settings | seeds
+        settings["optimizer.lr"] = rate
+        if self.contest.gpu_seconds:
+            # Before it is known, the base has some number.
+            settings["training.steps"] = self.steps.get(arm.name, self._base_steps)
+        steps = settings.get("training.steps", self._base_steps)
+        if schedule := settings.get("lighthouse.schedule"):
+            settings["lighthouse.schedule"] = [
+                SHARE.sub(lambda found: f"until={round(float(found[1]) / 100 * steps)}", stage)
+                for stage in schedule
+            ]
+        return settings
+
+    @cached_property
+    def _base_steps(self) -> int:
+        """The steps of the base, or, where they only stand for others, as many as validate well."""
+        settings = {k: v for k, v in self.contest.settings.items() if k != "lighthouse.schedule"}
+        line = ["--job.config_file", str(self.contest.config), *command_line(settings), *self.extra]
+        config = LighthouseConfigManager().parse_args(line)
+        steps, freq = config.training.steps, config.validation.freq
+        return -(-steps // freq) * freq if self.contest.gpu_seconds and freq > 0 else steps
 
     def _run(self, name: str, settings: dict[str, Any], last: list[str]) -> Run:
         """A run of settings; the flags ``last`` come after those of the command line."""
