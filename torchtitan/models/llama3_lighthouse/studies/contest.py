@@ -169,7 +169,7 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
     contest, output = read_contest(path), options.output
     options.slots()
     check_output(output)
-    planner = Planner(contest, output, extra)
+    planner = Planner(contest, output, extra, timed=options.per_gpu > 1)
     rates = rates_of(contest, output)
     if options.only_list:
         for name, of_arm in rates.items():
@@ -208,7 +208,7 @@ def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     contest, output = read_contest(path), options.output
     options.slots()
     check_output(output)
-    planner = Planner(contest, output, extra)
+    planner = Planner(contest, output, extra, timed=True)
     fix(contest, output)
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)

@@ -25,10 +25,18 @@ STEPS_FILE = "steps.json"
 
 
 class Planner:
-    """Makes the runs of a contest."""
+    """Makes the runs of a contest.
 
-    def __init__(self, contest: Contest, output: Path, extra: list[str]) -> None:
+    Args:
+        timed: whether short runs will tell times. They are checked now, too.
+    """
+
+    def __init__(
+        self, contest: Contest, output: Path, extra: list[str], timed: bool = False
+    ) -> None:
         self.contest, self.output, self.extra = contest, output, extra
+        # Command line to run; parsing one takes a quarter of a second.
+        self._known: dict[tuple[str, ...], Run] = {}
         path = output / STEPS_FILE
         self.steps: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
         varied = {"optimizer.lr", "job.dump_folder", "job.config_file", *contest.seed_keys}
@@ -42,7 +50,8 @@ class Planner:
             run = self.run(arm, arm.rates[0], contest.seeds[0])
             check_base(run.config)
             check_measures(contest, run.config)
-            self.timing_run(arm)
+            if timed or contest.gpu_seconds:
+                self.timing_run(arm)
 
     def run(self, arm: Arm, rate: float, seed: int) -> Run:
         """The run of an arm at a learning rate under a seed."""
@@ -123,9 +132,11 @@ class Planner:
         folder = self.output.resolve() / name
         line = ["--job.config_file", str(self.contest.config), f"--job.dump_folder={folder}"]
         line += [*command_line(SETTINGS | settings), *self.extra, *last]
-        config = LighthouseConfigManager().parse_args(line)
-        check_config(config, flavors)
-        return Run(settings, line, folder, config)
+        if (key := tuple(line)) not in self._known:
+            config = LighthouseConfigManager().parse_args(line)
+            check_config(config, flavors)
+            self._known[key] = Run(settings, line, folder, config)
+        return self._known[key]
 
 
 def check_measures(contest: Contest, config: JobConfig) -> None:
