@@ -369,6 +369,17 @@ def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
         ("documents = 4", "document = 4", "distance.document is not known"),
         ("documents = 4", 'documents = "all"', "distance.documents = 'all': the value"),
         ('["passkey"]', '["pass"]', "task 'pass' is not known"),
+        ("margin = 0.01", 'margin = "1"', "margin = '1' must be a number"),
+        ("margin = 0.01", "margin = nan", "margin = nan must be at least 0"),
+        ("seeds = [1, 2]", "seeds = 1", "seeds = 1 must be a list in [ ]"),
+        ("margin = 0.01", "margin = 0.01\nseed_keys = []", "seed_keys = [] makes all seeds one"),
+        ("margin = 0.01", "margin = 0.01\nlevel = 1", "level = 1 must be from 0.5 to below 1"),
+        (
+            "until=6",
+            "until=150%",
+            "arms.window: lighthouse.schedule, stage 'window until=12': ",
+        ),
+        ("until=6", "until=x%", "arms.window: lighthouse.schedule, stage 'window until=x%': until"),
     ],
 )
 def test_a_bad_contest_ends_in_one_line(call, path, old: str, new: str, message: str) -> None:

@@ -111,7 +111,7 @@ KEYS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "margin": ((int, float), None),
     "compare": (list, None),
     "rule": (str, "mean"),
-    "level": (float, 0.95),
+    "level": ((int, float), 0.95),
     "settings": (dict, {}),
     "seed_keys": (list, ["debug.seed", "lighthouse.shuffle_seed"]),
     "rate_seed": (int, -1),
@@ -121,6 +121,15 @@ KEYS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "retrieval": (list, ["passkey"]),
     "prompts": (int, 50),
     "distance": (dict, {}),
+}
+
+
+TYPE_NAMES = {
+    str: "text in quotes",
+    int: "a whole number",
+    float: "a number",
+    list: "a list in [ ]",
+    dict: "a table",
 }
 
 
@@ -168,7 +177,8 @@ def _values(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             raise UserValueError(f"{path} names no {key}; add {key} = VALUE")
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserTypeError(f"{path}: {key} = {value!r} has the wrong type")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise UserTypeError(f"{path}: {key} = {value!r} must be {TYPE_NAMES[kinds[-1]]}")
         values[key] = value
     return values
 
@@ -232,8 +242,12 @@ def _check(contest: Contest) -> None:
     for key, known in (("direction", DIRECTIONS), ("rule", RULES)):
         if (value := getattr(contest, key)) not in known:
             raise UserValueError(f"{contest.path}: {key} = '{value}'; use {' or '.join(known)}")
-    if contest.margin < 0:
+    if not 0 <= contest.margin < math.inf:
         raise UserValueError(f"{contest.path}: margin = {contest.margin} must be at least 0")
+    if not contest.seed_keys:
+        raise UserValueError(
+            f"{contest.path}: seed_keys = [] makes all seeds one; name a key, or leave it out"
+        )
     if not 0.5 <= contest.level < 1:
         raise UserValueError(f"{contest.path}: level = {contest.level} must be from 0.5 to below 1")
     if not contest.compare or len(set(contest.compare)) < len(contest.compare):

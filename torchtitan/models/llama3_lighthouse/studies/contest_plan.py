@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..checks.configuration import check_config
-from ..errors import UserValueError
+from ..errors import UserTypeError, UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..stages import stages_of
@@ -22,6 +24,15 @@ from .sweeps import Run
 UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")
 # Steps of the arms, where gpu_seconds decides them.
 STEPS_FILE = "steps.json"
+
+
+@contextmanager
+def in_arm(contest: Contest, arm: Arm) -> Generator[None, None, None]:
+    """Name the file and the arm in errors that come of an arm's settings."""
+    try:
+        yield
+    except (UserValueError, UserTypeError) as error:
+        raise type(error)(f"{contest.path}, arms.{arm.name}: {error}") from None
 
 
 class Planner:
@@ -47,11 +58,12 @@ class Planner:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
         for arm in contest.arms.values():
             # Every arm is checked before the first run.
-            run = self.run(arm, arm.rates[0], contest.seeds[0])
-            check_base(run.config)
+            with in_arm(contest, arm):
+                run = self.run(arm, arm.rates[0], contest.seeds[0])
+                check_base(run.config)
+                if timed or contest.gpu_seconds:
+                    self.timing_run(arm)
             check_measures(contest, run.config)
-            if timed or contest.gpu_seconds:
-                self.timing_run(arm)
 
     def run(self, arm: Arm, rate: float, seed: int) -> Run:
         """The run of an arm at a learning rate under a seed."""
@@ -101,7 +113,8 @@ class Planner:
         (self.output / STEPS_FILE).write_text(json.dumps(self.steps, indent=1))
         for arm in self.contest.arms.values():
             # Other steps may not fit the rest of the settings.
-            check_base(self.run(arm, arm.rates[0], self.contest.seeds[0]).config)
+            with in_arm(self.contest, arm):
+                check_base(self.run(arm, arm.rates[0], self.contest.seeds[0]).config)
 
     def _settings(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         seeds = dict.fromkeys(self.contest.seed_keys, seed)
