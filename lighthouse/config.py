@@ -28,9 +28,9 @@ class LighthouseConfig:
         pooling_factor: Entries p of one level that the next coarser level pools into one; a power
             of two.
         top_k: Entries k picked at each pooled level; a multiple of picks_per_stratum.
-        scorer: How positions are scored: by the norms of q and k ("norm"), by the norms of what
-            softmax attention ("dilated") or gated linear attention ("gla") returns for them, or by
-            a hash of q and of k that tells nothing of them ("random").
+        scorer: How positions are scored: by the norms of q and k ("norm"), or by the norms of what
+            softmax attention ("dilated") or gated linear attention ("gla") returns for them.
+            "random" is a control: hashes of q and k, which know nothing of the content.
         picks_per_stratum: Entries m picked from each of the k / m strata of the sequence. The
             number is even: half of the picks are the best queries and half the best keys.
         dilation: Stride of the positions that the scorers "dilated" and "gla" attend over.

@@ -126,25 +126,6 @@ def _rows_themselves(
     return q, k
 
 
-def _hashed_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
-) -> Rows:
-    """Rows of one number, from 0 to below 1: a hash of the bits of each row's float32 numbers."""
-    seeds = 0x51ED270B, 0x2545F491
-    hashed = [[_hash(row, seed) for row in rows] for rows, seed in zip((q, k), seeds, strict=True)]
-    by_query, by_key = (q.new_tensor(numbers)[:, None] for numbers in hashed)
-    return by_query, by_key
-
-
-def _hash(row: torch.Tensor, seed: int) -> float:
-    # Adding 0 makes -0 and 0 alike.
-    signed = [struct.unpack("<i", struct.pack("<f", number + 0.0))[0] for number in row.tolist()]
-    number = (sum(signed) + seed) % 2**32
-    for _ in range(2):
-        number = (number ^ (number >> 16)) * 0x7FEB352D % 2**32
-    return ((number ^ (number >> 15)) >> 8) / 2**24
-
-
 def _attended_rows(
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     q: torch.Tensor,
@@ -159,6 +140,32 @@ def _attended_rows(
         by_query[here] = attend(q[here], k[here], v[here])
         by_key[here] = attend(k[here], q[here], v[here])
     return by_query, by_key
+
+
+def _hashed_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> Rows:
+    """Hashes of the rows of q and k, each [N, 1]. The norm of one column is the hash itself."""
+    by_query, by_key = (
+        torch.tensor([[_hash(row, seed)] for row in rows.float().tolist()], dtype=rows.dtype)
+        for rows, seed in ((q, 0x3C6EF372), (k, 0x9E3779B9))
+    )
+    return by_query, by_key
+
+
+def _hash(row: list[float], seed: int) -> float:
+    """A number in [0, 1) from the bits that the D values of a row have in float32."""
+    total = 0
+    for column, value in enumerate(row, start=1):
+        # Zero has one pattern of bits, whatever its sign.
+        (bits,) = struct.unpack("<i", struct.pack("<f", value or 0.0))
+        weight = column * 0x9E3779B1 % 2**32 // 2**12
+        total += bits * (weight if weight % 2 else weight + 1)
+    # The upper and the lower half of 64 bits, in two's complement, then two rounds of mixing.
+    mixed = ((total // 2**32 ^ total) % 2**32) ^ seed
+    for _ in range(2):
+        mixed = (mixed // 2**16 ^ mixed) * 0x45D9F3B % 2**32
+    return (mixed // 2**16 ^ mixed) % 2**24 / 2**24
 
 
 def _norms(rows: torch.Tensor) -> list[float]:

@@ -1,15 +1,12 @@
 """Scores that rank the entries of every level.
 
-A scorer gives each position two rows, one for it as a query and one for it as a key. The L2 norms
-of these rows are the position's scores. Among the query heads that share a key-value head, the
-largest norm of each kind counts.
+A scorer gives each position two scores, one for it as a query and one for it as a key. Among the
+query heads that share a key-value head, the largest score of each kind counts.
 
-The scorer "norm" takes q and k themselves. "dilated" and "gla" take the outputs of an attention of
-q over k, and of k over q, among the positions that are equal modulo the dilation: softmax attention
-for "dilated", linear attention with a fixed decay for "gla".
-
-"random" is a control: it hashes q and k into rows of one number each, so that picks know nothing of
-what they pick.
+The scorer "norm" takes the L2 norms of q and k themselves. "dilated" and "gla" take the norms of
+the outputs of an attention of q over k, and of k over q, among the positions that are equal modulo
+the dilation: softmax attention for "dilated", linear attention with a fixed decay for "gla".
+"random" takes hashes of q and k. It is the control that shows what choosing by content is worth.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, H heads, N positions, D head dimension, d
 dilation.
@@ -37,17 +34,23 @@ LOG2_DECAY = -1 / 16
 # "gla" multiplies this many rows at once. The number changes nothing but rounding.
 GLA_CHUNK = 64
 
-# "random" hashes queries and keys from different seeds.
-QUERY_SEED, KEY_SEED = 0x51ED270B, 0x2545F491
-MULTIPLIER, LOW_BITS = 0x7FEB352D, 0xFFFFFFFF
+# "random" hashes queries and keys from different seeds. A number of 32 bits times the multiplier
+# fits the 64 bits of torch's integers, so that nothing overflows.
+QUERY_SEED, KEY_SEED = 0x3C6EF372, 0x9E3779B9
+HASH_MULTIPLIER = 0x45D9F3B
+GOLDEN_RATIO = 0x9E3779B1
+BITS_32, BITS_24 = 2**32 - 1, 2**24 - 1
+NEGATIVE_ZERO = -(2**31)
+# "random" turns this many columns into integers at once, because they take 8 bytes each.
+HASHED_COLUMNS = 32
 
 
 @torch.no_grad()
 def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry) -> Scores:
     """Scores of the configured scorer (arXiv 2605.06554, section 3.2).
 
-    A position scores the norms of its two rows, each the largest in the group of query heads that
-    share a key-value head. An entry scores the largest over the positions it covers, or, with
+    A position's two scores are each the largest in the group of query heads that share a key-value
+    head. An entry scores the largest over the positions it covers, or, with
     ``entry_score = "first"``, what the first of them scores.
 
     Args:
@@ -58,8 +61,8 @@ def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGe
         For each level from the base up, query and key scores, each [B, Hkv, N / p^l], float32.
     """
     scores = []
-    for norms in position_norms(q, k, v, geometry.config):
-        levels = [norms.unflatten(1, (k.shape[1], -1)).amax(dim=2)]
+    for by_position in position_scores(q, k, v, geometry.config):
+        levels = [by_position.unflatten(1, (k.shape[1], -1)).amax(dim=2)]
         for span in geometry.spans[1:]:
             levels.append(_entry_scores(levels[0], span, geometry.config.entry_score))
         scores.append(levels)
@@ -73,11 +76,11 @@ def _entry_scores(scores: torch.Tensor, span: int, entry_score: str) -> torch.Te
     return scores.unflatten(-1, (-1, span)).amax(dim=-1)
 
 
-def position_norms(
+def position_scores(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms of every position's two rows: by query [B, Hq, N], by key [B, Hkv or Hq, N]."""
-    return SCORER_FUNCTIONS[config.scorer].norms(q, k, v, config)
+    """Two scores of every position: by query [B, Hq, N], by key [B, Hkv or Hq, N]."""
+    return SCORER_FUNCTIONS[config.scorer].scores(q, k, v, config)
 
 
 def flops_per_position(config: LighthouseConfig, sequence_length: int, heads: int, d: int) -> float:
@@ -115,35 +118,37 @@ def _norms_of_outputs(
     return undilate(_norms(by_query), config.dilation), undilate(_norms(by_key), config.dilation)
 
 
-def _hashes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return hash_rows(q, QUERY_SEED), hash_rows(k, KEY_SEED)
-
-
-def hash_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
-    """A number from 0 to below 1 for each row, spread evenly and the same wherever it is computed.
-
-    Rows whose float32 bits are equal have the same number.
-
-    Args:
-        rows: [..., D].
-
-    Returns:
-        [...], in the precision of sums.
-    """
-    # Adding 0 makes -0 and 0 alike. A sum of integers has one result in any order.
-    bits = (rows.to(torch.float32) + 0.0).view(torch.int32).sum(dim=-1, dtype=torch.int64)
-    number = (bits + seed) & LOW_BITS
-    for _ in range(2):
-        number = ((number ^ (number >> 16)) * MULTIPLIER) & LOW_BITS
-    # 24 bits are exact in float32.
-    number = (number ^ (number >> 15)) >> 8
-    return number.to(accumulation_dtype(rows.dtype)) * 2.0**-24
-
-
 def _norms(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, dtype=accumulation_dtype(rows.dtype))
+
+
+def _hashes_of_inputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _hashes(q, QUERY_SEED), _hashes(k, KEY_SEED)
+
+
+def _hashes(rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Hashes in [0, 1) of the bits that each row has in float32, [B, H, N] of [B, H, N, D].
+
+    Nothing else enters: no position, head or state of a generator. A recomputation, and any cut of
+    the sequence into chunks, therefore gives the same hashes. Zeros of both signs are the same.
+    """
+    # All is exact in integers, so that the order of the sum does not matter. The weights keep the
+    # sums of different rows apart. Plain sums of bfloat16, with 16 bits each, would often be equal.
+    column = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
+    weights = (column * GOLDEN_RATIO & BITS_32) >> 12 | 1
+    total = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=rows.device)
+    for values, weight in zip(
+        rows.split(HASHED_COLUMNS, dim=-1), weights.split(HASHED_COLUMNS), strict=True
+    ):
+        bits = values.float().view(torch.int32)
+        total += (bits.masked_fill(bits == NEGATIVE_ZERO, 0) * weight).sum(dim=-1)
+    mixed = ((total ^ total >> 32) & BITS_32) ^ seed
+    for _ in range(2):
+        mixed = (mixed ^ mixed >> 16) * HASH_MULTIPLIER & BITS_32
+    mixed = (mixed ^ mixed >> 16) & BITS_24
+    return mixed.to(accumulation_dtype(rows.dtype)) * 2**-24
 
 
 def dilate(rows: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -220,12 +225,12 @@ class ScorerFunctions(NamedTuple):
     """One scorer's part of this file.
 
     Attributes:
-        norms: takes q [B, Hq, N, D], k and v [B, Hkv, N, D] and the configuration; returns the
-            norms of the two rows of each position, [B, Hq, N] and [B, Hkv or Hq, N].
+        scores: takes q [B, Hq, N, D], k and v [B, Hkv, N, D] and the configuration; returns the
+            two scores of each position, [B, Hq, N] and [B, Hkv or Hq, N].
         flops: takes the configuration, N, Hq and D; returns the operations per position.
     """
 
-    norms: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    scores: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     flops: Callable[[LighthouseConfig, int, int, int], float]
 
 
@@ -233,5 +238,5 @@ SCORER_FUNCTIONS: dict[str, ScorerFunctions] = {
     "norm": ScorerFunctions(_norms_of_inputs, _no_flops),
     "dilated": ScorerFunctions(partial(_norms_of_outputs, dilated_attention), _dilated_flops),
     "gla": ScorerFunctions(partial(_norms_of_outputs, gated_linear_attention), _gla_flops),
-    "random": ScorerFunctions(_hashes, _no_flops),
+    "random": ScorerFunctions(_hashes_of_inputs, _no_flops),
 }

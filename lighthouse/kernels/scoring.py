@@ -115,7 +115,7 @@ def _gla_position_norms(
     return gla_norms(q, k, v, heads, dilation), gla_norms(k, q, v, heads, dilation)
 
 
-# Scorers with a kernel of their own; the others run ``lighthouse.scoring.position_norms``. Each
+# Scorers with a kernel of their own; the others run ``lighthouse.scoring.position_scores``. Each
 # function takes and returns what that function does.
 KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "gla": _gla_position_norms,
@@ -145,8 +145,8 @@ def launch_score(
         float32 [B, Hq, n1] by query and [B, Hkv, n1] by key.
     """
     config = LighthouseConfig(scorer=cast(Scorer, scorer), dilation=dilation)
-    norms = KERNELS.get(scorer, scoring.position_norms)(q, k, v, config)
-    a, b = (x.unflatten(-1, (-1, p))[..., :scored].amax(dim=-1) for x in norms)
+    by_position = KERNELS.get(scorer, scoring.position_scores)(q, k, v, config)
+    a, b = (x.unflatten(-1, (-1, p))[..., :scored].amax(dim=-1) for x in by_position)
     return a, b.unflatten(1, (k.shape[1], -1)).amax(dim=2)
 
 

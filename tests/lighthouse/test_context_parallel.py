@@ -91,6 +91,7 @@ def check(rank, world_size, balanced, levels, heads, impl, **options) -> None:
 EQUAL, SHARED = (2, 2, 2), (4, 2, 2)
 FIRST = {"entry_score": "first", "combine": "finest"}
 ALL = list(itertools.product((True, False), (2, 3, 4), (EQUAL, SHARED), ({}, FIRST)))
+RANDOM = (True, 3, SHARED, {"scorer": "random"})
 # Any two values stand together in one of these.
 EVERY_PAIR = [
     (True, 2, EQUAL, {}),
@@ -106,7 +107,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    for balanced, levels, heads, options in ALL if world_size == 4 else EVERY_PAIR:
+    for balanced, levels, heads, options in [*(ALL if world_size == 4 else EVERY_PAIR), RANDOM]:
         check(rank, world_size, balanced, levels, heads, "torch", **options)
     if world_size == 2:
         check(rank, world_size, True, 3, (2, 1, 1), "triton", combine="finest")

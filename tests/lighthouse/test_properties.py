@@ -156,7 +156,7 @@ def test_repeated_runs_give_the_same_bits() -> None:
     run_twice("cpu", torch.bfloat16, 4096, LighthouseConfig(3, 4, 128, picks_per_stratum=32))
     config = LighthouseConfig(3, 4, 32, picks_per_stratum=16, combine="finest", window=100)
     run_twice("cpu", torch.float32, 1024, config)
-    for scorer in ("dilated", "gla"):
+    for scorer in ("dilated", "gla", "random"):
         run_twice("cpu", torch.float32, 1024, LighthouseConfig(3, 4, 32, scorer, 16))
 
 

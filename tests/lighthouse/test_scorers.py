@@ -1,4 +1,4 @@
-"""The scorers besides "norm" against their formulas and the oracle, and the kernels' twins."""
+"""The scorers beside "norm" against their formulas and the oracle, and the kernels' twins."""
 
 import ast
 from contextlib import nullcontext
@@ -10,7 +10,6 @@ import torch
 from attention_cases import cases, output_and_gradients, random_inputs, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 import lighthouse
 from lighthouse import (
@@ -28,7 +27,7 @@ from lighthouse.precision import accumulation_dtype
 from lighthouse.scoring import score
 
 ATTENDING = tuple(scorer for scorer in SCORERS if ATTENDS.get(scorer))
-OTHERS = tuple(scorer for scorer in SCORERS if scorer != "norm")
+OTHERS = tuple(scorer for scorer in SCORERS if scorer not in kernels.scoring.SCORED_BY_POOLING)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A scorer needs an entry in each of these places. A kernel of its own is optional.
 PLACES = {
@@ -229,52 +228,3 @@ def test_dilation_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dilation = 12 .* must divide .* 128; .* such as 4"):
         lighthouse_attention(*leaves, config)
     lighthouse_attention(*leaves, replace(config, scorer="norm"))
-
-
-def rows_of(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_random_scores_are_even_and_know_nothing_of_the_rows() -> None:
-    rows = rows_of(1, 20_000, 24) * rows_of(2, 20_000, 1).exp()
-    # Rows that differ in one bit of one number, as those of neighbours may.
-    near = torch.ones(4096, 24)
-    near[:, 7] += torch.arange(4096) * 2.0**-23
-    for each in (rows, near, rows.bfloat16()):
-        for seed in (scoring.QUERY_SEED, scoring.KEY_SEED):
-            found = scoring.hash_rows(each, seed).double().numpy()
-            assert stats.kstest(found, "uniform").pvalue > 1e-4
-            assert abs(stats.pearsonr(found[1:], found[:-1])[0]) < 4 / len(found) ** 0.5
-    norms = rows.norm(dim=-1).numpy()
-    by_query, by_key = (
-        scoring.hash_rows(rows, seed).numpy() for seed in (scoring.QUERY_SEED, scoring.KEY_SEED)
-    )
-    for other in (norms, by_key):
-        assert abs(stats.spearmanr(by_query, other)[0]) < 4 / len(rows) ** 0.5
-
-
-def test_random_scores_depend_on_float32_bits_alone() -> None:
-    rows = rows_of(3, 2, 5, 100, 16)
-    hashed = scoring.hash_rows(rows, 5)
-    assert torch.equal(hashed, scoring.hash_rows(rows.double(), 5).float())
-    assert torch.equal(hashed, scoring.hash_rows(rows.transpose(1, 2), 5).transpose(1, 2))
-    assert torch.equal(hashed[:, :, 40:], scoring.hash_rows(rows[:, :, 40:], 5))
-    assert torch.equal(scoring.hash_rows(rows.bfloat16(), 5),
-                       scoring.hash_rows(rows.bfloat16().float(), 5))  # fmt: skip
-    zeros = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [0.0, -1.0]])
-    same, negative, other = scoring.hash_rows(zeros, 5).tolist()
-    assert same == negative != other
-
-
-def test_random_picks_differ_from_head_to_head_and_from_step_to_step() -> None:
-    config = LighthouseConfig(3, 4, 32, "random", picks_per_stratum=8)
-    q, k, v = (rows_of(seed, 1, 4, 1024, 16) for seed in (4, 5, 6))
-    before = select(q, k, v, config)
-    assert len({tuple(head.tolist()) for head in before.index[0]}) == 4
-    after = select(q + 1e-4 * rows_of(7, 1, 4, 1024, 16), k, v, config)
-    shared = (before.slot >= 0) & (after.slot >= 0)
-    # A step of an optimizer changes nearly all that chance can change.
-    coarsest = 1024 // 16
-    kept = (shared.sum() - 4 * coarsest) / ((before.slot >= 0).sum() - 4 * coarsest)
-    assert kept < 0.75
-    assert torch.equal(select(q, k, v, config).index, before.index)

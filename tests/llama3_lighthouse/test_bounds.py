@@ -236,6 +236,8 @@ def test_pinned_memory_is_refused_without_a_gpu(config: JobConfig) -> None:
     ("settings", "warned"),
     [
         ({"activation_checkpoint.keep_products": ["wo"]}, "keep_products = ['wo'] has no effect"),
+        ({"lighthouse.dilation": 8, "lighthouse.scorer": "random"},
+         "dilation = 8 has no effect: it is read when lighthouse.scorer is 'dilated' or 'gla'"),
         ({"activation_checkpoint.keep_products": ["wo"],
           "activation_checkpoint.mode": "lighthouse"}, None),
         ({"quantize.linear.float8.filter_fqns": ["output"]}, "when model.converters is given"),
@@ -273,7 +275,10 @@ def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warn
         (["--x"], "unknown key '--x' on the command line; lighthouse train --list-keys"),
         (["--training.steps", "many"], "--training.steps: .*'many'; lighthouse train --list-keys"),
         (["--training.steps", "1", "2"], "Unrecognized options: 2, after --training.steps"),
-        (["--lighthouse.scorer", "best"], "'best'.*Expected one of .'norm', 'dilated', 'gla'"),
+        (
+            ["--lighthouse.scorer", "best"],
+            "'best'.*Expected one of .'norm', 'dilated', 'gla', 'random'",
+        ),
         (["--job.config_file"], "--job.config_file.*name a TOML file"),
         (["--job.custom_config_module", "nowhere"], "job.custom_config_module.*'nowhere'"),
         (["--job.config_file", "a\0b"], "embedded null byte.*name a TOML file"),

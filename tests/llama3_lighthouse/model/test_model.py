@@ -94,15 +94,15 @@ def test_flops_of_the_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
     The mask leaves (N / d + 1) / (2 N / d) of them.
     """
     config = replace(METHOD, scorer="dilated", dilation=4)
-    norm, dilated, gla = (
+    norm, dilated, gla, random = (
         LighthouseModelArgs(**SIZE, lighthouse=replace(config, scorer=scorer), dense_layers=[0])
-        for scorer in ("norm", "dilated", "gla")
+        for scorer in ("norm", "dilated", "gla", "random")
     )
     base = norm.flops_per_token(0, N, "lighthouse")
     monkeypatch.setattr(scoring, "SDPA_BACKENDS", [SDPBackend.MATH])
     rows = [torch.randn(1, heads, N, 16) for heads in (4, 2, 2)]
     with FlopCounterMode(display=False) as counter:
-        scoring.position_norms(*rows, config)
+        scoring.position_scores(*rows, config)
     steps = N // config.dilation
     unmasked = counter.get_total_flops() / N
     assert unmasked > 0
@@ -111,7 +111,9 @@ def test_flops_of_the_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     # Two passes. Each step adds an outer product to a D x D state and multiplies a row with it.
     assert gla.flops_per_token(0, N, "lighthouse") - base == 3 * 2 * 4 * (2 + 2) * 16 * 16
-    for args in (dilated, gla):
+    # Hashes take integer operations alone.
+    assert random.flops_per_token(0, N, "lighthouse") == base
+    for args in (dilated, gla, random):
         assert args.flops_per_token(0, N, "dense") == norm.flops_per_token(0, N, "dense")
 
 
