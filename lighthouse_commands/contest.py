@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, overrides: list[str]) -> None:
+    from torchtitan.models.llama3_lighthouse.errors import UserValueError
     from torchtitan.models.llama3_lighthouse.studies.contest import (
         report_again,
         run_contest,
@@ -60,6 +61,10 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     )
     from torchtitan.models.llama3_lighthouse.studies.sweeps import SweepOptions
 
+    if options.list and options.only_times:
+        raise UserValueError("--list trains nothing and --only-times does; pass one of them")
+    if options.report_only and overrides:
+        raise UserValueError(f"--report-only trains nothing; leave out {' '.join(overrides)}")
     if options.report_only:
         report_again(options.config, options.output, not options.no_plots)
         return

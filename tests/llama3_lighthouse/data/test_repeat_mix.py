@@ -57,8 +57,10 @@ def test_passages_return_exactly_and_apart(length: int) -> None:
         assert covered.max() == 1
         assert np.array_equal(found[covered == 0], tokens[covered == 0])
         shares.append(covered.mean())
-    # The last passage may go beyond an eighth.
-    assert 0.124 <= min(shares) and max(shares) <= 0.125 + min(512, length // 8) / length
+    # What is left over is too short for a passage.
+    least = (length // 8 - min(64, length // 16) + 1) / length
+    assert least <= min(shares) and max(shares) <= 0.125
+    assert 0.11 < np.mean(shares)
 
 
 def test_doublings_of_the_distance_are_equally_likely() -> None:
@@ -110,7 +112,7 @@ def test_text_goes_on_as_without_the_mix(folder: Path) -> None:
     for one, other in zip(plain, some, strict=True):
         # The rest is where it was, and what is changed stood earlier in the same sequence.
         changed = (one != other).float().mean()
-        assert changed < 0.25
+        assert changed <= 0.125
     job = mixed(folder, 0.5)
     job.lighthouse.shuffle_seed = 3
     others = sequences(job, 80)

@@ -25,6 +25,7 @@ from torchtitan.models.llama3_lighthouse.studies.contest_file import Contest, fi
 from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
     Number,
     for_tuning,
+    read_numbers,
     write_numbers,
 )
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
@@ -94,12 +95,14 @@ def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05, fast: float = 
 @pytest.fixture
 def faked(monkeypatch):
     """Runs and measures in place of training; lists those that were asked for."""
-    calls = SimpleNamespace(trained=[], measured=[], kill_at=None, best=2e-3, failing=(), fast=0.5)
+    calls = SimpleNamespace(
+        trained=[], measured=[], kill_at=None, best=2e-3, failing=(), fast=0.5, reason="planted"
+    )
 
     def train(run, processes, title, environment, lock) -> int:
         calls.trained.append(run.name)
         if run.name in calls.failing:
-            (run.folder / "log.txt").write_text("Error: planted\n")
+            (run.folder / "log.txt").write_text(f"Error: {calls.reason}\n")
             return 1
         write_logs(run, calls.best, fast=calls.fast)
         return 0
@@ -137,9 +140,8 @@ def test_intervals_are_students_t() -> None:
     assert t_interval([1.0], 0.95).low is None
 
 
-@pytest.mark.parametrize("rule", ["mean", "interval"])
-def test_an_arm_against_itself_is_no_difference(rule: str) -> None:
-    contest = contest_with(rule=rule, margin=0.0)
+def test_an_arm_against_itself_is_no_difference() -> None:
+    contest = contest_with(margin=0.0)
     random = np.random.default_rng(1)
     draws = 600
     words = [judge(contest, (random.normal(size=6) - random.normal(size=6)).tolist()).word
@@ -166,8 +168,10 @@ def test_the_margin_decides_by_the_rule() -> None:
     assert judge(contest_with(rule="interval", margin=0.01), gaps).word == NO_DIFFERENCE
     within = judge(contest_with(margin=0.02), gaps)
     assert within.word == NO_DIFFERENCE and within.equal
-    alone = judge(contest_with(), [-0.5])
-    assert "no verdict" in in_words(contest_with(), "a", "b", alone)
+    for gaps in ([-0.5], [-0.5, -0.5]):
+        alone = judge(contest_with(), gaps)
+        assert "no verdict" in in_words(contest_with(), "a", "b", alone)
+    assert judge(contest_with(), [0.0, 0.0]).equal
 
 
 def test_a_contest_goes_on_where_it_was_killed_and_repeats_nothing(call, faked, tmp_path) -> None:
@@ -176,8 +180,8 @@ def test_a_contest_goes_on_where_it_was_killed_and_repeats_nothing(call, faked, 
     faked.kill_at = None
     out, code = call()
     assert code is None or code == 0
-    # The run that was killed while it was measured is not trained again. The best of two rates
-    # leaves three runs of seed 1, one a rate of dense, and six in all are distinct, with seed 2.
+    # The run that was killed while it was measured is not trained again. Seed 1 has two runs of
+    # dense and one of each other arm, and seed 2 one of each.
     assert len(faked.trained) == len(set(faked.trained)) == 7
     assert len(faked.measured) == 8
     assert "lighthouse against dense: better" in out
@@ -197,6 +201,34 @@ def test_a_changed_file_is_refused_beside_old_results(call, faked, path) -> None
     for line in ((), ("--report-only",)):
         _, message = call(*line)
         assert "has changed since the results" in message and "\n" not in message
+
+
+def test_other_overrides_are_refused_beside_old_results(call, faked, tmp_path) -> None:
+    call("--training.max_norm", "0.5")
+    record = json.loads((tmp_path / "out/contest.json").read_text())
+    assert record["overrides"] == ["--training.max_norm", "0.5"]
+    trained = len(faked.trained)
+    for line in ((), ("--training.max_norm", "0.7")):
+        _, message = call(*line)
+        assert "were begun with the overrides ['--training.max_norm', '0.5']" in message
+    _, message = call("--report-only", "--training.max_norm", "0.5")
+    assert "leave out --training.max_norm 0.5" in message
+    assert "pass one of them" in call("--list", "--only-times")[1]
+    assert len(faked.trained) == trained
+
+
+def test_damaged_records_are_named(call, faked, tmp_path) -> None:
+    call("--widen")
+    for name in ("contest.json", "dense,lr=0.001,seed=1/measures.json"):
+        path = tmp_path / "out" / name
+        before = path.read_text()
+        path.write_text(before[:5])
+        _, message = call()
+        assert f"{name} cannot be read" in message and "restore or remove it" in message
+        path.write_text(before)
+    (tmp_path / "out/contest.json").unlink()
+    for line in ((), ("--report-only",)):
+        assert "but no contest.json that says whose it is" in call(*line)[1]
 
 
 def test_a_changed_base_is_refused_too(path, tmp_path) -> None:
@@ -225,14 +257,58 @@ def test_a_failed_rate_leaves_out_its_arm_alone(call, faked, path, tmp_path) -> 
     path.write_text(path.read_text().replace("rates = [2e-3]", "rates = [1e-3, 2e-3]"))
     faked.failing = ("dense,lr=0.001,seed=1",)
     out, message = call()
-    assert "dense: left out, as a run that chooses its rate failed" in out
+    assert "dense: left out, as runs that choose its rate failed" in out
     assert "dense,lr=0.001,seed=1" in str(message)
     assert {"window,lr=0.002,seed=2", "lighthouse,lr=0.002,seed=2"} <= set(faked.trained)
     assert "dense,lr=0.002,seed=2" not in faked.trained
-    assert "window against dense: no verdict" in (tmp_path / "out/results.md").read_text()
+    assert (
+        "window against dense: no verdict, as 0 of 2 seeds have"
+        in (tmp_path / "out/results.md").read_text()
+    )
     faked.failing = ()
     out, code = call()
     assert not code and "window against dense: no difference" in out
+
+
+def test_a_rate_that_diverges_is_not_the_best_and_stays_so(call, faked, tmp_path) -> None:
+    faked.best, faked.reason = 8e-3, "step 5 (dense stage): not finite on at least one rank"
+    faked.failing = ("dense,lr=0.004,seed=1",)
+    for _ in range(2):
+        out, code = call("--widen")
+        assert not code and "dense: best rate 0.002" in out
+        assert "lighthouse against dense: better" in out
+    assert faked.trained.count("dense,lr=0.004,seed=1") == 1
+    measures = pandas.read_csv(tmp_path / "out/measures.csv")
+    assert measures[measures.rate == 0.004].value.isna().all()
+    # One that diverges while it is judged leaves no verdict.
+    (tmp_path / "out/dense,lr=0.002,seed=2/finished").unlink()
+    (tmp_path / "out/dense,lr=0.002,seed=2/trained").unlink()
+    faked.failing = ("dense,lr=0.002,seed=2",)
+    out, message = call("--widen")
+    assert "1 of" in str(message) and "failed: dense,lr=0.002,seed=2" in str(message)
+    assert "window against dense: no verdict, as 1 of 2 seeds have finished in both" in out
+
+
+def test_several_seeds_choose_a_rate_by_their_mean(call, faked, path, monkeypatch) -> None:
+    path.write_text("rate_seed = [7, 8, 9]\n" + path.read_text())
+    # One lucky run speaks for 1e-3.
+    lucky = {("dense,lr=0.001,seed=8"): -0.5}
+    measure = contests.measure
+
+    def measured(contest, run, environment, lock) -> int:
+        code = measure(contest, run, environment, lock)
+        numbers = read_numbers(run.folder)
+        write_numbers(run.folder, [Number(n.measure, n.document, n.value + lucky.get(run.name, 0))
+                                   for n in numbers])  # fmt: skip
+        return code
+
+    monkeypatch.setattr(contests, "measure", measured)
+    out, _ = call()
+    assert "dense: best rate 0.002" in out
+    assert {
+        f"dense,lr={rate},seed={seed}" for rate in ("0.001", "0.002") for seed in (7, 8, 9)
+    } <= {*faked.trained}
+    assert "dense: rates 0.001, 0.002 (seed 7, 8, 9), then seeds 1, 2" in call("--list")[0]
 
 
 def test_times_come_from_runs_that_shared_no_gpu(call, faked, monkeypatch, path, tmp_path) -> None:
@@ -370,6 +446,20 @@ def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
         ("documents = 4", 'documents = "all"', "distance.documents = 'all': the value"),
         ('["passkey"]', '["pass"]', "task 'pass' is not known"),
         ("margin = 0.01", 'margin = "1"', "margin = '1' must be a number"),
+        ("margin = 0.01", "margin = 0.01\nseed_keys = [1]", "seed_keys = [1] must name keys"),
+        ("margin = 0.01", 'margin = 0.01\nseed_keys = ["optimizer.lr"]', "must name keys that"),
+        ("margin = 0.01", "margin = 0.01\nrate_seed = [1, 1]", "rate_seed = [1, 1] must be diff"),
+        ("seeds = [1, 2]", "seeds = [[1], 2]", "seeds = [[1], 2] must be different numbers"),
+        ("rates = [2e-3]", "rates = [1e-3, 1.0000001e-3]", "must be different learning rates"),
+        ("rates = [2e-3]", "rates = [nan]", "must be different learning rates"),
+        ('["passkey"]', '["passkey", "passkey"]', "names a task twice"),
+        ('["window", "dense"]', '["dense", "lighthouse"]', "must hold pairs of arms, each once"),
+        ("training.steps = 8", 'job.dump_folder = "x"', "settings sets job.dump_folder, which"),
+        ("training.steps = 8", "metrics.log_freq = 10", "settings sets metrics.log_freq, which"),
+        ("rates = [2e-3]", "rates = [2e-3]\nvalidation.steps = 1", "all arms are measured on the"),
+        ("documents = 4", "documents = 0", "contest.toml: distance.documents = 0 must be at least"),
+        ("documents = 4", "contexts = 5", "distance.contexts = 5: "),
+        ("[settings]", '[settings]\nvalidation.dataset_path = "/none"', "/none"),
         ("margin = 0.01", "margin = nan", "margin = nan must be at least 0"),
         ("seeds = [1, 2]", "seeds = 1", "seeds = 1 must be a list in [ ]"),
         ("margin = 0.01", "margin = 0.01\nseed_keys = []", "seed_keys = [] makes all seeds one"),

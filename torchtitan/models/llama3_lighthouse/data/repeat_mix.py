@@ -19,10 +19,10 @@ PHASE = (5**0.5 - 1) / 2
 class RepeatMix:
     """Sequences of text in which passages return, word for word.
 
-    In a sequence that is taken, passages are copied over later text, an eighth of its tokens in
-    all. All doublings of the distance from a passage to its return are equally likely, from the
-    passage's own length to the most that fits. The text that a return covers is not read; what
-    follows the sequence is as it was.
+    In a sequence that is taken, passages are copied over later text: an eighth of its tokens, less
+    a remainder too short for a passage. All doublings of the distance from a passage to its return
+    are equally likely, from the passage's own length to the most that fits. The text that a return
+    covers is not read; what follows the sequence is as it was.
 
     A sequence depends on the numbers of its stream and of itself alone.
 
@@ -59,8 +59,11 @@ class RepeatMix:
         """Where passages return in a sequence: (from, to, tokens), in order of their return."""
         random = random_of("repeats", self._seed, stream, number)
         tokens: list[int] = []
-        while sum(tokens) < self._length // TOKENS_PER_RETURN:
-            tokens.append(int(random.integers(self._shortest, self._longest + 1)))
+        left = self._length // TOKENS_PER_RETURN
+        while left >= self._shortest:
+            # The last one takes what is left, so that short sequences have no larger share.
+            tokens.append(min(left, int(random.integers(self._shortest, self._longest + 1))))
+            left -= tokens[-1]
         # Every return has room for its passage before it.
         first = max(tokens)
         free = self._length - sum(tokens) - first

@@ -3,11 +3,13 @@
 Each arm first tries its learning rates with one seed, then trains every seed at the best one.
 """
 
-import json
+import math
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import TextIO
+
+import torch
 
 from ..checks.output import check_output
 from ..errors import UserFileError
@@ -26,12 +28,13 @@ from .contest_data import (
     write_data,
     write_times,
 )
-from .contest_file import Contest, fix, read_contest
-from .contest_measures import MEASURES_FILE, TUNING, read_numbers
+from .contest_file import Contest, fix, read_contest, read_record, write_record
+from .contest_measures import MEASURES_FILE, TUNING, Number, read_numbers, write_numbers
 from .contest_plan import Planner
 from .contest_report import COMPARISONS, RESULTS, report
 from .recovery import remove_cut_off
 from .sweeps import (
+    ERROR_LINE,
     Environment,
     Run,
     SweepOptions,
@@ -50,7 +53,7 @@ MOST_WIDENED = 4
 def rates_of(contest: Contest, output: Path) -> dict[str, list[float]]:
     """Each arm's learning rates, those of the file and those that were added, in order."""
     path = output / WIDENED
-    added = json.loads(path.read_text()) if path.exists() else {}
+    added = read_record(path) if path.exists() else {}
     return {name: sorted({*arm.rates, *added.get(name, [])}) for name, arm in contest.arms.items()}
 
 
@@ -70,19 +73,28 @@ def widen(contest: Contest, rates: dict[str, list[float]], best: dict[str, float
     return found
 
 
-def best_rates(contest: Contest, tried: dict[tuple[str, float], Run]) -> dict[str, float]:
-    """The best rate of each arm whose runs have all finished, by the measure that tunes."""
+def best_rates(contest: Contest, tried: dict[tuple[str, float, int], Run]) -> dict[str, float]:
+    """The best rate of each arm whose runs have all finished, by the measure that tunes.
+
+    The measure is the mean over seeds that choose, and a rate under which one of them diverged is
+    not taken. An arm without a rate is left out.
+    """
     best = {}
     for name in contest.arms:
-        own = {rate: run for (arm, rate), run in tried.items() if arm == name}
-        if own and all(run.is_finished for run in own.values()):
-            values = {rate: tuning_value(contest, run) for rate, run in own.items()}
-            best[name] = max(values, key=lambda rate: contest.tuning_sign * values[rate])
+        own: dict[float, list[Run]] = {}
+        for (arm, rate, _), run in tried.items():
+            if arm == name:
+                own.setdefault(rate, []).append(run)
+        if own and all(run.is_finished for runs in own.values() for run in runs):
+            values = {rate: fmean(tuning_value(contest, run) for run in runs)
+                      for rate, runs in own.items()}  # fmt: skip
+            if fit := {rate: value for rate, value in values.items() if math.isfinite(value)}:
+                best[name] = max(fit, key=lambda rate: contest.tuning_sign * fit[rate])
     return best
 
 
 def tuning_value(contest: Contest, run: Run) -> float:
-    """The mean over documents of the measure that chooses the rate."""
+    """The mean over documents of the measure that chooses the rate; NaN if the run diverged."""
     return fmean(
         each.value for each in read_numbers(run.folder) if each.measure == contest.tuned_by
     )
@@ -107,22 +119,31 @@ class _Contestants:
         """Train and measure what has not finished; ``asked`` has the arm, rate and seed of each."""
         runs = {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
         self.placed.update({(stage, *key): run for key, run in runs.items()})
-        self._sweep(list(runs.values()), self.options, measured=True)
+        self._sweep(list(runs.values()), self.options, stage)
         return runs
 
     def time(self) -> None:
         """Learn the times of the arms from short runs that share no GPU."""
         self.timed = {n: self.planner.timing_run(arm) for n, arm in self.contest.arms.items()}
-        self._sweep(list(self.timed.values()), self.options.alone(), measured=False)
+        self._sweep(list(self.timed.values()), self.options.alone(), stage="")
+        self.tabulate()
 
-    def _sweep(self, runs: list[Run], options: SweepOptions, measured: bool) -> None:
+    def _sweep(self, runs: list[Run], options: SweepOptions, stage: str) -> None:
+        """Train runs, and measure those of a stage; the runs that tell times belong to none."""
+        # Without GPUs, runs side by side share the cores.
+        alone = options.at_once == 1 or (options.per_gpu == 1 and torch.cuda.is_available())
+
         def train_run(run: Run, title: str, environment: Environment) -> int:
             if not is_trained(run):
                 remove_cut_off(run)
                 if code := train(run, options.processes, title, environment, self.lock):
+                    if stage == RATES and has_diverged(run):
+                        say(f"{title}: diverged, so that this rate is not the best")
+                        write_numbers(run.folder, [Number(self.contest.tuned_by, None, math.nan)])
+                        return 0
                     return code
-                mark_trained(run, alone=options.per_gpu == 1)
-            if not measured or (run.folder / MEASURES_FILE).exists():
+                mark_trained(run, alone)
+            if not stage or (run.folder / MEASURES_FILE).exists():
                 return 0
             say(f"{title}: measuring")
             return measure(self.contest, run, environment, self.lock)
@@ -138,6 +159,12 @@ class _Contestants:
         if done:
             write_data([(dict(zip(PLACES, key, strict=True)), run) for key, run in done.items()],
                        output)  # fmt: skip
+
+
+def has_diverged(run: Run) -> bool:
+    """Whether the last error of a run that failed was a loss or gradient that is not finite."""
+    errors = ERROR_LINE.findall((run.folder / "log.txt").read_text(errors="replace"))
+    return bool(errors) and "not finite" in errors[-1]
 
 
 def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) -> int:
@@ -175,11 +202,12 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
         for name, of_arm in rates.items():
             shown = ", ".join(f"{rate:g}" for rate in of_arm)
             steps = planner.steps.get(name)
-            seeds = ", ".join(map(str, contest.seeds))
+            tried, seeds = (", ".join(map(str, x)) for x in (contest.rate_seeds, contest.seeds))
             of_steps = f"{steps:,} steps; " if steps else ""
-            print(f"{name}: {of_steps}rates {shown} (seed {contest.rate_seed}), then seeds {seeds}")
+            print(f"{name}: {of_steps}rates {shown} (seed {tried}), then seeds {seeds}")
         return
-    fix(contest, output)
+    planner.check_text()
+    fix(contest, output, planner.overrides)
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)
         if contest.gpu_seconds and not planner.steps:
@@ -209,7 +237,7 @@ def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     options.slots()
     check_output(output)
     planner = Planner(contest, output, extra, timed=True)
-    fix(contest, output)
+    fix(contest, output, planner.overrides)
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)
         contestants.time()
@@ -225,13 +253,17 @@ def _choose_rates(
     tuned = [name for name, of_arm in rates.items() if len(of_arm) > 1]
     best = {name: of_arm[0] for name, of_arm in rates.items() if name not in tuned}
     while tuned:
-        asked = [(name, rate, contest.rate_seed) for name in tuned for rate in rates[name]]
-        runs = contestants.train_all(RATES, asked)
-        best |= best_rates(contest, {key[:2]: run for key, run in runs.items()})
+        asked = [
+            (name, rate, seed)
+            for seed in contest.rate_seeds
+            for name in tuned
+            for rate in rates[name]
+        ]
+        best |= best_rates(contest, contestants.train_all(RATES, asked))
         say_rates(rates, best, widened)
         if not widened or not widen(contest, rates, best):
             break
-        (contestants.options.output / WIDENED).write_text(json.dumps(rates))
+        write_record(contestants.options.output / WIDENED, rates)
     return best
 
 
@@ -239,7 +271,7 @@ def say_rates(rates: dict[str, list[float]], best: dict[str, float], widened: bo
     """Say each arm's best rate, and whether it lies at the edge of its grid."""
     for name, of_arm in rates.items():
         if name not in best:
-            say(f"{name}: left out, as a run that chooses its rate failed", error=True)
+            say(f"{name}: left out, as runs that choose its rate failed or diverged", error=True)
             continue
         edge = len(of_arm) > 1 and best[name] in (of_arm[0], of_arm[-1])
         advice = "" if widened else "; --widen tries further ones"

@@ -10,7 +10,7 @@ import pandas
 
 from ..evaluation.tables import Row, write_csv
 from ..job_config import JobConfig
-from ..metrics import HELD_OUT_LOSS, SECONDS, TOKENS, UNDER_LIGHTHOUSE
+from ..metrics import HELD_OUT_LOSS, METRICS_FILE, SECONDS, TOKENS, UNDER_LIGHTHOUSE
 from ..stages import stage_at, stages_of
 from .contest_file import VALIDATION
 from .contest_measures import read_numbers
@@ -42,6 +42,11 @@ def is_trained(run: Run) -> bool:
 
 def trained_alone(run: Run) -> bool:
     return is_trained(run) and (run.folder / TRAINED).read_text() == ALONE
+
+
+def _entries(run: Run) -> Entries:
+    """What a run logged; nothing if it diverged before it could."""
+    return read_metrics(run.folder) if (run.folder / METRICS_FILE).exists() else {}
 
 
 def _kind(stage: int, selects: bool) -> str:
@@ -90,7 +95,7 @@ def write_times(runs: Iterable[tuple[str, Run]], processes: int, output: Path) -
     """
     by_arm: dict[str, list[tuple[Run, Entries]]] = {}
     for arm, run in runs:
-        by_arm.setdefault(arm, []).append((run, read_metrics(run.folder)))
+        by_arm.setdefault(arm, []).append((run, _entries(run)))
     times = read_times(output)
     for arm, of_arm in by_arm.items():
         if seconds := seconds_of_steps(of_arm):
@@ -130,8 +135,9 @@ def write_data(placed: Sequence[tuple[Row, Run]], output: Path) -> None:
     for place, run in placed:
         rows = list(_rows(run))
         curves += [place | row for row in rows if VALIDATION in row]
-        last = {key: value for key, value in rows[-1].items() if key != VALIDATION}
-        runs.append(place | last)
+        # A run that diverged may have logged no step.
+        last = rows[-1] if rows else {"step": 0, "tokens": 0, STEPS: "{}"}
+        runs.append(place | {key: value for key, value in last.items() if key != VALIDATION})
         measures += [
             # Six digits are more than any of them is worth.
             place | {"measure": each.measure, "document": each.document,
@@ -144,7 +150,7 @@ def write_data(placed: Sequence[tuple[Row, Run]], output: Path) -> None:
 
 def _rows(run: Run) -> Iterator[Row]:
     """For each logged step its number, tokens, steps by kind so far, and held-out loss if any."""
-    entries = read_metrics(run.folder)
+    entries = _entries(run)
     counts: dict[str, int] = {}
     for step, kind in _kinds(run, entries).items():
         if TOKENS in (entry := entries[step]):

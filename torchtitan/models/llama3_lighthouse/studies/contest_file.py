@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..data.retrieval import find_task
-from ..errors import UserTypeError, UserValueError
+from ..errors import UserFileError, UserTypeError, UserValueError
 from ..evaluation.distance import DistanceSettings
 from ..job_config import JobConfig, check_toml, flatten, type_fault
+from .recovery_plan import SETTINGS
 from .settings import nested
 
 DIRECTIONS, RULES = ("lower", "higher"), ("mean", "interval")
@@ -21,6 +22,9 @@ VALIDATION = "validation"
 # Names of accuracies begin with this.
 RETRIEVAL = "retrieval/"
 RECORD, COPY = "contest.json", "contest.toml"
+# An arm may name its stage in the short form. What all arms must share decides the measures.
+OWN_KEYS = SETTINGS.keys() - {"lighthouse.stage"}
+SHARED_KEYS = ("validation.", "lighthouse.tokenizer", "model.hf_assets_path")
 # More than half of the timed steps have to be like all later ones.
 LEAST_TIMED = 10
 
@@ -50,7 +54,7 @@ class Contest:
         settings: section.key to value, for every run.
         seed_keys: the keys that a seed sets.
         seeds: seeds of the runs at the best rate.
-        rate_seed: seed of the runs that choose the rate.
+        rate_seeds: seeds of the runs that choose the rate.
         tuned_by: name of the measure that chooses the rate; lower is better unless it is primary.
         primary: name of the measure that decides.
         direction: "lower" or "higher", the better side of the primary measure.
@@ -74,7 +78,7 @@ class Contest:
     arms: dict[str, Arm]
     seed_keys: list[str]
     seeds: list[int]
-    rate_seed: int
+    rate_seeds: list[int]
     tuned_by: str
     primary: str
     direction: str
@@ -114,7 +118,7 @@ KEYS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "level": ((int, float), 0.95),
     "settings": (dict, {}),
     "seed_keys": (list, ["debug.seed", "lighthouse.shuffle_seed"]),
-    "rate_seed": (int, -1),
+    "rate_seed": ((int, list), 0),
     "tuned_by": (str, VALIDATION),
     "gpu_seconds": ((int, float), 0),
     "timed_steps": (int, 40),
@@ -151,14 +155,16 @@ def read_contest(path: Path) -> Contest:
         raise UserValueError(f"{path}: config = '{values['config']}' is no file ({base})")
     digest = hashlib.sha256(path.read_bytes() + b"\0" + base.read_bytes()).hexdigest()
     arms = {name: _arm(path, name, table) for name, table in values["arms"].items()}
-    seeds = values["seeds"]
-    if not seeds or len(set(seeds)) < len(seeds) or not all(_is_seed(seed) for seed in seeds):
-        raise UserValueError(f"{path}: seeds = {seeds} must be different numbers from 1 on")
+    seeds, chosen = values["seeds"], values.pop("rate_seed") or values["seeds"][:1]
+    rate_seeds = chosen if isinstance(chosen, list) else [chosen]
+    for key, numbers in (("seeds", seeds), ("rate_seed", rate_seeds)):
+        if not numbers or not all(map(_is_seed, numbers)) or len(set(numbers)) < len(numbers):
+            raise UserValueError(f"{path}: {key} = {numbers} must be different numbers from 1 on")
     values |= {
         "config": base,
         "arms": arms,
         "settings": _settings(path, values["settings"]),
-        "rate_seed": seeds[0] if values["rate_seed"] == -1 else values["rate_seed"],
+        "rate_seeds": rate_seeds,
         "compare": [_pair(path, pair, arms) for pair in values["compare"]],
         "distance": _distance(path, values["distance"]),
     }
@@ -202,7 +208,13 @@ def _arm(path: Path, name: str, table: Any) -> Arm:
         raise UserValueError(f"{path}: arm '{name}' names a folder; use letters, digits, _ and -")
     rates = table.get("rates")
     numbers = isinstance(rates, list) and all(isinstance(rate, float) for rate in rates)
-    if not rates or not numbers or min(rates) <= 0 or len(set(rates)) < len(rates):
+    # Runs are named by six digits of their rate.
+    if (
+        not rates
+        or not numbers
+        or not min(rates) > 0
+        or len(set(map("{:g}".format, rates))) < len(rates)
+    ):
         raise UserValueError(
             f"{path}: arms.{name}.rates = {rates!r} must be different learning rates, such as "
             "[1e-3, 2e-3]"
@@ -234,7 +246,7 @@ def _distance(path: Path, table: dict[str, Any]) -> DistanceSettings:
     }
     for key, value in values.items():
         if fault := type_fault(value, kinds[key]):
-            raise UserTypeError(f"{path}: distance.{key} = {table[key]!r}: {fault}")
+            raise UserTypeError(f"{path}: distance.{key} = {table[key]!r}: {fault.splitlines()[0]}")
     return DistanceSettings(**values)
 
 
@@ -244,16 +256,22 @@ def _check(contest: Contest) -> None:
             raise UserValueError(f"{contest.path}: {key} = '{value}'; use {' or '.join(known)}")
     if not 0 <= contest.margin < math.inf:
         raise UserValueError(f"{contest.path}: margin = {contest.margin} must be at least 0")
+    names = all(isinstance(key, str) for key in contest.seed_keys)
+    if not names or OWN_KEYS & {*contest.seed_keys} or "optimizer.lr" in contest.seed_keys:
+        raise UserValueError(
+            f"{contest.path}: seed_keys = {contest.seed_keys} must name keys that seeds set, such "
+            "as debug.seed"
+        )
     if not contest.seed_keys:
         raise UserValueError(
             f"{contest.path}: seed_keys = [] makes all seeds one; name a key, or leave it out"
         )
     if not 0.5 <= contest.level < 1:
         raise UserValueError(f"{contest.path}: level = {contest.level} must be from 0.5 to below 1")
-    if not contest.compare or len(set(contest.compare)) < len(contest.compare):
+    if not contest.compare or len(set(map(frozenset, contest.compare))) < len(contest.compare):
         raise UserValueError(f"{contest.path}: compare must hold pairs of arms, each once")
-    if not _is_seed(contest.rate_seed):
-        raise UserValueError(f"{contest.path}: rate_seed = {contest.rate_seed} must be at least 1")
+    if len(set(contest.retrieval)) < len(contest.retrieval):
+        raise UserValueError(f"{contest.path}: retrieval = {contest.retrieval} names a task twice")
     if not 0 <= contest.gpu_seconds < math.inf:
         raise UserValueError(f"{contest.path}: gpu_seconds = {contest.gpu_seconds} must be above 0")
     if contest.timed_steps < LEAST_TIMED:
@@ -274,6 +292,16 @@ def _check(contest: Contest) -> None:
     for name, settings in tables.items():
         if clash := varied & settings.keys():
             raise UserValueError(f"{contest.path}: {name} sets {min(clash)}, which runs vary")
+        for key in settings:
+            if key in OWN_KEYS or key.startswith("job."):
+                raise UserValueError(
+                    f"{contest.path}: {name} sets {key}, which the contest does; leave it out"
+                )
+            if name != "settings" and key.startswith(SHARED_KEYS):
+                raise UserValueError(
+                    f"{contest.path}: {name} sets {key}, but all arms are measured on the same "
+                    f"text; write it in [settings]"
+                )
         for stage in settings.get("lighthouse.schedule", ()):
             if contest.gpu_seconds and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):
                 raise UserValueError(
@@ -282,20 +310,55 @@ def _check(contest: Contest) -> None:
                 )
 
 
-def fix(contest: Contest, output: Path) -> None:
-    """Write the file and its hash into a new folder of results, or compare it with theirs.
+def fix(contest: Contest, output: Path, overrides: list[str] | None = None) -> None:
+    """Write what rules the results into their new folder, or compare it with what rules them.
+
+    Args:
+        overrides: those of the command line; None to leave them as they are.
 
     Raises:
-        ValueError: the results there were begun by another file.
+        ValueError, OSError: the results there were begun by another file or with other overrides,
+            or their record is damaged.
     """
     record = output / RECORD
     if record.exists():
-        if json.loads(record.read_text())["sha256"] != contest.digest:
+        known = read_record(record)
+        if known.get("sha256") != contest.digest:
             raise UserValueError(
                 f"{contest.path} or its base has changed since the results in {output} were begun "
                 f"({COPY} there is the file as it was); undo the change, or pass --output FOLDER"
             )
+        if overrides is not None and known.get("overrides", overrides) != overrides:
+            raise UserValueError(
+                f"the results in {output} were begun with the overrides {known['overrides']}, and "
+                f"these are {overrides}; pass the same, or --output FOLDER"
+            )
         return
+    if found := sorted(output.glob("*.csv")):
+        raise UserFileError(
+            f"{output} holds {found[0].name}, but no {RECORD} that says whose it is; restore it, "
+            "or pass --output FOLDER"
+        )
     output.mkdir(parents=True, exist_ok=True)
     (output / COPY).write_bytes(contest.path.read_bytes())
-    record.write_text(json.dumps({"sha256": contest.digest, "file": contest.path.name}, indent=1))
+    known = {"sha256": contest.digest, "file": contest.path.name, "overrides": overrides or []}
+    write_record(record, known)
+
+
+def write_record(path: Path, values: Any) -> None:
+    """Write values as JSON, all or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=1))
+    partial.replace(path)
+
+
+def read_record(path: Path) -> Any:
+    """Values that ``write_record`` wrote.
+
+    Raises:
+        OSError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserFileError(f"{path} cannot be read ({error}); restore or remove it") from None

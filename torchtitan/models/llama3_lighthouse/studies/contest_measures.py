@@ -5,7 +5,6 @@ python -m torchtitan.models.llama3_lighthouse.studies.contest_measures CONTEST R
 With PART = "tuning", measures what chooses the rate and little more.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,15 @@ from ..evaluation.retrieval_accuracy import measure_cell
 from ..evaluation.retrieval_report import DEFAULT_PARTS
 from ..job_config import JobConfig
 from ..metrics import HELD_OUT_LOSS
-from .contest_file import RETRIEVAL, VALIDATION, Contest, fix, read_contest
+from .contest_file import (
+    RETRIEVAL,
+    VALIDATION,
+    Contest,
+    fix,
+    read_contest,
+    read_record,
+    write_record,
+)
 from .sweeps import read_metrics
 
 MEASURES_FILE = "measures.json"
@@ -142,14 +149,12 @@ def measure_run(contest: Contest, folder: Path) -> None:
 def write_numbers(folder: Path, numbers: list[Number]) -> None:
     """Write a run's numbers, all or none."""
     rows = [[each.measure, each.document, each.value] for each in numbers]
-    partial = folder / f"{MEASURES_FILE}.partial"
-    partial.write_text(json.dumps(rows))
-    partial.replace(folder / MEASURES_FILE)
+    write_record(folder / MEASURES_FILE, rows)
 
 
 def read_numbers(folder: Path) -> list[Number]:
     """The numbers of a run that has been measured."""
-    return [Number(*row) for row in json.loads((folder / MEASURES_FILE).read_text())]
+    return [Number(*row) for row in read_record(folder / MEASURES_FILE)]
 
 
 def main(path: Path, folder: Path, part: str = "") -> None:

@@ -1,6 +1,5 @@
 """The runs of a contest: their settings, and the short runs that tell times."""
 
-import json
 import math
 import re
 from collections.abc import Generator
@@ -10,20 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.configuration import check_config
+from ..data.tokenizer import build_tokenizer
 from ..errors import UserTypeError, UserValueError
+from ..evaluation.distance_text import held_out_sequences
+from ..evaluation.progress import say
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..stages import stages_of
 from .contest_data import Times, steps_by_kind
-from .contest_file import Arm, Contest
+from .contest_file import Arm, Contest, read_record, write_record
 from .contest_measures import known_measures
 from .recovery_plan import SETTINGS, check_base
 from .settings import command_line, keys_given
 from .sweeps import Run
 
 UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")
+FLAG = re.compile(r"--([a-z-]+)(?= [\d(])")
 # Steps of the arms, where gpu_seconds decides them.
 STEPS_FILE = "steps.json"
+
+
+@contextmanager
+def in_distance(contest: Contest) -> Generator[None, None, None]:
+    """Name settings of the measures by their keys, not by the flags of ``evaluate distance``."""
+    try:
+        yield
+    except UserValueError as error:
+        words = FLAG.sub(lambda found: f"distance.{found[1].replace('-', '_')} =", str(error))
+        raise UserValueError(f"{contest.path}: {words}") from None
 
 
 @contextmanager
@@ -49,7 +62,7 @@ class Planner:
         # Command line to run; parsing one takes a quarter of a second.
         self._known: dict[tuple[str, ...], Run] = {}
         path = output / STEPS_FILE
-        self.steps: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+        self.steps: dict[str, int] = read_record(path) if path.exists() else {}
         varied = {"optimizer.lr", "job.dump_folder", "job.config_file", *contest.seed_keys}
         varied |= contest.settings.keys() | SETTINGS.keys()
         varied |= {key for arm in contest.arms.values() for key in arm.settings}
@@ -64,6 +77,30 @@ class Planner:
                 if timed or contest.gpu_seconds:
                     self.timing_run(arm)
             check_measures(contest, run.config)
+
+    @property
+    def overrides(self) -> list[str]:
+        """The overrides that results depend on, without the folders of the text."""
+        found, skip = [], False
+        for word in self.extra:
+            is_path = word.partition("=")[0].endswith(".dataset_path")
+            if not skip and not is_path:
+                found.append(word)
+            skip = is_path and "=" not in word
+        return found
+
+    def check_text(self) -> None:
+        """Check that the held-out text has long documents, and say if they are few.
+
+        Raises:
+            ValueError: it has none.
+        """
+        arm, asked = next(iter(self.contest.arms.values())), self.contest.distance
+        config = self.run(arm, arm.rates[0], self.contest.seeds[0]).config
+        tokenizer = build_tokenizer(config)
+        found = len(held_out_sequences(config, tokenizer, asked.documents, asked.sequences))
+        if found < asked.documents:
+            say(f"{found} of {asked.documents} held-out documents are long enough to measure")
 
     def run(self, arm: Arm, rate: float, seed: int) -> Run:
         """The run of an arm at a learning rate under a seed."""
@@ -110,7 +147,7 @@ class Planner:
                     "raise it, or lower validation.freq"
                 )
             self.steps[arm.name] = steps
-        (self.output / STEPS_FILE).write_text(json.dumps(self.steps, indent=1))
+        write_record(self.output / STEPS_FILE, self.steps)
         for arm in self.contest.arms.values():
             # Other steps may not fit the rest of the settings.
             with in_arm(self.contest, arm):
@@ -156,9 +193,10 @@ def check_measures(contest: Contest, config: JobConfig) -> None:
     """Check that the runs will have the measures that the contest decides by.
 
     Raises:
-        ValueError: they will not.
+        ValueError: they will not, or settings of the measures do not fit.
     """
-    known = known_measures(contest, config)
+    with in_distance(contest):
+        known = known_measures(contest, config)
     for key, name in (("tuned_by", contest.tuned_by), ("primary", contest.primary)):
         if name not in known:
             shown = ", ".join(known)

@@ -16,13 +16,14 @@ RESULTS, COMPARISONS = "results.md", "comparisons.csv"
 EQUAL_TIME = f"{VALIDATION}, equal time"
 NOTES = """
 Differences are arm minus control, paired by seed. `t` is the interval by Student's t over seeds,
-and `bootstrap` the one over held-out documents of the mean difference over seeds. Intervals hold
-for all comparisons together in the primary measure, and at 95% for each in the others.
+for all comparisons together in the primary measure and 95% in the others. `bootstrap` is that over
+held-out documents, with these seeds held fixed: 95%, too narrow below about 30 documents, and no
+part of a verdict.
 
-GPU seconds are those of the steps alone, each at the median of its stage in runs that shared no
-GPU; compilation, validation and checkpoints are left out. Equal time: held-out loss where the
-faster of two runs ends, on a straight line between two validations of the other, which has not
-decayed its learning rate there. Arms with steps of their own compare decayed runs.
+GPU seconds are those of the steps alone, each at the median of its kind in runs that shared no GPU;
+compilation, validation and checkpoints are left out. Equal time: held-out loss where the faster of
+two runs ends, on a straight line between two validations of the other, which has not decayed its
+learning rate there.
 """
 
 
@@ -33,9 +34,13 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
     arms = [_arm_row(results, arm) for arm in contest.arms if results.seeds(arm, VALIDATION)]
     rows, words = [], []
     for arm, control in contest.compare:
-        gaps = results.differences(arm, control, contest.primary)
-        if not gaps:
-            words.append(f"{arm} against {control}: no verdict, as no seed has finished in both.")
+        gaps, wanted = results.differences(arm, control, contest.primary), len(contest.seeds)
+        if len(gaps) < wanted:
+            # A look before the end is no test by the rule.
+            words.append(
+                f"{arm} against {control}: no verdict, as {len(gaps)} of {wanted} seeds have "
+                "finished in both."
+            )
         else:
             words.append(in_words(contest, arm, control, judge(contest, gaps)))
         for measure in results.measures:
@@ -72,7 +77,13 @@ def _is_longest(results: Results, row: Row) -> bool:
 
 def _arm_row(results: Results, arm: str) -> Row:
     runs = results.runs[results.runs.arm == arm]
-    row: dict[str, Any] = {"arm": arm, "rate": f"{runs.rate.iloc[0]:g}", "seeds": len(runs)}
+    tried = sorted(results.all_runs[results.all_runs.arm == arm].rate.unique())
+    row: dict[str, Any] = {
+        "arm": arm,
+        "rate": f"{runs.rate.iloc[0]:g}",
+        "tried": f"{tried[0]:g} to {tried[-1]:g}",
+        "seeds": len(runs),
+    }
     row["tokens"] = round(runs.tokens.mean())
     if runs[GPU_SECONDS].notna().all():
         row[GPU_SECONDS] = float(runs[GPU_SECONDS].mean())

@@ -34,6 +34,7 @@ class Results:
                 gpu_seconds(steps, times.get(arm, {}))
                 for arm, steps in zip(frame.arm, frame[STEPS], strict=True)
             ]
+        self.all_runs = frames[0]
         self.runs, measures, self.curves = (frame[frame.stage == SEEDS] for frame in frames)
         # Arm, seed and measure to the values by document; -1 stands for all of them.
         self.values: dict[tuple[str, int, str], dict[int, float]] = {}
@@ -73,7 +74,7 @@ class Results:
                     if document in theirs:
                         gaps.setdefault(document, []).append(value - theirs[document])
         by_document = [statistics.fmean(each) for number, each in gaps.items() if number >= 0]
-        return bootstrap(by_document, level=self.level(measure)) if by_document else None
+        return bootstrap(by_document) if by_document else None
 
     def curve(self, arm: str, seed: int) -> list[tuple[float, float]]:
         """GPU seconds and held-out loss of a run's validations; empty if its times are unknown."""

@@ -29,13 +29,16 @@ class Verdict:
 
 
 def t_interval(values: Sequence[float], level: float) -> Estimate:
-    """The mean of values with its interval by Student's t; None without two of them."""
+    """The mean of values with its interval by Student's t; None without two of them.
+
+    Values that are all equal tell nothing of their spread, unless they are all 0: no difference.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Estimate(mean, None, None)
     error = statistics.stdev(values) / len(values) ** 0.5
     if error == 0:
-        return Estimate(mean, mean, mean)
+        return Estimate(mean, None, None) if mean else Estimate(0.0, 0.0, 0.0)
     low, high = stats.t.interval(level, len(values) - 1, loc=mean, scale=error)
     return Estimate(mean, float(low), float(high))
 
@@ -68,8 +71,8 @@ def in_words(contest: Contest, arm: str, control: str, verdict: Verdict) -> str:
     found = verdict.difference
     if found.low is None or found.high is None:
         return (
-            f"{arm} against {control}: no verdict, as {verdict.seeds} seed has no interval "
-            f"(difference {found.mean:+.4f})."
+            f"{arm} against {control}: no verdict, as one seed, or equal differences, have no "
+            f"interval (difference {found.mean:+.4f}, seeds: {verdict.seeds})."
         )
     why = ""
     if verdict.word == NO_DIFFERENCE:
