@@ -14,6 +14,7 @@ from scipy import stats
 
 from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.errors import UserError
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.stages import stage_at, stages_of
 from torchtitan.models.llama3_lighthouse.studies import contest as contests
 from torchtitan.models.llama3_lighthouse.studies.contest_data import (
@@ -521,6 +522,11 @@ def test_the_contests_of_the_repository_can_be_planned(file: Path, tmp_path: Pat
     arm = next(iter(contest.arms.values()))
     run = planner.run(arm, arm.rates[0], contest.seeds[-1])
     assert run.config.lighthouse.shuffle_seed == run.config.debug.seed == contest.seeds[-1]
+    for each in (run, planner.timing_run(arm)):
+        # The trainer parses the command line.
+        assert LighthouseConfigManager().parse_args(each.arguments).to_dict() == (
+            each.config.to_dict()
+        )
 
 
 def test_runs_can_share_a_gpu(monkeypatch) -> None:

@@ -20,7 +20,7 @@ from .contest_data import Times, steps_by_kind
 from .contest_file import Arm, Contest, read_record, write_record
 from .contest_measures import known_measures
 from .recovery_plan import SETTINGS, check_base
-from .settings import command_line, keys_given
+from .settings import command_line, keys_given, with_settings
 from .sweeps import Run
 
 UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")
@@ -59,8 +59,6 @@ class Planner:
         self, contest: Contest, output: Path, extra: list[str], timed: bool = False
     ) -> None:
         self.contest, self.output, self.extra = contest, output, extra
-        # Command line to run; parsing one takes a quarter of a second.
-        self._known: dict[tuple[str, ...], Run] = {}
         path = output / STEPS_FILE
         self.steps: dict[str, int] = read_record(path) if path.exists() else {}
         varied = {"optimizer.lr", "job.dump_folder", "job.config_file", *contest.seed_keys}
@@ -104,7 +102,7 @@ class Planner:
 
     def run(self, arm: Arm, rate: float, seed: int) -> Run:
         """The run of an arm at a learning rate under a seed."""
-        return self._run(f"{arm.name},lr={rate:g},seed={seed}", self._settings(arm, rate, seed), [])
+        return self._run(f"{arm.name},lr={rate:g},seed={seed}", self._settings(arm, rate, seed))
 
     def timing_run(self, arm: Arm) -> Run:
         """A few steps of each stage of an arm, which tell how long a step takes."""
@@ -123,7 +121,7 @@ class Planner:
             ]
         elif len(stages) > 1:
             shorter["lighthouse.dense_from_step"] = steps
-        return self._run(f"{arm.name},times", whole.settings | shorter, command_line(shorter))
+        return self._run(f"{arm.name},times", whole.settings | shorter)
 
     def set_steps(self, times: Times) -> None:
         """Give each arm the steps that take the GPU seconds of the contest, once and for all.
@@ -171,22 +169,25 @@ class Planner:
     @cached_property
     def _base_steps(self) -> int:
         """The steps of the base, or, where they only stand for others, as many as validate well."""
-        settings = {k: v for k, v in self.contest.settings.items() if k != "lighthouse.schedule"}
-        line = ["--job.config_file", str(self.contest.config), *command_line(settings), *self.extra]
-        config = LighthouseConfigManager().parse_args(line)
-        steps, freq = config.training.steps, config.validation.freq
+        steps = self._base.training.steps
+        freq = self.contest.settings.get("validation.freq", self._base.validation.freq)
         return -(-steps // freq) * freq if self.contest.gpu_seconds and freq > 0 else steps
 
-    def _run(self, name: str, settings: dict[str, Any], last: list[str]) -> Run:
-        """A run of settings; the flags ``last`` come after those of the command line."""
+    @cached_property
+    def _base(self) -> JobConfig:
+        line = ["--job.config_file", str(self.contest.config), *self.extra]
+        return LighthouseConfigManager().parse_args(line)
+
+    def _run(self, name: str, settings: dict[str, Any]) -> Run:
+        """A run of settings, which the overrides of the command line do not touch."""
         folder = self.output.resolve() / name
+        settings = SETTINGS | settings
         line = ["--job.config_file", str(self.contest.config), f"--job.dump_folder={folder}"]
-        line += [*command_line(SETTINGS | settings), *self.extra, *last]
-        if (key := tuple(line)) not in self._known:
-            config = LighthouseConfigManager().parse_args(line)
-            check_config(config, flavors)
-            self._known[key] = Run(settings, line, folder, config)
-        return self._known[key]
+        line += [*command_line(settings), *self.extra]
+        # To parse each line would take a quarter of a second.
+        config = with_settings(self._base, settings | {"job.dump_folder": str(folder)})
+        check_config(config, flavors)
+        return Run(settings, line, folder, config)
 
 
 def check_measures(contest: Contest, config: JobConfig) -> None:
