@@ -213,6 +213,18 @@ def below_dense_at_length() -> str:
     return f"ends {-mean:.3f} nats ({-high:.3f} to {-low:.3f}) below dense training"
 
 
+def nothing_from_afar() -> str:
+    results = contest_on_books()
+    far = [name for name in results.measures if re.fullmatch(r"(repeated|beyond)/\d+", name)]
+    means = {
+        (arm, name): statistics.fmean(results.value(arm, s, name) for s in results.contest.seeds)
+        for arm in results.contest.arms
+        for name in far
+    }
+    assert len(far) == 6 and max(means.values()) < 0.01
+    return "No arm gained 0.01 nats from distant text"
+
+
 def merge_below_window() -> str:
     rows = arms_of_a_window()
     gaps = [float(rows["window 256", s]["books"]) - float(rows["merged 256", s]["books"])
@@ -253,6 +265,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "merge and window": merge_below_window,
     "short to long first": short_to_long_below,
     "below dense at full length": below_dense_at_length,
+    "distant text": nothing_from_afar,
     "merge and dense": merge_above_dense,
     "laptop": on_a_laptop,
     "270m_256k_cp8": lambda: estimate("270m_256k_cp8", 8),

@@ -8,7 +8,7 @@ from ..errors import UserValueError
 from .retrieval_parts import random_of
 
 SHORTEST_SEQUENCE = 256
-# Tokens of a passage. Short sequences have shorter ones: from 1/16 to 1/8 of the sequence.
+# Tokens of a passage. Short sequences have shorter ones: from 1/32 to 1/8 of the sequence.
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 64, 512
 # One in so many tokens of a sequence stands in a passage that returns.
 TOKENS_PER_RETURN = 8
@@ -19,10 +19,10 @@ PHASE = (5**0.5 - 1) / 2
 class RepeatMix:
     """Sequences of text in which passages return, word for word.
 
-    In a sequence that is taken, passages are copied over later text: an eighth of its tokens, less
-    a remainder too short for a passage. All doublings of the distance from a passage to its return
-    are equally likely, from the passage's own length to the most that fits. The text that a return
-    covers is not read; what follows the sequence is as it was.
+    In a sequence that is taken, passages are copied over later text, an eighth of its tokens in
+    all. All doublings of the distance from a passage to its return are equally likely, from the
+    passage's own length to the most that fits. The text that a return covers is not read; what
+    follows the sequence is as it was.
 
     A sequence depends on the numbers of its stream and of itself alone.
 
@@ -43,7 +43,7 @@ class RepeatMix:
             )
         self._rate, self._length, self._seed = rate, length, seed
         self._longest = min(LONGEST_PASSAGE, length // 8)
-        self._shortest = min(SHORTEST_PASSAGE, length // 16)
+        self._shortest = min(SHORTEST_PASSAGE, length // 32)
 
     def takes(self, stream: int, number: int) -> bool:
         """Whether passages return in text sequence ``number`` of a stream, both from 0 on.
@@ -60,9 +60,11 @@ class RepeatMix:
         random = random_of("repeats", self._seed, stream, number)
         tokens: list[int] = []
         left = self._length // TOKENS_PER_RETURN
-        while left >= self._shortest:
-            # The last one takes what is left, so that short sequences have no larger share.
-            tokens.append(min(left, int(random.integers(self._shortest, self._longest + 1))))
+        while left:
+            # What is left must not be too short for a passage, so that the share is exact.
+            most = min(self._longest, left - self._shortest)
+            passage = int(random.integers(self._shortest, most + 1)) if most > self._shortest else 0
+            tokens.append(passage or left)
             left -= tokens[-1]
         # Every return has room for its passage before it.
         first = max(tokens)
