@@ -1,6 +1,6 @@
 """Which way of training is best? A contest of arms by a rule that is fixed before the runs.
 
-Each arm first tries its learning rates with one seed, then trains every seed at the best one.
+Each arm first tries its learning rates, then trains every seed at the best one.
 """
 
 import math
@@ -251,7 +251,8 @@ def _choose_rates(
     """Each arm's best rate, without the arms of which a run failed."""
     contest = contestants.contest
     tuned = [name for name, of_arm in rates.items() if len(of_arm) > 1]
-    best = {name: of_arm[0] for name, of_arm in rates.items() if name not in tuned}
+    only = {name: of_arm[0] for name, of_arm in rates.items() if name not in tuned}
+    best = only
     while tuned:
         asked = [
             (name, rate, seed)
@@ -259,7 +260,7 @@ def _choose_rates(
             for name in tuned
             for rate in rates[name]
         ]
-        best |= best_rates(contest, contestants.train_all(RATES, asked))
+        best = only | best_rates(contest, contestants.train_all(RATES, asked))
         say_rates(rates, best, widened)
         if not widened or not widen(contest, rates, best):
             break
