@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widen", action="store_true", help="try rates beyond a grid whose best is at its edge"
     )
     parser.add_argument(
+        "--arms", nargs="+", default=[], metavar="ARM", help="train these now; default: all"
+    )
+    parser.add_argument(
         "--only-times", action="store_true", help="learn how long a step of each arm takes here"
     )
     parser.add_argument(
@@ -79,4 +82,4 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.only_times:
         time_arms(options.config, sweep, overrides)
         return
-    run_contest(options.config, sweep, overrides, options.widen)
+    run_contest(options.config, sweep, overrides, options.widen, options.arms)

@@ -290,6 +290,22 @@ def test_a_rate_that_diverges_is_not_the_best_and_stays_so(call, faked, tmp_path
     assert "window against dense: no verdict, as 1 of 2 seeds have finished in both" in out
 
 
+def test_arms_can_train_one_after_the_other(call, faked, path) -> None:
+    at_equal_time(path, 40)
+    out, code = call("--arms", "dense", "window")
+    assert not code and not any(name.startswith("lighthouse") for name in faked.trained)
+    assert "window against dense: no difference" in out
+    assert "lighthouse against dense: no verdict, as 0 of 2 seeds have finished in both" in out
+    trained = len(faked.trained)
+    out, code = call("--arms", "lighthouse")
+    assert not code and all(name.startswith("lighthouse") for name in faked.trained[trained:])
+    assert "lighthouse against dense: better" in out
+    trained = len(faked.trained)
+    out, _ = call()
+    assert "lighthouse against dense: better" in out and len(faked.trained) == trained
+    assert "--arms other is no arm" in call("--arms", "other")[1]
+
+
 def test_several_seeds_choose_a_rate_by_their_mean(call, faked, path, monkeypatch) -> None:
     path.write_text("rate_seed = [7, 8, 9]\n" + path.read_text())
     # One lucky run speaks for 1e-3.

@@ -5,14 +5,15 @@ Each arm first tries its learning rates, then trains every seed at the best one.
 
 import math
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from ..checks.output import check_output
-from ..errors import UserFileError
+from ..errors import UserFileError, UserValueError
 from ..evaluation.progress import say, say_what_was_written
 from .contest_data import (
     CURVES,
@@ -122,9 +123,17 @@ class _Contestants:
         self._sweep(list(runs.values()), self.options, stage)
         return runs
 
-    def time(self) -> None:
-        """Learn the times of the arms from short runs that share no GPU."""
-        self.timed = {n: self.planner.timing_run(arm) for n, arm in self.contest.arms.items()}
+    def place(
+        self, stage: str, asked: Iterable[tuple[str, float, int]]
+    ) -> dict[tuple[str, float, int], Run]:
+        """As ``train_all``, but only take in what has finished."""
+        runs = {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
+        self.placed.update({(stage, *key): run for key, run in runs.items() if run.is_finished})
+        return runs
+
+    def time(self, arms: Iterable[str]) -> None:
+        """Learn the times of arms from short runs that share no GPU."""
+        self.timed = {name: self.planner.timing_run(self.contest.arms[name]) for name in arms}
         self._sweep(list(self.timed.values()), self.options.alone(), stage="")
         self.tabulate()
 
@@ -182,12 +191,19 @@ def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) 
     return process.returncode
 
 
-def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bool = False) -> None:
+def run_contest(
+    path: Path,
+    options: SweepOptions,
+    extra: list[str],
+    widened: bool = False,
+    arms: Sequence[str] = (),
+) -> None:
     """Train and measure what is left of a contest, and report after every run.
 
     Args:
         extra: overrides for every run.
         widened: whether to add rates to grids whose best lies at the edge.
+        arms: those to train now; all by default.
 
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
@@ -197,9 +213,15 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
     options.slots()
     check_output(output)
     planner = Planner(contest, output, extra, timed=options.per_gpu > 1)
+    if unknown := set(arms) - contest.arms.keys():
+        raise UserValueError(
+            f"--arms {min(unknown)} is no arm of {path}; use {', '.join(contest.arms)}"
+        )
+    arms = arms or list(contest.arms)
     rates = rates_of(contest, output)
     if options.only_list:
-        for name, of_arm in rates.items():
+        for name in arms:
+            of_arm = rates[name]
             shown = ", ".join(f"{rate:g}" for rate in of_arm)
             steps = planner.steps.get(name)
             tried, seeds = (", ".join(map(str, x)) for x in (contest.rate_seeds, contest.seeds))
@@ -210,15 +232,16 @@ def run_contest(path: Path, options: SweepOptions, extra: list[str], widened: bo
     fix(contest, output, planner.overrides)
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)
-        if contest.gpu_seconds and not planner.steps:
-            contestants.time()
+        if contest.gpu_seconds and (untimed := [n for n in arms if n not in planner.steps]):
+            contestants.time(untimed)
             raise_if_failed(contestants.failed, list(contestants.timed.values()))
-            planner.set_steps(read_times(output))
-        best = _choose_rates(contestants, rates, widened)
+            planner.set_steps(read_times(output), untimed)
+        best = _choose_rates(contestants, rates, arms, widened)
         asked = [(name, best[name], seed) for name in best for seed in contest.seeds]
         contestants.train_all(SEEDS, asked)
+        _place_others(contestants, rates, [name for name in contest.arms if name not in arms])
         if options.per_gpu > 1 and not contest.gpu_seconds:
-            contestants.time()
+            contestants.time(arms)
         contestants.tabulate()
     placed, failed = contestants.placed, contestants.failed
     if any(run.is_finished for (stage, *_), run in placed.items() if stage == SEEDS):
@@ -240,28 +263,43 @@ def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     fix(contest, output, planner.overrides)
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)
-        contestants.time()
+        contestants.time(contest.arms)
     say_what_was_written(output, TIMES)
     raise_if_failed(contestants.failed, list(contestants.timed.values()))
 
 
+def _tried(contest: Contest, rates: dict[str, list[float]], arms: Iterable[str]) -> list[Any]:
+    """Arm, rate and seed of the runs that choose the rates of arms with several."""
+    return [
+        (name, rate, seed)
+        for seed in contest.rate_seeds
+        for name in arms
+        if len(rates[name]) > 1
+        for rate in rates[name]
+    ]
+
+
+def _place_others(
+    contestants: _Contestants, rates: dict[str, list[float]], arms: list[str]
+) -> None:
+    """Take in what finished before of arms that do not train now."""
+    contest = contestants.contest
+    best = {name: rates[name][0] for name in arms if len(rates[name]) == 1}
+    best |= best_rates(contest, contestants.place(RATES, _tried(contest, rates, arms)))
+    contestants.place(SEEDS, [(name, best[name], seed) for name in best for seed in contest.seeds])
+
+
 def _choose_rates(
-    contestants: _Contestants, rates: dict[str, list[float]], widened: bool
+    contestants: _Contestants, rates: dict[str, list[float]], arms: Sequence[str], widened: bool
 ) -> dict[str, float]:
     """Each arm's best rate, without the arms of which a run failed."""
     contest = contestants.contest
-    tuned = [name for name, of_arm in rates.items() if len(of_arm) > 1]
-    only = {name: of_arm[0] for name, of_arm in rates.items() if name not in tuned}
+    only = {name: rates[name][0] for name in arms if len(rates[name]) == 1}
     best = only
-    while tuned:
-        asked = [
-            (name, rate, seed)
-            for seed in contest.rate_seeds
-            for name in tuned
-            for rate in rates[name]
-        ]
-        best = only | best_rates(contest, contestants.train_all(RATES, asked))
-        say_rates(rates, best, widened)
+    while len(only) < len(arms):
+        tried = contestants.train_all(RATES, _tried(contest, rates, arms))
+        best = only | best_rates(contest, tried)
+        say_rates({name: rates[name] for name in arms}, best, widened)
         if not widened or not widen(contest, rates, best):
             break
         write_record(contestants.options.output / WIDENED, rates)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -123,15 +123,16 @@ class Planner:
             shorter["lighthouse.dense_from_step"] = steps
         return self._run(f"{arm.name},times", whole.settings | shorter)
 
-    def set_steps(self, times: Times) -> None:
-        """Give each arm the steps that take the GPU seconds of the contest, once and for all.
+    def set_steps(self, times: Times, arms: Iterable[str]) -> None:
+        """Give arms the steps that take the GPU seconds of the contest, once and for all.
 
         The number is a multiple of validation.freq, so that runs are validated at their end.
 
         Raises:
             ValueError: the time is too short for an arm.
         """
-        for arm in self.contest.arms.values():
+        asked = [self.contest.arms[name] for name in arms]
+        for arm in asked:
             config = self.run(arm, arm.rates[0], self.contest.seeds[0]).config
             counts, freq = steps_by_kind(config), config.validation.freq
             a_step = sum(count * times[arm.name][kind] for kind, count in counts.items())
@@ -146,7 +147,7 @@ class Planner:
                 )
             self.steps[arm.name] = steps
         write_record(self.output / STEPS_FILE, self.steps)
-        for arm in self.contest.arms.values():
+        for arm in asked:
             # Other steps may not fit the rest of the settings.
             with in_arm(self.contest, arm):
                 check_base(self.run(arm, arm.rates[0], self.contest.seeds[0]).config)
