@@ -5,11 +5,11 @@
 The file names the arms, each a schedule or other settings, with the learning rates that each one
 tries; the seeds, which draw the weights and the order of the text; the primary measure with its
 direction, margin and rule; and which arms are compared. Its hash goes into the results, and a file
-that has changed since they were begun is refused.
+that has changed since they were begun is refused. docs/guides/contests.md lists all keys.
 
-Each arm tries its rates with one seed and then trains all seeds at the best. A best rate at the
-edge of its grid is said; --widen tries rates beyond it. After each run the measures of distance and
-retrieval are taken from its last checkpoint.
+Each arm tries its rates and then trains all seeds at the best. If that is the smallest or the
+largest tried, the command says so; --widen tries rates beyond it. After each run the measures of
+distance and retrieval are taken from its last checkpoint.
 
 The same command goes on where it was interrupted, and repeats nothing that finished.
 
