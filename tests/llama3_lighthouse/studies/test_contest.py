@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas
 import pytest
+import torch
 from launch import exit_code_of
 from scipy import stats
 
@@ -211,7 +212,12 @@ def test_other_overrides_are_refused_beside_old_results(call, faked, tmp_path) -
     trained = len(faked.trained)
     for line in ((), ("--training.max_norm", "0.7")):
         _, message = call(*line)
-        assert "were begun with the overrides ['--training.max_norm', '0.5']" in message
+        assert "were begun with overrides ['--training.max_norm', '0.5']" in message
+    changed = record | {"text": record["text"] | {"training": "another"}}
+    (tmp_path / "out/contest.json").write_text(json.dumps(changed))
+    _, message = call("--training.max_norm", "0.5")
+    assert "were begun with text {'training': 'another'" in message
+    assert record["environment"]["torch"] == torch.__version__
     _, message = call("--report-only", "--training.max_norm", "0.5")
     assert "leave out --training.max_norm 0.5" in message
     assert "pass one of them" in call("--list", "--only-times")[1]

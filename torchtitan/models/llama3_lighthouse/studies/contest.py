@@ -228,8 +228,7 @@ def run_contest(
             of_steps = f"{steps:,} steps; " if steps else ""
             print(f"{name}: {of_steps}rates {shown} (seed {tried}), then seeds {seeds}")
         return
-    planner.check_text()
-    fix(contest, output, planner.overrides)
+    fix(contest, output, planner.rest())
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)
         if contest.gpu_seconds and (untimed := [n for n in arms if n not in planner.steps]):
@@ -260,7 +259,7 @@ def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     options.slots()
     check_output(output)
     planner = Planner(contest, output, extra, timed=True)
-    fix(contest, output, planner.overrides)
+    fix(contest, output, planner.rest())
     with lock_folder(output) as lock:
         contestants = _Contestants(contest, planner, options, lock)
         contestants.time(contest.arms)

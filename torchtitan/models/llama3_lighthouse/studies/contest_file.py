@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..data.retrieval import find_task
+from ..environment import environment
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..evaluation.distance import DistanceSettings
 from ..job_config import JobConfig, check_toml, flatten, type_fault
@@ -310,15 +311,15 @@ def _check(contest: Contest) -> None:
                 )
 
 
-def fix(contest: Contest, output: Path, overrides: list[str] | None = None) -> None:
+def fix(contest: Contest, output: Path, rest: dict[str, Any] | None = None) -> None:
     """Write what rules the results into their new folder, or compare it with what rules them.
 
     Args:
-        overrides: those of the command line; None to leave them as they are.
+        rest: what results depend on besides the file, by name; None to leave it as it is.
 
     Raises:
-        ValueError, OSError: the results there were begun by another file or with other overrides,
-            or their record is damaged.
+        ValueError, OSError: the results there were begun by another file, with other overrides or
+            on other text, or their record is damaged.
     """
     record = output / RECORD
     if record.exists():
@@ -328,11 +329,12 @@ def fix(contest: Contest, output: Path, overrides: list[str] | None = None) -> N
                 f"{contest.path} or its base has changed since the results in {output} were begun "
                 f"({COPY} there is the file as it was); undo the change, or pass --output FOLDER"
             )
-        if overrides is not None and known.get("overrides", overrides) != overrides:
-            raise UserValueError(
-                f"the results in {output} were begun with the overrides {known['overrides']}, and "
-                f"these are {overrides}; pass the same, or --output FOLDER"
-            )
+        for name, value in (rest or {}).items():
+            if known.get(name, value) != value:
+                raise UserValueError(
+                    f"the results in {output} were begun with {name} {known[name]}, and now there "
+                    f"are {value}; restore them, or pass --output FOLDER"
+                )
         return
     if found := sorted(output.glob("*.csv")):
         raise UserFileError(
@@ -341,8 +343,8 @@ def fix(contest: Contest, output: Path, overrides: list[str] | None = None) -> N
         )
     output.mkdir(parents=True, exist_ok=True)
     (output / COPY).write_bytes(contest.path.read_bytes())
-    known = {"sha256": contest.digest, "file": contest.path.name, "overrides": overrides or []}
-    write_record(record, known)
+    known = {"sha256": contest.digest, "file": contest.path.name, "environment": environment()}
+    write_record(record, known | (rest or {}))
 
 
 def write_record(path: Path, values: Any) -> None:

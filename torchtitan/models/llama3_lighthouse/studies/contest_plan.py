@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.configuration import check_config
+from ..data.text_sources import find_source
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserTypeError, UserValueError
 from ..evaluation.distance_text import held_out_sequences
@@ -87,11 +88,11 @@ class Planner:
             skip = is_path and "=" not in word
         return found
 
-    def check_text(self) -> None:
-        """Check that the held-out text has long documents, and say if they are few.
+    def rest(self) -> dict[str, Any]:
+        """What results depend on besides the file, for their record: overrides and text.
 
         Raises:
-            ValueError: it has none.
+            ValueError: there is no such text, or no document of the held-out one is long enough.
         """
         arm, asked = next(iter(self.contest.arms.values())), self.contest.distance
         config = self.run(arm, arm.rates[0], self.contest.seeds[0]).config
@@ -99,6 +100,14 @@ class Planner:
         found = len(held_out_sequences(config, tokenizer, asked.documents, asked.sequences))
         if found < asked.documents:
             say(f"{found} of {asked.documents} held-out documents are long enough to measure")
+        text = {
+            key: find_source(section.dataset, split, section.dataset_path, key).fingerprint()
+            for key, split, section in (
+                ("training", "train", config.training),
+                ("validation", "validation", config.validation),
+            )
+        }
+        return {"overrides": self.overrides, "text": text}
 
     def run(self, arm: Arm, rate: float, seed: int) -> Run:
         """The run of an arm at a learning rate under a seed."""
