@@ -301,7 +301,7 @@ def _check(contest: Contest) -> None:
             if name != "settings" and key.startswith(SHARED_KEYS):
                 raise UserValueError(
                     f"{contest.path}: {name} sets {key}, but all arms are measured on the same "
-                    f"text; write it in [settings]"
+                    "text; write it in [settings]"
                 )
         for stage in settings.get("lighthouse.schedule", ()):
             if contest.gpu_seconds and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):

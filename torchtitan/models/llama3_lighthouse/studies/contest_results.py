@@ -79,7 +79,8 @@ class Results:
     def curve(self, arm: str, seed: int) -> list[tuple[float, float]]:
         """GPU seconds and held-out loss of a run's validations; empty if its times are unknown."""
         own = self.curves[(self.curves.arm == arm) & (self.curves.seed == seed)]
-        own = own[own[GPU_SECONDS].notna()]
+        if own[GPU_SECONDS].isna().any():
+            return []
         return list(zip(own[GPU_SECONDS], own[VALIDATION], strict=True))
 
     def at_equal_time(self, arm: str, control: str) -> list[float]:
