@@ -1,11 +1,9 @@
 """Passages that return within training text, near and far."""
 
-import math
-
 import numpy as np
 
 from ..errors import UserValueError
-from .retrieval_parts import random_of
+from .retrieval_parts import evenly_taken, random_of
 
 SHORTEST_SEQUENCE = 256
 # Tokens of a passage. Short sequences have shorter ones: from 1/32 to 1/8 of the sequence.
@@ -50,10 +48,10 @@ class RepeatMix:
 
         The share is exact to within one sequence among the first n sequences of a stream.
         """
-        phase = stream * PHASE % 1
-        return math.floor((number + 1) * self._rate + phase) > math.floor(
-            number * self._rate + phase
+        before, after = (
+            evenly_taken(self._rate, count, stream * PHASE % 1) for count in (number, number + 1)
         )
+        return after > before
 
     def returns(self, stream: int, number: int) -> list[tuple[int, int, int]]:
         """Where passages return in a sequence: (from, to, tokens), in order of their return."""

@@ -1,6 +1,5 @@
 """Retrieval documents that are mixed into the training text."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from .retrieval import (
     random_of,
     shortest_prompt,
 )
+from .retrieval_parts import evenly_taken
 
 
 class RetrievalMix:
@@ -78,7 +78,7 @@ class RetrievalMix:
 
     def taken(self, stream: int, sequence: int) -> int:
         """How many of the sequences of a stream before number ``sequence`` this takes."""
-        return math.floor(sequence * self._rate + stream / self._streams)
+        return evenly_taken(self._rate, sequence, stream / self._streams)
 
     def sequence(self, stream: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw sequence number ``sequence`` of a stream.

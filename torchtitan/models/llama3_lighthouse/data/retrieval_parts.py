@@ -1,6 +1,7 @@
 """Parts of retrieval prompts that all tasks share: token ids, random numbers, and the results."""
 
 import hashlib
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,6 +123,15 @@ class Prompt:
 
 def as_ids(tokens: Sequence[int]) -> np.ndarray:
     return np.array(tokens, dtype=np.int32)
+
+
+def evenly_taken(rate: float, count: int, phase: float) -> int:
+    """How many of the first ``count`` sequences are taken, to within one of ``rate`` of them.
+
+    Args:
+        phase: from 0 to below 1; another one for each stream, so that streams take turns.
+    """
+    return math.floor(count * rate + phase)
 
 
 def random_of(*key: object) -> np.random.Generator:

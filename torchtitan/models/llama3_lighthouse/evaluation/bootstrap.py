@@ -9,15 +9,12 @@ from .held_out_loss import Estimate
 DRAWS = 2000
 
 
-def bootstrap(
-    values: Sequence[float], draws: int = DRAWS, seed: int = 0, level: float = 0.95
-) -> Estimate:
-    """The mean of ``values`` with its percentile interval; None without two of them.
+def bootstrap(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """The mean of ``values`` with its 95% percentile interval; None without two of them.
 
     Args:
         values: one for each document, at least one. Differences give a paired interval.
         draws: samples with replacement, each of as many documents.
-        level: confidence of the interval.
 
     Raises:
         ValueError: there is no value.
@@ -29,6 +26,5 @@ def bootstrap(
     if len(found) < 2:
         return Estimate(mean, None, None)
     picked = np.random.default_rng(seed).integers(len(found), size=(draws, len(found)))
-    beyond = (1 - level) / 2
-    low, high = np.quantile(found[picked].mean(axis=1), (beyond, 1 - beyond))
+    low, high = np.quantile(found[picked].mean(axis=1), (0.025, 0.975))
     return Estimate(mean, float(low), float(high))

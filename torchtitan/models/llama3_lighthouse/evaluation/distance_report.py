@@ -24,9 +24,16 @@ from .distance_text import held_out_sequences
 from .figures import length_axis, new_figure, run_styles, save
 from .held_out_loss import with_held_out_text
 from .inference import TrainedModel, load_trained_model, recorded_config
-from .loss_report import named_checkpoints, same_text
 from .progress import Progress, say, say_what_was_written
-from .side_by_side import Evaluated, draw_curve, minus_first, write_record
+from .side_by_side import (
+    Evaluated,
+    ReportOptions,
+    draw_curve,
+    minus_first,
+    named_checkpoints,
+    same_text,
+    write_record,
+)
 from .tables import Row, write_csv
 
 INTERVAL = "95%, bootstrap over documents"
@@ -39,24 +46,10 @@ PANELS = (
 
 
 @dataclass(frozen=True)
-class DistanceOptions:
-    """Options of an evaluation.
+class DistanceOptions(ReportOptions):
+    """Options of an evaluation."""
 
-    Attributes:
-        checkpoints: as in ``inference.find_checkpoint``.
-        attention: "dense", "lighthouse" or both.
-        labels: a name for each checkpoint; None: run and step.
-        dtype: name of the weights' dtype in torch.
-    """
-
-    checkpoints: list[Path]
-    output: Path
-    device: str
-    attention: list[str]
-    labels: list[str] | None = None
     settings: DistanceSettings = field(default_factory=DistanceSettings)
-    dtype: str = "float32"
-    plots: bool = True
 
 
 @dataclass(frozen=True)

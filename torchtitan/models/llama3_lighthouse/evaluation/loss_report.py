@@ -7,26 +7,28 @@ from typing import Any
 import torch
 
 from ..checks.output import check_output
-from ..errors import UserValueError
-from ..job_config import JobConfig
 from .figures import length_axis, new_figure, run_styles, save
 from .held_out_loss import (
     bucket_means,
-    check_text,
     context_buckets,
     estimate,
     evaluate,
-    text_identity,
 )
 from .inference import (
     TrainedModel,
-    find_checkpoint,
-    labels_of,
     load_trained_model,
     recorded_config,
 )
 from .progress import Progress, say_what_was_written
-from .side_by_side import Evaluated, draw_curve, minus_first, write_record
+from .side_by_side import (
+    Evaluated,
+    ReportOptions,
+    draw_curve,
+    minus_first,
+    named_checkpoints,
+    same_text,
+    write_record,
+)
 from .tables import Row, write_csv
 
 # Curves of a plot up to which intervals are drawn.
@@ -35,25 +37,14 @@ INTERVAL = "95%, normal, over sequences"
 
 
 @dataclass(frozen=True)
-class LossOptions:
+class LossOptions(ReportOptions):
     """Options of an evaluation.
 
     Attributes:
-        checkpoints: as in ``inference.find_checkpoint``.
-        attention: "dense", "lighthouse" or both.
-        labels: a name for each checkpoint; None: run and step.
         first_bucket: tokens of context in the first bucket.
-        dtype: name of the weights' dtype in torch.
     """
 
-    checkpoints: list[Path]
-    output: Path
-    device: str
-    attention: list[str]
-    labels: list[str] | None = None
     first_bucket: int = 256
-    dtype: str = "float32"
-    plots: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,26 +82,6 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
     say_what_was_written(options.output, "losses.csv", "losses.json", "losses.png")
 
 
-def named_checkpoints(
-    checkpoints: list[Path], labels: list[str] | None
-) -> tuple[list[Path], list[str]]:
-    """The step-N folders, and a name for each: as given, or run and step.
-
-    Raises:
-        ValueError: there is no such checkpoint, one comes twice, or the names do not fit.
-    """
-    count = len(checkpoints)
-    if labels and (len(labels) != count or len(set(labels)) != count):
-        raise UserValueError(
-            f"--labels must be {count} different names, one for each checkpoint, got "
-            f"{', '.join(labels)}"
-        )
-    paths = [find_checkpoint(path) for path in checkpoints]
-    if len(set(paths)) < len(paths):
-        raise UserValueError("two of the checkpoints are the same; name each once")
-    return paths, labels or labels_of(paths)
-
-
 def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
     """Check that all checkpoints are evaluated on the same tokens; return their ``text_identity``.
 
@@ -118,24 +89,6 @@ def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
         ValueError, TypeError, OSError: the tokens differ, or a configuration is wrong.
     """
     return same_text(paths, [recorded_config(path, overrides) for path in paths])
-
-
-def same_text(paths: list[Path], configs: list[JobConfig]) -> dict[str, Any]:
-    """As ``check_same_text``, for configurations that are read.
-
-    Raises:
-        ValueError: the tokens differ, or there is no text.
-    """
-    first, *others = [text_identity(config) for config in configs]
-    for path, identity in zip(paths[1:], others, strict=True):
-        for key, value in identity.items():
-            if value != first[key]:
-                raise UserValueError(
-                    f"{paths[0]} and {path} differ in {key}: {first[key]} and {value}; pass it as "
-                    "--section.key VALUE for both"
-                )
-    check_text(configs[0])
-    return first
 
 
 def _curves(path: Path, label: str, options: LossOptions, overrides: list[str]) -> list[Curve]:

@@ -9,12 +9,34 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from ..environment import environment
-from .held_out_loss import Estimate
-from .inference import TrainedModel
+from ..errors import UserValueError
+from ..job_config import JobConfig
+from .held_out_loss import Estimate, check_text, text_identity
+from .inference import TrainedModel, find_checkpoint, labels_of
 from .tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of a report.
+
+    Attributes:
+        checkpoints: as in ``inference.find_checkpoint``.
+        attention: "dense", "lighthouse" or both.
+        labels: a name for each checkpoint; None: run and step.
+        dtype: name of the weights' dtype in torch.
+    """
+
+    checkpoints: list[Path]
+    output: Path
+    device: str
+    attention: list[str]
+    labels: list[str] | None = None
+    dtype: str = "float32"
+    plots: bool = True
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,47 @@ class Evaluated:
         record = trained.record
         step, dense_steps = (record.step, record.dense_steps) if record else (None, None)
         return cls(label, attention, trained.path, step, dense_steps, *found)
+
+
+def named_checkpoints(
+    checkpoints: list[Path], labels: list[str] | None
+) -> tuple[list[Path], list[str]]:
+    """The step-N folders, and a name for each: as given, or run and step.
+
+    Raises:
+        ValueError: there is no such checkpoint, one comes twice, or the names do not fit.
+    """
+    count = len(checkpoints)
+    if labels and (len(labels) != count or len(set(labels)) != count):
+        raise UserValueError(
+            f"--labels must be {count} different names, one for each checkpoint, got "
+            f"{', '.join(labels)}"
+        )
+    paths = [find_checkpoint(path) for path in checkpoints]
+    if len(set(paths)) < len(paths):
+        raise UserValueError("two of the checkpoints are the same; name each once")
+    return paths, labels or labels_of(paths)
+
+
+def same_text(paths: list[Path], configs: list[JobConfig]) -> dict[str, Any]:
+    """Check that checkpoints are evaluated on the same tokens; return their ``text_identity``.
+
+    Args:
+        configs: one for each of ``paths``.
+
+    Raises:
+        ValueError: the tokens differ, or there is no text.
+    """
+    first, *others = [text_identity(config) for config in configs]
+    for path, identity in zip(paths[1:], others, strict=True):
+        for key, value in identity.items():
+            if value != first[key]:
+                raise UserValueError(
+                    f"{paths[0]} and {path} differ in {key}: {first[key]} and {value}; pass it as "
+                    "--section.key VALUE for both"
+                )
+    check_text(configs[0])
+    return first
 
 
 def minus_first(change: Estimate) -> Row:

@@ -5,10 +5,11 @@ Each arm first tries its learning rates, then trains every seed at the best one.
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -23,6 +24,7 @@ from .contest_data import (
     RUNS,
     SEEDS,
     TIMES,
+    Logs,
     is_trained,
     mark_trained,
     read_times,
@@ -49,6 +51,8 @@ from .sweeps import (
 # Rates that were added beside the file's, by arm.
 WIDENED = "widened.json"
 MOST_WIDENED = 4
+# Arm, rate and seed of a run.
+Place = tuple[str, float, int]
 
 
 def rates_of(contest: Contest, output: Path) -> dict[str, list[float]]:
@@ -74,7 +78,7 @@ def widen(contest: Contest, rates: dict[str, list[float]], best: dict[str, float
     return found
 
 
-def best_rates(contest: Contest, tried: dict[tuple[str, float, int], Run]) -> dict[str, float]:
+def best_rates(contest: Contest, tried: dict[Place, Run]) -> dict[str, float]:
     """The best rate of each arm whose runs have all finished, by the measure that tunes.
 
     The measure is the mean over seeds that choose, and a rate under which one of them diverged is
@@ -104,32 +108,30 @@ def tuning_value(contest: Contest, run: Run) -> float:
 class _Contestants:
     """Trains and measures the runs of a contest, and writes what they gave."""
 
-    def __init__(
-        self, contest: Contest, planner: Planner, options: SweepOptions, lock: TextIO
-    ) -> None:
-        self.contest, self.planner, self.options, self.lock = contest, planner, options, lock
+    def __init__(self, planner: Planner, options: SweepOptions, lock: TextIO) -> None:
+        self.contest, self.planner = planner.contest, planner
+        self.options, self.lock, self.logs = options, lock, Logs()
         # Stage, arm, rate and seed to run.
         self.placed: dict[tuple[str, str, float, int], Run] = {}
         # Runs that tell the times of an arm.
         self.timed: dict[str, Run] = {}
         self.failed: list[str] = []
 
-    def train_all(
-        self, stage: str, asked: list[tuple[str, float, int]]
-    ) -> dict[tuple[str, float, int], Run]:
-        """Train and measure what has not finished; ``asked`` has the arm, rate and seed of each."""
-        runs = {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
+    def train_all(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
+        """Train and measure what has not finished."""
+        runs = self._planned(asked)
         self.placed.update({(stage, *key): run for key, run in runs.items()})
         self._sweep(list(runs.values()), self.options, stage)
         return runs
 
-    def place(
-        self, stage: str, asked: Iterable[tuple[str, float, int]]
-    ) -> dict[tuple[str, float, int], Run]:
+    def place(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
         """As ``train_all``, but only take in what has finished."""
-        runs = {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
+        runs = self._planned(asked)
         self.placed.update({(stage, *key): run for key, run in runs.items() if run.is_finished})
         return runs
+
+    def _planned(self, asked: Iterable[Place]) -> dict[Place, Run]:
+        return {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
 
     def time(self, arms: Iterable[str]) -> None:
         """Learn the times of arms from short runs that share no GPU."""
@@ -164,10 +166,10 @@ class _Contestants:
         timed = [(name, run) for name, run in self.timed.items() if run.is_finished]
         output = self.options.output
         write_times([*timed, *((key[1], run) for key, run in done.items())],
-                    self.options.processes, output)  # fmt: skip
+                    self.logs, self.options.processes, output)  # fmt: skip
         if done:
             write_data([(dict(zip(PLACES, key, strict=True)), run) for key, run in done.items()],
-                       output)  # fmt: skip
+                       self.logs, output)  # fmt: skip
 
 
 def has_diverged(run: Run) -> bool:
@@ -189,6 +191,14 @@ def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) 
     ):
         process.wait()
     return process.returncode
+
+
+@contextmanager
+def _begun(planner: Planner, options: SweepOptions) -> Generator[_Contestants, None, None]:
+    """Record what rules the results, or compare it, and keep other sweeps out meanwhile."""
+    fix(planner.contest, options.output, planner.rest())
+    with lock_folder(options.output) as lock:
+        yield _Contestants(planner, options, lock)
 
 
 def run_contest(
@@ -228,9 +238,7 @@ def run_contest(
             of_steps = f"{steps:,} steps; " if steps else ""
             print(f"{name}: {of_steps}rates {shown} (seed {tried}), then seeds {seeds}")
         return
-    fix(contest, output, planner.rest())
-    with lock_folder(output) as lock:
-        contestants = _Contestants(contest, planner, options, lock)
+    with _begun(planner, options) as contestants:
         if contest.gpu_seconds and (untimed := [n for n in arms if n not in planner.steps]):
             contestants.time(untimed)
             raise_if_failed(contestants.failed, list(contestants.timed.values()))
@@ -259,15 +267,13 @@ def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     options.slots()
     check_output(output)
     planner = Planner(contest, output, extra, timed=True)
-    fix(contest, output, planner.rest())
-    with lock_folder(output) as lock:
-        contestants = _Contestants(contest, planner, options, lock)
+    with _begun(planner, options) as contestants:
         contestants.time(contest.arms)
     say_what_was_written(output, TIMES)
     raise_if_failed(contestants.failed, list(contestants.timed.values()))
 
 
-def _tried(contest: Contest, rates: dict[str, list[float]], arms: Iterable[str]) -> list[Any]:
+def _tried(contest: Contest, rates: dict[str, list[float]], arms: Iterable[str]) -> list[Place]:
     """Arm, rate and seed of the runs that choose the rates of arms with several."""
     return [
         (name, rate, seed)

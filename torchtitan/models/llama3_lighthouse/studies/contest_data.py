@@ -44,9 +44,18 @@ def trained_alone(run: Run) -> bool:
     return is_trained(run) and (run.folder / TRAINED).read_text() == ALONE
 
 
-def _entries(run: Run) -> Entries:
-    """What a run logged; nothing if it diverged before it could."""
-    return read_metrics(run.folder) if (run.folder / METRICS_FILE).exists() else {}
+class Logs:
+    """What finished runs logged. Each log is read once, as tables are written after every run."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, Entries] = {}
+
+    def of(self, run: Run) -> Entries:
+        """The entries of a run by step; none if it diverged before it logged any."""
+        if run.folder not in self._known:
+            is_there = (run.folder / METRICS_FILE).exists()
+            self._known[run.folder] = read_metrics(run.folder) if is_there else {}
+        return self._known[run.folder]
 
 
 def _kind(stage: int, selects: bool) -> str:
@@ -85,7 +94,7 @@ def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, float]:
     return {kind: statistics.median(seconds) for kind, seconds in found.items()}
 
 
-def write_times(runs: Iterable[tuple[str, Run]], processes: int, output: Path) -> None:
+def write_times(runs: Iterable[tuple[str, Run]], logs: Logs, processes: int, output: Path) -> None:
     """Write the GPU seconds of a step, for the arms of which a run shared no GPU.
 
     Arms that have none keep the times that they have, which may come from another machine.
@@ -95,7 +104,7 @@ def write_times(runs: Iterable[tuple[str, Run]], processes: int, output: Path) -
     """
     by_arm: dict[str, list[tuple[Run, Entries]]] = {}
     for arm, run in runs:
-        by_arm.setdefault(arm, []).append((run, _entries(run)))
+        by_arm.setdefault(arm, []).append((run, logs.of(run)))
     times = read_times(output)
     for arm, of_arm in by_arm.items():
         if seconds := seconds_of_steps(of_arm):
@@ -125,7 +134,7 @@ def gpu_seconds(steps: str, times: Mapping[str, float]) -> float:
     return sum(count * times.get(kind, math.nan) for kind, count in counts)
 
 
-def write_data(placed: Sequence[tuple[Row, Run]], output: Path) -> None:
+def write_data(placed: Sequence[tuple[Row, Run]], logs: Logs, output: Path) -> None:
     """Write what finished runs logged and measured as CSV.
 
     Args:
@@ -133,7 +142,7 @@ def write_data(placed: Sequence[tuple[Row, Run]], output: Path) -> None:
     """
     runs, measures, curves = [], [], []
     for place, run in placed:
-        rows = list(_rows(run))
+        rows = list(_rows(run, logs.of(run)))
         curves += [place | row for row in rows if VALIDATION in row]
         # A run that diverged may have logged no step.
         last = rows[-1] if rows else {"step": 0, "tokens": 0, STEPS: "{}"}
@@ -148,9 +157,8 @@ def write_data(placed: Sequence[tuple[Row, Run]], output: Path) -> None:
         write_csv(table, output / name)
 
 
-def _rows(run: Run) -> Iterator[Row]:
+def _rows(run: Run, entries: Entries) -> Iterator[Row]:
     """For each logged step its number, tokens, steps by kind so far, and held-out loss if any."""
-    entries = _entries(run)
     counts: dict[str, int] = {}
     for step, kind in _kinds(run, entries).items():
         if TOKENS in (entry := entries[step]):

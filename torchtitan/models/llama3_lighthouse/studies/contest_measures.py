@@ -56,10 +56,6 @@ def distance(trained: TrainedModel, contest: Contest) -> Iterator[Number]:
         yield Number(each.key, each.document, each.value)
 
 
-def _retrieval_name(task: str, tokens: int) -> str:
-    return f"{RETRIEVAL}{task}/{tokens}"
-
-
 def _retrieval_lengths(
     contest: Contest, encoder: PromptEncoder, longest: int
 ) -> Iterator[tuple[Task, int, str]]:
@@ -70,7 +66,7 @@ def _retrieval_lengths(
             # The answer follows the prompt, and both must lie within the trained positions.
             length = longest // part - (task.digits if part == 1 else 0)
             if length >= shortest_prompt(encoder, task):
-                yield task, length, _retrieval_name(name, longest // part)
+                yield task, length, f"{RETRIEVAL}{name}/{longest // part}"
 
 
 def retrieval(trained: TrainedModel, contest: Contest) -> Iterator[Number]:

@@ -68,6 +68,8 @@ class Planner:
         varied |= {"training.steps"} if contest.gpu_seconds else set()
         if clash := keys_given(extra) & varied:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
+        # Arms of one length have the same measures, as all validate alike.
+        lengths: dict[int, JobConfig] = {}
         for arm in contest.arms.values():
             # Every arm is checked before the first run.
             with in_arm(contest, arm):
@@ -75,7 +77,9 @@ class Planner:
                 check_base(run.config)
                 if timed or contest.gpu_seconds:
                     self.timing_run(arm)
-            check_measures(contest, run.config)
+            lengths[run.config.training.seq_len] = run.config
+        for config in lengths.values():
+            check_measures(contest, config)
 
     @property
     def overrides(self) -> list[str]:

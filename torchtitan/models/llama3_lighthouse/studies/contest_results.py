@@ -55,9 +55,12 @@ class Results:
 
     def differences(self, arm: str, control: str, measure: str) -> list[float]:
         """Arm minus control for each seed that both have."""
-        both = set(self.seeds(control, measure))
         return [self.value(arm, seed, measure) - self.value(control, seed, measure)
-                for seed in self.seeds(arm, measure) if seed in both]  # fmt: skip
+                for seed in self._of_both(arm, control, measure)]  # fmt: skip
+
+    def _of_both(self, arm: str, control: str, measure: str) -> list[int]:
+        theirs = self.seeds(control, measure)
+        return [seed for seed in self.seeds(arm, measure) if seed in theirs]
 
     def level(self, measure: str) -> float:
         """Confidence of an interval of one comparison."""
@@ -66,13 +69,11 @@ class Results:
     def over_documents(self, arm: str, control: str, measure: str) -> Estimate | None:
         """The mean difference over seeds, by document; None if there are no documents."""
         gaps: dict[int, list[float]] = {}
-        both = set(self.seeds(control, measure))
-        for seed in self.seeds(arm, measure):
-            if seed in both:
-                theirs = self.values[control, seed, measure]
-                for document, value in self.values[arm, seed, measure].items():
-                    if document in theirs:
-                        gaps.setdefault(document, []).append(value - theirs[document])
+        for seed in self._of_both(arm, control, measure):
+            theirs = self.values[control, seed, measure]
+            for document, value in self.values[arm, seed, measure].items():
+                if document in theirs:
+                    gaps.setdefault(document, []).append(value - theirs[document])
         by_document = [statistics.fmean(each) for number, each in gaps.items() if number >= 0]
         return bootstrap(by_document) if by_document else None
 
