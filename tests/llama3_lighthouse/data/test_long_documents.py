@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
+from datasets.distributed import split_dataset_by_node
 from text_data import config, loader, write_jsonl
 
 from torchtitan.models.llama3_lighthouse.data.positions import decode, encode
@@ -87,6 +89,73 @@ def test_positions_of_older_versions_are_read(folder: Path) -> None:
         assert all(torch.equal(x, y) for x, y in zip(rest, whole[step:], strict=True))
         # Later positions from there are of the new kind.
         assert len(positions_of(again.state_dict())["buffer"]) <= SEQ_LEN
+
+
+# Tokens of a book, and of the sequences that it is cut into.
+BOOK, PART = 400_000, 65_536
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """A book a file, each longer than what JSON's reader in ``datasets`` parses at a time."""
+    random = np.random.default_rng(1)
+    texts = {
+        f"train-{number}.jsonl": ["".join(map(chr, random.integers(97, 123, size=BOOK)))]
+        for number in range(6)
+    }
+    return write_jsonl(tmp_path / "books", {**texts, "validation.jsonl": ["held out"]})
+
+
+def job_of_books(folder: Path, streams: int) -> JobConfig:
+    job = config(path=folder, seq_len=PART, batch_size=1, workers=0)
+    job.training.global_batch_size = 1
+    job.lighthouse.data_streams = streams
+    return job
+
+
+def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+# Two streams get files, and four get single documents.
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_a_resume_among_books_is_exact(books: Path, streams: int) -> None:
+    job = job_of_books(books, streams)
+    steps = 6 * BOOK // PART + 8
+    whole, first = read(loader(job), steps), loader(job)
+    reader = iter(first)
+    for step in range(1, steps - 4):
+        next(reader)
+        if step % 3 == 0:
+            again = loader(job)
+            again.load_state_dict(first.state_dict())
+            assert equal(read(again, 4), whole[step : step + 4])
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_a_place_of_the_library_s_readers_is_found_by_counting(books: Path, streams: int) -> None:
+    """Older versions read files so, and saved places from which that reader goes on wrongly."""
+    job = job_of_books(books, streams)
+    steps = 6 * BOOK // PART + 8
+    whole, first = read(loader(job), steps), loader(job)
+    reader = iter(first)
+    files = [str(books / f"train-{number}.jsonl") for number in range(6)]
+    data = load_dataset("json", data_files={"train": files}, split="train", streaming=True)
+    for step in range(1, steps - 4):
+        next(reader)
+        if step % 5:
+            continue
+        state = first.state_dict()
+        for name in (f"stream_{number}" for number in range(streams)):
+            position = decode(state[name], name)
+            older = split_dataset_by_node(data, int(name[7:]), streams)
+            for _ in islice(older, position["documents"]):
+                pass
+            state[name] = encode({**position, "data": older.state_dict()})
+        again, twice = loader(job), loader(job)
+        again.load_state_dict(state)
+        twice.load_state_dict(again.state_dict())
+        assert equal(read(twice, 4), whole[step : step + 4])
 
 
 def test_shorter_sequences_go_on_within_a_long_document(folder: Path) -> None:

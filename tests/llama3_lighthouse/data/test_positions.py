@@ -149,14 +149,14 @@ def changed_data(change: Any) -> Any:
         (
             changed_data(
                 lambda data: json.loads(
-                    json.dumps(data).replace('"previous_state": null', '"previous_state": {"a": 1}')
+                    json.dumps(data).replace('"shard_example_idx"', '"other"')
                 )
             ),
-            "'data.examples_iterable.previous_state' is not made of shard_idx, shard_example_idx",
+            "'data.examples_iterable' is not made of shard_idx, shard_example_idx",
         ),
         (
-            changed_data(lambda data: json.loads(json.dumps(data).replace("Arrow", "Other"))),
-            "'data.examples_iterable.examples_iterable.type' is not 'ArrowExamplesIterable'",
+            changed_data(lambda data: json.loads(json.dumps(data).replace("Examples", "Other"))),
+            "'data.examples_iterable.type' is not 'ExamplesIterable'",
         ),
     ],
 )  # fmt: skip

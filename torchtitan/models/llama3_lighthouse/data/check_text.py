@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import UserValueError
-from .origins import find_fault
 from .text_files import Row, TextFiles, document_problem, one_line
 from .text_folder import read_folder
 from .text_sources import find_source
@@ -94,12 +93,8 @@ class TextCheck:
     def run(self, progress: Callable[[float], object]) -> TextReport:
         """Read every document.
 
-        Files are read twice: by rows, which tells every bad one with its place, and, if none is
-        bad, by training's own reader, which stops at the first file that it cannot read.
-
         Args:
-            progress: told now and then how many more bytes are done; each of the two readings
-                counts for half.
+            progress: told now and then how many more bytes are done.
         """
         report = TextReport()
         if self._files is None:
@@ -112,29 +107,9 @@ class TextCheck:
                         report.add(row)
                 except Exception as error:
                     report.add_bad(f"{path} cannot be read: {one_line(error)}")
-            if report.bad:
-                progress(self.size / 2)
-            else:
-                self._read_as_training_does(self._files, report, progress)
         if not report.bad and report.documents == report.empty:
             report.add_bad(f"{self._key}.dataset holds no document with text")
         return report
-
-    def _read_as_training_does(
-        self, files: TextFiles, report: TextReport, progress: Callable[[float], object]
-    ) -> None:
-        bytes_each = self.size / max(2 * report.documents, 1)
-        read = 0
-        try:
-            for _ in self._open():
-                read += 1
-                if read % ROWS_BETWEEN == 0:
-                    progress(ROWS_BETWEEN * bytes_each)
-        except UserValueError as error:
-            report.add_bad(str(error))
-        except Exception as error:
-            report.add_bad(find_fault(files, 0, 1, read, error))
-        progress(read % ROWS_BETWEEN * bytes_each)
 
 
 def _rows_with_progress(
@@ -147,6 +122,6 @@ def _rows_with_progress(
         yield row
         if number % ROWS_BETWEEN == 0:
             place = size * number // count if count else on_disk[0].tell()
-            progress((place - told) / 2)
+            progress(place - told)
             told = place
-    progress((size - told) / 2)
+    progress(size - told)

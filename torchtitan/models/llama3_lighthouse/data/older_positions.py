@@ -65,6 +65,17 @@ def _tokens(array: _Saved) -> np.ndarray:
     return np.frombuffer(contents, dtype="<i4").astype(np.int32)
 
 
+def is_older_reader(place: Any) -> bool:
+    """Whether the place of a reader is one of the library's own readers of files.
+
+    Older versions used them for local files too. Behind a long document they go on at another one,
+    so documents are counted instead.
+    """
+    if not isinstance(place, dict):
+        return False
+    return "previous_state" in place or is_older_reader(place.get("examples_iterable"))
+
+
 def older_fingerprint(folder: TextFolder) -> str | None:
     """The fingerprint that older versions gave to a folder, by names and sizes.
 

@@ -16,7 +16,7 @@ def find_document(
 ) -> tuple[str, dict[str, Any]] | None:
     """The place of document ``number`` of a stream, and the document as its file has it.
 
-    None if it cannot be found, as in a file that is damaged or is counted in another way than here.
+    None if it cannot be found, as in a file that is damaged.
     """
     own, first, step = _share(files, stream, streams)
     left = first + number * step
@@ -45,10 +45,10 @@ def find_fault(
     """The reason why a stream cannot be read on after ``documents`` documents, with its file.
 
     Args:
-        error: the error of Hugging Face's reader, which rarely names the file.
+        error: the reader's, which does not name every file.
     """
     own, _, step = _share(files, stream, streams)
-    # Hugging Face's reader takes a row for every stream before it gives this stream its own.
+    # A row is read for every stream before this stream gets its own.
     return first_fault(own, documents * step, (documents + 1) * step - 1, error)
 
 

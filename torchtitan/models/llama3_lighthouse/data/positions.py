@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserValueError
-from .older_positions import read_pickle
+from .older_positions import is_older_reader, read_pickle
 
 START_OVER = (
     "pass --checkpoint.exclude_from_loading dataloader to start the text over on purpose, with "
@@ -72,6 +72,9 @@ def check_stream(state: dict[str, Any], start: dict[str, Any], name: str) -> Non
     for key in COUNTS:
         if not _is_count(state.get(key)):
             raise unreadable(name, f"'{key}' is no number from 0 on")
+    # The number of documents tells the place then.
+    if is_older_reader(state.get("data")) and not is_older_reader(start["data"]):
+        return
     if problem := _differs(state.get("data"), start["data"]):
         raise unreadable(name, f"'data{problem}")
 

@@ -15,6 +15,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
 from .mixes import Mixes
+from .older_positions import is_older_reader
 from .positions import check_stream, unreadable
 from .stream_messages import StreamMessages
 from .text_files import document_problem
@@ -40,18 +41,23 @@ class _Documents:
     def __init__(self, data: IterableDataset, number: int, count: int) -> None:
         self._data = split_dataset_by_node(data, number, count)
         self._given: dict[str, Any] | None = None
+        self._skipped = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for document in self._data:
+        for document in itertools.islice(self._data, self._skipped, None):
             self._given = None
             yield document
 
     def state_dict(self) -> dict[str, Any]:
         return self._given or self._data.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], documents: int) -> None:
+        """Go on from a position behind ``documents`` documents."""
         self._given = state_dict
-        self._data.load_state_dict(state_dict)
+        if is_older_reader(state_dict) and not is_older_reader(self._data.state_dict()):
+            self._skipped = documents
+        else:
+            self._data.load_state_dict(state_dict)
 
 
 class TextStream:
@@ -240,7 +246,7 @@ class TextStream:
         self._epoch = state_dict["epoch"]
         self._documents = state_dict["documents"]
         self._empty = state_dict["empty"]
-        self._data.load_state_dict(state_dict["data"])
+        self._data.load_state_dict(state_dict["data"], self._documents)
         self._cut_since = self._cut_before = state_dict["cut"]
         # Until the document has been read again, the position is the given one.
         self._before = self._position() if self._cut_since else None

@@ -1,9 +1,6 @@
-"""Files of text, read row by row with the place of each row.
+"""Files of text, read row by row with the place of each row."""
 
-Hugging Face's streaming dataset, which training reads, does not tell where a row comes from. This
-reader does. It runs when a message needs a place, and when a whole split is checked.
-"""
-
+import io
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -85,8 +82,11 @@ class TextFiles:
         with open(path, "rb") as file:
             if progress:
                 progress(file)
+            kind = infer_compression(path)
             # pyrefly: ignore[bad-index]  fsspec adds to this table later.
-            yield compr[infer_compression(path)](file, mode="rb")
+            plain = compr[kind](file, mode="rb")
+            # Zstandard's reader knows no lines.
+            yield io.BufferedReader(plain) if kind == "zstd" else plain
 
     def rows(self, path: str, progress: Callable[[BinaryIO], None] | None = None) -> Iterator[Row]:
         """The rows of one file; ``progress`` as in ``opened``.

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
-from datasets.data_files import DataFilesList
+from datasets import Dataset, IterableDataset, load_dataset
 
 from ..errors import UserValueError
 from .fingerprint import contents_fingerprint, digest
@@ -77,21 +76,18 @@ def c4_local(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> T
     """
     folder = read_folder(path, key)
     files = folder.files(split, key, shuffle_seed)
-    options: dict[str, Any] = {"sample_by": "document"} if files.kind == "text" else {}
-    # A list of this class is read as it is. Names in another one are taken for patterns.
-    paths = DataFilesList(list(files.paths), [() for _ in files.paths])
+    # Each file is a shard. The library's own readers of files cannot go on behind a long document:
+    # they count empty pieces that its parser leaves.
+    data = IterableDataset.from_generator(
+        _rows_of, gen_kwargs={"kind": files.kind, "paths": list(files.paths)}
+    )
     try:
-        builder = load_dataset_builder(files.kind, data_files={split: paths}, **options)
-        # The reader would make text of numbers and lists, which check_text and training refuse.
-        # pyrefly: ignore[missing-attribute]  Its class knows the option from datasets 4.7 on.
-        builder.config.on_mixed_types = None
-        data = builder.as_streaming_dataset(split)
+        next(iter(data), None)
     except Exception as error:
         raise UserValueError(
             f"{key}.dataset_path = {path!r} cannot be read as {files.kind}: "
             f"{first_fault(files, 0, 0, error)}; mend or remove it"
         ) from error
-    assert isinstance(data, IterableDataset)
     return TextSource(
         lambda: data,
         lambda: contents_fingerprint(folder.path, files.kind, files.paths),
@@ -100,6 +96,14 @@ def c4_local(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> T
         describe=lambda: folder.describe(split, shuffle_seed),
         older_fingerprint=lambda: None if shuffle_seed else older_fingerprint(folder),
     )
+
+
+def _rows_of(kind: str, paths: list[str]) -> Iterator[dict[str, Any]]:
+    """The documents of files, one after another."""
+    files = TextFiles(kind, tuple(paths))
+    for path in paths:
+        for row in files.rows(path):
+            yield row.document()
 
 
 def python_stdlib(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> TextSource:
