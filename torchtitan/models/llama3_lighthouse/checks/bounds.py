@@ -264,6 +264,7 @@ BOUNDS: dict[str, Rule] = {
     "lighthouse.shuffle_seed": count(0, note="0 reads the files in the order of their names"),
     "lighthouse.log_selection_every": count(0, note="0 logs no selections"),
     "lighthouse.repeat_mix": number(0, 1),
+    "lighthouse.repeat_share": number(0, 0.5, above=True),
     "lighthouse.passkey_mix": number(0, 1),
     "lighthouse.passkey_tasks": Names(needed=True),
     "lighthouse.tokenizer": BY_TYPE,

@@ -81,6 +81,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
     "lighthouse.dense_every": SPARSE,
     "lighthouse.log_selection_every": SPARSE,
     "lighthouse.dilation": (*SELECTING, _is("lighthouse.scorer", *ATTENDING)),
+    "lighthouse.repeat_share": (_above("lighthouse.repeat_mix", 0),),
     "lighthouse.passkey_tasks": (_above("lighthouse.passkey_mix", 0),),
     "training.dataloader.persistent_workers": WITH_WORKERS,
     "training.dataloader.prefetch_factor": WITH_WORKERS,

@@ -43,5 +43,5 @@ def mixes_of(job_config: JobConfig, tokenizer: BaseTokenizer, streams: int) -> M
         encoder, tasks = PromptEncoder(tokenizer), section.passkey_tasks
         retrieval = RetrievalMix(encoder, section.passkey_mix, length, streams, tasks, seed)
     if section.repeat_mix:
-        repeats = RepeatMix(section.repeat_mix, length, seed)
+        repeats = RepeatMix(section.repeat_mix, length, seed, section.repeat_share)
     return Mixes(retrieval, repeats) if retrieval or repeats else None

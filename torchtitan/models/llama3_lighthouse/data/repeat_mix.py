@@ -8,8 +8,6 @@ from .retrieval_parts import evenly_taken, random_of
 SHORTEST_SEQUENCE = 256
 # Tokens of a passage. Short sequences have shorter ones: from 1/32 to 1/8 of the sequence.
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 64, 512
-# One in so many tokens of a sequence stands in a passage that returns.
-TOKENS_PER_RETURN = 8
 # Streams begin at places that lie apart for any number of them: multiples of the golden ratio.
 PHASE = (5**0.5 - 1) / 2
 
@@ -17,7 +15,7 @@ PHASE = (5**0.5 - 1) / 2
 class RepeatMix:
     """Sequences of text in which passages return, word for word.
 
-    In a sequence that is taken, passages are copied over later text, an eighth of its tokens in
+    In a sequence that is taken, passages are copied over later text, a share of its tokens in
     all. All doublings of the distance from a passage to its return are equally likely, from the
     passage's own length to the most that fits. The text that a return covers is not read; what
     follows the sequence is as it was.
@@ -28,12 +26,13 @@ class RepeatMix:
         rate: share of the sequences of text.
         length: tokens of a sequence, labels included.
         seed: draws other passages.
+        share: share of the tokens of a sequence that return, at most a half.
 
     Raises:
-        ValueError: the sequence is too short.
+        ValueError: the sequence or the share is too small.
     """
 
-    def __init__(self, rate: float, length: int, seed: int = 0) -> None:
+    def __init__(self, rate: float, length: int, seed: int = 0, share: float = 0.125) -> None:
         if length - 1 < SHORTEST_SEQUENCE:
             raise UserValueError(
                 f"lighthouse.repeat_mix = {rate} needs training.seq_len of at least "
@@ -42,6 +41,12 @@ class RepeatMix:
         self._rate, self._length, self._seed = rate, length, seed
         self._longest = min(LONGEST_PASSAGE, length // 8)
         self._shortest = min(SHORTEST_PASSAGE, length // 32)
+        self._returned = int(length * share)
+        if self._returned < self._shortest:
+            raise UserValueError(
+                f"lighthouse.repeat_share = {share:g} is {self._returned} of {length} tokens, and "
+                f"a passage that returns has at least {self._shortest}; raise it"
+            )
 
     def takes(self, stream: int, number: int) -> bool:
         """Whether passages return in text sequence ``number`` of a stream, both from 0 on.
@@ -57,7 +62,7 @@ class RepeatMix:
         """Where passages return in a sequence: (from, to, tokens), in order of their return."""
         random = random_of("repeats", self._seed, stream, number)
         tokens: list[int] = []
-        left = self._length // TOKENS_PER_RETURN
+        left = self._returned
         while left:
             # What is left must not be too short for a passage, so that the share is exact.
             most = min(self._longest, left - self._shortest)

@@ -4,6 +4,7 @@ Each arm first tries its learning rates, then trains every seed at the best one.
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from .contest_data import (
 )
 from .contest_file import Contest, fix, read_contest, read_record, write_record
 from .contest_measures import MEASURES_FILE, TUNING, Number, read_numbers, write_numbers
-from .contest_plan import Planner
+from .contest_plan import Planner, last_checkpoint
 from .contest_report import COMPARISONS, RESULTS, report
 from .recovery import remove_cut_off
 from .sweeps import (
@@ -121,7 +122,11 @@ class _Contestants:
         """Train and measure what has not finished."""
         runs = self._planned(asked)
         self.placed.update({(stage, *key): run for key, run in runs.items()})
-        self._sweep(list(runs.values()), self.options, stage)
+        sources = {run.needs.folder: run.needs for run in runs.values()
+                   if run.needs and not run.is_finished}  # fmt: skip
+        for source in sources.values():
+            renew(source)
+        self._sweep([*sources.values(), *runs.values()], self.options, stage)
         return runs
 
     def place(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
@@ -154,7 +159,8 @@ class _Contestants:
                         return 0
                     return code
                 mark_trained(run, alone)
-            if not stage or (run.folder / MEASURES_FILE).exists():
+            is_source = self.contest.start and not run.needs
+            if not stage or is_source or (run.folder / MEASURES_FILE).exists():
                 return 0
             say(f"{title}: measuring")
             return measure(self.contest, run, environment, self.lock)
@@ -170,6 +176,13 @@ class _Contestants:
         if done:
             write_data([(dict(zip(PLACES, key, strict=True)), run) for key, run in done.items()],
                        self.logs, output)  # fmt: skip
+
+
+def renew(source: Run) -> None:
+    """Have a run trained again that others begin from, if its weights are no longer there."""
+    if source.is_finished and not last_checkpoint(source).is_dir():
+        say(f"{source.name} trains again, as its weights are gone")
+        shutil.rmtree(source.folder)
 
 
 def has_diverged(run: Run) -> bool:
@@ -230,6 +243,9 @@ def run_contest(
     arms = arms or list(contest.arms)
     rates = rates_of(contest, output)
     if options.only_list:
+        if contest.start:
+            steps = contest.start.settings["training.steps"]
+            print(f"all arms begin from {steps:,} steps at rate {contest.start.rate:g}")
         for name in arms:
             of_arm = rates[name]
             shown = ", ".join(f"{rate:g}" for rate in of_arm)

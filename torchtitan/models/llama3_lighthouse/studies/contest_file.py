@@ -25,6 +25,8 @@ RETRIEVAL = "retrieval/"
 RECORD, COPY = "contest.json", "contest.toml"
 # An arm may name its stage in the short form. What all arms must share decides the measures.
 OWN_KEYS = SETTINGS.keys() - {"lighthouse.stage"}
+# They say where the arms begin, if [start] does not.
+INITIAL_KEYS = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
 SHARED_KEYS = ("validation.", "lighthouse.tokenizer", "model.hf_assets_path")
 # More than half of the timed steps have to be like all later ones.
 LEAST_TIMED = 10
@@ -42,6 +44,19 @@ class Arm:
     name: str
     settings: dict[str, Any]
     rates: list[float]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run from whose weights all arms begin, one for each seed.
+
+    Attributes:
+        settings: section.key to value of what tells it from the arms.
+        rate: its learning rate.
+    """
+
+    settings: dict[str, Any]
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,7 @@ class Contest:
         gpu_seconds: GPU seconds of every run, from which the steps of each arm follow; 0: the steps
             are those of training.steps.
         timed_steps: steps of each stage in a run that tells times.
+        start: the run that all arms begin from; None: they begin from nothing.
         retrieval: names of retrieval tasks.
         prompts: prompts of each task and length.
         distance: settings of ``evaluation.distance``.
@@ -89,6 +105,7 @@ class Contest:
     compare: list[tuple[str, str]]
     gpu_seconds: float
     timed_steps: int
+    start: Start | None
     retrieval: list[str]
     prompts: int
     distance: DistanceSettings
@@ -123,6 +140,7 @@ KEYS: dict[str, tuple[type | tuple[type, ...], Any]] = {
     "tuned_by": (str, VALIDATION),
     "gpu_seconds": ((int, float), 0),
     "timed_steps": (int, 40),
+    "start": (dict, {}),
     "retrieval": (list, ["passkey"]),
     "prompts": (int, 50),
     "distance": (dict, {}),
@@ -167,6 +185,7 @@ def read_contest(path: Path) -> Contest:
         "settings": _settings(path, values["settings"]),
         "rate_seeds": rate_seeds,
         "compare": [_pair(path, pair, arms) for pair in values["compare"]],
+        "start": _start(path, values["start"]),
         "distance": _distance(path, values["distance"]),
     }
     contest = Contest(path=path, digest=digest, **values)
@@ -222,6 +241,18 @@ def _arm(path: Path, name: str, table: Any) -> Arm:
         )
     settings = _settings(path, {key: value for key, value in table.items() if key != "rates"})
     return Arm(name, settings, sorted(rates))
+
+
+def _start(path: Path, table: dict[str, Any]) -> Start | None:
+    if not table:
+        return None
+    rate = table.get("rate")
+    if not isinstance(rate, float) or not 0 < rate < math.inf:
+        raise UserValueError(f"{path}: start.rate = {rate!r} must be a learning rate, such as 1e-3")
+    settings = _settings(path, {key: value for key, value in table.items() if key != "rate"})
+    if "training.steps" not in settings:
+        raise UserValueError(f"{path}: [start] names no training.steps; add them")
+    return Start(settings, rate)
 
 
 def _pair(path: Path, pair: Any, arms: dict[str, Arm]) -> tuple[str, str]:
@@ -285,12 +316,13 @@ def _check(contest: Contest) -> None:
     for task in contest.retrieval:
         find_task(task)
     check_toml(JobConfig, nested(dict.fromkeys(contest.seed_keys, 1)))
-    varied = {"optimizer.lr", *contest.seed_keys}
-    if contest.gpu_seconds:
-        varied.add("training.steps")
     tables = {"settings": contest.settings}
     tables |= {f"arms.{name}": arm.settings for name, arm in contest.arms.items()}
+    tables |= {"start": contest.start.settings} if contest.start else {}
     for name, settings in tables.items():
+        varied = {"optimizer.lr", *contest.seed_keys}
+        varied |= {"training.steps"} if contest.gpu_seconds and name != "start" else set()
+        varied |= INITIAL_KEYS if contest.start else set()
         if clash := varied & settings.keys():
             raise UserValueError(f"{contest.path}: {name} sets {min(clash)}, which runs vary")
         for key in settings:
@@ -304,7 +336,8 @@ def _check(contest: Contest) -> None:
                     "text; write it in [settings]"
                 )
         for stage in settings.get("lighthouse.schedule", ()):
-            if contest.gpu_seconds and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):
+            timed = contest.gpu_seconds and name != "start"
+            if timed and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):
                 raise UserValueError(
                     f"{contest.path}: {name} says {found[0]}, and gpu_seconds decides how many "
                     "steps there are; write a share of them, such as until=90%"

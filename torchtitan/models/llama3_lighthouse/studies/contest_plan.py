@@ -18,9 +18,9 @@ from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..stages import stages_of
 from .contest_data import Times, steps_by_kind
-from .contest_file import Arm, Contest, read_record, write_record
+from .contest_file import INITIAL_KEYS, Arm, Contest, read_record, write_record
 from .contest_measures import known_measures
-from .recovery_plan import SETTINGS, check_base
+from .recovery_plan import SETTINGS, check_base, checkpoint_of
 from .settings import command_line, keys_given, with_settings
 from .sweeps import Run
 
@@ -28,6 +28,8 @@ UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")
 FLAG = re.compile(r"--([a-z-]+)(?= [\d(])")
 # Steps of the arms, where gpu_seconds decides them.
 STEPS_FILE = "steps.json"
+# Seeds of the runs that arms begin from are those of the arms and this.
+START_SEEDS = 1000
 
 
 @contextmanager
@@ -49,6 +51,20 @@ def in_arm(contest: Contest, arm: Arm) -> Generator[None, None, None]:
         raise type(error)(f"{contest.path}, arms.{arm.name}: {error}") from None
 
 
+@contextmanager
+def in_start(contest: Contest) -> Generator[None, None, None]:
+    """Name the file and its [start] in errors that come of its settings."""
+    try:
+        yield
+    except (UserValueError, UserTypeError) as error:
+        raise type(error)(f"{contest.path}, start: {error}") from None
+
+
+def last_checkpoint(run: Run) -> Path:
+    """The folder of a run's last checkpoint."""
+    return checkpoint_of(run, run.config.training.steps)
+
+
 class Planner:
     """Makes the runs of a contest.
 
@@ -66,6 +82,10 @@ class Planner:
         varied |= contest.settings.keys() | SETTINGS.keys()
         varied |= {key for arm in contest.arms.values() for key in arm.settings}
         varied |= {"training.steps"} if contest.gpu_seconds else set()
+        if contest.start:
+            varied |= contest.start.settings.keys() | INITIAL_KEYS
+            with in_start(contest):
+                check_base(self.start_run(contest.seeds[0]).config)
         if clash := keys_given(extra) & varied:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
         # Arms of one length have the same measures, as all validate alike.
@@ -115,7 +135,20 @@ class Planner:
 
     def run(self, arm: Arm, rate: float, seed: int) -> Run:
         """The run of an arm at a learning rate under a seed."""
-        return self._run(f"{arm.name},lr={rate:g},seed={seed}", self._settings(arm, rate, seed))
+        source = self.start_run(seed) if self.contest.start else None
+        name = f"{arm.name},lr={rate:g},seed={seed}"
+        return self._run(name, self._settings(arm, rate, seed), source)
+
+    def start_run(self, seed: int) -> Run:
+        """The run that all arms begin from under a seed. It reads the text in another order."""
+        start = self.contest.start
+        assert start is not None
+        seeds = dict.fromkeys(self.contest.seed_keys, seed + START_SEEDS)
+        settings = self.contest.settings | start.settings | seeds | {"optimizer.lr": start.rate}
+        steps = settings["training.steps"]
+        # The arms need its last checkpoint alone.
+        settings |= dict.fromkeys(("checkpoint.interval", "validation.freq"), steps)
+        return self._run(f"start,seed={seed}", settings)
 
     def timing_run(self, arm: Arm) -> Run:
         """A few steps of each stage of an arm, which tell how long a step takes."""
@@ -192,16 +225,24 @@ class Planner:
         line = ["--job.config_file", str(self.contest.config), *self.extra]
         return LighthouseConfigManager().parse_args(line)
 
-    def _run(self, name: str, settings: dict[str, Any]) -> Run:
-        """A run of settings, which the overrides of the command line do not touch."""
+    def _run(self, name: str, settings: dict[str, Any], source: Run | None = None) -> Run:
+        """A run of settings, which the overrides of the command line do not touch.
+
+        Args:
+            source: the run whose last weights it begins from.
+        """
         folder = self.output.resolve() / name
         settings = SETTINGS | settings
         line = ["--job.config_file", str(self.contest.config), f"--job.dump_folder={folder}"]
         line += [*command_line(settings), *self.extra]
+        if source:
+            # The configuration holds no path, so that finished runs may lie elsewhere later.
+            line.append(f"--checkpoint.initial_load_path={last_checkpoint(source)}")
+            line.append("--checkpoint.initial_load_model_only")
         # To parse each line would take a quarter of a second.
         config = with_settings(self._base, settings | {"job.dump_folder": str(folder)})
         check_config(config, flavors)
-        return Run(settings, line, folder, config)
+        return Run(settings, line, folder, config, needs=source)
 
 
 def check_measures(contest: Contest, config: JobConfig) -> None:
