@@ -40,9 +40,10 @@ def sequences(job: JobConfig, count: int) -> list[torch.Tensor]:
     return [torch.cat([inputs["input"][0], labels[0, -1:]]) for inputs, labels in batches]
 
 
+@pytest.mark.parametrize("share", [0.125, 0.04, 0.5])
 @pytest.mark.parametrize("length", [257, 1000, 4097, 32769, 98305])
-def test_passages_return_exactly_and_apart(length: int) -> None:
-    mix = RepeatMix(1.0, length)
+def test_passages_return_exactly_and_apart(length: int, share: float) -> None:
+    mix = RepeatMix(1.0, length, share=share)
     random = np.random.default_rng(0)
     shares = []
     for number in range(40):
@@ -57,8 +58,13 @@ def test_passages_return_exactly_and_apart(length: int) -> None:
         assert covered.max() == 1
         assert np.array_equal(found[covered == 0], tokens[covered == 0])
         shares.append(covered.mean())
-    assert set(shares) == {length // 8 / length}
-    assert len({count for n in range(40) for _, _, count in mix.returns(3, n)}) > 5
+    assert set(shares) == {int(length * share) / length}
+    assert share < 0.1 or len({count for n in range(40) for _, _, count in mix.returns(3, n)}) > 5
+
+
+def test_a_share_without_a_passage_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"repeat_share = 0.001 is 4 of 4097 tokens, .* least 64"):
+        RepeatMix(1.0, 4097, share=0.001)
 
 
 def test_doublings_of_the_distance_are_equally_likely() -> None:

@@ -30,6 +30,7 @@ from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
     read_numbers,
     write_numbers,
 )
+from torchtitan.models.llama3_lighthouse.studies.contest_plan import last_checkpoint
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import (
@@ -107,6 +108,7 @@ def faked(monkeypatch):
             (run.folder / "log.txt").write_text(f"Error: {calls.reason}\n")
             return 1
         write_logs(run, calls.best, fast=calls.fast)
+        last_checkpoint(run).mkdir(parents=True)
         return 0
 
     def measure(contest, run, environment, lock) -> int:
@@ -413,6 +415,90 @@ def test_equal_seconds_decide_the_steps_of_each_arm(call, faked, path, tmp_path)
     assert "window: 128 steps; rates 0.002" in call("--list")[0]
 
 
+def with_start(path: Path, more: str = "") -> None:
+    path.write_text(
+        path.read_text().replace(
+            "[distance]",
+            "[start]\nrate = 5e-4\ntraining.steps = 12\n"
+            f'lighthouse.schedule = ["dense seq_len=128"]\n{more}\n[distance]',
+        )
+    )
+
+
+def test_arms_begin_from_one_run_of_each_seed(call, faked, path, tmp_path) -> None:
+    with_start(path)
+    out, code = call("--training.max_norm", "0.5")
+    assert not code, out
+    assert faked.trained[:2] == ["start,seed=1", "dense,lr=0.001,seed=1"]
+    assert [name for name in faked.trained if name.startswith("start")] == [
+        "start,seed=1", "start,seed=2"]  # fmt: skip
+    assert faked.trained.index("start,seed=2") < faked.trained.index("dense,lr=0.002,seed=2")
+    # The runs that arms begin from are not measured, and stand in no table.
+    assert not any("start" in name for name in faked.measured)
+    assert "start," not in (tmp_path / "out/runs.csv").read_text()
+    assert (
+        "from the weights of 12 steps at rate 0.0005" in (tmp_path / "out/results.md").read_text()
+    )
+    contest = read_contest(path)
+    planner = contests.Planner(contest, tmp_path / "out", ["--training.max_norm", "0.5"])
+    arm, start = planner.run(contest.arms["window"], 2e-3, 2), planner.start_run(2)
+    read = LighthouseConfigManager().parse_args
+    section = read(arm.arguments).checkpoint
+    assert section.initial_load_path == str(start.folder / "checkpoint/step-12")
+    assert section.initial_load_model_only
+    config = read(start.arguments)
+    assert (config.optimizer.lr, config.training.steps, config.debug.seed) == (5e-4, 12, 1002)
+    assert config.lighthouse.shuffle_seed == 1002 and config.training.max_norm == 0.5
+    assert stages_of(config)[0].seq_len == 128 and config.checkpoint.interval == 12
+    # Times do not depend on weights.
+    timed = read(planner.timing_run(contest.arms["window"]).arguments)
+    assert timed.checkpoint.initial_load_path is None
+
+
+def test_a_start_whose_weights_are_gone_trains_again(call, faked, path, tmp_path) -> None:
+    with_start(path)
+    faked.failing = ("window,lr=0.002,seed=2",)
+    call()
+    faked.trained.clear()
+    faked.failing = ()
+    shutil.rmtree(tmp_path / "out/start,seed=2/checkpoint")
+    out, code = call()
+    assert not code and "start,seed=2 trains again, as its weights are gone" in out
+    assert faked.trained == ["start,seed=2", "window,lr=0.002,seed=2"]
+
+
+def test_without_its_start_an_arm_is_left_out(call, faked, path) -> None:
+    with_start(path)
+    faked.failing = ("start,seed=2",)
+    out, _ = call()
+    assert "dense,lr=0.002,seed=2: left out, as it begins from start,seed=2" in out
+    assert not any("seed=2" in name for name in faked.measured)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rate = 5e-4", "rate = 0.0", "start.rate = 0.0 must be a learning rate"),
+        ("training.steps = 12", "", "[start] names no training.steps"),
+        ("seq_len=128", "seq_len=1024", "contest.toml, start: lighthouse.schedule"),
+        ("rate = 5e-4", "rate = 5e-4\noptimizer.lr = 1e-3", "start sets optimizer.lr, which runs"),
+        (
+            "training.max_norm = 1",
+            'checkpoint.initial_load_path = "x"',
+            "settings sets checkpoint.initial_load_path, which runs vary",
+        ),
+    ],
+)
+def test_a_bad_start_ends_in_one_line(call, path, old: str, new: str, message: str) -> None:
+    path.write_text(path.read_text().replace("[settings]", "[settings]\ntraining.max_norm = 1"))
+    with_start(path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    _, line = call()
+    assert message in line and "\n" not in line
+
+
 @pytest.mark.parametrize(("seconds", "until", "message"), [
     (1, "75%", "gpu_seconds = 1 leaves arms.dense 0 steps of 0.500 s, a multiple of valid"),
     (-1, "75%", "gpu_seconds = -1 must be above 0"),
@@ -546,9 +632,10 @@ def test_the_contests_of_the_repository_can_be_planned(file: Path, tmp_path: Pat
     assert run.config.lighthouse.shuffle_seed == run.config.debug.seed == contest.seeds[-1]
     for each in (run, planner.timing_run(arm)):
         # The trainer parses the command line.
-        assert LighthouseConfigManager().parse_args(each.arguments).to_dict() == (
-            each.config.to_dict()
-        )
+        parsed, planned = LighthouseConfigManager().parse_args(each.arguments), each.config
+        if each.needs:
+            planned.checkpoint.initial_load_path = str(last_checkpoint(each.needs))
+        assert parsed.to_dict() == planned.to_dict()
 
 
 def test_runs_can_share_a_gpu(monkeypatch) -> None:
