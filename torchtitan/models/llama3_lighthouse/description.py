@@ -53,7 +53,7 @@ def describe(
     tokens = config.training.local_batch_size * seq_len // dims.cp // dims.tp
     chunks = len(layout_on_rank_0(config.parallelism).held)
     lines = [
-        f"model         {config.model.flavor}, {total:,} parameters; "
+        f"model         {config.model.hf_folder or config.model.flavor}, {total:,} parameters; "
         f"{_tokenizer(config, args, total)}",
         _steps_line(config, dims),
         _mesh_line(dims),
@@ -155,7 +155,7 @@ def _tokenizer(config: JobConfig, args: LighthouseModelArgs, total: int) -> str:
     unused = args.vocab_size - ids
     if unused <= 0:
         return f"{name}, {ids:,} ids"
-    share = 2 * unused * args.dim / total
+    share = (1 if args.tied else 2) * unused * args.dim / total
     part = f"{share:.1%}" if share >= 0.001 else "under 0.1%"
     return (
         f"{name}, {ids:,} ids: {unused:,} of {args.vocab_size:,} vocabulary rows, {part} of the "
@@ -342,7 +342,7 @@ def what_runs(
     if window >= seq_len:
         return runs
     dtype = TORCH_DTYPE_MAP[getattr(config.training, precision_key(config, world_size))]
-    head = torch.empty(1, 1, 1, args.dim // args.n_heads, dtype=dtype, device=device)
+    head = torch.empty(1, 1, 1, args.head_dim, dtype=dtype, device=device)
     return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(None, head)]}"
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
+from .checkpoints.model_folder import model_arguments_of
 from .checks.configuration import check_launch
 from .checks.parallelism import parallel_dims_of
 from .checks.unread import warnings_of
@@ -50,7 +51,7 @@ def dry_run(config: JobConfig, world_size: int) -> str:
 def _describe(config: JobConfig, world_size: int) -> str:
     dims = parallel_dims_of(config.parallelism, world_size)
     dims.build_mesh()
-    args = flavors[config.model.flavor]
+    args = model_arguments_of(config)
     args.update_from_config(config)
     with torch.device("meta"):
         model = LighthouseTransformer(args)

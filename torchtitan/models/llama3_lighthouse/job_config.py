@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import difflib
 import io
-import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from torchtitan.config import job_config as upstream
 
 from lighthouse import LighthouseConfig
 
+from .command_line import FLAG, first_part_of_box, with_a_second_value
 from .errors import UserFileError, UserTypeError, UserValueError
 
 RetrievalTask = Literal[
@@ -27,7 +27,6 @@ BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 
 # Messages list no more keys than this.
 MOST_LISTED = 40
-FLAG = re.compile(r"--[A-Za-z_]")
 ALL_KEYS = "lighthouse train --list-keys shows all keys"
 # The only stage of a schedule that is none. A command line cannot name an empty list.
 NO_SCHEDULE = "none"
@@ -132,7 +131,22 @@ class Lighthouse(Method, Schedule):
 @dataclass
 class Model(upstream.Model):
     name: str = "llama3_lighthouse"
+
     hf_assets_path: str = BYTE_TOKENIZER_FOLDER
+    """Folder of the tokenizer, for lighthouse.tokenizer = "hf"."""
+
+    hf_folder: str = ""
+    """Folder in Hugging Face's format whose config.json says what the model is, in the place of
+    flavor. Its weights come by lighthouse import-hf. "" builds the flavor."""
+
+    rope_theta: float | None = None
+    """Base of the rotary embedding. None is that of hf_folder or flavor. Another one changes the
+    model, as extending it to longer sequences does."""
+
+    rope_scaling: str = ""
+    """Scaling of the rotary embedding: "none", "linear factor=2", "llama3 factor=8" or "yarn
+    factor=4", with further settings of config.json such as original_max_position_embeddings=4096,
+    which is the length of hf_folder's model by default. "" is that of hf_folder or flavor."""
 
 
 @dataclass
@@ -278,8 +292,8 @@ class LighthouseConfigManager(ConfigManager):
         except SystemExit as exit:
             if not exit.code:
                 raise
-            message = _first_part_of_box(printed.getvalue()).rstrip(".")
-        if message.startswith("Unrecognized") and (stray := _with_a_second_value(args)):
+            message = first_part_of_box(printed.getvalue()).rstrip(".")
+        if message.startswith("Unrecognized") and (stray := with_a_second_value(args)):
             message += f", after {stray}; lists of names are written with commas"
         raise UserValueError(f"{message}; {ALL_KEYS}")
 
@@ -321,32 +335,6 @@ class LighthouseConfigManager(ConfigManager):
         check_toml(config_cls, toml_values or {})
         _check_flags(config_cls, args)
         return config_cls
-
-
-def _first_part_of_box(text: str) -> str:
-    """The words of tyro's box between its heading and its next rule; the rest explains the key.
-
-    The heading interrupts the upper edge of the box, or comes before it where lines are plain.
-    """
-    parts: list[list[str]] = [[]]
-    for line in text.splitlines():
-        words = line.strip(" │")
-        if words.startswith("╭") or (words and set(words) <= set("─-├┤╰╯")):
-            parts.append([])
-        elif words:
-            parts[-1].append(words)
-    return " ".join(parts[1] if len(parts) > 1 else parts[0])
-
-
-def _with_a_second_value(args: list[str]) -> str:
-    """The first flag of a command line that more than one word follows, or nothing."""
-    flag, values = "", 0
-    for word in args:
-        is_flag = bool(FLAG.match(word))
-        flag, values = (word, 0) if is_flag else (flag, values + 1)
-        if values > 1:
-            return flag
-    return ""
 
 
 def _check_flags(config_cls: type, args: list[str]) -> None:

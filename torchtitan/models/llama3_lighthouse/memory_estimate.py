@@ -39,10 +39,8 @@ def head_bytes(args: LighthouseModelArgs, tokens: int) -> int:
 
 def product_widths(args: LighthouseModelArgs) -> dict[str, int]:
     """Width of the output of each linear layer of a block whose output may be kept."""
-    hidden = int(8 * args.dim / 3 * (args.ffn_dim_multiplier or 1))
-    hidden = -(-hidden // args.multiple_of) * args.multiple_of
-    kv = args.dim * (args.n_kv_heads or args.n_heads) // args.n_heads
-    return {"wq": args.dim, "wk": kv, "wv": kv, "wo": args.dim, "w1": hidden, "w3": hidden}
+    q, kv, hidden = args.attention_width, args.kv_heads * args.head_dim, args.ffn_width
+    return {"wq": q, "wk": kv, "wv": kv, "wo": args.dim, "w1": hidden, "w3": hidden}
 
 
 def layer_elements(
@@ -62,24 +60,23 @@ def layer_elements(
     if section.mode != "lighthouse":
         kept = {
             "full": args.dim,
-            "selective": 2 * args.dim + products / 2,
-            "none": 7 * args.dim + products + 2 * widths["w1"],
+            "selective": args.dim + args.attention_width + products / 2,
+            "none": 4 * args.dim + 3 * args.attention_width + products + 2 * widths["w1"],
         }.get(section.mode, float("nan"))
         return kept, kept
     after = sum(widths[name] for name in section.keep_products if name in AFTER_ATTENTION)
     before = sum(widths[name] for name in section.keep_products) - after
     # Logsumexps and indices take four bytes each.
     words = 4 / ACTIVATION_BYTES
-    attention = args.dim + words * args.n_heads
+    attention = args.attention_width + words * args.n_heads
     dense = args.dim + after + before + attention
     if geometry is None:
         return dense, dense
-    kv_heads = args.n_kv_heads or args.n_heads
     share = geometry.gathered_length / geometry.sequence_length
     pyramid = geometry.pyramid_length / geometry.sequence_length
     # Selections hold the maps of both directions, between places and pyramid entries.
-    selection = words * kv_heads * (share + pyramid)
-    gathered = share * (args.dim + 2 * widths["wk"] + attention) + selection
+    selection = words * args.kv_heads * (share + pyramid)
+    gathered = share * (args.attention_width + 2 * widths["wk"] + attention) + selection
     # A window beside the selection keeps what a dense layer keeps.
     beside = before + attention if args.lighthouse.window else 0
     return dense, args.dim + after + gathered + beside

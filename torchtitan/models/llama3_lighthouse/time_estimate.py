@@ -37,7 +37,10 @@ def step_seconds(args: LighthouseModelArgs, seq_len: int, tokens: int, attention
         attention: "lighthouse" or "dense".
     """
     widths = product_widths(args)
-    per_layer = args.dim * (sum(widths.values()) + widths["w1"])
+    # The last product of attention takes its width in, where the others take dim.
+    inputs = dict.fromkeys(widths, args.dim) | {"wo": args.attention_width}
+    per_layer = sum(inputs[name] * width for name, width in widths.items())
+    per_layer += widths["w1"] * args.dim
     head = args.vocab_size * args.dim
     products = 6 * (args.n_layers * per_layer + head) / PRODUCT_FLOPS
     sparse = args.n_layers - len(args.dense_layers) if attention == "lighthouse" else 0
@@ -50,7 +53,7 @@ def step_seconds(args: LighthouseModelArgs, seq_len: int, tokens: int, attention
         values += sparse * LIGHTHOUSE_PASSES * args.dim
     # A pair costs 12 FLOPs a dimension. A scorer's operations count as those of pairs.
     flops = args.flops_per_token(0, seq_len, attention)
-    pairs = flops / (12 * args.dim // args.n_heads)
+    pairs = flops / (12 * args.head_dim)
     per_token = (
         products
         + args.n_heads * rows * ROW
@@ -58,5 +61,5 @@ def step_seconds(args: LighthouseModelArgs, seq_len: int, tokens: int, attention
         + flops * PAIR_FLOP
         + (values * ACTIVATION_BYTES + args.vocab_size * LOGIT_BYTES) / BANDWIDTH
     )
-    parameters = args.n_layers * per_layer + 2 * head
+    parameters = args.n_layers * per_layer + (1 if args.tied else 2) * head
     return tokens * per_token + parameters * PARAMETER_BYTES / BANDWIDTH

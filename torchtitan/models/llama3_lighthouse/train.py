@@ -20,6 +20,7 @@ from torchtitan.tools.utils import device_module, device_type
 # This import registers the model with torchtitan.
 from . import train_spec  # noqa: F401
 from .checkpoints.manager import LighthouseCheckpointManager
+from .checkpoints.model_folder import files_to_keep, model_arguments_of, named_model
 from .checks.configuration import check_launch
 from .checks.parallelism import check_device
 from .checks.unread import warnings_of
@@ -36,6 +37,7 @@ from .metrics import (
     LighthouseMetricsProcessor,
     whole_loss,
 )
+from .model.architecture import architecture
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .processes import lock_folders
@@ -70,6 +72,8 @@ class LighthouseTrainer(upstream.Trainer):
         # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         with (
+            # Upstream takes the model's arguments from here, and would change the flavor's own.
+            patch.dict(flavors, {job_config.model.flavor: model_arguments_of(job_config)}),
             patch.object(upstream, "CheckpointManager", LighthouseCheckpointManager),
             # Upstream warns that other ranks do not know the loss; here they do.
             patch.object(upstream, "ensure_pp_loss_visible", lambda *arguments: None),
@@ -77,13 +81,15 @@ class LighthouseTrainer(upstream.Trainer):
             super().__init__(job_config)
         self.checkpointer.on_saved = self.metrics_processor.exclude_from_throughput
         self.checkpointer.config = job_config.to_dict()
+        self.checkpointer.model = architecture(self.model_args)
+        self.checkpointer.model_files = files_to_keep(job_config)
 
         vocabulary = self.tokenizer.get_vocab_size()
         if vocabulary > self.model_args.vocab_size:
             raise UserValueError(
-                f"the tokenizer has {vocabulary} ids but model.flavor = "
-                f"'{job_config.model.flavor}' has {self.model_args.vocab_size} embeddings; "
-                "choose another model.flavor or lighthouse.tokenizer"
+                f"the tokenizer has {vocabulary} ids but {named_model(job_config)} has "
+                f"{self.model_args.vocab_size} embeddings; choose another model or "
+                "lighthouse.tokenizer"
             )
         self.stages = RunStages(job_config, self.model_args)
         self.metrics_processor.time_left = self.stages.time_left()

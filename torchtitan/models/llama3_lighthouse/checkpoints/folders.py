@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from ..model.architecture import DESCRIPTION_FILES
 from .record import RECORD_FILE
 
 METADATA_FILE = ".metadata"
 # Files that have no checksum of their own.
-SEALED_FILES = (METADATA_FILE, RECORD_FILE)
+SEALED_FILES = (METADATA_FILE, RECORD_FILE, *DESCRIPTION_FILES)
 UNFINISHED_FILE = ".unfinished"
 # A folder in Hugging Face's format has one of these.
 WEIGHTS_FILES = ("model.safetensors.index.json", "model.safetensors")
@@ -66,8 +67,8 @@ def condition(path: Path) -> Condition:
     """The condition of one checkpoint folder."""
     if any((path / name).is_file() for name in (METADATA_FILE, *WEIGHTS_FILES)):
         return Condition.COMPLETE
-    # A folder that holds at most a record has nothing to lose.
-    others = {file.name for file in path.iterdir()} - {RECORD_FILE}
+    # A folder that holds at most a record and what describes the model has nothing to lose.
+    others = {file.name for file in path.iterdir()} - {RECORD_FILE, *DESCRIPTION_FILES}
     if UNFINISHED_FILE in others or not others:
         return Condition.CUT_OFF
     return Condition.WITHOUT_METADATA

@@ -31,6 +31,7 @@ from .checksums import write_checksums
 from .failed_saves import cause, not_written
 from .folders import METADATA_FILE, SEALED_FILES, Condition, checkpoints_in, complete_checkpoints
 from .ranks import agreed, gathered, on_rank_0
+from .model_folder import check_same_model, differing_entries, write_files
 from .record import CheckpointRecord, read_record, write_record
 from .resume import check_settings
 from .storage import DamagedCheckpointError, check_shapes, load_state
@@ -45,12 +46,15 @@ class LighthouseCheckpointManager(CheckpointManager):
     """Refuses to overwrite a checkpoint, load one that does not fit, or lose the data's position.
 
     Every checkpoint gets a ``CheckpointRecord``. The trainer sets ``config`` for it and keeps
-    ``last_lighthouse_step`` up to date. The manager calls ``on_saved`` with the seconds for which
+    ``last_lighthouse_step`` up to date. It also sets ``model``, the run's ``architecture``, and
+    ``model_files``, which every checkpoint keeps a copy of. The manager calls ``on_saved`` with the seconds for which
     each save held up training.
     """
 
     on_saved: Callable[[float], None] | None = None
     config: dict[str, Any]
+    model: dict[str, Any]
+    model_files: dict[str, str]
     last_lighthouse_step: int | None = 0
     save_future: Future[Any] | None
     # The folder that an asynchronous save is writing.
@@ -213,6 +217,9 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"step 1 on in {self.folder}, which has later ones; begin in another place with "
                 f"--checkpoint.folder NEW --checkpoint.initial_load_path {path}"
             )
+        # It names an entry of the architecture, and the shapes of tensors do not.
+        if record := self._record(path):
+            check_same_model(path, record, self.config, self.model)
         self._check_fits(path, model_only=step == 0)
         self._check_settings(path, elsewhere=False, weights_only=step == 0)
         return path
@@ -238,13 +245,16 @@ class LighthouseCheckpointManager(CheckpointManager):
         if DATALOADER not in self.exclude_from_loading:
             check_dataloader_state(path, stored, self.states[DATALOADER].stream_count)
 
-    def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
+    def _record(self, path: Path) -> CheckpointRecord | None:
         try:
-            record = read_record(path)
+            return read_record(path)
         except UserValueError as error:
             raise DamagedCheckpointError(path, str(error).partition(";")[0]) from None
-        if record is not None:
-            check_settings(path, record, self.config, elsewhere, weights_only)
+
+    def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
+        if record := self._record(path):
+            apart = differing_entries(path, record, self.config, self.model)
+            check_settings(path, record, self.config, elsewhere, weights_only, apart)
 
     # Saving
 
@@ -366,6 +376,7 @@ class LighthouseCheckpointManager(CheckpointManager):
         try:
             folders.begin(path)
             write_record(path, CheckpointRecord(step, self.last_lighthouse_step, self.config))
+            write_files(path, self.model_files)
         except OSError as error:
             raise self._not_written(path, error) from None
 

@@ -16,7 +16,8 @@ from ..stages import Stage, named, stage_at, stages_of
 from .record import CheckpointRecord
 
 # Settings that decide what weights of one shape compute.
-MODEL = {"model.name", "model.flavor", "model.converters", "lighthouse.tokenizer"}
+ARCHITECTURE = {"model.flavor", "model.rope_theta", "model.rope_scaling"}
+MODEL = {"model.name", "model.converters", "lighthouse.tokenizer"} | ARCHITECTURE
 # Settings that decide it in steps of the Lighthouse stage alone.
 METHOD = {f"lighthouse.{field.name}" for field in fields(LighthouseConfig)}
 # A window alone reads these.
@@ -26,7 +27,7 @@ METHOD |= OF_THE_WINDOW
 TRAINING = ("training.", "optimizer.", "lr_scheduler.", "lighthouse.", "quantize.")
 WITHOUT_EFFECT = ("training.dataloader.", "training.gc_", "lighthouse.log_selection_every")
 # Where a run writes and what it reports on the way do not change it.
-NOT_COMPARED = ("job.", "metrics.", "profiling.", "comm.", "checkpoint.", "model.hf_assets_path")
+NOT_COMPARED = ("job.", "metrics.", "profiling.", "comm.", "checkpoint.", "model.hf_")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def check_settings(
     present: dict[str, Any],
     elsewhere: bool,
     weights_only: bool,
+    apart: Sequence[tuple[str, Any, Any]] = (),
 ) -> None:
     """Log what differs from the record of the checkpoint at ``path``; refuse another model.
 
@@ -79,6 +81,7 @@ def check_settings(
         present: the run's configuration by section.
         elsewhere: whether the run goes on in a folder of its own. It may then be of another model.
         weights_only: whether nothing but the weights is loaded, so that a new training begins.
+        apart: entries of the architecture that differ, from ``differing_entries``.
 
     Raises:
         ValueError: a setting makes it another model, and the run would go on in the same folder.
@@ -97,7 +100,13 @@ def check_settings(
         # A key's own value says little here, because stages may have others.
         model += _of_the_stage(record, next_step, now, read)
     model_keys = MODEL if scheduled or record.last_lighthouse_step == 0 else MODEL | read
+    # Where a folder describes one of the models, their entries tell, and not the keys.
+    if record.config.get("model", {}).get("hf_folder") or present["model"]["hf_folder"]:
+        model_keys = model_keys - ARCHITECTURE
+        model += [Difference(*entry) for entry in apart]
     for found in differences(record.config, present):
+        if found.key in ARCHITECTURE and found.key not in model_keys:
+            continue
         if found.key in model_keys:
             model.append(found)
         elif found.key in METHOD:

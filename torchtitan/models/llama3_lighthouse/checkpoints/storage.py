@@ -347,8 +347,8 @@ def check_shapes(path: Path, model_state: dict[str, torch.Tensor]) -> dict[str, 
             held = f"has shape {shape}" if shape else "is missing"
             raise UserValueError(
                 f"checkpoint {path} is of another model: its '{name}' {held}, this run's has "
-                f"shape {tuple(tensor.shape)}; set model.flavor to that of the checkpoint, or "
-                "pass another checkpoint folder"
+                f"shape {tuple(tensor.shape)}; set model.flavor or model.hf_folder to that of the "
+                "checkpoint, or pass another checkpoint folder"
             )
     return stored
 

@@ -86,6 +86,10 @@ BOUNDS: dict[str, Rule] = {
     "model.name": OneOf(("llama3_lighthouse",)),
     "model.flavor": TEXT,
     "model.hf_assets_path": FILE,
+    "model.hf_folder": OPTIONAL_FILE,
+    "model.rope_theta": number(1, 1e12, above=True),
+    # ``model/rope_scaling.py`` reads it, and checks it.
+    "model.rope_scaling": TEXT,
     "model.tokenizer_path": FILE,
     "model.converters": Names(("quantize.linear.float8", "quantize.linear.mx")),
     "model.print_after_conversion": BY_TYPE,

@@ -8,6 +8,7 @@ from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
 from ..checkpoints.folders import checkpoints_in
+from ..checkpoints.model_folder import model_arguments_of, named_model
 from ..data.mixes import mixes_of
 from ..data.packing import can_share, global_batch_size, stream_count
 from ..data.tokenizer import ByteTokenizer
@@ -28,7 +29,8 @@ from .rules import shown
 # Keys that decide what a model is and what goes into it; evaluation reads no others.
 OF_THE_MODEL = (
     "model.flavor",
-    "model.hf_assets_path",
+    "model.hf_",
+    "model.rope_",
     "lighthouse.",
     "training.seq_len",
     "training.local_batch_size",
@@ -50,9 +52,10 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     """
     check_bounds(config)
     check_model(config, flavors)
+    args = model_arguments_of(config)
     for stage in distinct_stages(config):
         with naming(stage):
-            check_parallelism(stage.config, flavors[config.model.flavor].n_layers)
+            check_parallelism(stage.config, args)
     check_lengths_in_pipeline(config)
     _check_optimizer(config)
     _check_schedule(config)
@@ -122,11 +125,11 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
         ValueError, TypeError: as ``check_config``.
     """
     check_bounds(config, OF_THE_MODEL)
-    if config.model.flavor not in flavors:
+    if not config.model.hf_folder and config.model.flavor not in flavors:
         raise UserValueError(
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
-    _check_dense_layers(config, flavors[config.model.flavor].n_layers)
+    _check_dense_layers(config, model_arguments_of(config).n_layers)
     _method(config)
     for stage in distinct_stages(config):
         with naming(stage):
@@ -179,8 +182,8 @@ def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
     outside = [layer for layer in dense_layers if not 0 <= layer < n_layers]
     if outside:
         raise UserValueError(
-            f"lighthouse.dense_layers = {dense_layers}: {outside} are not layers of model.flavor "
-            f"'{config.model.flavor}', which has layers 0 to {n_layers - 1}; name only those"
+            f"lighthouse.dense_layers = {dense_layers}: {outside} are not layers of "
+            f"{named_model(config)}, which has layers 0 to {n_layers - 1}; name only those"
         )
 
 

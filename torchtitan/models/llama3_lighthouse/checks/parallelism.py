@@ -9,21 +9,24 @@ from torchtitan.distributed import ParallelDims
 
 from lighthouse import ContextParallel
 
+from ..checkpoints.model_folder import model_arguments_of, named_model
 from ..errors import UserValueError
 from ..infra.pipeline import check_pipeline
 from ..job_config import JobConfig, Parallelism
-from ..model.flavors import flavors
+from ..model.model import LighthouseModelArgs
 from ..stages import distinct_stages, naming, stages_of
 
 
-def check_parallelism(config: JobConfig, n_layers: int) -> None:
-    """Check that the degrees go with one another and with what else the run is to do.
+def check_parallelism(config: JobConfig, args: LighthouseModelArgs) -> None:
+    """Check that the degrees go with one another, with the model and with what the run is to do.
 
     Raises:
         ValueError: two settings do not go together.
     """
-    _check_degrees(config, n_layers)
-    _check_window(config, n_layers)
+    _check_degrees(config, args.n_layers)
+    _check_heads(config, args)
+    _check_tied(config, args)
+    _check_window(config, args.n_layers)
     _check_length(config)
     _check_compile(config)
     _check_loss(config)
@@ -43,6 +46,34 @@ def _check_degrees(config: JobConfig, n_layers: int) -> None:
     if section.pipeline_parallel_degree > 1:
         check_pipeline(section, config.training.local_batch_size, n_layers)
         _check_validation_in_pipeline(config)
+
+
+def _check_heads(config: JobConfig, args: LighthouseModelArgs) -> None:
+    """Check that tensor parallelism gives every rank whole heads."""
+    degree = config.parallelism.tensor_parallel_degree
+    for name, heads in (("heads", args.n_heads), ("heads of keys and values", args.kv_heads)):
+        if heads % degree:
+            raise UserValueError(
+                f"parallelism.tensor_parallel_degree = {degree} must divide the {heads} {name} of "
+                f"{named_model(config)}; lower it"
+            )
+
+
+def _check_tied(config: JobConfig, args: LighthouseModelArgs) -> None:
+    """Check that one rank holds both uses of a tied embedding."""
+    degree = config.parallelism.pipeline_parallel_degree
+    if args.tied and degree > 1:
+        raise UserValueError(
+            f"parallelism.pipeline_parallel_degree = {degree} puts the embedding and the output "
+            f"projection on different ranks, and in {named_model(config)} they are one parameter "
+            "(tie_word_embeddings = true); set the degree to 1"
+        )
+    if args.tied and config.model.converters:
+        raise UserValueError(
+            f"model.converters = {config.model.converters} is not supported for "
+            f"{named_model(config)}, whose embedding is its output projection too "
+            "(tie_word_embeddings = true); leave model.converters out"
+        )
 
 
 def check_lengths_in_pipeline(config: JobConfig) -> None:
@@ -262,7 +293,7 @@ def check_device(config: JobConfig, device_type: str) -> None:
 
 def _check_memory(config: JobConfig) -> None:
     """Check that the machine could hold the input of one layer, the least that a pass needs."""
-    section, width = config.training, flavors[config.model.flavor].dim
+    section, width = config.training, model_arguments_of(config).dim
     # A float32 takes 4 bytes.
     needed = 4 * width * section.seq_len * section.local_batch_size
     there = psutil.virtual_memory().total

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from lighthouse import LighthouseConfig
 from lighthouse.config import ATTENDS
 
+from ..checkpoints.model_folder import model_arguments_of, model_folder
 from ..job_config import JobConfig, leaves
-from ..model.flavors import flavors
 from ..stages import distinct_stages, named, stages_of
 from .parallelism import precision_key, running_window
 from .rules import shown
@@ -54,6 +55,7 @@ SELECTING = (
     _is("lighthouse.attention", "lighthouse"),
     Requirement("lighthouse.schedule", "has a stage 'lighthouse'", _no_window_stands_alone),
 )
+WITHOUT_FOLDER = (Requirement("model.hf_folder", "is not given", lambda folder: not folder),)
 WITH_WORKERS = (_above("training.dataloader.num_workers", 0),)
 # How keys begin -> requirements that must all hold for them to be read. A section with a key
 # ``enable`` is off on purpose, so its other keys are not listed.
@@ -72,6 +74,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
     "activation_checkpoint.visualize_memory_budget_pareto": (_is(MODE, "memory_budget"),),
     "checkpoint.export_dtype": (_is("checkpoint.last_save_model_only", True),),
     "checkpoint.initial_load_model_only": (_given("checkpoint.initial_load_path"),),
+    "model.flavor": WITHOUT_FOLDER,
     "parallelism.pipeline_parallel_": IN_PIPELINES,
     "parallelism.module_fqns_per_model_part": IN_PIPELINES,
     "parallelism.disable_loss_parallel": UNDER_TENSOR_PARALLELISM,
@@ -90,10 +93,21 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
 
 def warnings_of(config: JobConfig, world_size: int) -> list[str]:
     """Warnings before a run of ``world_size`` processes begins, one line each."""
-    found = [*_unused(config), *_stages(config)]
+    found = [*_unused(config), *_folder(config), *_stages(config)]
     for stage in distinct_stages(config):
         found += [f"{named(stage)}{line}" for line in _window(stage.config, world_size)]
     return found
+
+
+def _folder(config: JobConfig) -> list[str]:
+    """Whether another folder than ``model.hf_folder`` describes the model."""
+    folder = model_folder(config)
+    if folder is None or folder == Path(config.model.hf_folder):
+        return []
+    return [
+        f"model.hf_folder = '{config.model.hf_folder}' is gone; the model is as the copy of its "
+        f"config.json in {folder} says"
+    ]
 
 
 def _stages(config: JobConfig) -> list[str]:
@@ -109,7 +123,7 @@ def _stages(config: JobConfig) -> list[str]:
 
 
 def _window(config: JobConfig, world_size: int) -> list[str]:
-    window = running_window(config, flavors[config.model.flavor].n_layers)
+    window = running_window(config, model_arguments_of(config).n_layers)
     if not window:
         return []
     found = []

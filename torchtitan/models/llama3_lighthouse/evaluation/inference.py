@@ -12,12 +12,14 @@ from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..checkpoints.folders import METADATA_FILE, Condition, checkpoints_in
+from ..checkpoints.model_folder import model_arguments_of
 from ..checkpoints.record import CheckpointRecord, read_record
 from ..checkpoints.storage import check_shapes, in_one_process, load_state
 from ..checks.configuration import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
+from ..model.architecture import CONFIG_FILE
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
 from ..stages import with_method_of
@@ -142,6 +144,8 @@ def load_trained_model(
     with torch.device("meta"):
         model = LighthouseTransformer(args)
     model.to_empty(device=device)
+    if args.tied:
+        model.tie()
     with torch.device(device):
         model.freqs_cis = model._precompute_freqs_cis()
     if model.freqs_cis.is_cuda:
@@ -208,6 +212,10 @@ def read_configuration(
         config = with_method_of(parse_over(record.config, []), record.last_lighthouse_step or 1)
         recorded = {**record.config, "lighthouse": dataclasses.asdict(config.lighthouse)}
     config = parse_over(recorded, overrides)
+    named = record.config.get("model", {}).get("hf_folder") if record else ""
+    if named and config.model.hf_folder == named and (path / CONFIG_FILE).is_file():
+        # The folder may have changed or gone since.
+        config.model.hf_folder = str(path)
     return config, model_arguments(config)
 
 
@@ -227,7 +235,7 @@ def model_arguments(config: JobConfig) -> LighthouseModelArgs:
         ValueError, TypeError: ``config`` breaks a rule.
     """
     check_model(config, flavors)
-    args = dataclasses.replace(flavors[config.model.flavor])
+    args = model_arguments_of(config)
     args.update_from_config(config)
     args.chunked_loss = False
     return args

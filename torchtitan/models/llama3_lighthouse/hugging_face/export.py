@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ..checkpoints.model_folder import model_folder
 from ..checkpoints.record import CheckpointRecord, read_record
 from ..checkpoints.storage import (
     DamagedCheckpointError,
@@ -74,7 +75,8 @@ def export_checkpoint(
         config, args = read_configuration(path, record, overrides or [])
         tokenizer = build_tokenizer(config)
         stored = _stored_dtype(path, model_state(args))
-        write_configuration(folder, args, tokenizer, dtype or stored)
+        described = model_folder(config)
+        write_configuration(folder, args, tokenizer, dtype or stored, described)
         write_tokenizer(folder, tokenizer, config.model.hf_assets_path)
         _write_weights(path, folder, args, stored, dtype or stored, max_shard_size, report)
 

@@ -16,10 +16,19 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from ..console import duration
 from ..data.tokenizer import ByteTokenizer, save_hugging_face_tokenizer
 from ..errors import UserValueError
+from ..model.architecture import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    architecture,
+    differences,
+    known_entries,
+    read_description,
+    read_object,
+)
 from ..model.model import LighthouseModelArgs, LighthouseTransformer
+from ..model.rope_scaling import LENGTH, NO_SCALING
 from ..model.state_dict_adapter import LighthouseStateDictAdapter
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,35 +83,6 @@ def adapter(args: LighthouseModelArgs) -> LighthouseStateDictAdapter:
     return LighthouseStateDictAdapter(args, None)
 
 
-def architecture(args: LighthouseModelArgs) -> dict[str, Any]:
-    """The entries of ``config.json`` that say what a model computes."""
-    scaling = args.rope_scaling_args
-    return {
-        "model_type": "llama",
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "intermediate_size": model_state(args)["layers.0.feed_forward.w1.weight"].shape[0],
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads or args.n_heads,
-        "head_dim": args.dim // args.n_heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": args.norm_eps,
-        "rope_theta": float(args.rope_theta),
-        # torchtitan scales the frequencies at every length, as Llama 3.1 does.
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": scaling.scaling_factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        },
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-    }
-
-
 def special_ids(tokenizer: BaseTokenizer) -> dict[str, int | None]:
     """Ids of the special tokens; None for one that the tokenizer lacks."""
     return {
@@ -111,87 +91,75 @@ def special_ids(tokenizer: BaseTokenizer) -> dict[str, int | None]:
 
 
 def write_configuration(
-    folder: Path, args: LighthouseModelArgs, tokenizer: BaseTokenizer, dtype: torch.dtype
+    folder: Path,
+    args: LighthouseModelArgs,
+    tokenizer: BaseTokenizer,
+    dtype: torch.dtype,
+    described: Path | None = None,
 ) -> None:
     """Write ``config.json`` and ``generation_config.json`` for a model of ``args``.
 
     The keys are those of transformers 4.43 and later; 5 reads them too.
+
+    Args:
+        described: the folder that describes the model. Its entries are written as they are, but
+            for those in which the model now differs.
     """
     ids = special_ids(tokenizer)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        **architecture(args),
-        "max_position_embeddings": args.max_seq_len,
-        "attention_dropout": 0.0,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        # Missing ids are written as null, because transformers would assume others.
-        **ids,
-    }
-    given = {name: token for name, token in ids.items() if token is not None}
-    for name, content in ((CONFIG_FILE, config), ("generation_config.json", given)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    generation: dict[str, Any] = {name: token for name, token in ids.items() if token is not None}
+    if described is None:
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            **architecture(args),
+            "max_position_embeddings": args.max_seq_len,
+            "attention_dropout": 0.0,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            # Missing ids are written as null, because transformers would assume others.
+            **ids,
+        }
+    else:
+        config = updated(read_description(described), args, dtype)
+        given = described / GENERATION_FILE
+        generation = read_object(given) if given.is_file() else {}
+    for name, content in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
+        if content:
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_architecture(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the ``config.json`` of a folder.
+def updated(
+    description: dict[str, Any], args: LighthouseModelArgs, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A description with the base, scaling, length and dtype that its model has now.
 
-    Returns:
-        Everything in it, and the entries that ``architecture`` gives for our models. Entries that
-        are not there have the values that transformers gives them.
-
-    Raises:
-        ValueError: there is no such file, or it does not describe a Llama.
+    An entry keeps its name and its value where that is still true. The length only grows.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserValueError(
-            f"{folder} holds no {CONFIG_FILE}; pass a folder in Hugging Face's format, as "
-            "lighthouse export-hf or save_pretrained of transformers write it"
-        )
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise UserValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserValueError(f"{folder / CONFIG_FILE} must hold an object, got {str(config)[:50]}")
-    if config.get("model_type") != "llama":
-        raise UserValueError(
-            f"{folder} is a model of type '{config.get('model_type')}', not 'llama'; pass a Llama, "
-            "because no other model can be trained here"
-        )
-    # transformers 5 keeps everything about RoPE in one table, transformers 4 in two entries.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserValueError(
-            f"{folder / CONFIG_FILE}: rope_scaling must be an object, got {rope!r}"
-        )
-    rope = {"rope_type": rope.get("type", "default"), **rope}
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-    rope.pop("type", None)
-    heads = config.get("num_attention_heads")
-    known = {
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        **config,
-        "rope_theta": float(theta),
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config.get("hidden_size", 0) // (heads or 1),
-    }
-    return config, known
-
-
-def differences(
-    args: LighthouseModelArgs, known: dict[str, Any]
-) -> dict[str, tuple[object, object]]:
-    """Entries in which a folder's architecture differs from that of ``args``: (folder's, ours)."""
-    return {
-        key: (known.get(key), value)
-        for key, value in architecture(args).items()
-        if known.get(key) != value
-    }
+    known = known_entries(description, CONFIG_FILE)
+    changed = {name: ours for name, (_, ours) in differences(known, args).items()}
+    new = dict(description)
+    for name in ("dtype", "torch_dtype"):
+        if name in new:
+            new[name] = str(dtype).removeprefix("torch.")
+    length = known["max_position_embeddings"]
+    if "rope_scaling" in changed and args.rope_scaling["rope_type"] == "yarn":
+        # transformers 4 takes the quotient of the two lengths for the factor.
+        length = round(args.rope_scaling["factor"] * args.rope_scaling[LENGTH])
+    elif args.rope_scaling["rope_type"] != "yarn":
+        length = max(length, args.max_seq_len)
+    if length != known["max_position_embeddings"]:
+        new["max_position_embeddings"] = length
+    if not changed:
+        return new
+    assert changed.keys() <= {"rope_theta", "rope_scaling"}
+    # This entry would win over the one in the table.
+    new.pop(LENGTH, None)
+    scaling = None if args.rope_scaling == NO_SCALING else dict(args.rope_scaling)
+    if new.get("rope_parameters") and not new.get("rope_scaling"):
+        new["rope_parameters"] = {**args.rope_scaling, "rope_theta": args.rope_theta}
+        for name in ("rope_theta", "rope_scaling"):
+            new.pop(name, None)
+        return new
+    new.pop("rope_parameters", None)
+    return new | {"rope_theta": args.rope_theta, "rope_scaling": scaling}
 
 
 def write_tokenizer(folder: Path, tokenizer: BaseTokenizer, assets: str) -> None:

@@ -12,12 +12,19 @@ from tokenizers import Tokenizer
 
 from ..checkpoints.checksums import write_checksums
 from ..checkpoints.folders import SEALED_FILES
+from ..checkpoints.model_folder import (
+    files_to_keep,
+    model_arguments_of,
+    named_model,
+    write_files,
+)
 from ..checkpoints.record import CheckpointRecord, write_record
 from ..checkpoints.storage import in_one_process
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import model_arguments, parse_over
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig
+from ..model.architecture import CONFIG_FILE, differences, known_entries, read_description
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs
 from .format import (
@@ -25,13 +32,15 @@ from .format import (
     INDEX_FILE,
     WEIGHTS_FILE,
     adapter,
-    differences,
     model_state,
     new_folder,
-    read_architecture,
     require_safetensors,
     time_left,
 )
+
+
+# A model whose two are tied may have one or both in its files.
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def import_model(
@@ -46,7 +55,7 @@ def import_model(
     All weights are in memory at once.
 
     Args:
-        folder: ``config.json`` of a Llama of one of our flavors, and its weights as safetensors.
+        folder: ``config.json`` of a Llama, and its weights as safetensors.
         output: a folder that is empty or not there.
         overrides: flags of the trainer, ``--section.key value``, for the checkpoint's record. They
             win over the file that --job.config_file names. Without such a file they win over a
@@ -63,22 +72,21 @@ def import_model(
     require_safetensors()
     folder, output = Path(folder).resolve(), Path(output).resolve()
     with new_folder(output) as temporary:
-        described, known = read_architecture(folder)
-        flavor = matching_flavor(folder, known)
+        known = known_entries(read_description(folder), str(folder / CONFIG_FILE))
+        flavor = matching_flavor(known)
         overrides = overrides or []
-        config = parse_over(_own_configuration(folder, output, flavor, described), overrides)
-        if config.model.flavor != flavor:
-            raise UserValueError(
-                f"model.flavor = '{config.model.flavor}' but {folder} is of flavor '{flavor}'; "
-                f"pass --model.flavor {flavor}"
-            )
+        own = _own_configuration(folder, output, flavor, known)
+        config = parse_over(own, overrides)
+        _check_same(config, folder, known)
         args = model_arguments(config)
         build_tokenizer(config)
         kind = config.lighthouse.tokenizer
-        report(f"{folder} is of model.flavor '{flavor}', lighthouse.tokenizer '{kind}'")
+        of_a_flavor = f" of model.flavor '{flavor}'" if flavor else ""
+        report(f"{folder} is a model{of_a_flavor}, lighthouse.tokenizer '{kind}'")
         state = _read_weights(folder, args, dtype, report)
         step = temporary / "checkpoint" / "step-0"
         write_record(step, CheckpointRecord(0, 0, config.to_dict()))
+        write_files(step, files_to_keep(config))
         report("writing the checkpoint")
         with in_one_process():
             dcp.save(state, checkpoint_id=str(step), no_dist=True)
@@ -86,36 +94,40 @@ def import_model(
     return output / "checkpoint" / "step-0"
 
 
-def matching_flavor(folder: Path, known: dict[str, Any]) -> str:
-    """The flavor that computes the same as a folder's model; ``known`` is its architecture.
+def matching_flavor(known: dict[str, Any]) -> str | None:
+    """The flavor that computes the same as a folder's model; ``known`` is its architecture."""
+    return next((name for name, args in flavors.items() if not differences(known, args)), None)
 
-    Raises:
-        ValueError: there is none; the message says how the most similar one differs.
-    """
-    apart = {name: differences(args, known) for name, args in flavors.items()}
-    closest = min(apart, key=lambda name: len(apart[name]))
-    if not apart[closest]:
-        return closest
-    listed = "; ".join(
-        f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in apart[closest].items()
-    )
+
+def _check_same(config: JobConfig, folder: Path, known: dict[str, Any]) -> None:
+    """Check that a configuration is of the folder's model; base and scaling may be others."""
+    args = model_arguments_of(config)
+    apart = differences(known, args)
+    for key in ("rope_theta", "rope_scaling"):
+        if getattr(config.model, key):
+            apart.pop(key, None)
+    if not apart:
+        return
+    listed = "; ".join(f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in apart.items())
     raise UserValueError(
-        f"{folder} fits no model.flavor; the closest is '{closest}', from which it differs: "
-        f"{listed}. Add a flavor to torchtitan/models/llama3_lighthouse/model/flavors.py"
+        f"{named_model(config)} but {folder} is another model: {listed}; pass --model.hf_folder "
+        f"{folder}"
     )
 
 
 def _own_configuration(
-    folder: Path, output: Path, flavor: str, described: dict[str, Any]
+    folder: Path, output: Path, flavor: str | None, known: dict[str, Any]
 ) -> dict[str, Any]:
     """A configuration, by section, for a dense model as ``config.json`` describes it."""
     config = JobConfig()
     config.job.dump_folder = str(output)
-    config.model.flavor = flavor
-    config.training.seq_len = described.get("max_position_embeddings", 2048)
+    config.model.hf_folder = str(folder)
+    if flavor:
+        config.model.flavor = flavor
+    config.training.seq_len = known["max_position_embeddings"]
     section = config.lighthouse
     section.stage = "dense"
-    section.dense_layers = list(range(flavors[flavor].n_layers))
+    section.dense_layers = list(range(known["num_hidden_layers"]))
     # No layer has a pyramid. The smallest one fits any length.
     section.levels = section.pooling_factor = section.top_k = section.picks_per_stratum = 2
     if not _has_byte_tokenizer(folder):
@@ -149,6 +161,7 @@ def _read_weights(
 
     expected = adapter(args).to_hf(model_state(args))
     found: dict[str, torch.Tensor] = {}
+    output = None
     files, start = _weight_files(folder), time.monotonic()
     for number, file in enumerate(files, 1):
         try:
@@ -158,9 +171,12 @@ def _read_weights(
                 f"{file} is broken: {error}; download or export it again"
             ) from None
         with opened:
-            names = [name for name in opened.keys() if "rotary_emb" not in name]
+            names = [name for name in opened.keys() if "rotary_emb.inv_freq" not in name]
             for name in names:
                 tensor = opened.get_tensor(name)
+                if args.tied and name == OUTPUT:
+                    output = tensor
+                    continue
                 _check_tensor(file, name, tensor, expected)
                 found[name] = tensor.to(dtype or tensor.dtype)
         report(
@@ -172,6 +188,11 @@ def _read_weights(
             f"{folder} lacks {len(missing)} tensors of a Llama, '{missing[0]}' among them; is a "
             "file of weights missing?"
         )
+    if output is not None and not torch.equal(output.to(dtype or output.dtype), found[EMBEDDING]):
+        raise UserValueError(
+            f"{folder}: tie_word_embeddings = true in {CONFIG_FILE}, but '{OUTPUT}' differs from "
+            f"'{EMBEDDING}'; set it to false if the model has both, or remove '{OUTPUT}'"
+        )
     return {name: tensor.contiguous() for name, tensor in adapter(args).from_hf(found).items()}
 
 
@@ -180,8 +201,7 @@ def _check_tensor(
 ) -> None:
     if name not in expected:
         raise UserValueError(
-            f"{file} holds '{name}', which a Llama of our flavors does not have; pass the "
-            "folder of another model"
+            f"{file} holds '{name}', which a Llama does not have; pass the folder of another model"
         )
     if tensor.shape != expected[name].shape:
         raise UserValueError(

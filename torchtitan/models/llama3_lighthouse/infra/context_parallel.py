@@ -82,8 +82,8 @@ def bytes_sent_per_layer(
         the last chunk of the sequence; one that does sends less.
     """
     ranks = layout.world_size
-    head_dim = args.dim // args.n_heads
-    key_value = 2 * (args.n_kv_heads or args.n_heads) * head_dim
+    head_dim = args.head_dim
+    key_value = 2 * args.kv_heads * head_dim
     key_value *= args.gathered_length(seq_len) // ranks
     chunks = len(layout.held)
     seam = 2 * chunks * args.n_heads * (args.lighthouse.levels - 1) * head_dim * dtype.itemsize

@@ -1,6 +1,6 @@
 """Parallelisms of the Lighthouse model: upstream's, in upstream's order, and a few of ours."""
 
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -14,7 +14,7 @@ from torchtitan.tools.utils import device_type
 
 from ..job_config import ActivationCheckpoint, JobConfig
 from ..model.loss import FactoredOutput
-from ..model.model import leave_out_math_backend
+from ..model.model import LighthouseTransformer, leave_out_math_backend
 from .activation_checkpoint import SELECTION, WINDOW, apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
@@ -50,7 +50,22 @@ def parallelize_lighthouse(
         else:
             apply_ac(model, section, **options)
 
+    def keep_tied(model: LighthouseTransformer, *arguments: Any, **options: Any) -> None:
+        apply_tp(model, *arguments, **options)
+        # Tensor parallelism has made a sharded parameter of each use, both over the vocabulary.
+        if model.model_args.tied:
+            model.tie()
+
+    def shard(modules: nn.Module | list[nn.Module], **options: Any) -> None:
+        # The root holds what several modules use, because FSDP gathers a parameter for one of them.
+        if not (tied and (isinstance(modules, list) or modules is model.tok_embeddings)):
+            fully_shard(modules, **options)
+
+    tied = cast(LighthouseTransformer, model).model_args.tied
+    apply_tp, fully_shard = upstream.apply_tp, upstream.fully_shard
     with (
+        patch.object(upstream, "apply_tp", keep_tied),
+        patch.object(upstream, "fully_shard", shard),
         # Upstream would spread LighthouseAttention itself, not the dense attention inside it.
         patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention),
         patch.object(upstream, "apply_ac", checkpoint_activations),

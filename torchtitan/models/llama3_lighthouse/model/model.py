@@ -1,7 +1,7 @@
 """The Llama-3 model with Lighthouse or a window as the inner attention of most of its layers."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -19,6 +19,7 @@ from lighthouse.window import window_pairs
 
 from ..job_config import JobConfig, Lighthouse
 from .loss import factored, is_chunked
+from .rope_scaling import LLAMA_3_1, rotary_turns
 from .rotary import RotaryAttention, table_of
 
 
@@ -53,6 +54,13 @@ class LighthouseModelArgs(TransformerModelArgs):
     """Positions of the window that stands alone in stage "lighthouse"; 0 if Lighthouse attention
     runs, whose own window is a setting of the method."""
     dense_layers: list[int] = field(default_factory=list)
+    own_head_dim: int = 0
+    """D where it is not dim / n_heads; 0 where it is."""
+    rope_scaling: dict[str, Any] = field(default_factory=lambda: dict(LLAMA_3_1))
+    """Scaling of the rotary frequencies, from ``checked_scaling``. It takes the place of upstream's
+    ``rope_scaling_args``."""
+    tied: bool = False
+    """Whether the embedding is the output projection too."""
     chunked_loss: bool = False
     """Whether the model returns the factors of its logits, for a loss in chunks of tokens."""
 
@@ -67,6 +75,29 @@ class LighthouseModelArgs(TransformerModelArgs):
         self.window = section.window if section.attention == "window" else 0
         self.dense_layers = list(job_config.lighthouse.dense_layers)
         self.chunked_loss = is_chunked(job_config, self.vocab_size)
+
+    @property
+    def head_dim(self) -> int:
+        """D, the columns of a head."""
+        return self.own_head_dim or self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Columns of all heads of queries together, H D, which need not be dim."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        """Columns of a feed-forward layer, as upstream rounds them."""
+        width = int(8 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
 
     @property
     def selects(self) -> bool:
@@ -96,9 +127,8 @@ class LighthouseModelArgs(TransformerModelArgs):
         if self.selects:
             gathered = self.gathered_length(seq_len)
             pairs += window_pairs(gathered, gathered)
-            head_dim = self.dim // self.n_heads
-            scoring = flops_per_position(self.lighthouse, seq_len, self.n_heads, head_dim)
-        return 12 * self.dim * pairs / seq_len + scoring
+            scoring = flops_per_position(self.lighthouse, seq_len, self.n_heads, self.head_dim)
+        return 12 * self.attention_width * pairs / seq_len + scoring
 
     def flops_per_token(self, matmul_parameters: int, seq_len: int, attention: str) -> float:
         """FLOPs of forward and backward per token, counting what runs.
@@ -111,7 +141,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         picking are not counted.
         """
         sparse_layers = self.n_layers - len(self.dense_layers) if attention == "lighthouse" else 0
-        dense_flops = 12 * self.dim * window_pairs(seq_len, seq_len) / seq_len
+        dense_flops = 12 * self.attention_width * window_pairs(seq_len, seq_len) / seq_len
         flops = 6 * matmul_parameters + (self.n_layers - sparse_layers) * dense_flops
         return flops + (sparse_layers * self._stage_one_flops(seq_len) if sparse_layers else 0.0)
 
@@ -122,7 +152,9 @@ class LighthouseModelArgs(TransformerModelArgs):
         """Number of parameters, and FLOPs per token of forward and backward in ``attention``."""
         parameters = sum(p.numel() for p in model.parameters())
         embedding = sum(p.numel() for p in model.get_submodule("tok_embeddings").parameters())
-        return parameters, self.flops_per_token(parameters - embedding, seq_len, attention)
+        # A tied embedding multiplies, as the output projection that it is too.
+        multiplying = parameters if self.tied else parameters - embedding
+        return parameters, self.flops_per_token(multiplying, seq_len, attention)
 
 
 def leave_out_math_backend(model: nn.Module) -> None:
@@ -151,6 +183,29 @@ def _as_in_autocast(
     return embeddings
 
 
+def hold_embedding_once(model: nn.Module) -> None:
+    """Leave a tied embedding out of the state dict where it is the output projection."""
+
+    def remove(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state.pop(f"{prefix}output.weight", None)
+
+    def add(module: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if f"{prefix}tok_embeddings.weight" in state:
+            state[f"{prefix}output.weight"] = state[f"{prefix}tok_embeddings.weight"]
+
+    model.register_state_dict_post_hook(remove)
+    model.register_load_state_dict_pre_hook(add)
+
+
+def set_heads(attention: RotaryAttention, args: LighthouseModelArgs) -> None:
+    """Give upstream's attention, whose heads are dim / n_heads wide, heads of another width."""
+    attention.head_dim, width = args.head_dim, args.attention_width
+    attention.wq = nn.Linear(args.dim, width, bias=False)
+    attention.wk = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
+    attention.wv = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
+    attention.wo = nn.Linear(width, args.dim, bias=False)
+
+
 class LighthouseTransformer(upstream.Transformer):
     """Upstream's Llama 3, its state dict unchanged; ``use_attention`` chooses its attention."""
 
@@ -162,14 +217,32 @@ class LighthouseTransformer(upstream.Transformer):
         self.tok_embeddings.register_forward_hook(_as_in_autocast)
         if model_args.chunked_loss:
             self.output = factored(self.output)
+        if model_args.tied:
+            self.tie()
+            hold_embedding_once(self)
         for index, block in self.layers.items():
+            attention = cast(RotaryAttention, block.get_submodule("attention"))
+            if attention.head_dim != model_args.head_dim:
+                set_heads(attention, model_args)
             if int(index) in model_args.dense_layers:
                 continue
             dense = block.get_submodule("attention.inner_attention")
             block.set_submodule("attention.inner_attention", model_args.stage_one_attention(dense))
 
     def _precompute_freqs_cis(self) -> torch.Tensor:
-        return table_of(super()._precompute_freqs_cis())
+        args = self.model_args
+        turns = rotary_turns(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling)
+        return table_of(turns)
+
+    def tie(self) -> None:
+        """Make the embedding the output projection too, as it must be again where one was made."""
+        self.output.weight = self.tok_embeddings.weight
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        # Leaving the meta device makes two parameters of one.
+        if self.model_args.tied:
+            self.tie()
+        super().init_weights(buffer_device)
 
     def use_method(self, args: LighthouseModelArgs) -> None:
         """Use the first-stage attention of ``args`` from the next forward on."""
