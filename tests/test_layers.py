@@ -14,7 +14,9 @@ LAYERS = [
     ["lighthouse"],
     [
         f"{OVERLAY}.{name}"
-        for name in ("errors", "job_config", "stages", "environment", "processes")
+        for name in (
+            "errors", "command_line", "job_config", "stages", "environment", "processes",
+        )
     ],
     [f"{OVERLAY}.data"],
     [f"{OVERLAY}.model"],

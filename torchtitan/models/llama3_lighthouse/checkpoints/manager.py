@@ -3,11 +3,12 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from . import folders
 from .checksums import write_checksums
 from .failed_saves import cause, not_written
 from .folders import METADATA_FILE, SEALED_FILES, Condition, checkpoints_in, complete_checkpoints
-from .ranks import agreed, gathered, on_rank_0
 from .model_folder import check_same_model, differing_entries, write_files
+from .ranks import agreed, gathered, on_rank_0
 from .record import CheckpointRecord, read_record, write_record
 from .resume import check_settings
 from .storage import DamagedCheckpointError, check_shapes, load_state
@@ -47,14 +48,14 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     Every checkpoint gets a ``CheckpointRecord``. The trainer sets ``config`` for it and keeps
     ``last_lighthouse_step`` up to date. It also sets ``model``, the run's ``architecture``, and
-    ``model_files``, which every checkpoint keeps a copy of. The manager calls ``on_saved`` with the seconds for which
-    each save held up training.
+    ``model_files``, which every checkpoint keeps a copy of. The manager calls ``on_saved`` with the
+    seconds for which each save held up training.
     """
 
     on_saved: Callable[[float], None] | None = None
     config: dict[str, Any]
-    model: dict[str, Any]
-    model_files: dict[str, str]
+    model: Mapping[str, Any] = MappingProxyType({})
+    model_files: Mapping[str, str] = MappingProxyType({})
     last_lighthouse_step: int | None = 0
     save_future: Future[Any] | None
     # The folder that an asynchronous save is writing.

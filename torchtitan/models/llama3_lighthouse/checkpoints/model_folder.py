@@ -5,6 +5,7 @@ its record. So a checkpoint is such a folder too, and stands in where the folder
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,14 @@ def files_to_keep(config: JobConfig) -> dict[str, str]:
     return {file.name: file.read_text() for file in files if file.is_file()}
 
 
-def write_files(path: Path, files: dict[str, str]) -> None:
+def write_files(path: Path, files: Mapping[str, str]) -> None:
     """Put files from ``files_to_keep`` into a step-N folder, which has to be there."""
     for name, text in files.items():
         replace_file(path / name, text)
 
 
 def check_same_model(
-    path: Path, record: CheckpointRecord, present: dict[str, Any], model: dict[str, Any]
+    path: Path, record: CheckpointRecord, present: dict[str, Any], model: Mapping[str, Any]
 ) -> None:
     """Check that a run would go on as the model that its checkpoint is, if folders describe them.
 
@@ -134,7 +135,7 @@ def check_same_model(
 
 
 def differing_entries(
-    path: Path, record: CheckpointRecord, present: dict[str, Any], model: dict[str, Any]
+    path: Path, record: CheckpointRecord, present: dict[str, Any], model: Mapping[str, Any]
 ) -> list[tuple[str, Any, Any]]:
     """Entries of the architecture that differ: name, checkpoint's value, run's value.
 

@@ -38,7 +38,6 @@ from .format import (
     time_left,
 )
 
-
 # A model whose two are tied may have one or both in its files.
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 

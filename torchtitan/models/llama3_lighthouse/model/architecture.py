@@ -115,15 +115,13 @@ def known_entries(description: dict[str, Any], name: str) -> dict[str, Any]:
     kind = description.get("model_type")
     if kind not in DEFAULTS:
         raise UserValueError(
-            f"{name}: model_type = {kind!r} is a model of type '{kind}', not "
-            f"{' or '.join(map(repr, DEFAULTS))}; pass a Llama, because no other model can be "
-            "trained here"
+            f"{name}: model_type = {kind!r} cannot be trained here; pass a Llama, whose type is "
+            f"{' or '.join(map(repr, DEFAULTS))}"
         )
-    # Entries with null are as good as missing, but for the window.
-    given = {key: value for key, value in description.items() if value is not None}
-    known = DEFAULTS[kind] | given
-    if "sliding_window" in description and description["sliding_window"] is None:
-        del known["sliding_window"]
+    # Null is no value, and no default either.
+    known = {k: v for k, v in (DEFAULTS[kind] | description).items() if v is not None}
+    if missing := [key for key in DEFAULTS["llama"] if key not in known]:
+        raise UserValueError(f"{name}: {missing[0]} must not be null; correct it")
     if known.get("use_sliding_window") is False:
         known.pop("sliding_window", None)
     _check_plain(known, name)

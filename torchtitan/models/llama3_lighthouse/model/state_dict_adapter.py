@@ -18,8 +18,12 @@ class LighthouseStateDictAdapter(Llama3StateDictAdapter):
         self.hf_assets_path = hf_assets_path
 
     # Upstream computes the sizes from dim / n_heads; a weight's own shape says them for any heads.
-    def _permute(self, w: torch.Tensor, n_heads_arg: int, *sizes: int) -> torch.Tensor:
+    def _permute(
+        self, w: torch.Tensor, n_heads_arg: int, dim1: int | None = None, dim2: int | None = None
+    ) -> torch.Tensor:
         return super()._permute(w, n_heads_arg)
 
-    def _reverse_permute(self, w: torch.Tensor, n_heads_arg: int, *sizes: int) -> torch.Tensor:
+    def _reverse_permute(
+        self, w: torch.Tensor, n_heads_arg: int, dim1: int | None = None, dim2: int | None = None
+    ) -> torch.Tensor:
         return super()._reverse_permute(w, n_heads_arg)
