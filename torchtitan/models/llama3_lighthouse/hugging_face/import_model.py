@@ -76,7 +76,7 @@ def import_model(
         overrides = overrides or []
         own = _own_configuration(folder, output, flavor, known)
         config = parse_over(own, overrides)
-        _check_same(config, folder, known)
+        _check_same(config, own["model"]["flavor"], folder, known)
         args = model_arguments(config)
         build_tokenizer(config)
         kind = config.lighthouse.tokenizer
@@ -98,10 +98,16 @@ def matching_flavor(known: dict[str, Any]) -> str | None:
     return next((name for name, args in flavors.items() if not differences(known, args)), None)
 
 
-def _check_same(config: JobConfig, folder: Path, known: dict[str, Any]) -> None:
-    """Check that a configuration is of the folder's model; base and scaling may be others."""
-    args = model_arguments_of(config)
-    apart = differences(known, args)
+def _check_same(config: JobConfig, own_flavor: str, folder: Path, known: dict[str, Any]) -> None:
+    """Check that a configuration is of the folder's model; base and scaling may be others.
+
+    Args:
+        own_flavor: ``model.flavor`` as it is unless the user gives another.
+    """
+    if config.model.flavor != own_flavor:
+        # It was given to be read.
+        config.model.hf_folder = ""
+    apart = differences(known, model_arguments_of(config))
     for key in ("rope_theta", "rope_scaling"):
         if getattr(config.model, key):
             apart.pop(key, None)
@@ -109,8 +115,8 @@ def _check_same(config: JobConfig, folder: Path, known: dict[str, Any]) -> None:
         return
     listed = "; ".join(f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in apart.items())
     raise UserValueError(
-        f"{named_model(config)} but {folder} is another model: {listed}; pass --model.hf_folder "
-        f"{folder}"
+        f"{named_model(config)} but {folder} is another model: {listed}; leave model.flavor out, "
+        f"or pass --model.hf_folder {folder}"
     )
 
 
