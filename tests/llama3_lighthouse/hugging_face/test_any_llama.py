@@ -1,13 +1,13 @@
 """Llamas of any architecture: logits, training, export and generation against transformers."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from llamas import drawn, loaded, written
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,100 +22,34 @@ from torchtitan.models.llama3_lighthouse.evaluation.inference import (
     model_arguments,
 )
 from torchtitan.models.llama3_lighthouse.hugging_face.export import export_checkpoint
+from torchtitan.models.llama3_lighthouse.hugging_face.format import model_state
 from torchtitan.models.llama3_lighthouse.hugging_face.import_model import import_model
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, Model
+from torchtitan.models.llama3_lighthouse.model.architecture import described_arguments
 from torchtitan.models.llama3_lighthouse.model.loss import build_loss
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
+from torchtitan.models.llama3_lighthouse.model.state_dict_adapter import LighthouseStateDictAdapter
 
 N = 64
-
-
-def drawn(seed: int) -> dict[str, Any]:
-    """A config.json whose entries are drawn at random, in the spelling of a transformers."""
-    draw = random.Random(seed)
-    groups, each = draw.choice([1, 2, 3]), draw.choice([1, 2, 4])
-    heads = groups * each
-    head_dim = draw.choice([4, 8, 10, 16])
-    own_head_dim = draw.random() < 0.5
-    dim = heads * (draw.choice([5, 6, 11, 24]) if own_head_dim else head_dim)
-    kind = ["default", "linear", "llama3", "yarn"][seed % 4]
-    scaling = {
-        "default": {},
-        "linear": {"factor": draw.choice([2.0, 4, 1.5])},
-        "llama3": {
-            "factor": draw.choice([8.0, 32.0]), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": draw.choice([16, 64, 8192]),
-        },
-        "yarn": {"factor": draw.choice([2.0, 4.0]), "original_max_position_embeddings": 32}
-        | draw.choice([{}, {"beta_fast": 16, "beta_slow": 2}, {"attention_factor": 1.2},
-                       {"mscale": 1.0, "mscale_all_dim": 0.8}, {"truncate": False}]),
-    }[kind]  # fmt: skip
-    theta = draw.choice([1e4, 5e5, 1e6, 5e6])
-    if draw.random() < 0.5:
-        rope = {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
-    else:
-        name = draw.choice(["type", "rope_type"])
-        table = None if kind == "default" else {name: kind, **scaling}
-        rope = {"rope_theta": theta, "rope_scaling": table}
-    mistral = draw.random() < 0.3
-    return {
-        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-        "model_type": "mistral" if mistral else "llama",
-        **({"sliding_window": None} if mistral else {"attention_bias": False, "mlp_bias": False}),
-        "vocab_size": draw.randrange(70, 400),
-        "hidden_size": dim,
-        "intermediate_size": draw.randrange(3, 100),
-        "num_hidden_layers": draw.randrange(1, 5),
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        **({"head_dim": head_dim} if own_head_dim else {}),
-        "hidden_act": "silu",
-        "rms_norm_eps": draw.choice([1e-5, 1e-6, 3e-4]),
-        "tie_word_embeddings": draw.random() < 0.5,
-        "max_position_embeddings": 128,
-        "bos_token_id": draw.randrange(60),
-        "eos_token_id": draw.choice([61, [61, 62]]),
-        "initializer_range": 0.02,
-        **{draw.choice(["torch_dtype", "dtype"]): "float32"},
-        "use_cache": True,
-        "someone's own entry": draw.random(),
-        **rope,
-    }
-
-
-def written(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
-    """A folder with ``config`` and random weights, norms away from 1 and attention not uniform."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    for name, parameter in model.named_parameters():
-        parameter.data.uniform_(0.5, 1.5) if "norm" in name else parameter.data.mul_(4)
-    model.float().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return folder
-
-
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def some_tokens(vocabulary: int, seed: int, length: int = N) -> torch.Tensor:
     return torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
-def close(ours: Path, folder: Path, vocabulary: int, seed: int) -> None:
-    """Check that a checkpoint and a folder have the same logits."""
+def checked(ours: Path, theirs: Any, vocabulary: int, seed: int) -> Any:
+    """The model of a checkpoint, after a check that its logits are those of transformers."""
     tokens = some_tokens(vocabulary, seed)
+    found = load_trained_model(ours)
     with torch.no_grad():
-        expected = loaded(folder)(tokens).logits
-        actual = load_trained_model(ours).model(tokens)
+        expected, actual = theirs(tokens).logits, found.model(tokens)
     assert expected.std() > 0.1
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    return found
 
 
-def trained(step: Path, output: Path) -> Path:
+def trained(step: Path, config: JobConfig, output: Path) -> Path:
     """The checkpoint after two optimizer steps, the first of them under Lighthouse attention."""
-    config = load_trained_model(step).config
     config.lighthouse.dense_layers = []
     args = model_arguments(config)
     assert args.vocab_size < 16384 and not args.chunked_loss
@@ -158,7 +92,7 @@ def test_drawn_architecture(tmp_path: Path, seed: int) -> None:
     step = import_model(folder, tmp_path / "run", report=lambda line: None)
     assert read_record(step).config["model"]["hf_folder"] == str(folder)
     vocabulary = config["vocab_size"]
-    close(step, folder, vocabulary, seed)
+    before_training = checked(step, loaded(folder), vocabulary, seed)
 
     # The round trip changes no bit of a weight and no entry.
     export_checkpoint(step, tmp_path / "again", report=lambda line: None)
@@ -168,13 +102,13 @@ def test_drawn_architecture(tmp_path: Path, seed: int) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "again/config.json").read_text()) == config
 
-    later = trained(step, tmp_path / "trained")
+    later = trained(step, before_training.config, tmp_path / "trained")
     # The checkpoint alone says what the model is.
     (folder / "config.json").rename(folder / "elsewhere")
     export_checkpoint(later, tmp_path / "exported", report=lambda line: None)
     assert json.loads((tmp_path / "exported/config.json").read_text()) == config
-    close(later, tmp_path / "exported", vocabulary, seed + 100)
     theirs, prompt = loaded(tmp_path / "exported"), some_tokens(vocabulary, 3, 9)[:1]
+    ours = checked(later, theirs, vocabulary, seed + 100)
     assert not any(
         torch.equal(tensor, before[name])
         for name, tensor in load_file(tmp_path / "exported/model.safetensors").items()
@@ -182,9 +116,144 @@ def test_drawn_architecture(tmp_path: Path, seed: int) -> None:
     stop = config["eos_token_id"]
     stop = stop if isinstance(stop, list) else [stop]
     with torch.no_grad():
-        expected = generated(load_trained_model(later).model, prompt, 12, stop)
+        expected = generated(ours.model, prompt, 12, stop)
         actual = theirs.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False,
             pad_token_id=0,
         )  # fmt: skip
     assert actual[0, 9:].tolist() == expected
+
+
+# The published config.json of each family, from public facts, without entries that nothing reads.
+LLAMA_2 = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+    "rope_scaling": None, "tie_word_embeddings": False, "vocab_size": 32000,
+    "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pretraining_tp": 1,
+    "torch_dtype": "float16", "use_cache": True, "initializer_range": 0.02,
+}  # fmt: skip
+LLAMA_3 = LLAMA_2 | {
+    "attention_bias": False, "attention_dropout": 0.0, "intermediate_size": 14336,
+    "num_key_value_heads": 8, "rope_theta": 500000.0, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "bos_token_id": 128000, "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+ROPE_3_1 = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192, "rope_type": "llama3",
+}  # fmt: skip
+LLAMA_3_1 = LLAMA_3 | {
+    "max_position_embeddings": 131072, "mlp_bias": False, "rope_scaling": ROPE_3_1,
+    "eos_token_id": [128001, 128008, 128009],
+}  # fmt: skip
+FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama 2 7B": (LLAMA_2, 6_738_415_616),
+    "Llama 3 8B": (LLAMA_3, 8_030_261_248),
+    "Llama 3.1 8B": (LLAMA_3_1, 8_030_261_248),
+    "Llama 3.2 1B": (
+        LLAMA_3_1 | {
+            "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+            "num_hidden_layers": 16, "rope_scaling": ROPE_3_1 | {"factor": 32.0},
+            "tie_word_embeddings": True, "eos_token_id": 128001,
+        },
+        1_235_814_400,
+    ),
+    "SmolLM2 135M": (
+        LLAMA_3 | {
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000,
+            "rope_interleaved": False, "tie_word_embeddings": True, "vocab_size": 49152,
+            "bos_token_id": 0, "eos_token_id": 0, "is_llama_config": True,
+        },
+        134_515_008,
+    ),
+    "TinyLlama 1.1B": (
+        LLAMA_2 | {
+            "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+            "num_key_value_heads": 4, "max_position_embeddings": 2048, "torch_dtype": "float32",
+        },
+        1_100_048_384,
+    ),
+    "Mistral 7B v0.3": (
+        {
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+            "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+            "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+            "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+            "use_cache": True, "vocab_size": 32768,
+        },
+        7_248_023_552,
+    ),
+    "Mistral Nemo 12B": (
+        {
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "head_dim": 128,
+            "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 14336,
+            "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 40,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+            "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+            "use_cache": True, "vocab_size": 131072,
+        },
+        12_247_782_400,
+    ),
+    "DeepSeek R1 Distill Llama 8B": (
+        LLAMA_3_1 | {"eos_token_id": 128001},
+        8_030_261_248,
+    ),
+    "Yi 6B": (
+        LLAMA_2 | {
+            "num_key_value_heads": 4, "rope_theta": 5000000.0, "vocab_size": 64000,
+            "torch_dtype": "bfloat16",
+        },
+        6_061_035_520,
+    ),
+}  # fmt: skip
+
+
+def scaled_down(config: dict[str, Any]) -> dict[str, Any]:
+    """A model of the same kind, heads, rotary embedding and entries, which fits a test's memory.
+
+    Its widths are an eighth or less, it has two layers and 400 tokens, and its ids are below that.
+    """
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]) // 8
+    dim = config["hidden_size"] // 8
+    own = {"head_dim": head_dim} if "head_dim" in config else {}
+    return config | own | {
+        "hidden_size": dim, "intermediate_size": config["intermediate_size"] // 32,
+        "num_hidden_layers": 2, "vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_published_families(tmp_path: Path, name: str) -> None:
+    config, parameters = FAMILIES[name]
+    # The whole model has the published number of parameters, each tensor in transformers' shape.
+    args = described_arguments(Model(), config, name)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    ours = LighthouseStateDictAdapter(args, None).to_hf(model_state(args))
+    shapes = {key: tensor.shape for key, tensor in theirs.named_parameters()}
+    assert {key: tensor.shape for key, tensor in ours.items()} == shapes
+    assert sum(tensor.numel() for tensor in ours.values()) == parameters
+
+    small = scaled_down(config)
+    folder = written(tmp_path / "folder", small)
+    step = import_model(folder, tmp_path / "run", report=lambda line: None)
+    whole = load_trained_model(step)
+    tokens = some_tokens(400, 1, 96)[:1]
+    places = torch.Generator().manual_seed(2)
+    positions = torch.randint(0, config["max_position_embeddings"], (1, 96), generator=places)
+    positions = positions.sort().values
+    with torch.no_grad():
+        # A mask keeps gaps between positions from being taken for the end of a sequence.
+        expected = loaded(folder)(
+            tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)
+        ).logits
+        actual = whole.model(tokens, positions=positions)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    export_checkpoint(step, tmp_path / "again", report=lambda line: None)
+    assert json.loads((tmp_path / "again/config.json").read_text()) == small
