@@ -216,11 +216,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
 def scaled_down(config: dict[str, Any]) -> dict[str, Any]:
     """A model of the same kind, heads, rotary embedding and entries, which fits a test's memory.
 
-    Its widths are an eighth or less, it has two layers and 400 tokens, and its ids are below that.
+    Its widths are a sixteenth or less. It has two layers and a vocabulary of 400.
     """
-    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]) // 8
-    dim = config["hidden_size"] // 8
-    own = {"head_dim": head_dim} if "head_dim" in config else {}
+    dim = config["hidden_size"] // 16
+    own = {"head_dim": config["head_dim"] // 16} if "head_dim" in config else {}
     return config | own | {
         "hidden_size": dim, "intermediate_size": config["intermediate_size"] // 32,
         "num_hidden_layers": 2, "vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2,
