@@ -2,13 +2,14 @@
 
     lighthouse import-hf outputs/exported --output outputs/imported
 
-FOLDER holds config.json and the weights as safetensors. The model must be one of our flavors,
-which is found by its sizes. The output folder must be empty or not there, and gets
-checkpoint/step-0. A run starts from it with --job.dump_folder FOLDER, or in a folder of its own
-with --checkpoint.initial_load_path FOLDER/checkpoint/step-0.
+FOLDER holds config.json and the weights as safetensors: any Llama, or a Mistral without a window.
+What cannot be trained is refused by the name of its entry in config.json. The output folder must be
+empty or not there, and gets checkpoint/step-0. A run starts from it with --job.dump_folder FOLDER
+and --model.hf_folder, or in a folder of its own with
+--checkpoint.initial_load_path FOLDER/checkpoint/step-0.
 
 The checkpoint records a configuration: that of --job.config_file FILE, or else a dense model of
-the folder's length and tokenizer.
+the folder's architecture, length and tokenizer.
 """
 
 import argparse

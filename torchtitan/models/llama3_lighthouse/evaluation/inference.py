@@ -19,7 +19,6 @@ from ..checks.configuration import check_model
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
-from ..model.architecture import CONFIG_FILE
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
 from ..stages import with_method_of
@@ -211,11 +210,10 @@ def read_configuration(
         # The method is that of the last steps that used it, at whatever length.
         config = with_method_of(parse_over(record.config, []), record.last_lighthouse_step or 1)
         recorded = {**record.config, "lighthouse": dataclasses.asdict(config.lighthouse)}
+    if recorded and recorded.get("model", {}).get("hf_folder"):
+        # The folder may have changed or gone since, and the checkpoint has a copy of what it said.
+        recorded = {**recorded, "model": {**recorded["model"], "hf_folder": str(path)}}
     config = parse_over(recorded, overrides)
-    named = record.config.get("model", {}).get("hf_folder") if record else ""
-    if named and config.model.hf_folder == named and (path / CONFIG_FILE).is_file():
-        # The folder may have changed or gone since.
-        config.model.hf_folder = str(path)
     return config, model_arguments(config)
 
 

@@ -36,8 +36,10 @@ from .format import (
     new_folder,
     require_safetensors,
     time_left,
+    write_tokenizer,
 )
 
+TOKENIZER_FOLDER = "tokenizer"
 # A model whose two are tied may have one or both in its files.
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -78,11 +80,16 @@ def import_model(
         config = parse_over(own, overrides)
         _check_same(config, own["model"]["flavor"], folder, known)
         args = model_arguments(config)
-        build_tokenizer(config)
+        tokenizer = build_tokenizer(config)
         kind = config.lighthouse.tokenizer
         of_a_flavor = f" of model.flavor '{flavor}'" if flavor else ""
         report(f"{folder} is a model{of_a_flavor}, lighthouse.tokenizer '{kind}'")
         state = _read_weights(folder, args, dtype, report)
+        if config.model.hf_assets_path == str(folder):
+            # The run needs its tokenizer when the folder has gone.
+            (temporary / TOKENIZER_FOLDER).mkdir()
+            write_tokenizer(temporary / TOKENIZER_FOLDER, tokenizer, str(folder))
+            config.model.hf_assets_path = str(output / TOKENIZER_FOLDER)
         step = temporary / "checkpoint" / "step-0"
         write_record(step, CheckpointRecord(0, 0, config.to_dict()))
         write_files(step, files_to_keep(config))
