@@ -12,7 +12,7 @@ from llamas import loaded, written
 from safetensors.torch import load_file
 
 from torchtitan.models.llama3_lighthouse.checkpoints.model_folder import model_arguments_of
-from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
+from torchtitan.models.llama3_lighthouse.checks.configuration import check_config, check_launch
 from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.evaluation.inference import (
@@ -233,7 +233,7 @@ def test_settings_are_refused(
     changed = {key: value, "training.local_batch_size": 2, "job.dump_folder": tmp_path}
     config = configured(tied, **{k.replace(".", "__"): v for k, v in changed.items()})
     with pytest.raises(ValueError, match=message):
-        check_config(config, flavors)
+        check_launch(config, flavors, 4)
 
 
 def test_flavor_beside_a_folder_has_no_effect(tied: Path) -> None:

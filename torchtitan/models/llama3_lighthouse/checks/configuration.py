@@ -19,6 +19,7 @@ from ..stages import Stage, distinct_stages, naming
 from .bounds import check_bounds
 from .output import check_output_of_run, is_installed
 from .parallelism import (
+    check_heads,
     check_lengths_in_pipeline,
     check_parallelism,
     check_world_size,
@@ -78,6 +79,7 @@ def check_launch(
     """
     check_config(config, flavors)
     check_world_size(config.parallelism, world_size)
+    check_heads(config, model_arguments_of(config))
     section = config.parallelism
     data_parallel = world_size // (
         section.context_parallel_degree

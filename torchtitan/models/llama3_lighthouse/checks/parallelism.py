@@ -24,7 +24,6 @@ def check_parallelism(config: JobConfig, args: LighthouseModelArgs) -> None:
         ValueError: two settings do not go together.
     """
     _check_degrees(config, args.n_layers)
-    _check_heads(config, args)
     _check_tied(config, args)
     _check_window(config, args.n_layers)
     _check_length(config)
@@ -48,8 +47,12 @@ def _check_degrees(config: JobConfig, n_layers: int) -> None:
         _check_validation_in_pipeline(config)
 
 
-def _check_heads(config: JobConfig, args: LighthouseModelArgs) -> None:
-    """Check that tensor parallelism gives every rank whole heads."""
+def check_heads(config: JobConfig, args: LighthouseModelArgs) -> None:
+    """Check that tensor parallelism gives every rank whole heads.
+
+    Raises:
+        ValueError: its degree does not divide them.
+    """
     degree = config.parallelism.tensor_parallel_degree
     for name, heads in (("heads", args.n_heads), ("heads of keys and values", args.kv_heads)):
         if heads % degree:
