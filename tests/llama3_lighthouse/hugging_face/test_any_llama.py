@@ -25,6 +25,7 @@ from torchtitan.models.llama3_lighthouse.hugging_face.export import export_check
 from torchtitan.models.llama3_lighthouse.hugging_face.format import model_state
 from torchtitan.models.llama3_lighthouse.hugging_face.import_model import import_model
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, Model
+from torchtitan.models.llama3_lighthouse.memory_estimate import product_widths
 from torchtitan.models.llama3_lighthouse.model.architecture import described_arguments
 from torchtitan.models.llama3_lighthouse.model.loss import build_loss
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
@@ -92,6 +93,13 @@ def test_drawn_architecture(tmp_path: Path, seed: int) -> None:
     step = import_model(folder, tmp_path / "run", report=lambda line: None)
     assert read_record(step).config["model"]["hf_folder"] == str(folder)
     vocabulary = config["vocab_size"]
+    args = described_arguments(Model(), config, "config.json")
+    with torch.device("meta"):
+        block = LighthouseTransformer(args).layers["0"]
+    linear = {**dict(block.attention.named_modules()), **dict(block.feed_forward.named_modules())}
+    widths = {name: linear[name].out_features for name in ("wq", "wk", "wv", "wo", "w1", "w3")}
+    assert product_widths(args) == widths
+
     before_training = checked(step, loaded(folder), vocabulary, seed)
 
     # The round trip changes no bit of a weight and no entry.

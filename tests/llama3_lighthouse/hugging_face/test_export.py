@@ -1,6 +1,7 @@
 """Export to Hugging Face's format, the model that transformers loads, and import."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -287,6 +288,8 @@ def test_hugging_face_tokenizer(tmp_path: Path, with_configuration: bool) -> Non
     expected = (0, 1) if with_configuration else (None, None)
     assert (config["bos_token_id"], config["eos_token_id"]) == expected
     import_model(tmp_path / "exported", tmp_path / "back")
+    # The run has the tokenizer of its own.
+    shutil.rmtree(tmp_path / "exported")
     back = load_trained_model(tmp_path / "back")
     assert back.config.lighthouse.tokenizer == "hf"
     assert back.tokenizer.encode("def f(x)") == ours.encode("def f(x)")

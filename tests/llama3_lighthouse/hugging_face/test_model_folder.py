@@ -130,13 +130,18 @@ def test_extending_changes_base_and_scaling_in_another_place(tied: Path, tmp_pat
     assert config == TIED | {"max_position_embeddings": 4096}
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "tensor"])
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp-chunked", "tensor"])
 def test_tied_embeddings_train_alike_on_two_ranks(tied: Path, tmp_path: Path, kind: str) -> None:
     step = import_model(tied, tmp_path / "imported")
     settings = SETTINGS | {
         "model.hf_folder": tied, "optimizer.lr": 2e-4, "optimizer.eps": 1e-6,
         "lighthouse.dense_from_step": 1, "checkpoint.initial_load_path": step,
     }  # fmt: skip
+    if kind == "fsdp-chunked":
+        settings |= {
+            "lighthouse.loss": "chunked",
+            "parallelism.fsdp_reshard_after_forward": "always",
+        }
     several = {"parallelism.tensor_parallel_degree": 2} if kind == "tensor" else {}
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
@@ -150,6 +155,29 @@ def test_tied_embeddings_train_alike_on_two_ranks(tied: Path, tmp_path: Path, ki
     assert (one["tok_embeddings.weight"] - start["tok_embeddings.weight"]).abs().max() > 1e-4
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
+
+
+def test_weights_come_from_the_folder_without_an_import(tied: Path, tmp_path: Path) -> None:
+    settings = {
+        "model.hf_folder": tied, "checkpoint.initial_load_path": tied, "training.steps": 1,
+        "checkpoint.initial_load_in_hf": True, "optimizer.lr": 0.0,
+    }  # fmt: skip
+    Run(tmp_path, SETTINGS | settings).succeed()
+    step = import_model(tied, tmp_path / "imported")
+    found, expected = (
+        load_trained_model(path).model.state_dict() for path in (tmp_path / "dump", step)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("length", [4, 77, 2047, 131072])
+def test_any_length_is_imported(tied: Path, tmp_path: Path, length: int) -> None:
+    shutil.copytree(tied, tmp_path / "folder")
+    config = TIED | {"max_position_embeddings": length}
+    (tmp_path / "folder/config.json").write_text(json.dumps(config))
+    import_model(tmp_path / "folder", tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text()) == config
 
 
 def test_dry_run_counts_what_is_there(tied: Path, tmp_path: Path) -> None:

@@ -32,11 +32,7 @@ from .infra.context_parallel import held_batch
 from .infra.pass_graphs import PassGraphs, launch_line, why_no_graphs
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
-from .metrics import (
-    UNDER_LIGHTHOUSE,
-    LighthouseMetricsProcessor,
-    whole_loss,
-)
+from .metrics import UNDER_LIGHTHOUSE, LighthouseMetricsProcessor, whole_loss
 from .model.architecture import architecture
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer

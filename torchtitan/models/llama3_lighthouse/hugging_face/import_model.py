@@ -136,11 +136,13 @@ def _own_configuration(
     config.model.hf_folder = str(folder)
     if flavor:
         config.model.flavor = flavor
-    config.training.seq_len = known["max_position_embeddings"]
+    # Even the smallest pyramid takes an even length.
+    length = known["max_position_embeddings"]
+    config.training.seq_len = max(4, length - length % 2)
     section = config.lighthouse
     section.stage = "dense"
     section.dense_layers = list(range(known["num_hidden_layers"]))
-    # No layer has a pyramid. The smallest one fits any length.
+    # No layer has a pyramid.
     section.levels = section.pooling_factor = section.top_k = section.picks_per_stratum = 2
     if not _has_byte_tokenizer(folder):
         section.tokenizer = "hf"
