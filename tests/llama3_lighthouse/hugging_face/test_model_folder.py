@@ -269,6 +269,23 @@ def test_flavor_beside_a_folder_has_no_effect(tied: Path) -> None:
     assert any(line.startswith("model.flavor = '15M' has no effect") for line in found)
 
 
+def test_sequences_beyond_yarn_get_a_warning(tied: Path) -> None:
+    found = {
+        factor: [
+            line
+            for line in warnings_of(
+                configured(
+                    tied, training__seq_len=2048, model__rope_scaling=f"yarn factor={factor}"
+                ),
+                1,
+            )
+            if "yarn factor=4" in line and line.startswith("training.seq_len = 2,048")
+        ]
+        for factor in (3.5, 4)
+    }
+    assert [len(lines) for lines in found.values()] == [1, 0]
+
+
 def test_scalings_of_flavors() -> None:
     config = configured("", model__rope_scaling="none", model__rope_theta=2e6)
     args = model_arguments_of(config)

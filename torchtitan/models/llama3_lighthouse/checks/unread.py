@@ -10,6 +10,7 @@ from lighthouse.config import ATTENDS
 
 from ..checkpoints.model_folder import model_arguments_of, model_folder
 from ..job_config import JobConfig, leaves
+from ..model.rope_scaling import LENGTH
 from ..stages import distinct_stages, named, stages_of
 from .parallelism import precision_key, running_window
 from .rules import shown
@@ -93,7 +94,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
 
 def warnings_of(config: JobConfig, world_size: int) -> list[str]:
     """Warnings before a run of ``world_size`` processes begins, one line each."""
-    found = [*_unused(config), *_folder(config), *_stages(config)]
+    found = [*_unused(config), *_folder(config), *_yarn(config), *_stages(config)]
     for stage in distinct_stages(config):
         found += [f"{named(stage)}{line}" for line in _window(stage.config, world_size)]
     return found
@@ -107,6 +108,18 @@ def _folder(config: JobConfig) -> list[str]:
     return [
         f"model.hf_folder = '{config.model.hf_folder}' is gone; the model is as the copy of its "
         f"config.json in {folder} says"
+    ]
+
+
+def _yarn(config: JobConfig) -> list[str]:
+    """Whether sequences are longer than YaRN's scaling is made for."""
+    scaling, length = model_arguments_of(config).rope_scaling, config.training.seq_len
+    if scaling["rope_type"] != "yarn" or length <= scaling["factor"] * scaling[LENGTH]:
+        return []
+    return [
+        f"training.seq_len = {length:,} is beyond factor x {LENGTH} = {scaling['factor']:g} x "
+        f"{scaling[LENGTH]:,} of the rotary embedding's yarn scaling, the length that it is made "
+        f"for; use --model.rope_scaling 'yarn factor={-(-length // scaling[LENGTH])}'"
     ]
 
 
