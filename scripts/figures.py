@@ -311,10 +311,28 @@ def contest(name: str, plot: Callable[[Results, Path], None]) -> Callable[[Path]
     return lambda path: plot(Results(read_contest(file), STUDIES / f"contest_{name}"), path)
 
 
+def copying(path: Path) -> None:
+    """What a model makes of passages that return, over the tokens that it was trained on."""
+    rows = read_csv("copying_17m/training.csv")
+    runs = list(dict.fromkeys(str(row["run"]) for row in rows))
+    figure = new_figure(9, 4.2)
+    axis = figure.subplots()
+    for run, colour, marker in zip(runs, colours(len(runs)), MARKS, strict=True):
+        points = [(row["tokens"] / 1e6, row["gain"]) for row in rows if row["run"] == run]
+        axis.plot(*zip(*points, strict=True), f"{marker}-", label=run, color=colour, markersize=3,
+                  linewidth=1)  # fmt: skip
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="million tokens of training", ylabel="gain, nats per returned token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    save(figure, path)
+
+
 def ablations(path: Path) -> None:
     ablation_results.plot_speed(read_csv("ablations_books_16k/results.csv"), path)
 
 
+MARKS = "os^vDx"
 LONG, SHORT = {"split 0.625": 1500, "split 0.75": 1800}, {"split 0.625": 550, "split 0.75": 660}
 FIGURES: dict[str, Callable[[Path], None]] = {
     "overview.png": overview,
@@ -342,6 +360,10 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "studies/results/contest_books_17m/loss_by_position.png": contest(
         "books_17m", contest_plots.by_position
     ),
+    "studies/results/contest_books_17m/loss_over_time.png": contest(
+        "books_17m", contest_plots.over_time
+    ),
+    "studies/results/copying_17m/training.png": copying,
     "studies/results/ablations_books_16k/loss_and_throughput.png": ablations,
 }
 

@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
@@ -309,6 +310,29 @@ def test_page_of_the_contest_holds_its_record() -> None:
              for arm in results.contest.arms for seed in results.contest.seeds]  # fmt: skip
     means = [statistics.fmean(gains[n : n + 6]) for n in range(0, len(gains), 6)]
     assert len(means) == 36 and max(map(abs, means)) < 0.0015
+
+
+def test_page_on_copying_is_its_records() -> None:
+    page, folder = words(DOCS / "studies/copying.md"), DOCS / "studies/results/copying_17m"
+    runs, pilot = (pandas.read_csv(folder / name) for name in ("training.csv", "pilot.csv"))
+    # The first tenth of a run is too steep to compare its sequences.
+    learned = runs[(runs.gain > 0.3) & (runs.tokens > 12e6)].groupby("run").tokens.min()
+    assert f"after {learned.min() / 1e6:.0f} to {learned.max() / 1e6:.0f} million tokens" in page
+    shares = runs.groupby("run").share.first()
+    assert (shares == 0.5).sum() == 4 and (shares == 0.125).sum() == 2
+    assert len(learned) == 3 and set(learned.index) < set(shares[shares == 0.5].index)
+    pilot = pilot[pilot.start_rate == 1e-3].pivot_table(
+        index=["arm", "rate"], columns="measure", values="value"
+    )
+    best = pilot["repeated/16384/loss"].groupby("arm").idxmin()
+    shown = ("loss", "repeated/4096", "repeated/16384", "repeated/31744")
+    rows = re.findall(r"\| `(\w+)` \|[^|]*\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", page)
+    assert len(rows) == len(best) == 5
+    for arm, rate, *cells in rows:
+        assert float(rate) == best[arm][1]
+        assert cells == [f"{pilot.loc[best[arm], name]:.3f}" for name in shown]
+    other = pilot.loc[("dense", 5e-4)]
+    assert f"a held-out loss of {other['loss']:.3f} and a gain of {other[shown[2]]:.3f}" in page
 
 
 def test_log_in_the_readme_is_the_record() -> None:
