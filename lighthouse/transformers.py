@@ -9,7 +9,9 @@
 
 ``transformers`` hands a model's masks to the implementation's own mask function, and leaves out the
 masks of an implementation that has none. So there is one here, which refuses every mask but the
-causal one. Whatever else Lighthouse does not compute is refused too.
+causal one. Whatever else Lighthouse does not compute is refused too. In place of a mask it returns
+``CAUSAL``, which fails in a model that computes attention by code of its own: such a model would
+otherwise go on without any mask, and see later tokens.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
 """
@@ -17,7 +19,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -49,10 +51,14 @@ REFUSED = {
     "softcap": "caps its scores",
     "sliding_window": "has a sliding window",
     "s_aux": "has attention sinks",
+    "sinks": "has attention sinks",
+    "indices": "attends over keys that it selects itself",
+    "block_indices": "attends over keys that it selects itself",
     "position_bias": "adds a bias to its scores",
     "head_mask": "masks heads",
     "output_attentions": "returns its attention weights",
     "cu_seq_lens_q": "packs several sequences into one",
+    "cu_seq_lens_k": "packs several sequences into one",
     "cu_seqlens_q": "packs several sequences into one",
 }
 
@@ -70,9 +76,36 @@ class Settings:
     dense_layers: frozenset[int]
 
 
+class CausalMask:
+    """Stands for the causal mask, which ``attend`` needs no tensor for.
+
+    Raises:
+        AttributeError, TypeError: a model uses it as a tensor.
+    """
+
+    message = (
+        "this model uses its mask in code of its own, which Lighthouse attention does not replace. "
+        + DENSE
+    )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(self.message)
+
+    def __getitem__(self, _: Any) -> NoReturn:
+        raise TypeError(self.message)
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __getitem__
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> NoReturn:
+        raise TypeError(cls.message)
+
+
+CAUSAL = CausalMask()
 _registered: Settings | None = None
-# The positions of the last forward pass, if they are still there; all layers get the same tensor.
-_in_order: weakref.ref[torch.Tensor] | None = None
+# The positions of the last forward pass, if they are still there, and how often they had been
+# changed in place. All layers get the same tensor.
+_in_order: tuple[weakref.ref[torch.Tensor], int] | None = None
 
 
 def register(config: LighthouseConfig | None = None, dense_layers: Iterable[int] = ()) -> None:
@@ -87,7 +120,7 @@ def register(config: LighthouseConfig | None = None, dense_layers: Iterable[int]
         dense_layers: layers with dense attention, counted from 0.
 
     Raises:
-        TypeError: ``config`` is no LighthouseConfig, or a layer no integer.
+        TypeError: ``config`` is no LighthouseConfig, or ``dense_layers`` no layer numbers.
     """
     global _registered
     if config is not None and not isinstance(config, LighthouseConfig):
@@ -97,7 +130,7 @@ def register(config: LighthouseConfig | None = None, dense_layers: Iterable[int]
         )
     _registered = Settings(config or RECOMMENDED, _layers(dense_layers))
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, refuse_masks)
+    AttentionMaskInterface.register(NAME, check_mask)
 
 
 def settings_for(config: LighthouseConfig, dense_layers: Iterable[int] = ()) -> dict[str, Any]:
@@ -130,16 +163,39 @@ def settings_of(module: nn.Module) -> Settings:
 
 
 def _layers(numbers: Iterable[int]) -> frozenset[int]:
-    found = list(numbers)
-    wrong = [number for number in found if isinstance(number, bool) or not isinstance(number, int)]
-    if wrong or any(number < 0 for number in found):
+    found = list(numbers) if isinstance(numbers, Iterable) else None
+    if found is None or not all(type(number) is int and number >= 0 for number in found):
         raise TypeError(
-            f"dense_layers must be layer numbers from 0 on, got {found}; leave it out for none"
+            f"dense_layers must be layer numbers from 0 on, such as [0, 1], got {numbers!r}; leave "
+            "it out for none"
         )
     return frozenset(found)
 
 
-def refuse_masks(
+def _is_dense(module: nn.Module, dense_layers: frozenset[int]) -> bool:
+    """Whether a layer is among ``dense_layers``.
+
+    Raises:
+        ValueError: the layer has no number, or ``dense_layers`` numbers that the model has not.
+    """
+    if not dense_layers:
+        return False
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ValueError(
+            f"dense_layers = {sorted(dense_layers)} cannot be told apart, because "
+            f"{type(module).__name__} has no layer_idx; leave dense_layers out"
+        )
+    layers = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+    if layers is not None and max(dense_layers) >= layers:
+        raise ValueError(
+            f"dense_layers = {sorted(dense_layers)} must be layers of the model, which are 0 to "
+            f"{layers - 1}; leave out the others"
+        )
+    return layer in dense_layers
+
+
+def check_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -147,13 +203,14 @@ def refuse_masks(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
-    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
     **_: Any,
-) -> None:
+) -> CausalMask:
     """Check that a model asks for the causal mask alone; ``transformers`` calls it before layers.
 
     Raises:
-        ValueError: it asks for another one, as for padding, or attends over a cache.
+        ValueError: it asks for another one, as for padding, or attends over a cache; in compiled
+            code RuntimeError.
     """
     _refuse_cache(q_length, kv_length)
     if attention_mask is not None:
@@ -169,15 +226,37 @@ def refuse_masks(
                 "positions, padding included. Fill sequences up with text and leave the mask out; "
                 + DENSE
             )
-    # The compiler cannot tell whether positions run on, so transformers hands it a mask for packed
-    # sequences in any case. ``attend`` checks the positions there.
-    packed_for_compiler = torch.compiler.is_compiling() and not use_vmap
-    if mask_function is not causal_mask_function and not packed_for_compiler:
-        raise ValueError(
+    if mask_function is not causal_mask_function:
+        message = (
             "Lighthouse attention is causal over one sequence, and this model asks for another "
             "mask: a sliding window, both directions, blocks, or position_ids that start anew "
             "within a row. " + DENSE
         )
+        if not torch.compiler.is_compiling():
+            raise ValueError(message)
+        _assert_causal(mask_function, batch_size, q_length, device, message)
+    return CAUSAL
+
+
+def _assert_causal(
+    mask_function: Callable[..., Any],
+    batch_size: int,
+    length: int,
+    device: torch.device | str,
+    message: str,
+) -> None:
+    """Check within a compiled graph, where no mask is known by name.
+
+    The compiler cannot tell whether positions run on, so transformers hands it a mask for packed
+    sequences in any case. A mask is taken for causal if every position sees the first one and none
+    sees the next.
+    """
+    rows = torch.arange(batch_size, device=device)[:, None]
+    places = torch.arange(length, device=device)[None]
+    first = torch.zeros_like(places)
+    sees_first = mask_function(rows, first, places, first)
+    sees_next = mask_function(rows, first, places[:, :-1], places[:, 1:])
+    torch._assert_async(sees_first.all() & ~sees_next.any(), message)
 
 
 def _refuse_cache(q_length: int, kv_length: int) -> None:
@@ -193,7 +272,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | CausalMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -205,7 +284,7 @@ def attend(
         module: the layer's attention, whose ``layer_idx`` says whether it stays dense.
         query: [B, Hq, N, D].
         key, value: [B, Hkv, N, D].
-        attention_mask, dropout, is_causal: None, 0.0 and not False.
+        attention_mask, dropout, is_causal: None or ``CAUSAL``, 0.0, and not False.
         scaling: factor of the scores before the softmax.
         options: whatever else the model hands over.
 
@@ -217,12 +296,17 @@ def attend(
             do not fit N.
     """
     _refuse_cache(query.shape[2], key.shape[2])
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask is not CAUSAL:
         raise ValueError(f"Lighthouse attention takes no attention_mask; leave it out. {DENSE}")
+    if key.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            "Lighthouse attention needs values as wide as keys, and this model has keys of "
+            f"{key.shape[-1]} and values of {value.shape[-1]} columns. {DENSE}"
+        )
     if dropout:
         raise ValueError(
             f"Lighthouse attention has no dropout, got {dropout}; set attention_dropout = 0.0 in "
-            "the model's config"
+            "the model's config, or what it calls the dropout of its attention"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
@@ -236,17 +320,10 @@ def attend(
     if (positions := options.get("position_ids")) is not None:
         _check_positions(positions)
     settings = settings_of(module)
-    if settings.dense_layers:
-        layer = getattr(module, "layer_idx", None)
-        if layer is None:
-            raise ValueError(
-                f"dense_layers = {sorted(settings.dense_layers)} cannot be told apart, because "
-                f"{type(module).__name__} has no layer_idx; leave dense_layers out"
-            )
-        if layer in settings.dense_layers:
-            return sdpa_attention_forward(
-                module, query, key, value, None, scaling=scaling, is_causal=True
-            )
+    if _is_dense(module, settings.dense_layers):
+        return sdpa_attention_forward(
+            module, query, key, value, None, scaling=scaling, is_causal=True
+        )
     out = lighthouse_attention(query, key, value, settings.config, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -265,9 +342,13 @@ def _check_positions(positions: torch.Tensor) -> None:
     if torch.compiler.is_compiling():
         torch._assert_async((positions.diff(dim=-1) == 1).all(), message)
         return
-    # Looking into a tensor holds up the host, so the first layer does it for all.
-    if _in_order is not None and _in_order() is positions:
-        return
+    # Looking into a tensor holds up the host, so the first layer does it for all. Tensors of
+    # inference mode do not count their changes, and are looked into every time.
+    version = None if positions.is_inference() else positions._version
+    if version is not None and _in_order is not None:
+        known, known_version = _in_order
+        if known() is positions and known_version == version:
+            return
     if not bool((positions.diff(dim=-1) == 1).all()):
         raise ValueError(message)
-    _in_order = weakref.ref(positions)
+    _in_order = None if version is None else (weakref.ref(positions), version)
