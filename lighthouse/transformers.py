@@ -61,6 +61,16 @@ REFUSED = {
     "cu_seq_lens_k": "packs several sequences into one",
     "cu_seqlens_q": "packs several sequences into one",
 }
+# Names that models give their norms of queries and keys.
+NORMS = (
+    "q_norm",
+    "k_norm",
+    "qk_norm",
+    "q_layernorm",
+    "k_layernorm",
+    "query_layernorm",
+    "key_layernorm",
+)
 
 
 @dataclass(frozen=True)
@@ -324,8 +334,31 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, None, scaling=scaling, is_causal=True
         )
+    _check_scorer(module, settings.config.scorer, query.shape[-1])
     out = lighthouse_attention(query, key, value, settings.config, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_scorer(module: nn.Module, scorer: str, head_dim: int) -> None:
+    """Check that the scorer can tell positions apart.
+
+    Raises:
+        ValueError: it ranks by norms that the layer has made equal.
+    """
+    if scorer != "norm":
+        return
+    for name in NORMS:
+        norm = getattr(module, name, None)
+        if norm is None:
+            continue
+        # A norm over all heads together leaves each head's norms apart.
+        weight = getattr(norm, "weight", None)
+        if weight is None or weight.shape[-1] == head_dim:
+            raise ValueError(
+                "scorer = 'norm' ranks positions by the norms of their queries and keys, and "
+                f"{name} of {type(module).__name__} makes these nearly equal; register a "
+                "LighthouseConfig with scorer = 'gla' or 'dilated'"
+            )
 
 
 def _check_positions(positions: torch.Tensor) -> None:
