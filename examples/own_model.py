@@ -68,21 +68,25 @@ class GPT(nn.Module):
             block.inner.enabled = enabled
 
 
+def rows_of_text(steps: int) -> torch.Tensor:
+    """Bytes of Python's standard library, [steps, 4, LENGTH + 1]."""
+    files = sorted(Path(argparse.__file__).parent.glob("*.py"))
+    text = b"".join(file.read_bytes() for file in files)[: steps * 4 * (LENGTH + 1)]
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).view(steps, 4, -1).long()
+
+
 def main() -> list[float]:
     """The loss of each step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20, help="of each stage; default: 20")
     steps = parser.parse_args().steps
-    files = sorted(Path(argparse.__file__).parent.glob("*.py"))
-    text = b"".join(file.read_bytes() for file in files)[: 2 * steps * 4 * (LENGTH + 1)]
-    rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).view(2 * steps, 4, -1).long()
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPT().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for step, row in enumerate(rows.to(device)):
+    for step, row in enumerate(rows_of_text(2 * steps).to(device)):
         model.use_lighthouse(step < steps)
         logits = model(row[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten())

@@ -28,7 +28,8 @@ BY_NORM = {
     "Gemma": {}, "Phi": {}, "Phi3": {"sliding_window": None}, "Olmo": {}, "Olmo2": {},
     "Granite": {}, "Cohere": {}, "Glm": {}, "Glm4": {}, "StableLm": {},
     "Starcoder2": {"sliding_window": None}, "Nemotron": {}, "Helium": {}, "Arcee": {},
-    "SeedOss": {}, "Ernie4_5": {}, "BitNet": {}, "GPTNeoX": {}, "GPT2": {}, "OPT": {}, "BioGpt": {}, "Moshi": {},
+    "SeedOss": {}, "Ernie4_5": {}, "BitNet": {}, "GPTNeoX": {}, "GPT2": {}, "OPT": {},
+    "BioGpt": {}, "Moshi": {},
 }  # fmt: skip
 # They normalise queries and keys in every head.
 BY_OUTPUT = {"Qwen3": {}, "Qwen3Moe": {}, "HunYuanDenseV1": {}, "NanoChat": {}, "Apertus": {}}
