@@ -62,7 +62,7 @@ REFUSED = {
     "cu_seqlens_q": "packs several sequences into one",
 }
 # Names that models give their norms of queries and keys.
-NORMS = (
+NORMS = {
     "q_norm",
     "k_norm",
     "qk_norm",
@@ -70,7 +70,7 @@ NORMS = (
     "k_layernorm",
     "query_layernorm",
     "key_layernorm",
-)
+}
 
 
 @dataclass(frozen=True)
@@ -347,13 +347,12 @@ def _check_scorer(module: nn.Module, scorer: str, head_dim: int) -> None:
     """
     if scorer != "norm":
         return
-    for name in NORMS:
-        norm = getattr(module, name, None)
-        if norm is None:
+    for name, norm in module.named_children():
+        if name not in NORMS:
             continue
         # A norm over all heads together leaves each head's norms apart.
         weight = getattr(norm, "weight", None)
-        if weight is None or weight.shape[-1] == head_dim:
+        if not isinstance(weight, torch.Tensor) or weight.shape[-1] == head_dim:
             raise ValueError(
                 "scorer = 'norm' ranks positions by the norms of their queries and keys, and "
                 f"{name} of {type(module).__name__} makes these nearly equal; register a "

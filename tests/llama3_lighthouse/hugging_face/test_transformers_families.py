@@ -110,6 +110,16 @@ def test_is_refused(family: str) -> None:
     assert 'model.set_attn_implementation("sdpa") computes it' in str(error.value)
 
 
+@pytest.mark.parametrize("family", ["OpenAIGPT", "XLM", "CpmAnt"])
+def test_models_that_never_ask_stay_as_they_are(family: str) -> None:
+    config, rows = small(family), tokens() % 256
+    found = []
+    for attention in ("lighthouse", "eager"):
+        with patch.object(module, "attend", side_effect=AssertionError), torch.no_grad():
+            found.append(build(config, attention)(rows).logits)
+    assert torch.equal(*found)
+
+
 def test_compiled_blocks_are_refused() -> None:
     """Llama 4 hands its layers no word of them, and the compiler knows no mask by name."""
     register(replace(WITH_WINDOW, scorer="gla"))
