@@ -69,10 +69,12 @@ class GPT(nn.Module):
 
 
 def rows_of_text(steps: int) -> torch.Tensor:
-    """Bytes of Python's standard library, [steps, 4, LENGTH + 1]."""
+    """Bytes of Python's standard library, in a mixed order, [steps, 4, LENGTH + 1]."""
     files = sorted(Path(argparse.__file__).parent.glob("*.py"))
     text = b"".join(file.read_bytes() for file in files)[: steps * 4 * (LENGTH + 1)]
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).view(steps, 4, -1).long()
+    rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).view(steps * 4, -1).long()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order].view(steps, 4, -1)
 
 
 def main() -> list[float]:

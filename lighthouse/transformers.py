@@ -45,7 +45,8 @@ RECOMMENDED = LighthouseConfig(entry_score="first", combine="finest", window=256
 # "dense_layers".
 SETTINGS = "lighthouse"
 DENSE_LAYERS = "dense_layers"
-DENSE = 'model.set_attn_implementation("sdpa") computes it'
+# The compiler writes messages into C++ and Triton, where a double quote would end them.
+DENSE = "model.set_attn_implementation('sdpa') computes it"
 # Arguments of an attention call that change its result -> what they ask for.
 REFUSED = {
     "softcap": "caps its scores",

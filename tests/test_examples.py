@@ -4,6 +4,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import nbformat
@@ -39,7 +40,9 @@ def loaded(name: str, monkeypatch: pytest.MonkeyPatch, *line: object) -> ModuleT
 def test_own_model(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = loaded("own_model", monkeypatch, "--steps", steps).main()
     assert len(losses) == 2 * steps
-    assert losses[-1] < losses[steps - 1] < losses[0]
+    # Each step has other text, so single steps do not compare.
+    first, second = (fmean(stage[steps // 2 :]) for stage in (losses[:steps], losses[steps:]))
+    assert second < first < losses[0]
 
 
 @each_length

@@ -107,7 +107,7 @@ def test_is_refused(family: str) -> None:
     model = build(small(family, **settings))
     with pytest.raises((ValueError, TypeError, AttributeError), match=message) as error:
         model(tokens(), use_cache=False)
-    assert 'model.set_attn_implementation("sdpa") computes it' in str(error.value)
+    assert "model.set_attn_implementation('sdpa') computes it" in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["OpenAIGPT", "XLM", "CpmAnt"])

@@ -230,7 +230,7 @@ def register_nothing(_: Path) -> None:
 MISUSES: dict[Callable[[Path], None], str] = {
     drop: "attention_dropout = 0.0",
     attend_both_ways: "both directions",
-    generate: 'set_attn_implementation."sdpa".',
+    generate: "set_attn_implementation.'sdpa'.",
     generate_anew: "sequence length must be a multiple",
     go_on_from_a_cache: "does not decode with a cache: 128 queries over 256 keys",
     fill_a_static_cache: "does not decode with a cache",

@@ -91,6 +91,7 @@ def test_key_value_heads_are_never_repeated() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_into_one_graph(backend: str) -> None:
     model, rows = build().train(), tokens()
+    torch.compiler.reset()
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     found = compiled(rows, labels=rows, use_cache=False)
