@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from .config import LighthouseConfig
-from .context_parallel import ONE_DEVICE, ContextParallel
+from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
 from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import IMPLEMENTATIONS, choose_implementation, kernels
 from .inner_attention import InnerAttention
 from .inputs import check_transforms, checked_selection, chunked
-from .merge import merged_attention, merged_attention_by_kernels
+from .merge import (
+    merged_attention,
+    merged_attention_by_kernels,
+    merged_attention_over_ranks,
+)
 from .reach import seam_rows
 from .scatter import scatter_back
 from .selection import Selection, select_entries
@@ -49,7 +53,8 @@ def lighthouse_attention(
             by the kernels that ``window_attention`` takes for bfloat16 and float16 on CUDA, and
             by vectorised PyTorch otherwise.
         context_parallel: the chunks on this rank, when N is only its part of the sequence;
-            ``sdpa`` then has to attend over the parts of all ranks.
+            ``sdpa`` then has to attend over the parts of all ranks. With a window, the layout's
+            operations do so.
 
     Returns:
         [B, Hq, N, D]. Without a window, zero at the first positions that no selected entry reaches.
@@ -61,12 +66,15 @@ def lighthouse_attention(
     check_transforms()
     _check_window(config, sdpa, context_parallel)
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
+    chunks = context_parallel.chunks
+    check_halo(config.window, geometry.sequence_length * chunks, chunks)
     if selection is not None:
         selection = Selection(*checked_selection(selection, k, geometry))
     impl = choose_implementation(impl, q)
+    parallel = chunks > 1
     if impl == "triton":
         selection, coarsest = _select_with_kernels(q, k, v, selection, geometry)
-        if config.window:
+        if config.window and not parallel:
             return merged_attention_by_kernels(q, k, v, coarsest, selection, geometry, scale)
         pairs = zip((q, k, v), coarsest, strict=True)
         gathered = [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
@@ -75,9 +83,15 @@ def lighthouse_attention(
         if selection is None:
             selection = select_entries(q, k, v, geometry)
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
-        if config.window:
+        if config.window and not parallel:
             return merged_attention(q, k, v, gathered, selection, geometry, scale)
         scatter = scatter_back
+    if config.window:
+        near = "torch" if impl == "torch" else None
+        out = merged_attention_over_ranks(
+            q, k, v, gathered, selection, geometry, scale, context_parallel, scatter, near
+        )
+        return context_parallel.join(out)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
     out = attend(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
@@ -88,8 +102,8 @@ def lighthouse_attention(
         )
     out = context_parallel.split(out)
     seam = None
-    if context_parallel.chunks > 1:
-        seam = context_parallel.exchange(seam_rows(out, selection.slot, geometry))
+    if parallel:
+        (seam,) = context_parallel.exchange(seam_rows(out, selection.slot, geometry))
     return context_parallel.join(scatter(out, selection, geometry, seam))
 
 
@@ -103,11 +117,11 @@ def _check_window(
             f"window = {config.window} is merged by logsumexps, which sdpa does not return; leave "
             "sdpa out, or set window = 0"
         )
-    # Pipelines copy modules, and with them what stands for one device.
-    if config.window and context_parallel != ONE_DEVICE:
+    if config.window and context_parallel.chunks > 1 and context_parallel.operations is None:
         raise ValueError(
-            f"window = {config.window} reaches into chunks that other ranks hold, which nothing "
-            "hands over yet; use one rank for a sequence, or set window = 0"
+            f"window = {config.window} is merged by logsumexps, which under context parallelism "
+            "come from attention over all ranks; give ContextParallel its operations, or set "
+            "window = 0"
         )
 
 

@@ -5,16 +5,21 @@ what one device would select there. Its gathered sequence is dense, and the gath
 all chunks, in order, are the gathered sequence of one device. Any causal attention over sharded
 sequences, such as ring attention, runs on them.
 
-One thing crosses from chunk to chunk. Entries that end with a chunk reach up to p^l - 1 positions
-of the next chunk when outputs are scattered back. Their outputs are the seam rows.
+Two things cross from chunk to chunk. Entries that end with a chunk reach up to p^l - 1 positions
+of the next chunk when outputs are scattered back. Their outputs are the seam rows. A window of
+``window`` positions reaches back over window - 1 keys and values of the chunk before. They are the
+halo.
 
 Shapes: B batch, H heads, W ranks, M chunks on this rank, C positions of a chunk, D head dimension,
 S gathered length of a chunk, L levels.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as collectives
 
 from .config import LighthouseConfig
@@ -48,6 +53,21 @@ def check_chunks(config: LighthouseConfig, sequence_length: int, chunks: int) ->
         )
 
 
+def check_halo(window: int, sequence_length: int, chunks: int) -> None:
+    """Check that a window reaches no further back than the chunk before.
+
+    Raises:
+        ValueError: a chunk has fewer than ``window`` - 1 positions.
+    """
+    length = sequence_length // chunks
+    if chunks > 1 and window - 1 > length:
+        raise ValueError(
+            f"window = {window} reaches over more than one of the {chunks} chunks that context "
+            f"parallelism cuts {sequence_length} positions into; use a window of at most "
+            f"{length + 1}, a longer sequence, or fewer ranks"
+        )
+
+
 @dataclass(frozen=True)
 class ContextParallel:
     """Which chunks of the sequence this rank holds, and how it reaches the other ranks.
@@ -58,12 +78,18 @@ class ContextParallel:
         world_size: W.
         balanced: whether rank r holds chunks r and 2 W - 1 - r of 2 W, joined, so that causal
             attention costs all ranks the same. Otherwise it holds chunk r of W.
+        operations: causal attention over the parts of all ranks, without autograd, for a window
+            beside the selection. forward(q, k, v, scale) returns out and the logsumexp of the
+            scores. backward(dout, dlse, q, k, v, out, lse, scale) returns dq, dk and dv.
     """
 
     group: torch.distributed.ProcessGroup | None
     rank: int
     world_size: int
     balanced: bool = True
+    operations: tuple[Callable[..., Any], Callable[..., Any]] | None = field(
+        default=None, compare=False
+    )
 
     @property
     def chunks(self) -> int:
@@ -126,40 +152,81 @@ class ContextParallel:
             return rows
         return rows.transpose(1, 2).unflatten(0, (-1, held)).flatten(1, 2).transpose(1, 2)
 
-    def exchange(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give each chunk the seam rows of the chunk before it, and the first chunk zeros.
+    def exchange(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give each chunk ``parts`` of the chunk before it, and the first chunk zeros.
 
-        The exchange is differentiable. Every rank of the group has to call it, and its backward.
+        All parts go in one collective. Several would have no order among themselves, and compiled
+        ranks might start them in different ones. The exchange is differentiable. Every rank of the
+        group has to call it, and its backward.
 
         Args:
-            rows: seam rows of this rank's chunks, [B M, H, L - 1, D].
+            parts: rows of this rank's chunks, [B M, ...] each, of any dtypes.
 
         Returns:
-            Seam rows of the chunks before them, of the same shape.
+            Those of the chunks before them, of the same shapes.
         """
-        assert self.group is not None
-        rows = rows.unflatten(0, (-1, len(self.held))).transpose(0, 1)
-        sent: list[int] = []
-        sent_to = [0] * self.world_size
-        source: dict[int, int] = {}
-        received_from = [0] * self.world_size
-        for other in range(self.world_size):
-            for chunk in self.held_by(other):
-                if chunk - 1 in self.held:
-                    sent.append(self.held.index(chunk - 1))
-                    sent_to[other] += 1
-            for chunk in self.held:
-                if chunk - 1 in self.held_by(other):
-                    source[chunk] = len(source)
-                    received_from[other] += 1
-        outgoing = torch.cat([rows[:0], *(rows[place : place + 1] for place in sent)])
-        incoming = collectives.all_to_all_single_autograd(
-            outgoing.contiguous(), received_from, sent_to, self.group
-        )
-        # No chunk comes before the first one. It takes the row of zeros at the end.
-        incoming = torch.cat([incoming, torch.zeros_like(rows[:1])])
-        seams = [incoming[source.get(chunk, len(source))] for chunk in self.held]
-        return torch.stack(seams, dim=1).flatten(0, 1)
+        return _Exchange.apply(self, *parts)
+
+    def fill_first(self, rows: torch.Tensor, value: float) -> torch.Tensor:
+        """``rows`` [B M, ...] with ``value`` for the sequence's first chunk, if it is here."""
+        if 0 not in self.held:
+            return rows
+        first = torch.arange(rows.shape[0], device=rows.device) % len(self.held)
+        first = (first == self.held.index(0)).view(-1, *[1] * (rows.ndim - 1))
+        return rows.masked_fill(first, value)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows go to the next chunk, and their gradients back to the chunk that they came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layout: ContextParallel, *parts: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.layout = layout
+        return _carried(layout, parts, 1)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]  One gradient for each of the outputs.
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *_carried(ctx.layout, grads, -1)
+
+
+def _carried(
+    layout: ContextParallel, parts: Sequence[torch.Tensor], step: int
+) -> tuple[torch.Tensor, ...]:
+    """For each chunk c, the parts of chunk c - ``step``, or zeros where there is no such chunk."""
+    assert layout.group is not None
+    held = layout.held
+    # Parts travel as bytes, because they may be of several dtypes.
+    rows = [x.unflatten(0, (-1, len(held))).transpose(0, 1).contiguous() for x in parts]
+    lines = torch.cat([x.flatten(1).view(torch.uint8) for x in rows], dim=1)
+    sent: list[int] = []
+    sent_to = [0] * layout.world_size
+    source: dict[int, int] = {}
+    received_from = [0] * layout.world_size
+    for other in range(layout.world_size):
+        for chunk in layout.held_by(other):
+            if chunk - step in held:
+                sent.append(held.index(chunk - step))
+                sent_to[other] += 1
+        for chunk in held:
+            if chunk - step in layout.held_by(other):
+                source[chunk] = len(source)
+                received_from[other] += 1
+    outgoing = torch.cat([lines[:0], *(lines[place : place + 1] for place in sent)])
+    incoming = collectives.all_to_all_single(outgoing, received_from, sent_to, layout.group)
+    # A chunk that nothing comes to takes the line of zeros at the end.
+    incoming = torch.cat([incoming, torch.zeros_like(lines[:1])])
+    lines = torch.stack([incoming[source.get(chunk, len(source))] for chunk in held])
+    found = []
+    widths = [x[0].numel() * x.element_size() for x in rows]
+    for line, x in zip(lines.split(widths, dim=1), rows, strict=True):
+        # A view of a line that begins between two elements would not be one of this dtype.
+        line = line.clone(memory_format=torch.contiguous_format)
+        found.append(line.view(x.dtype).view(x.shape).transpose(0, 1).flatten(0, 1))
+    return tuple(found)
 
 
 ONE_DEVICE = ContextParallel(None, 0, 1)

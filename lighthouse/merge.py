@@ -10,19 +10,20 @@ length, W positions of the window.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from .context_parallel import ContextParallel
 from .geometry import PyramidGeometry
-from .implementation import kernels
-from .reach import reaching
+from .implementation import choose_window_implementation, kernels
+from .reach import reaching, seam_rows
 from .scatter import scatter_back
 from .selection import Selection
-from .window import window_attention, window_operations
+from .window import window_attention, window_in_chunks, window_operations
 
 
 def merged_attention(
@@ -60,6 +61,76 @@ def merged_attention(
     far_lse = far_lse.masked_fill(~reached, -math.inf)
     weight = torch.sigmoid(far_lse - near_lse).unsqueeze(-1)
     return (weight * far + (1 - weight) * near).to(q.dtype)
+
+
+def merged_attention_over_ranks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gathered: Sequence[torch.Tensor],
+    selection: Selection,
+    geometry: PyramidGeometry,
+    scale: float | None,
+    layout: ContextParallel,
+    scatter: Callable[..., torch.Tensor],
+    impl: str | None,
+) -> torch.Tensor:
+    """As ``merged_attention``, of the chunks on this rank, M of them.
+
+    The seam rows, their logsumexps and the halo cross from chunk to chunk in one collective.
+
+    Args:
+        q: [B M, Hq, C, D].
+        k, v: [B M, Hkv, C, D].
+        gathered: pooled q, k and v of the selected entries, [B M, H, S, D].
+        scatter: scatters outputs back, as ``lighthouse.scatter.scatter_back``.
+        impl: as in ``window_attention``.
+
+    Returns:
+        [B M, Hq, C, D].
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    impl = choose_window_implementation(impl, q)
+    far, far_lse = _OverRanks.apply(*map(layout.join, gathered), scale, layout)
+    far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
+    seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
+    window = geometry.config.window
+    near, near_lse, seam, seam_lse = window_in_chunks(q, k, v, window, scale, impl, layout, *seams)
+    # No entry reaches the first positions of the sequence, where the window stands alone.
+    seam_lse = layout.fill_first(seam_lse, -math.inf)
+    far = scatter(far, selection, geometry, seam)
+    far_lse = scatter_back(far_lse, selection, geometry, seam_lse)
+    weight = torch.sigmoid(far_lse - near_lse.unsqueeze(-1))
+    return (weight * far + (1 - weight) * near).to(q.dtype)
+
+
+class _OverRanks(torch.autograd.Function):
+    """Causal attention over the parts of all ranks by a layout's operations, with its logsumexp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        layout: ContextParallel,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert layout.operations is not None
+        out, lse = layout.operations[0](q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.constants = scale, layout
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]  One gradient for each of the two outputs.
+    def backward(
+        ctx: Any, dout: torch.Tensor, dlse: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        scale, layout = ctx.constants
+        grads = layout.operations[1](dout, dlse, *ctx.saved_tensors, scale)
+        return *grads, None, None
 
 
 def merged_attention_by_kernels(

@@ -4,6 +4,8 @@ Position t attends over positions t - W + 1 to t, with the softmax of all causal
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, G = Hq / Hkv, N positions, D head dimension,
 W positions of the window, R rows of a piece, C keys that these rows reach.
+
+The operations take more keys than queries too. The last query is then at the place of the last key.
 """
 
 import math
@@ -15,6 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .config import check_largest_window
+from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
+from .halo import neighbourhood
 from .implementation import WINDOW_IMPLEMENTATIONS, choose_window_implementation, kernels
 from .inner_attention import InnerAttention
 from .inputs import check_rows, check_transforms
@@ -62,6 +66,7 @@ def window_attention(
     scale: float | None = None,
     impl: str | None = None,
     return_lse: Literal[False] = False,
+    context_parallel: ContextParallel = ONE_DEVICE,
 ) -> torch.Tensor: ...
 
 
@@ -75,6 +80,7 @@ def window_attention(
     scale: float | None = None,
     impl: str | None = None,
     return_lse: Literal[True],
+    context_parallel: ContextParallel = ONE_DEVICE,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -87,6 +93,7 @@ def window_attention(
     scale: float | None = None,
     impl: str | None = None,
     return_lse: bool = False,
+    context_parallel: ContextParallel = ONE_DEVICE,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which each position sees itself and the ``window`` - 1 before it.
 
@@ -107,14 +114,16 @@ def window_attention(
             all others: float32 on CUDA is computed by PyTorch. Under "flash4" a window of N or
             more goes to "flash". The implementations differ by rounding.
         return_lse: also return the logsumexp of each position's scores.
+        context_parallel: the chunks on this rank, when N is only its part of the sequence. The
+            W - 1 keys and values before each chunk come from the rank that holds them.
 
     Returns:
         out [B, Hq, N, D] in q's dtype; with ``return_lse`` also lse [B, Hq, N], float32, or
         float64 for float64 tensors.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit one another, or the window or
-            ``impl`` is none.
+        TypeError, ValueError: shapes, dtypes or devices do not fit one another, the window or
+            ``impl`` is none, or the window reaches over more than one chunk.
         ImportError: ``impl`` needs a package that is not installed, or the installed flash-attn-4
             is too old or broken.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
@@ -124,7 +133,32 @@ def window_attention(
     check_window(window)
     impl = choose_window_implementation(impl, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse)
+    if context_parallel.chunks == 1:
+        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse)
+    chunks = context_parallel.chunks
+    check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
+    q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
+    out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel)
+    out = context_parallel.join(out)
+    return (out, context_parallel.join(lse.unsqueeze(-1)).squeeze(-1)) if return_lse else out
+
+
+def window_in_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    scale: float,
+    impl: str,
+    layout: ContextParallel,
+    *others: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Attention over a window in the chunks of a rank, as ``lighthouse.halo.neighbourhood``."""
+
+    def attend(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _WindowAttention.apply(*rows, window, scale, impl, True)
+
+    return neighbourhood(attend, q, k, v, window, layout, *others)
 
 
 def _operations(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -190,7 +224,7 @@ def _forward(
     lse = q.new_empty(q.shape[:3], dtype=dtype)
     # Autocast would round the scores.
     with torch.autocast(q.device.type, enabled=False):
-        for rows, keys in _pieces(q, window):
+        for rows, keys in _pieces(q, k, window):
             scores = _scores(q, k, rows, keys, window, scale)
             sums = scores.logsumexp(dim=-1)
             probabilities = (scores - sums[..., None]).exp_()
@@ -230,7 +264,7 @@ def _backward(
     # Pieces share keys, so one piece after the other adds to their gradients.
     dk, dv = (k.new_zeros(k.shape, dtype=dtype) for _ in range(2))
     with torch.autocast(q.device.type, enabled=False):
-        for rows, keys in _pieces(q, window):
+        for rows, keys in _pieces(q, k, window):
             grad = dout[:, :, rows].to(dtype)
             shift = (grad * out[:, :, rows].to(dtype)).sum(dim=-1)
             if dlse is not None:
@@ -260,14 +294,15 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _pieces(q: torch.Tensor, window: int) -> Iterator[tuple[slice, slice]]:
+def _pieces(q: torch.Tensor, k: torch.Tensor, window: int) -> Iterator[tuple[slice, slice]]:
     """Slices of R rows, and of the C keys that these rows see."""
     batch, heads, length, _ = q.shape
-    reach = batch * heads * min(length, window + MOST_ROWS)
+    before = k.shape[2] - length
+    reach = batch * heads * min(k.shape[2], window + MOST_ROWS)
     count = max(1, min(MOST_ROWS, SCORES_AT_ONCE // reach))
     for first in range(0, length, count):
         last = min(length, first + count)
-        yield slice(first, last), slice(max(0, first - window + 1), last)
+        yield slice(first, last), slice(max(0, before + first - window + 1), before + last)
 
 
 def _by_key_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -286,7 +321,8 @@ def _scores(
     """Scores of a piece, minus infinity outside of the window: [B, Hkv, G, R, C]."""
     dtype, heads = accumulation_dtype(q.dtype), k.shape[1]
     scores = _by_key_head(q[:, :, rows].to(dtype), heads) @ k[:, :, keys].to(dtype).mT * scale
-    row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+    before = k.shape[2] - q.shape[2]
+    row = before + torch.arange(rows.start, rows.stop, device=q.device)[:, None]
     distance = row - torch.arange(keys.start, keys.stop, device=q.device)
     outside = (distance < 0) | (distance >= window)
     return scores.unflatten(2, (-1, len(row))).masked_fill_(outside, -math.inf)
@@ -299,6 +335,10 @@ class WindowAttention(InnerAttention):
         window: W, the positions that each position sees, itself included.
         sdpa, impl: as in ``InnerAttention``; "flash4", "flash" and "torch" are
             implementations.
+
+    Attributes:
+        context_parallel: as in ``window_attention``. To spread sequences over ranks, set it
+            together with an ``sdpa`` that attends over all ranks.
     """
 
     name = "attention over a window"
@@ -308,11 +348,20 @@ class WindowAttention(InnerAttention):
         check_window(window)
         super().__init__(sdpa, impl)
         self.window = window
+        self.context_parallel = ONE_DEVICE
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        return window_attention(q, k, v, self.window, scale=scale, impl=self.impl)
+        return window_attention(
+            q,
+            k,
+            v,
+            self.window,
+            scale=scale,
+            impl=self.impl,
+            context_parallel=self.context_parallel,
+        )
 
     def settings(self) -> str:
         return f"window={self.window}"

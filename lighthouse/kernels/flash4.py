@@ -179,7 +179,7 @@ def flash4_forward(
 
     They are dense attention, for which torch has the faster kernels.
     """
-    if window >= q.shape[2]:
+    if window >= k.shape[2]:
         return window_forward(q, k, v, window, scale)
     return torch.ops.lighthouse.flash4_window(q, k, v, window, scale)
 
@@ -196,6 +196,6 @@ def flash4_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``window_backward``, and as ``flash4_forward`` chooses."""
-    if window >= q.shape[2]:
+    if window >= k.shape[2]:
         return window_backward(dout, dlse, q, k, v, out, lse, window, scale)
     return torch.ops.lighthouse.flash4_window_backward(dout, q, k, v, out, lse, dlse, window, scale)

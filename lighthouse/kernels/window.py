@@ -1,11 +1,7 @@
 """Causal attention over a window by torch's flash attention, as operations of ours.
 
 flash attention takes a window and returns the logsumexp. Its backward knows no gradient of the
-logsumexp, but it reads ``out`` for one purpose alone, the row sums of dout * out. It subtracts them
-where the gradient of the logsumexp would be added, so ``fold_lse_gradient`` gives it another
-``out``:
-
-    out' = out - dout dlse / |dout|^2,   for which   rowsum(dout out') = rowsum(dout out) - dlse
+logsumexp, which ``fold_lse_gradient`` puts into its other arguments.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
 """
@@ -17,14 +13,12 @@ from typing import Any, cast
 
 import torch
 
+from ..logsumexp import fold_lse_gradient
 from .launch import LARGEST_D, define, row_strides, sequence_first
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # flash attention copies rows of D elements in vectors of so many.
 STEP_OF_D = 8
-# A row of dout below this share of its dlse is raised to it. float16 has no room for less.
-SMALLEST_SHARE = {torch.float16: 2.0**-10}
-SMALLEST_SHARE_OF_OTHERS = 2.0**-20
 # Backward runs about so many rounds of programs, in segments of at least so many positions and so
 # many times the positions that they share with the segment before.
 ROUNDS, SHORTEST_SEGMENT, LEAST_GAIN = 2, 512, 4
@@ -89,20 +83,21 @@ def launch_forward(
 
     Args:
         q: [B, Hq, N, D].
-        k, v: [B, Hkv, N, D].
+        k, v: [B, Hkv, M, D], M being N or more. The last of the queries is at the place of the
+            last of the keys.
 
     Returns:
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
-    n = q.shape[2]
-    if window >= n and _cudnn_computes(q, k, v):
+    queries, keys = q.shape[2], k.shape[2]
+    if window >= keys == queries and _cudnn_computes(q, k, v):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, True, False, scale=scale
         )
         return out.transpose(1, 2).contiguous().transpose(1, 2), lse.squeeze(-1).contiguous()
     rows = (flash_rows(each) for each in (q, k, v))
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *rows, None, None, n, n, 0.0, True, False, **_options(n, window, scale)
+        *rows, None, None, queries, keys, 0.0, True, False, **_options(keys, window, scale)
     )
     return out.contiguous().transpose(1, 2), lse.contiguous()
 
@@ -124,8 +119,8 @@ def launch_backward(
     copy of the gradient for every part: seventeen of them for eight heads on an H100. The sequence
     is then cut into segments instead, which flash attention takes as a batch.
     """
-    batch, heads, n, _ = q.shape
-    if window >= n and _cudnn_computes(q, k, v):
+    (batch, heads, n, _), keys = q.shape, k.shape[2]
+    if window >= keys == n and _cudnn_computes(q, k, v):
         # Without dropout, the state of the random generator is not read.
         state = lse.new_empty((), dtype=torch.int64)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -135,10 +130,10 @@ def launch_backward(
         dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
         return dq, dk, dv
     rows = [flash_rows(each) for each in (dout, q, k, v, out)]
-    segments = segments_of(n, window, batch * heads, _processors(q.device))
+    segments = segments_of(keys, window, batch * heads, _processors(q.device))
     gradients = _gradients if segments == 1 else partial(_gradients_in_segments, segments)
     # A window that holds all keys is dense attention, which repeats its bits in torch's mode alone.
-    with repeating_bits() if window < n else nullcontext():
+    with repeating_bits() if window < keys else nullcontext():
         grads = gradients(rows, lse, window, scale)
     dq, dk, dv = (grad.contiguous().transpose(1, 2) for grad in grads)
     return dq, dk, dv
@@ -187,19 +182,22 @@ def _gradients_in_segments(
     """As ``_gradients``, with equal segments of the sequence as a batch.
 
     A segment attends over its own keys and the W - 1 before it. The positions before the first
-    segment are at least as many; a call of their own takes them.
+    segment are at least as many, keys before the first query included; a call of their own takes
+    them.
     """
     dout, q, k, v, out = rows
-    batch, n = q.shape[:2]
-    before = window - 1
-    length = (n - before) // segments
+    (batch, n), keys = q.shape[:2], k.shape[1]
+    before, ahead = window - 1, keys - n
+    length = (n - max(0, before - ahead)) // segments
     first = n - segments * length
+    # The first segment's own keys begin here, and there are at least ``before`` keys before them.
+    first_key = ahead + first
 
     def own(x: torch.Tensor) -> torch.Tensor:
         return x[:, first:].unflatten(1, (segments, length)).flatten(0, 1)
 
     def reached(x: torch.Tensor) -> torch.Tensor:
-        overlapping = x[:, first - before :].unfold(1, length + before, length)
+        overlapping = x[:, first_key - before :].unfold(1, length + before, length)
         return overlapping.movedim(-1, 2).flatten(0, 1)
 
     own_lse = own(lse.transpose(1, 2)).transpose(1, 2).contiguous()
@@ -207,16 +205,22 @@ def _gradients_in_segments(
         [own(dout), own(q), reached(k), reached(v), own(out)], own_lse, window, scale
     )
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    starts = (first, first_key, first_key)
     if first:
-        beginning = [x[:, :first] for x in rows]
+        beginning = [x[:, :start] for x, start in zip(rows, (first, *starts, first), strict=True)]
         begun = _gradients(beginning, lse[..., :first].contiguous(), window, scale)
         for grad, part in zip(grads, begun, strict=True):
-            grad[:, :first] = part
-    for grad, part, shared in zip(grads, parts, (0, before, before), strict=True):
+            grad[:, : part.shape[1]] = part
+    else:
+        # Keys before the first query have gradients from the first segment alone.
+        for grad in grads[1:]:
+            grad[:, :first_key] = 0
+    for grad, part, start, shared in zip(grads, parts, starts, (0, before, before), strict=True):
         part = part.unflatten(0, (batch, segments))
-        grad[:, first:].unflatten(1, (segments, length)).copy_(part[:, :, shared:])
+        grad[:, start:].unflatten(1, (segments, length)).copy_(part[:, :, shared:])
         if shared:
-            reach = grad[:, first - shared : n - shared].unflatten(1, (segments, length))
+            reach = grad[:, start - shared : grad.shape[1] - shared]
+            reach = reach.unflatten(1, (segments, length))
             reach[:, :, :shared] += part[:, :, :shared]
     dq, dk, dv = grads
     return dq, dk, dv
@@ -234,8 +238,8 @@ def fake_backward(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Results like ``launch_backward``'s, without values."""
-    n = q.shape[2]
-    return sequence_first(q, n), sequence_first(k, n), sequence_first(v, n)
+    m = k.shape[2]
+    return sequence_first(q, q.shape[2]), sequence_first(k, m), sequence_first(v, m)
 
 
 define(
@@ -273,29 +277,3 @@ def window_backward(
     if dlse is not None:
         dout, out = fold_lse_gradient(dout, dlse, out)
     return torch.ops.lighthouse.flash_window_backward(dout, q, k, v, out, lse, window, scale)
-
-
-def fold_lse_gradient(
-    dout: torch.Tensor, dlse: torch.Tensor, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows dout' and out', such that rowsum(dout' out') = rowsum(dout' out) - dlse.
-
-    dout' is dout, save for rows that are zero or too small beside their dlse for out' to hold the
-    quotient. Such rows are raised to ``SMALLEST_SHARE`` of their dlse, and so change the gradient
-    of v by that share of it.
-
-    Args:
-        dout, out: [B, Hq, N, D].
-        dlse: [B, Hq, N].
-    """
-    dtype = dout.dtype
-    dlse = dlse.float().unsqueeze(-1)
-    rows = dout.float()
-    least = dlse.abs() * SMALLEST_SHARE.get(dtype, SMALLEST_SHARE_OF_OTHERS)
-    rows = torch.where(rows.abs().amax(dim=-1, keepdim=True) < least, least, rows).to(dtype)
-    # Squares of small gradients would vanish in float32.
-    size = rows.float().abs().amax(dim=-1, keepdim=True)
-    unit = rows.float() / torch.where(size > 0, size, 1.0)
-    squares = (unit * unit).sum(dim=-1, keepdim=True)
-    quotient = torch.where(size > 0, dlse / size / squares, 0.0)
-    return rows, (out.float() - unit * quotient).to(dtype)

@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from lighthouse import LighthouseAttention, WindowAttention, reference, window, window_attention
 from lighthouse.kernels import window as kernel
-from lighthouse.kernels.window import fold_lse_gradient, segments_of
+from lighthouse.kernels.window import segments_of
+from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.window import window_pairs
 
 

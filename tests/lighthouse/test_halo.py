@@ -1,0 +1,183 @@
+"""A window whose sequence lies in chunks on several ranks against the whole on one."""
+
+import os
+import random
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention_cases import relative_error
+from launch import run_ranks
+
+from lighthouse import (
+    ContextParallel,
+    LighthouseAttention,
+    LighthouseConfig,
+    WindowAttention,
+    lighthouse_attention,
+    window_attention,
+)
+from lighthouse.context_parallel import check_halo
+
+RANKS = 4
+# A multiple of the chunks of every number of ranks, and of the coarsest span in each.
+N = 384
+METHOD = LighthouseConfig(
+    3, 2, 48, picks_per_stratum=2, entry_score="first", combine="finest", window=9
+)
+# For Triton's interpreter, which is slow.
+SMALL = LighthouseConfig(2, 2, 8, picks_per_stratum=2, combine="finest", window=5)
+
+
+def attended(q, k, v, mask, scale):
+    """Plain attention with its logsumexp, under a mask [N, M]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp() @ v, lse
+
+
+def gathered(rows, layout):
+    """[B, H, N, D] of all ranks in the order of the sequence."""
+    parts = [torch.empty_like(rows) for _ in range(layout.world_size)]
+    dist.all_gather(parts, rows.contiguous(), group=layout.group)
+    chunks = {}
+    for rank, part in enumerate(parts):
+        held = layout.held_by(rank)
+        chunks |= dict(zip(held, part.chunk(len(held), dim=2), strict=True))
+    return torch.cat([chunks[number] for number in range(layout.chunks)], dim=2)
+
+
+def mask_of(layout, length):
+    whole = torch.arange(length * layout.world_size)
+    return layout.take(whole, dim=0)[:, None] >= whole
+
+
+def dense_forward(layout, q, k, v, scale):
+    k, v = (gathered(x, layout) for x in (k, v))
+    return attended(q, k, v, mask_of(layout, q.shape[2]), scale)
+
+
+def dense_backward(layout, dout, dlse, q, k, v, out, lse, scale):
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, *(gathered(x, layout) for x in (k, v)))]
+        results = attended(*leaves, mask_of(layout, q.shape[2]), scale)
+    dq, *others = torch.autograd.grad(results, leaves, (dout, dlse))
+    for grad in others:
+        dist.all_reduce(grad, group=layout.group)
+    return dq, *(layout.take(grad, dim=2) for grad in others)
+
+
+def with_operations(layout: ContextParallel) -> ContextParallel:
+    operations = partial(dense_forward, layout), partial(dense_backward, layout)
+    return ContextParallel(
+        layout.group, layout.rank, layout.world_size, layout.balanced, operations
+    )
+
+
+def results_of(attention, leaves, grads):
+    """Outputs, and the gradients of q, k and v."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    found = attention(*leaves)
+    torch.autograd.backward(found, grads)
+    return [*(x.detach() for x in found), *(x.grad for x in leaves)]
+
+
+def alone(window, q, k, v, layout):
+    return window_attention(q, k, v, window, return_lse=True, scale=0.3, context_parallel=layout)
+
+
+def merged(config, impl, q, k, v, layout):
+    return [lighthouse_attention(q, k, v, config, impl=impl, context_parallel=layout)]
+
+
+def check(layout, attention, n, heads, window, dtype) -> None:
+    """``attention(q, k, v, layout)`` gives outputs, and on several ranks what it gives on one."""
+    leaves = [torch.randn(2, n, h, 16, dtype=dtype).transpose(1, 2) for h in heads]
+    grads = [torch.randn(2, n, heads[0], 16, dtype=dtype).transpose(1, 2)]
+    if attention.func is alone:
+        grads.append(torch.randn(2, heads[0], n, dtype=dtype))
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    one = ContextParallel(None, 0, 1)
+    expected = results_of(partial(attention, layout=one), leaves, grads)
+    take = partial(layout.take, dim=2)
+    found = results_of(partial(attention, layout=layout), [*map(take, leaves)], [*map(take, grads)])
+    length, reach = n // layout.chunks, max(1, window - 1)
+    for value, want in zip(found, map(take, expected), strict=True):
+        assert relative_error(value, want) < tolerance
+        # The norm of the whole would hide an error in the few positions beside a seam, and
+        # float32 rounds more in a single position than in many.
+        of_a_position = want.norm() / want.shape[2] ** 0.5
+        for start in range(0, len(layout.held) * length, length):
+            for first, count in ((start, 1), (start, reach), (start + length - reach, reach)):
+                here = slice(first, first + count)
+                error = (value[:, :, here] - want[:, :, here]).norm()
+                # Gradients of q are zero where there is one key, save for rounding.
+                scale = max(want[:, :, here].norm(), of_a_position * count**0.5)
+                assert error < 5 * tolerance * scale, (first, count, error / scale)
+
+
+def check_all(layout: ContextParallel, dtype: torch.dtype) -> None:
+    length = N // layout.chunks
+    for heads, window in (
+        ((2, 2, 2), 1),
+        ((2, 2, 2), 2),
+        ((4, 2, 2), random.randint(3, length)),
+        ((4, 1, 1), length + 1),
+    ):
+        check(layout, partial(alone, window), N, heads, window, dtype)
+        config = replace(METHOD, window=window)
+        check(layout, partial(merged, config, "torch"), N, heads, window, dtype)
+
+
+def worker(rank: int, port: int, seed: int) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    for world_size in range(2, RANKS + 1):
+        group = dist.new_group(list(range(world_size)))
+        for balanced in (True, False) if rank < world_size else ():
+            layout = with_operations(ContextParallel(group, rank, world_size, balanced))
+            for dtype in (torch.float32, torch.float64):
+                # All ranks draw the same.
+                torch.manual_seed(seed)
+                random.seed(seed)
+                t = __import__("time").time()
+                check_all(layout, dtype)
+            if world_size == 2:
+                attention = partial(merged, SMALL, "triton")
+                check(layout, attention, 32, (2, 1, 1), SMALL.window, torch.float32)
+    dist.destroy_process_group()
+
+
+def test_ranks_together_give_what_one_device_gives(free_port: int) -> None:
+    """On 2, 3 and 4 ranks, in one launch."""
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")
+    run_ranks(worker, free_port, seed, processes=RANKS)
+
+
+def test_a_window_over_more_than_one_chunk_is_refused() -> None:
+    rows = torch.randn(3, 1, 2, N // 2, 16)
+    layout = ContextParallel(None, 0, 2)
+    message = (
+        "window = 98 reaches over more than one of the 4 chunks that context parallelism cuts "
+        "384 positions into; use a window of at most 97, a longer"
+    )
+    with pytest.raises(ValueError, match=message):
+        window_attention(*rows, 98, context_parallel=layout)
+    module = WindowAttention(98)
+    module.context_parallel = layout
+    with pytest.raises(ValueError, match=message):
+        module(*rows)
+    check_halo(97, N, 4)
+    check_halo(98, N, 1)
+
+
+def test_a_window_beside_the_selection_needs_operations() -> None:
+    module = LighthouseAttention(METHOD)
+    module.context_parallel = ContextParallel(None, 0, 2)
+    with pytest.raises(ValueError, match="window = 9 is merged by .* ContextParallel its oper"):
+        module(*torch.randn(3, 1, 2, N // 2, 16))
