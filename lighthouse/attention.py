@@ -155,10 +155,6 @@ class LighthouseAttention(InnerAttention):
         config: settings of the method.
         sdpa, impl: as in ``InnerAttention``; "triton" and "torch" are implementations. With a
             window, ``sdpa`` runs only where this attention is not enabled.
-
-    Attributes:
-        context_parallel: as in ``lighthouse_attention``. To spread sequences over ranks, set it
-            together with an ``sdpa`` that attends over all ranks.
     """
 
     name = "Lighthouse attention"
@@ -169,7 +165,6 @@ class LighthouseAttention(InnerAttention):
     ) -> None:
         super().__init__(sdpa, impl)
         self.config = config
-        self.context_parallel = ONE_DEVICE
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .context_parallel import ONE_DEVICE
 from .implementation import check_implementation
 
 
@@ -35,6 +36,8 @@ class InnerAttention(nn.Module):
         ValueError: ``impl`` is not known.
 
     Attributes:
+        context_parallel: the chunks on this rank, when sequences are spread over several. Set it
+            together with an ``sdpa`` that attends over all ranks.
         enabled: whether this attention runs; otherwise ``sdpa`` runs alone.
         name: what messages call it.
         implementations: the names that ``impl`` may have.
@@ -48,6 +51,7 @@ class InnerAttention(nn.Module):
         check_implementation(impl, self.implementations)
         self.impl = impl
         self.sdpa = sdpa if sdpa is not None else StockAttention()
+        self.context_parallel = ONE_DEVICE
         self.enabled = True
 
     def forward(

@@ -335,10 +335,6 @@ class WindowAttention(InnerAttention):
         window: W, the positions that each position sees, itself included.
         sdpa, impl: as in ``InnerAttention``; "flash4", "flash" and "torch" are
             implementations.
-
-    Attributes:
-        context_parallel: as in ``window_attention``. To spread sequences over ranks, set it
-            together with an ``sdpa`` that attends over all ranks.
     """
 
     name = "attention over a window"
@@ -348,7 +344,6 @@ class WindowAttention(InnerAttention):
         check_window(window)
         super().__init__(sdpa, impl)
         self.window = window
-        self.context_parallel = ONE_DEVICE
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None

@@ -144,7 +144,6 @@ def worker(rank: int, port: int, seed: int) -> None:
                 # All ranks draw the same.
                 torch.manual_seed(seed)
                 random.seed(seed)
-                t = __import__("time").time()
                 check_all(layout, dtype)
             if world_size == 2:
                 attention = partial(merged, SMALL, "triton")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -205,9 +206,18 @@ def test_tables_of_sweeps_show_no_selection(two_stages: Run) -> None:
             "training.seq_len = 411 must be a multiple of .* = 2 x 1 x 1 = 2, .*seq_len 412",
         ),
         (
-            {"parallelism.context_parallel_degree": 2},
-            "parallelism.context_parallel_degree = 2 does not go with lighthouse.window = 40: .*; "
-            "set the degree to 1, lighthouse.window to 0 .*, or lighthouse.stage to 'dense'",
+            {"parallelism.context_parallel_degree": 2, "lighthouse.window": 130},
+            "lighthouse.window = 130 does not fit training.seq_len = 512 and parallelism."
+            "context_parallel_degree = 2: .* 4 chunks .*; use a window of at most 129, a longer",
+        ),
+        (
+            {
+                "parallelism.context_parallel_degree": 2,
+                "lighthouse.window": 129,
+                "validation.enable": True,
+                "validation.seq_len": 256,
+            },
+            "window = 129 does not fit validation.seq_len = 256 and .* at most 65, a longer",
         ),
     ],
 )
@@ -230,12 +240,13 @@ def test_refusals(tmp_path: Path, settings: dict[str, Any], message: str) -> Non
         },
     ],
 )
-def test_context_parallelism_takes_a_window_that_never_runs(
+def test_context_parallelism_takes_a_long_window_that_never_runs(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    check_config(
-        parsed(tmp_path, **{"parallelism.context_parallel_degree": 2}, **settings), flavors
-    )
+    settings = {
+        "parallelism.context_parallel_degree": 2, "lighthouse.window": 130, **settings
+    }  # fmt: skip
+    check_config(parsed(tmp_path, **settings), flavors)
 
 
 def test_settings_of_the_method_have_no_effect(tmp_path: Path) -> None:
@@ -286,6 +297,22 @@ def test_dry_run_describes_the_window(tmp_path: Path) -> None:
     assert f"over the last 40 of 410 positions, {keys:.1f} on average" in text
     assert "FLOPs/token   window " in text and " GiB window, " in text
     assert "S = " not in text
+
+
+def test_dry_run_counts_what_a_layer_sends(tmp_path: Path) -> None:
+    settings = {"parallelism.context_parallel_degree": 2}
+    args = flavors["debugmodel"]
+    # Two chunks a rank hand on a key and a value in float32, forward and backward.
+    key_value = 2 * args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
+    halo = f"{2 * 2 * 39 * key_value * 4:,} bytes of the halo, per"
+    text = dry_run(parsed(tmp_path, **settings), 2)
+    assert f"ring          each rank sends {halo} window layer and sequence" in text
+    beside = {"lighthouse.attention": "lighthouse", "lighthouse.combine": "finest",
+              "lighthouse.picks_per_stratum": 8}  # fmt: skip
+    text = dry_run(parsed(tmp_path, **settings, **beside), 2)
+    assert re.search(rf"gradients, [\d,]+ bytes of seam rows, and {halo} Lighthouse layer", text)
+    with pytest.raises(UserValueError, match="lighthouse.window = 130 does not fit"):
+        dry_run(parsed(tmp_path, **settings, **{"lighthouse.window": 130}), 2)
 
 
 def test_evaluation_under_the_window(two_stages: Run, tmp_path: Path, monkeypatch) -> None:

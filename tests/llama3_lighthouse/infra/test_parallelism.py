@@ -46,6 +46,7 @@ PP2 = {
 WINDOW = {"lighthouse.window": 40, "lighthouse.combine": "finest"}
 # The one process that a composition is compared with has its settings of these keys.
 SHARED = ("training.global_batch_size", "lighthouse.attention", *WINDOW)
+WINDOW_ALONE = {"lighthouse.attention": "window", "lighthouse.window": 40}
 COMPOSITIONS = {
     "cp2-contiguous-selective": (2, {
         **CP2, "parallelism.context_parallel_load_balancer": "None",
@@ -63,7 +64,25 @@ SLOW_COMPOSITIONS = {
     "pp2-compile": (2, {**PP2, "compile.enable": True}),
     "pp2-cp2": (4, {**PP2, **CP2}),
     "pp2-window": (2, {**PP2, **WINDOW}),
-    "pp2-window-alone": (2, {**PP2, "lighthouse.attention": "window", "lighthouse.window": 40}),
+    "pp2-window-alone": (2, {**PP2, **WINDOW_ALONE}),
+    "cp2-contiguous-window-compile": (2, {
+        **CP2, **WINDOW, "parallelism.context_parallel_load_balancer": "None",
+        "activation_checkpoint.mode": "lighthouse", "compile.enable": True,
+    }),
+    "cp2-window-alone-compile": (2, {**CP2, **WINDOW_ALONE, "compile.enable": True}),
+    "cp4-window-compile": (4, {
+        **WINDOW, "parallelism.context_parallel_degree": 4,
+        "activation_checkpoint.mode": "selective", "compile.enable": True,
+    }),
+    "cp4-contiguous-window-alone-compile": (4, {
+        **WINDOW_ALONE, "parallelism.context_parallel_degree": 4,
+        "parallelism.context_parallel_load_balancer": "None",
+        "activation_checkpoint.mode": "selective", "compile.enable": True,
+    }),
+    "tp2-cp2-window-full": (4, {
+        **TP2, **CP2, **WINDOW, "activation_checkpoint.mode": "full",
+    }),
+    "pp2-cp2-window": (4, {**PP2, **CP2, **WINDOW}),
     "pp2-tp2-full": (4, {**PP2, **TP2, "activation_checkpoint.mode": "full"}),
     "fsdp2-pp2": (4, {**PP2, "training.global_batch_size": 4}),
     "cp2": (2, CP2),

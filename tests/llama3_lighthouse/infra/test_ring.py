@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
-from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, WindowAttention
+from lighthouse import ContextParallel, LighthouseConfig, WindowAttention
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
     bytes_sent_per_layer,
@@ -38,6 +39,9 @@ from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
 
 LIGHTHOUSE = LighthouseConfig(3, 2, 96, picks_per_stratum=4)
 BATCH, N, HEADS, HEAD_DIM = 2, 768, 4, 32
+WINDOW = 24
+BESIDE = replace(LIGHTHOUSE, entry_score="first", combine="finest", window=WINDOW)
+WITHOUT_WINDOW = LighthouseModelArgs(lighthouse=LIGHTHOUSE)
 ALL_GATHER = {"context_parallel_rotate_method": "allgather"}
 # Heads of keys and values, their dtype, and how they go round.
 VARIANTS = [
@@ -47,10 +51,17 @@ VARIANTS = [
     (4, torch.float32, Parallelism(**ALL_GATHER, context_parallel_load_balancer=None)),
     (2, torch.bfloat16, Parallelism()),
 ]
+# The same with a window beside the selection, and with a window alone.
+WITH_WINDOW = [
+    (4, torch.float32, Parallelism()),
+    (2, torch.float32, Parallelism(context_parallel_load_balancer=None)),
+    (1, torch.float32, Parallelism(**ALL_GATHER)),
+    (2, torch.bfloat16, Parallelism()),
+]
 
 
 class SentBytes(TorchDispatchMode):
-    """Bytes that the seam exchange hands to all-to-all, and those that the ring passes on."""
+    """Bytes that the exchange of seam and halo hands to all-to-all, and that the ring passes on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -115,6 +126,9 @@ def worker(rank: int, world_size: int, port: int) -> None:
     for key_heads, dtype, config in VARIANTS:
         check_layer(mesh, key_heads, dtype, config)
         check_held_batch(mesh, config)
+    for variant in WITH_WINDOW:
+        check_layer(mesh, *variant, LighthouseModelArgs(lighthouse=BESIDE))
+        check_layer(mesh, *variant, LighthouseModelArgs(window=WINDOW))
     check_dense_attention_inside_a_window(mesh)
     check_refusal(mesh)
     if world_size == 2:
@@ -122,9 +136,16 @@ def worker(rank: int, world_size: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def check_layer(mesh: DeviceMesh, key_heads: int, dtype: torch.dtype, config: Parallelism) -> None:
-    plain = LighthouseAttention(LIGHTHOUSE, ScaledDotProductAttentionWrapper())
-    ring = LighthouseAttention(LIGHTHOUSE, ScaledDotProductAttentionWrapper())
+def check_layer(
+    mesh: DeviceMesh,
+    key_heads: int,
+    dtype: torch.dtype,
+    config: Parallelism,
+    args: LighthouseModelArgs = WITHOUT_WINDOW,
+) -> None:
+    args = replace(args, dim=HEADS * HEAD_DIM, n_heads=HEADS, n_kv_heads=key_heads)
+    plain = args.stage_one_attention(ScaledDotProductAttentionWrapper())
+    ring = args.stage_one_attention(ScaledDotProductAttentionWrapper())
     apply_context_parallel([ring], mesh, config)
     layout = ring.context_parallel
 
@@ -149,14 +170,12 @@ def check_layer(mesh: DeviceMesh, key_heads: int, dtype: torch.dtype, config: Pa
 
     if config.context_parallel_rotate_method == "allgather":
         return
-    args = LighthouseModelArgs(
-        dim=HEADS * HEAD_DIM, n_heads=HEADS, n_kv_heads=key_heads, lighthouse=LIGHTHOUSE
-    )
     expected = bytes_sent_per_layer(args, N, layout, dtype)
     # The sequence's last chunk sends no rows forward, and its first chunk no gradients back.
     ends = (0 in here) + (N - 1 in here)
-    seams = expected["seam"] * (2 * len(layout.held) - ends) // (2 * len(layout.held))
-    assert sum(counter.sent) == BATCH * (expected["ring"] + seams)
+    crossing = expected["seam"] + expected["halo"]
+    crossing = crossing * (2 * len(layout.held) - ends) // (2 * len(layout.held))
+    assert sum(counter.sent) == BATCH * (expected["ring"] + crossing)
 
 
 def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:
@@ -384,5 +403,6 @@ def test_bytes_at_a_million_tokens() -> None:
     # 8,192 places on a rank, with a key and a value of 1,024 numbers each. Each makes 7 hops in
     # bfloat16 forward, 7 backward, and 7 as a float32 gradient.
     assert sent["ring"] == 8192 * 2048 * 7 * (2 + 2 + 4)
+    assert sent["halo"] == 0
     # 3 rows of 1,024 numbers after each of 2 chunks, forward and backward, in bfloat16.
     assert sent["seam"] == 3 * 1024 * 2 * 2 * 2

@@ -263,11 +263,16 @@ def _sent_over_the_ring(config: JobConfig, dims: ParallelDims, args: LighthouseM
         TORCH_DTYPE_MAP[config.training.mixed_precision_param],
     )
     # Tensor parallelism gives a rank a share of the heads.
-    ring, seam = (sent[name] // dims.tp for name in ("ring", "seam"))
-    return (
-        f"each rank sends {ring:,} bytes of keys, values and gradients, and {seam:,} "
-        "bytes of seam rows, per Lighthouse layer and sequence"
-    )
+    ring, seam, halo = (sent[name] // dims.tp for name in ("ring", "seam", "halo"))
+    parts = [
+        f"{ring:,} bytes of keys, values and gradients" if args.selects else "",
+        f"{seam:,} bytes of seam rows" if args.selects else "",
+        f"{halo:,} bytes of the halo" if args.window or args.lighthouse.window else "",
+    ]
+    *others, last = filter(None, parts)
+    listed = f"{', '.join(others)}, and {last}" if others else last
+    layer = _name(config, "lighthouse")
+    return f"each rank sends {listed}, per {layer} layer and sequence"
 
 
 def memory_estimate(

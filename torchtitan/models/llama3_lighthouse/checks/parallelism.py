@@ -8,6 +8,7 @@ from packaging.version import Version
 from torchtitan.distributed import ParallelDims
 
 from lighthouse import ContextParallel
+from lighthouse.context_parallel import check_halo
 
 from ..checkpoints.model_folder import model_arguments_of, named_model
 from ..errors import UserValueError
@@ -25,8 +26,8 @@ def check_parallelism(config: JobConfig, args: LighthouseModelArgs) -> None:
     """
     _check_degrees(config, args.n_layers)
     _check_tied(config, args)
-    _check_window(config, args.n_layers)
     _check_length(config)
+    _check_halo(config, args.n_layers)
     _check_compile(config)
     _check_loss(config)
     _check_offload(config)
@@ -121,15 +122,20 @@ def running_window(config: JobConfig, n_layers: int) -> int:
     return max((stage.config.lighthouse.window for stage in sparse), default=0)
 
 
-def _check_window(config: JobConfig, n_layers: int) -> None:
-    degree, window = config.parallelism.context_parallel_degree, running_window(config, n_layers)
-    if window and degree > 1:
-        raise UserValueError(
-            f"parallelism.context_parallel_degree = {degree} does not go with lighthouse.window = "
-            f"{window}: a window reaches into chunks that other ranks hold, and nothing hands them "
-            "over yet; set the degree to 1, lighthouse.window to 0 with lighthouse.attention = "
-            "'lighthouse', or lighthouse.stage to 'dense' for steps that are all dense"
-        )
+def _check_halo(config: JobConfig, n_layers: int) -> None:
+    """Check that windows reach no further back than the chunk before their own."""
+    window, degree = running_window(config, n_layers), config.parallelism.context_parallel_degree
+    seq_lens = {"training": config.training.seq_len}
+    if config.validation.enable:
+        seq_lens["validation"] = config.validation.seq_len
+    for name, seq_len in seq_lens.items():
+        try:
+            check_halo(window, seq_len, layout_on_rank_0(config.parallelism).chunks)
+        except ValueError as error:
+            raise UserValueError(
+                f"lighthouse.window = {window} does not fit {name}.seq_len = {seq_len} and "
+                f"parallelism.context_parallel_degree = {degree}: {error}"
+            ) from None
 
 
 def _check_length(config: JobConfig) -> None:

@@ -27,6 +27,7 @@ from lighthouse import LighthouseAttention
 from lighthouse.implementation import kernels
 
 from ..job_config import ActivationCheckpoint
+from . import ring_logsumexp
 
 # Matrix products of a block, in the order in which it computes them.
 PRODUCTS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
@@ -40,6 +41,8 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+# Ring attention beside a window, whose outputs are merged by logsumexps.
+RING = {ring_logsumexp.ATTENTION}
 WINDOW = {torch.ops.lighthouse.window.default}
 SELECTION = {torch.ops.lighthouse.select.default}
 GATHERING: set[torch._ops.OpOverload] = set()
@@ -53,7 +56,7 @@ if kernels is not None:
         torch.ops.lighthouse.select_from_norms.default,
     }
     GATHERING = {torch.ops.lighthouse.gather.default}
-# The few rows that cross the seam between chunks under context parallelism.
+# The rows that cross from chunk to chunk under context parallelism: seam and halo.
 EXCHANGE = {torch.ops._c10d_functional.all_to_all_single.default}
 # Tensor parallelism's reduction, which upstream's selective mode keeps as well.
 REDUCTION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
@@ -84,7 +87,7 @@ def contexts_that_keep(
         keep_products: names from ``PRODUCTS``. Each is kept where backward needs it.
     """
     inner = block.get_submodule("attention.inner_attention")
-    kept = ATTENTION | WINDOW | SELECTION | GATHERING | EXCHANGE
+    kept = ATTENTION | RING | WINDOW | SELECTION | GATHERING | EXCHANGE
 
     def contexts() -> tuple[Any, Any]:
         needed = set(keep_products)

@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_type
 from ..job_config import ActivationCheckpoint, JobConfig
 from ..model.loss import FactoredOutput
 from ..model.model import LighthouseTransformer, leave_out_math_backend
-from .activation_checkpoint import SELECTION, WINDOW, apply_lighthouse_checkpoint
+from .activation_checkpoint import RING, SELECTION, WINDOW, apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
 from .offload import LayerInputOffload
@@ -33,7 +33,10 @@ def parallelize_lighthouse(
     leave_out_math_backend(model)
     # Selective checkpointing then keeps selections, and attention outputs on a CPU as on a GPU.
     upstream._op_sac_save_list |= (
-        SELECTION | WINDOW | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
+        SELECTION
+        | WINDOW
+        | RING
+        | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
     )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     # A run has few lengths. Graphs of one length are faster than those for any.

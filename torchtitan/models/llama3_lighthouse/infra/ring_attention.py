@@ -422,6 +422,11 @@ for _operation in (*FORWARD, *BACKWARD):
     _ring_operations[_operation] = _RingOperation(_operation, _operation in FORWARD).register()
 
 
+def ring_operation(operation: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The ring's version of ``operation``, one of ``FORWARD`` or ``BACKWARD``."""
+    return _ring_operations[operation]
+
+
 def _handle(operation: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> object:
     """Run the ring in place of an attention operation that DTensor meets on a sharded sequence."""
     dispatcher = DTensor._op_dispatcher

@@ -253,8 +253,7 @@ class LighthouseTransformer(upstream.Transformer):
             if not isinstance(before, InnerAttention):
                 continue
             after = args.stage_one_attention(before.sdpa)
-            if isinstance(before, LighthouseAttention) and isinstance(after, LighthouseAttention):
-                after.context_parallel = before.context_parallel
+            after.context_parallel = before.context_parallel
             module.inner_attention = after
         self.model_args = replace(self.model_args, lighthouse=args.lighthouse, window=args.window)
 
