@@ -158,9 +158,10 @@ def test_six_steps_equal_those_of_one_process(
     batch = (settings | shared)["training.global_batch_size"]
     if shared:
         (tmp_path / "one").mkdir()
-        # A window that stands alone selects nothing to log.
-        one = {**settings, **shared, "lighthouse.log_selection_every": 0}
-        expected = Run(tmp_path / "one", one).succeed()
+        if "lighthouse.attention" in shared:
+            # A window that stands alone selects nothing to log.
+            settings = {**settings, "lighthouse.log_selection_every": 0}
+        expected = Run(tmp_path / "one", {**settings, **shared}).succeed()
     run = Run(tmp_path, {**settings, **changed}, processes).succeed()
     data_parallel = name.startswith(("fsdp", "hsdp"))
     for step, want in expected.steps().items():
@@ -185,6 +186,27 @@ def test_six_steps_equal_those_of_one_process(
         }
     else:
         assert list(selection_statistics(tmp_path)) == [2, 4]
+
+
+@pytest.mark.parametrize("window", [WINDOW, WINDOW_ALONE], ids=["beside", "alone"])
+def test_ten_steps_under_a_window_equal_those_of_one_process(
+    window: dict, one_process: tuple[dict, Run], tmp_path: Path
+) -> None:
+    changed = {
+        **window, "training.steps": 10, "lighthouse.dense_from_step": 9,
+        "lighthouse.log_selection_every": 0, "validation.enable": False,
+    }  # fmt: skip
+    settings = {**one_process[0], **changed}
+    runs = []
+    for processes, mesh in ((1, {}), (2, CP2)):
+        (tmp_path / f"{processes}").mkdir()
+        runs.append(Run(tmp_path / f"{processes}", {**settings, **mesh}, processes).succeed())
+    expected, found = (run.steps() for run in runs)
+    assert list(expected) == list(range(1, 11))
+    for step, want in expected.items():
+        for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+            value, wanted = float.fromhex(found[step][key]), float.fromhex(want[key])
+            assert value == pytest.approx(wanted, rel=tolerance), (step, key)
 
 
 def test_training_continues_on_another_mesh(one_process: tuple[dict, Run], tmp_path: Path) -> None:
