@@ -1,6 +1,7 @@
 """Attention over a window: against the oracle, its gradients, its reach, and messages."""
 
 import inspect
+import itertools
 import math
 from typing import Any
 
@@ -247,11 +248,15 @@ def test_messages_about_tensors() -> None:
 def stand_in_forward(q, k, v, _q, _k, max_q, max_k, dropout, is_causal, debug, *, scale,
                      window_size_left, window_size_right):  # fmt: skip
     """flash attention's forward as its schema has it, in PyTorch: rows [B, N, H, D]."""
-    assert (max_q, max_k, dropout, is_causal, window_size_right) == (q.shape[1],) * 2 + (0, True, 0)
-    size = q.shape[1] if window_size_left < 0 else window_size_left + 1
+    assert (max_q, max_k, dropout, is_causal) == (q.shape[1], k.shape[1], 0, True)
+    assert window_size_right == 0
+    size = max_k if window_size_left < 0 else window_size_left + 1
+    # Keys before the first query get queries whose outputs nobody reads.
+    more = max_k - max_q
+    q = pad(q, (0, 0, 0, 0, more, 0))
     rows = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out, lse = torch.ops.lighthouse.window(*rows, size, scale)
-    return out.transpose(1, 2), lse, None, None, None
+    return out[:, :, more:].transpose(1, 2), lse[:, :, more:], None, None, None
 
 
 def stand_in_backward(dout, q, k, v, out, lse, _q, _k, max_q, max_k, dropout, is_causal, state,
@@ -351,25 +356,53 @@ def test_flash_attention_is_called_as_it_should(flash, size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("impl", ["torch", "flash"])
+@pytest.mark.parametrize("size", [1, 2, 9, 60])
+@pytest.mark.parametrize("before", [1, 8, 20])
+def test_the_last_query_is_at_the_last_key(flash, impl: str, size: int, before: int) -> None:
+    """Queries without those of the first positions have the outputs and gradients of the rest."""
+    q, k, v, grad = rows(60, 4, 2, 2)
+    grad_lse = torch.randn(grad.shape[:3], dtype=grad.dtype)
+    for x in (grad, grad_lse):
+        x[:, :, :before] = 0
+    whole = results(window_attention, [q, k, v], grad, grad_lse, size, scale=0.5, return_lse=True)
+
+    def by_operation(*x: torch.Tensor) -> Any:
+        return window._WindowAttention.apply(*x, size, 0.5, impl, True)
+
+    given = [q[:, :, before:], k, v], grad[:, :, before:], grad_lse[:, :, before:]
+    found = results(by_operation, *given)
+    for value, want in zip(found, whole, strict=True):
+        want = want[:, :, -value.shape[2] :]
+        assert (value - want).norm() < 1e-12 * (1 + want.norm())
+
+
 @pytest.mark.parametrize("size", [1, 2, 9])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_backward_in_segments_is_backward(flash, monkeypatch, size: int, batch: int) -> None:
-    """With segments of equal length and a shorter or longer beginning, which may be empty."""
+    """With segments of equal length and a shorter or longer beginning, which may be empty.
+
+    Before the first query there may be keys, fewer than the window reaches, as many, or more.
+    """
     monkeypatch.setattr(kernel, "SHORTEST_SEGMENT", 4)
     calls = []
     whole = kernel._gradients
     monkeypatch.setattr(kernel, "_gradients", lambda *x: calls.append(x[0][1].shape) or whole(*x))
-    for n in (80, 83, 121):
+    for n, before in itertools.product((80, 83, 121), (0, 3, size - 1, 12)):
         *inputs, grad = rows(n, 4, 2, batch)
         segments = segments_of(n, size, 4 * batch, 20)
         assert segments > 1
+        grad[:, :, :before] = 0
         expected = results(window_attention, inputs, grad, grad[..., 0] * 0, size, return_lse=True)
         out, lse = expected[:2]
-        found = torch.ops.lighthouse.flash_window_backward(grad, *inputs, out, lse, size, 0.5)
+        grad, q, out, lse = (x[:, :, before:] for x in (grad, inputs[0], out, lse))
+        arguments = grad, q, *inputs[1:], out, lse.contiguous(), size, 0.5
+        found = torch.ops.lighthouse.flash_window_backward(*arguments)
         for value, want in zip(found, expected[2:], strict=True):
-            torch.testing.assert_close(value, want)
-        assert calls[0][0] == batch * segments and calls[0][1] == (n - size + 1) // segments
-        assert sum(math.prod(shape[:2]) for shape in calls) == batch * n
+            torch.testing.assert_close(value, want[:, :, -value.shape[2] :])
+        assert calls[0][0] == batch * segments
+        assert calls[0][1] == (n - max(size - 1, before)) // segments
+        assert sum(math.prod(shape[:2]) for shape in calls) == batch * (n - before)
         calls.clear()
 
 
