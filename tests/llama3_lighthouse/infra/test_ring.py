@@ -406,3 +406,8 @@ def test_bytes_at_a_million_tokens() -> None:
     assert sent["halo"] == 0
     # 3 rows of 1,024 numbers after each of 2 chunks, forward and backward, in bfloat16.
     assert sent["seam"] == 3 * 1024 * 2 * 2 * 2
+    # 511 keys and values of 1,024 numbers each, and 3 float32 logsumexps of 8 heads.
+    args.lighthouse = replace(args.lighthouse, combine="finest", window=512)
+    beside = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
+    assert beside["halo"] == 511 * 2048 * 2 * 2 * 2 == 8_372_224
+    assert beside["seam"] == sent["seam"] + 3 * 8 * 4 * 2 * 2
