@@ -1,0 +1,108 @@
+"""Windows under context parallelism, compiled and checkpointed, on CPU processes."""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+
+from lighthouse import LighthouseConfig
+from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
+    EXCHANGE,
+    RING,
+    SELECTION,
+    WINDOW,
+)
+from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
+from torchtitan.models.llama3_lighthouse.job_config import Parallelism
+from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
+
+# Twelve strata, which the chunks of two and of three ranks divide.
+N = 384
+METHOD = LighthouseConfig(3, 2, 48, picks_per_stratum=4, combine="finest", window=24)
+BESIDE, ALONE = LighthouseModelArgs(lighthouse=METHOD), LighthouseModelArgs(window=24)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.count[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def worker(rank: int, world_size: int, port: int) -> None:
+    """A block with a window, compiled, and with what checkpointing keeps of it."""
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    # Without a timeout, ranks that wait for each other in vain would do so for half an hour.
+    timeout = timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    mesh = init_device_mesh("cpu", (world_size,))
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, N, 2, 16).transpose(1, 2) for _ in range(3)]
+    policy = [*RING, *WINDOW, *SELECTION, *EXCHANGE]
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    layouts = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
+    all_args = (BESIDE, ALONE)
+    for args, config in itertools.product(all_args, layouts):
+        plain, ring = (
+            args.stage_one_attention(ScaledDotProductAttentionWrapper()) for _ in range(2)
+        )
+        apply_context_parallel([ring], mesh, config)
+
+        def block(attention: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+            return attention(*(x.sin() for x in inputs)).cos()
+
+        def checkpointed(*inputs: torch.Tensor, block=block) -> torch.Tensor:
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+        def results(function: Callable, attention: torch.nn.Module, part: torch.Tensor) -> list:
+            inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
+            out = function(attention, *inputs)
+            out.square().sum().backward()
+            return [out.detach(), *(x.grad for x in inputs)]
+
+        here = ring.context_parallel.take(torch.arange(N), dim=0)
+        want = results(block, plain, torch.arange(N))
+        compiled = {
+            "fullgraph": True, "backend": "aot_eager_decomp_partition", "dynamic": False
+        }  # fmt: skip
+        calls = Calls()
+        for run in (block, checkpointed, torch.compile(block, **compiled)):
+            with Calls() if run is checkpointed else nullcontext() as watched:
+                found = results(run, ring, here)
+            calls = watched or calls
+            for value, whole in zip(found, want, strict=True):
+                whole = whole[:, :, here]
+                assert (value - whole).norm() < 1e-5 * whole.norm(), (args, config)
+        # Backward repeats neither attention nor the exchange.
+        assert sum(calls.count[each] for each in EXCHANGE) == 2
+        assert sum(calls.count[each] for each in RING) == (1 if args.selects else 0)
+        first_beside_another = rank == 0 and config.balanced
+        assert sum(calls.count[each] for each in WINDOW) == (2 if first_beside_another else 1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_compiled_and_checkpointed_windows_equal_one_device(
+    world_size: int, free_port: int
+) -> None:
+    run_ranks(worker, world_size, free_port, processes=world_size)
