@@ -165,7 +165,9 @@ class ContextParallel:
         Returns:
             Those of the chunks before them, of the same shapes.
         """
-        return _Exchange.apply(self, *parts)
+        # Where nothing needs a gradient, Dynamo leaves the context out of as many arguments
+        # as forward has parameters. Two more keep the numbers apart.
+        return _Exchange.apply(self, None, None, *parts)
 
     def fill_first(self, rows: torch.Tensor, value: float) -> torch.Tensor:
         """``rows`` [B M, ...] with ``value`` for the sequence's first chunk, if it is here."""
@@ -180,17 +182,15 @@ class _Exchange(torch.autograd.Function):
     """Rows go to the next chunk, and their gradients back to the chunk that they came from."""
 
     @staticmethod
-    def forward(
-        ctx: Any, layout: ContextParallel, *parts: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, layout: ContextParallel, *arguments: Any) -> tuple[torch.Tensor, ...]:
         ctx.layout = layout
-        return _carried(layout, parts, 1)
+        return _carried(layout, arguments[2:], 1)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  One gradient for each of the outputs.
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *_carried(ctx.layout, grads, -1)
+        return None, None, None, *_carried(ctx.layout, grads, -1)
 
 
 def _carried(

@@ -93,6 +93,11 @@ def worker(rank: int, world_size: int, port: int) -> None:
             for value, whole in zip(found, want, strict=True):
                 whole = whole[:, :, here]
                 assert (value - whole).norm() < 1e-5 * whole.norm(), (args, config)
+        # Validation and inference take no gradients.
+        with torch.no_grad():
+            found = torch.compile(block, **compiled)(ring, *(x[:, :, here] for x in leaves))
+        whole = want[0][:, :, here]
+        assert (found - whole).norm() < 1e-5 * whole.norm(), (args, config)
         # Backward repeats neither attention nor the exchange.
         assert sum(calls.count[each] for each in EXCHANGE) == 2
         assert sum(calls.count[each] for each in RING) == (1 if args.selects else 0)
