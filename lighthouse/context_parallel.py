@@ -165,8 +165,8 @@ class ContextParallel:
         Returns:
             Those of the chunks before them, of the same shapes.
         """
-        # Where nothing needs a gradient, Dynamo leaves the context out of as many arguments
-        # as forward has parameters. Two more keep the numbers apart.
+        # Where nothing needs a gradient, Dynamo forgets the context of a forward that is given as
+        # many arguments as it has parameters. Two more keep the numbers apart.
         return _Exchange.apply(self, None, None, *parts)
 
     def fill_first(self, rows: torch.Tensor, value: float) -> torch.Tensor:
