@@ -54,8 +54,8 @@ class LighthouseConfig:
     scorer: Scorer = "norm"
     picks_per_stratum: int = 128
     dilation: int = 4
-    entry_score: EntryScore = "max"
-    combine: Combine = "sum"
+    entry_score: EntryScore = "first"
+    combine: Combine = "finest"
     window: int = 0
 
     def __post_init__(self) -> None:

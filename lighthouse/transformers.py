@@ -38,9 +38,8 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     )
 
 NAME = "lighthouse"
-# The method without what reads later tokens off the selection, and with a window beside it. The
-# defaults of LighthouseConfig are the paper's.
-RECOMMENDED = LighthouseConfig(entry_score="first", combine="finest", window=256)
+# The method with a window beside the selection.
+RECOMMENDED = LighthouseConfig(window=256)
 # A model's own settings, as an attribute of its configuration: fields of LighthouseConfig, and
 # "dense_layers".
 SETTINGS = "lighthouse"

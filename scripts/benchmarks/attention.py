@@ -254,7 +254,7 @@ def benchmark(
 
 def settings_of(window: int) -> dict[str, Any]:
     """Settings of the method: the paper's, or those that a window needs."""
-    return dict(entry_score="first", combine="finest", window=window) if window else {}
+    return dict(window=window) if window else dict(entry_score="max", combine="sum")
 
 
 def part_names(results: dict[str, Any], mode: str) -> list[str]:

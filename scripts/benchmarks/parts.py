@@ -40,7 +40,7 @@ from torchtitan.models.llama3_lighthouse.model.model import (
 )
 
 DIM = PAPER["dim"]
-METHOD = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536)
+METHOD = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536, entry_score="max", combine="sum")
 # At the paper's vocabulary, float64 logits of this length take 8.4 GB.
 CHECKED_LENGTH = 8192
 # From hidden states [B, N, D], weight [V, D] and labels [B, N] to the sum over tokens.

@@ -27,7 +27,8 @@ SLOWEST = ("oracle", GOLDEN[-1])
 def test_golden_vectors(implementation: str, path: Path) -> None:
     golden = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
     n, levels, p, top_k, *_ = golden["meta"].tolist()
-    config = LighthouseConfig(levels=levels, pooling_factor=p, top_k=top_k)
+    # The published code.
+    config = LighthouseConfig(levels, p, top_k, entry_score="max", combine="sum")
     inputs = [golden[name].transpose(1, 2) for name in "qkv"]
     chosen = select if implementation == "vectorised" else reference.select
     attention = lighthouse_attention if implementation == "vectorised" else (

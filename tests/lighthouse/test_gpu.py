@@ -28,7 +28,7 @@ from lighthouse.scoring import score
 
 pytestmark = pytest.mark.gpu
 
-PAPER = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536)
+PAPER = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536, entry_score="max", combine="sum")
 PAPER_LENGTH = 98304
 WITH_WINDOW = replace(PAPER, entry_score="first", combine="finest", window=256)
 

@@ -14,7 +14,7 @@ from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import score
 
 CONFIGS = [
-    LighthouseConfig(levels, p, m * strata, picks_per_stratum=m)
+    LighthouseConfig(levels, p, m * strata, picks_per_stratum=m, entry_score="max", combine="sum")
     for levels, p, m, strata in itertools.product((2, 3, 4), (2, 4), (2, 4), (1, 3))
 ]
 

@@ -18,7 +18,7 @@ from lighthouse import (
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import position_scores, score
 
-CONFIG = LighthouseConfig(3, 2, 16, "random", picks_per_stratum=4)
+CONFIG = LighthouseConfig(3, 2, 16, "random", picks_per_stratum=4, entry_score="max")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # A value beyond this many standard deviations comes about once in ten million draws.

@@ -139,7 +139,7 @@ def formula(scorer: str, x, y, v, dilation: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_scores_follow_the_formula(scorer: str, dilation: int, dtype: torch.dtype) -> None:
     """The sequence fills several chunks of linear attention, and the last one in part."""
-    config = LighthouseConfig(3, 2, 16, scorer, picks_per_stratum=4, dilation=dilation)
+    config = LighthouseConfig(3, 2, 16, scorer, 4, dilation, entry_score="max")
     inputs = random_inputs(dict(n=600, batch=2, heads=6, kv_heads=2, tied=False, seed=1), dtype, 16)
     q, k, v = inputs
     k, v = (rows.repeat_interleave(3, dim=1) for rows in (k, v))

@@ -21,8 +21,8 @@ OTHER_VALUES = {
     "scorer": "gla",
     "picks_per_stratum": 64,
     "dilation": 8,
-    "entry_score": "first",
-    "combine": "finest",
+    "entry_score": "max",
+    "combine": "sum",
     "window": 256,
 }
 

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 from launch import Run
 
-from torchtitan.models.llama3_lighthouse.checkpoints.record import CheckpointRecord
+from torchtitan.models.llama3_lighthouse.checkpoints.record import (
+    CheckpointRecord,
+    read_record,
+    write_record,
+)
 from torchtitan.models.llama3_lighthouse.checkpoints.resume import (
     METHOD,
     check_settings,
@@ -191,12 +195,26 @@ def test_another_place_may_hold_another_model(caplog) -> None:
 
 def test_record_of_an_older_version_has_fewer_keys() -> None:
     older = copy.deepcopy(recorded())
-    del older["lighthouse"]["entry_score"], older["validation"]
+    del older["lighthouse"]["dilation"], older["validation"]
     assert differences(older, recorded()) == []
-    (found,) = differences(older, recorded(lighthouse__entry_score="first"))
-    assert (found.key, found.recorded, found.present) == (
-        "lighthouse.entry_score", "max", "first"
-    )  # fmt: skip
+    (found,) = differences(older, recorded(lighthouse__dilation=8))
+    assert (found.key, found.recorded, found.present) == ("lighthouse.dilation", 4, 8)
+
+
+def test_the_oldest_records_are_of_the_papers_settings(tmp_path: Path) -> None:
+    """They name neither of the two, whose defaults are others now."""
+    older = copy.deepcopy(recorded())
+    del older["lighthouse"]["entry_score"], older["lighthouse"]["combine"]
+    write_record(tmp_path, CheckpointRecord(2, 2, older))
+    found = read_record(tmp_path)
+    assert found is not None
+    section = found.config["lighthouse"]
+    assert (section["entry_score"], section["combine"]) == ("max", "sum")
+    apart = [str(each) for each in differences(found.config, recorded())]
+    assert apart == [
+        "lighthouse.entry_score = 'first' (checkpoint: 'max')",
+        "lighthouse.combine = 'finest' (checkpoint: 'sum')",
+    ]
 
 
 def test_resumed_run_compares_itself_with_its_checkpoint(tmp_path: Path) -> None:

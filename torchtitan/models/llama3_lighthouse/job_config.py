@@ -79,7 +79,7 @@ class Lighthouse(Method, Schedule):
     """The attention of stage "lighthouse": Lighthouse attention, beside a window if there is one,
     or causal attention over the window alone."""
 
-    dense_layers: list[int] = field(default_factory=lambda: [0, 1, 28, 29])
+    dense_layers: list[int] = field(default_factory=list)
     """Layers that use dense attention in both stages, counted from 0."""
 
     loss: Literal["auto", "chunked", "whole"] = "auto"

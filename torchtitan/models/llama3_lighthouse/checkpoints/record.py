@@ -9,6 +9,8 @@ from ..errors import UserValueError
 from .checksums import FileFault, check_checksum, replace_file, require_file
 
 RECORD_FILE = "lighthouse.json"
+# Settings of [lighthouse] that the oldest records do not name, and whose default was another then.
+OLDER_DEFAULTS = {"entry_score": "max", "combine": "sum"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def read_record(path: str | Path) -> CheckpointRecord | None:
             f"{file} cannot be read as a checkpoint's record ({problem}); restore it, or remove it "
             "and pass the run's configuration with --job.config_file FILE"
         ) from None
+    if section := record.config.get("lighthouse"):
+        record.config["lighthouse"] = OLDER_DEFAULTS | section
     return record
 
 
