@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import (
-    DATALOADER,
-    LR_SCHEDULER,
     MODEL,
     OPTIMIZER,
     TRAIN_STATE,
@@ -25,20 +23,19 @@ from torchtitan.components.checkpoint import (
 )
 from torchtitan.tools.logging import logger
 
-from ..data.packing import check_dataloader_state
 from ..errors import NonFiniteError, UserFileError, UserValueError
 from . import folders
 from .checksums import write_checksums
+from .contents import check_contents, give_up_or_set_aside, undamaged_record
 from .failed_saves import cause, not_written
 from .folders import METADATA_FILE, SEALED_FILES, Condition, checkpoints_in, complete_checkpoints
 from .model_folder import check_same_model, differing_entries, write_files
 from .ranks import agreed, gathered, on_rank_0
 from .record import CheckpointRecord, read_record, write_record
 from .resume import check_settings
-from .storage import DamagedCheckpointError, check_shapes, load_state
+from .storage import DamagedCheckpointError, load_state
 from .tensors import first_not_finite, named_tensors
 
-SET_ASIDE = "checkpoint.set_damaged_aside"
 # A run that ends by an error waits at most this long for an asynchronous save.
 SECONDS_FOR_A_SAVE = 600
 
@@ -120,31 +117,8 @@ class LighthouseCheckpointManager(CheckpointManager):
         return True
 
     def _give_up_or_set_aside(self, error: DamagedCheckpointError, step: int) -> None:
-        """Rename a damaged checkpoint if the user asked for that and an older one can follow.
-
-        Raises:
-            UserError: training cannot go on; the message names the checkpoint before it.
-        """
-        if error.path.parent != Path(self.folder) or step != -1:
-            raise UserFileError(
-                f"{error}; restore it, or name another by --checkpoint.load_step or "
-                "--checkpoint.initial_load_path"
-            )
-        number = int(error.path.name.removeprefix("step-"))
-        older = [path for n, path in complete_checkpoints(self.folder).items() if n < number]
-        if not older:
-            raise UserFileError(
-                f"{error}. {self.folder} holds no older checkpoint; restore the file, or begin "
-                "anew with --checkpoint.folder NAME"
-            )
-        if not self.config["checkpoint"]["set_damaged_aside"] or self.load_only:
-            raise UserFileError(
-                f"{error}. The one before it is {older[-1]}; restore the file, or pass "
-                f"--{SET_ASIDE} to go on from the newest that is whole, which renames this one to "
-                f"{error.path.name}.damaged"
-            )
-        new = folders.set_aside(error.path)
-        logger.warning(f"{error}. It is set aside as {new.name}")
+        asked = self.config["checkpoint"]["set_damaged_aside"] and not self.load_only
+        give_up_or_set_aside(error, Path(self.folder), is_newest=step == -1, asked=asked)
 
     def dcp_load(
         self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool
@@ -191,7 +165,7 @@ class LighthouseCheckpointManager(CheckpointManager):
             if not self.initial_load_path or self.initial_load_in_hf:
                 return None
             path = Path(self.initial_load_path)
-            self._check_fits(path, self.initial_load_model_only)
+            self._check_contents(path, self.initial_load_model_only)
             self._check_settings(path, elsewhere=True, weights_only=self.initial_load_model_only)
             return path
         if not complete:
@@ -219,41 +193,17 @@ class LighthouseCheckpointManager(CheckpointManager):
                 f"--checkpoint.folder NEW --checkpoint.initial_load_path {path}"
             )
         # It names an entry of the architecture, and the shapes of tensors do not.
-        if record := self._record(path):
+        if record := undamaged_record(path):
             check_same_model(path, record, self.config, self.model)
-        self._check_fits(path, model_only=step == 0)
+        self._check_contents(path, model_only=step == 0)
         self._check_settings(path, elsewhere=False, weights_only=step == 0)
         return path
 
-    def _check_fits(self, path: Path, model_only: bool) -> None:
-        """Check that a checkpoint fits the model and, unless ``model_only``, the data loader."""
-        if not (path / METADATA_FILE).is_file():
-            raise UserValueError(
-                f"{path} is not a complete checkpoint (it has no .metadata file); "
-                "pass the path of a step-N folder"
-            )
-        stored = check_shapes(path, self.states[MODEL].state_dict())
-        if model_only:
-            return
-        for name in (OPTIMIZER, LR_SCHEDULER, TRAIN_STATE):
-            held = any(key.startswith(f"{name}.") for key in stored)
-            if name not in self.exclude_from_loading and not held:
-                raise UserValueError(
-                    f"{path} holds weights without '{name}', as checkpoint.last_save_model_only "
-                    "leaves them; train on from the weights in another place with "
-                    f"--checkpoint.folder NEW --checkpoint.initial_load_path {path}"
-                )
-        if DATALOADER not in self.exclude_from_loading:
-            check_dataloader_state(path, stored, self.states[DATALOADER].stream_count)
-
-    def _record(self, path: Path) -> CheckpointRecord | None:
-        try:
-            return read_record(path)
-        except UserValueError as error:
-            raise DamagedCheckpointError(path, str(error).partition(";")[0]) from None
+    def _check_contents(self, path: Path, model_only: bool) -> None:
+        check_contents(path, self.states, self.exclude_from_loading, model_only)
 
     def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
-        if record := self._record(path):
+        if record := undamaged_record(path):
             apart = differing_entries(path, record, self.config, self.model)
             check_settings(path, record, self.config, elsewhere, weights_only, apart)
 
