@@ -107,6 +107,11 @@ class ContextParallel:
         """Numbers of the chunks on this rank."""
         return self.held_by(self.rank)
 
+    @property
+    def first(self) -> int:
+        """The place of the sequence's first chunk among those on this rank, or -1."""
+        return self.held.index(0) if 0 in self.held else -1
+
     def take(self, rows: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's chunks, joined, from ``rows`` that hold the whole sequence in ``dim``.
 
@@ -171,11 +176,9 @@ class ContextParallel:
 
     def fill_first(self, rows: torch.Tensor, value: float) -> torch.Tensor:
         """``rows`` [B M, ...] with ``value`` for the sequence's first chunk, if it is here."""
-        if 0 not in self.held:
-            return rows
-        first = torch.arange(rows.shape[0], device=rows.device) % len(self.held)
-        first = (first == self.held.index(0)).view(-1, *[1] * (rows.ndim - 1))
-        return rows.masked_fill(first, value)
+        # A rank without that chunk does the same, so that all ranks compile one graph.
+        place = torch.arange(rows.shape[0], device=rows.device) % len(self.held)
+        return rows.masked_fill((place == self.first).view(-1, *[1] * (rows.ndim - 1)), value)
 
 
 class _Exchange(torch.autograd.Function):
@@ -183,50 +186,72 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layout: ContextParallel, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        ctx.layout = layout
-        return _carried(layout, arguments[2:], 1)
+        assert layout.group is not None
+        ctx.ring = layout.group.group_name, layout.rank, layout.world_size, layout.balanced
+        return tuple(torch.ops.lighthouse.exchange(arguments[2:], *ctx.ring, 1))
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  One gradient for each of the outputs.
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, None, *_carried(ctx.layout, grads, -1)
+        return None, None, None, *torch.ops.lighthouse.exchange(grads, *ctx.ring, -1)
 
 
-def _carried(
-    layout: ContextParallel, parts: Sequence[torch.Tensor], step: int
-) -> tuple[torch.Tensor, ...]:
+# Every rank sends and receives other rows. As an operation this is the same in all their graphs,
+# and a compiler does on every rank alike with it.
+@torch.library.custom_op(
+    "lighthouse::exchange",
+    mutates_args=(),
+    schema="(Tensor[] parts, str group_name, int rank, int world_size, bool balanced, int step)"
+    " -> Tensor[]",
+)
+def _exchange(
+    parts: Sequence[torch.Tensor],
+    group_name: str,
+    rank: int,
+    world_size: int,
+    balanced: bool,
+    step: int,
+) -> list[torch.Tensor]:
     """For each chunk c, the parts of chunk c - ``step``, or zeros where there is no such chunk."""
-    assert layout.group is not None
+    layout = ContextParallel(None, rank, world_size, balanced)
     held = layout.held
     # Parts travel as bytes, because they may be of several dtypes.
     rows = [x.unflatten(0, (-1, len(held))).transpose(0, 1).contiguous() for x in parts]
     lines = torch.cat([x.flatten(1).view(torch.uint8) for x in rows], dim=1)
     sent: list[int] = []
-    sent_to = [0] * layout.world_size
-    source: dict[int, int] = {}
-    received_from = [0] * layout.world_size
-    for other in range(layout.world_size):
+    sent_to = [0] * world_size
+    arrived: list[int] = []
+    received_from = [0] * world_size
+    for other in range(world_size):
         for chunk in layout.held_by(other):
             if chunk - step in held:
                 sent.append(held.index(chunk - step))
                 sent_to[other] += 1
-        for chunk in held:
+        for place, chunk in enumerate(held):
             if chunk - step in layout.held_by(other):
-                source[chunk] = len(source)
+                arrived.append(place)
                 received_from[other] += 1
     outgoing = torch.cat([lines[:0], *(lines[place : place + 1] for place in sent)])
-    incoming = collectives.all_to_all_single(outgoing, received_from, sent_to, layout.group)
-    # A chunk that nothing comes to takes the line of zeros at the end.
-    incoming = torch.cat([incoming, torch.zeros_like(lines[:1])])
-    lines = torch.stack([incoming[source.get(chunk, len(source))] for chunk in held])
+    # pyrefly: ignore[bad-argument-type]  torch's GroupName is a str, as operations take it.
+    incoming = collectives.all_to_all_single(outgoing, received_from, sent_to, group_name)
+    incoming = collectives.wait_tensor(incoming)
+    lines = torch.zeros_like(lines)
+    for place, line in zip(arrived, incoming, strict=True):
+        lines[place] = line
     found = []
     widths = [x[0].numel() * x.element_size() for x in rows]
     for line, x in zip(lines.split(widths, dim=1), rows, strict=True):
         # A view of a line that begins between two elements would not be one of this dtype.
         line = line.clone(memory_format=torch.contiguous_format)
-        found.append(line.view(x.dtype).view(x.shape).transpose(0, 1).flatten(0, 1))
-    return tuple(found)
+        own = line.view(x.dtype).view(x.shape).transpose(0, 1)
+        found.append(own.clone(memory_format=torch.contiguous_format).flatten(0, 1))
+    return found
+
+
+@_exchange.register_fake
+def _(parts: Sequence[torch.Tensor], *others: Any) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for x in parts]
 
 
 ONE_DEVICE = ContextParallel(None, 0, 1)

@@ -1,5 +1,6 @@
 """The choice between kernels and vectorised PyTorch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def choose_window_implementation(impl: str | None, q: torch.Tensor) -> str:
     if impl is None and not found.obstacle_to_flash4(q) and found.flash4_is_installed():
         return "flash4"
     return "flash"
+
+
+def operations_by(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of attention over a window by an implementation, without autograd."""
+    if impl == "flash4":
+        # pyrefly: ignore[missing-attribute]  Choosing it has made sure that there are kernels.
+        return kernels.flash4_forward, kernels.flash4_backward
+    if impl == "flash":
+        # pyrefly: ignore[missing-attribute]  As above.
+        return kernels.window_forward, kernels.window_backward
+    return torch.ops.lighthouse.window, torch.ops.lighthouse.window_backward
 
 
 def _kernels_unless_torch(impl: str | None, q: torch.Tensor, known: tuple[str, ...]) -> Any:

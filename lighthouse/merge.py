@@ -19,11 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel
 from .geometry import PyramidGeometry
+from .halo import window_in_chunks
 from .implementation import choose_window_implementation, kernels
 from .reach import reaching, seam_rows
 from .scatter import scatter_back
 from .selection import Selection
-from .window import window_attention, window_in_chunks, window_operations
+from .window import window_attention, window_operations
 
 
 def merged_attention(

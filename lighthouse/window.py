@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from .config import check_largest_window
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
-from .halo import neighbourhood
-from .implementation import WINDOW_IMPLEMENTATIONS, choose_window_implementation, kernels
+from .halo import window_in_chunks
+from .implementation import WINDOW_IMPLEMENTATIONS, choose_window_implementation, operations_by
 from .inner_attention import InnerAttention
 from .inputs import check_rows, check_transforms
 from .precision import accumulation_dtype
@@ -143,39 +143,13 @@ def window_attention(
     return (out, context_parallel.join(lse.unsqueeze(-1)).squeeze(-1)) if return_lse else out
 
 
-def window_in_chunks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int,
-    scale: float,
-    impl: str,
-    layout: ContextParallel,
-    *others: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Attention over a window in the chunks of a rank, as ``lighthouse.halo.neighbourhood``."""
-
-    def attend(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _WindowAttention.apply(*rows, window, scale, impl, True)
-
-    return neighbourhood(attend, q, k, v, window, layout, *others)
-
-
-def _operations(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    if impl == "flash4":
-        return kernels.flash4_forward, kernels.flash4_backward
-    if impl == "flash":
-        return kernels.window_forward, kernels.window_backward
-    return torch.ops.lighthouse.window, torch.ops.lighthouse.window_backward
-
-
 def window_operations(q: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operations that attend over tensors like ``q``, forward and backward, without autograd.
 
     forward(q, k, v, window, scale) returns out and lse. backward(dout, dlse, q, k, v, out, lse,
     window, scale) returns dq, dk and dv; dlse may be None.
     """
-    return _operations(choose_window_implementation(None, q))
+    return operations_by(choose_window_implementation(None, q))
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -192,7 +166,7 @@ class _WindowAttention(torch.autograd.Function):
         impl: str,
         return_lse: bool,
     ) -> Any:
-        forward, _ = _operations(impl)
+        forward, _ = operations_by(impl)
         out, lse = forward(q, k, v, window, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.constants = window, scale, impl
@@ -205,7 +179,7 @@ class _WindowAttention(torch.autograd.Function):
         ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
         window, scale, impl = ctx.constants
-        _, backward = _operations(impl)
+        _, backward = operations_by(impl)
         grads = backward(dout, dlse, *ctx.saved_tensors, window, scale)
         return *grads, None, None, None, None
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from launch import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -72,8 +73,15 @@ class SentBytes(TorchDispatchMode):
             self.sent += [tensor.nbytes for tensor in tensors]
             return pass_on(ring, tensors)
 
-        # The mode does not see into the ring's operations.
+        all_to_all = collectives.all_to_all_single
+
+        def counting_rows(rows: torch.Tensor, *arguments: object) -> torch.Tensor:
+            self.sent.append(rows.nbytes)
+            return all_to_all(rows, *arguments)
+
+        # The mode does not see into the operations of the ring and of the exchange.
         monkeypatch.setattr(_Ring, "pass_on", counting)
+        monkeypatch.setattr(collectives, "all_to_all_single", counting_rows)
 
     def __torch_dispatch__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None

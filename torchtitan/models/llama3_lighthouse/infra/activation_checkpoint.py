@@ -43,7 +43,7 @@ ATTENTION = {
 }
 # Ring attention beside a window, whose outputs are merged by logsumexps.
 RING = {ring_logsumexp.ATTENTION}
-WINDOW = {torch.ops.lighthouse.window.default}
+WINDOW = {torch.ops.lighthouse.window.default, torch.ops.lighthouse.halo_window.default}
 SELECTION = {torch.ops.lighthouse.select.default}
 GATHERING: set[torch._ops.OpOverload] = set()
 if kernels is not None:
@@ -57,7 +57,7 @@ if kernels is not None:
     }
     GATHERING = {torch.ops.lighthouse.gather.default}
 # The rows that cross from chunk to chunk under context parallelism: seam and halo.
-EXCHANGE = {torch.ops._c10d_functional.all_to_all_single.default}
+EXCHANGE = {torch.ops.lighthouse.exchange.default}
 # Tensor parallelism's reduction, which upstream's selective mode keeps as well.
 REDUCTION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 

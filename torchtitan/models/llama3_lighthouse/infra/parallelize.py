@@ -15,7 +15,7 @@ from torchtitan.tools.utils import device_type
 from ..job_config import ActivationCheckpoint, JobConfig
 from ..model.loss import FactoredOutput
 from ..model.model import LighthouseTransformer, leave_out_math_backend
-from .activation_checkpoint import RING, SELECTION, WINDOW, apply_lighthouse_checkpoint
+from .activation_checkpoint import EXCHANGE, RING, SELECTION, WINDOW, apply_lighthouse_checkpoint
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
 from .offload import LayerInputOffload
@@ -36,6 +36,7 @@ def parallelize_lighthouse(
         SELECTION
         | WINDOW
         | RING
+        | EXCHANGE
         | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}
     )
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
