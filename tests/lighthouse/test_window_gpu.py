@@ -82,6 +82,29 @@ def test_errors_are_those_of_rounding(impl: str, dtype: torch.dtype, d: int, siz
         assert relative_error(value, want) <= 2 * relative_error(other, want) + alone, name
 
 
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("before", [1, WINDOW - 1])
+def test_the_last_query_is_at_the_last_key(impl: str, d: int, before: int) -> None:
+    """As in chunks of a sequence, where keys of the chunk before come first."""
+    (q, k, v), *grads = inputs_of(torch.bfloat16, d)
+    for grad in grads:
+        grad[:, :, :before] = 0
+    exact = results(
+        window_attention, [x.double() for x in (q, k, v)], *(x.double() for x in grads), WINDOW
+    )
+    rounded = results(plain, (q, k, v), *grads, WINDOW)
+
+    def by_operation(*x, return_lse):
+        return window._WindowAttention.apply(*x, WINDOW, 1 / math.sqrt(d), impl, return_lse)
+
+    found = results(by_operation, [q[:, :, before:], k, v], *(x[:, :, before:] for x in grads))
+    for name, value, other, want in zip(
+        ("out", "lse", "dq", "dk", "dv"), found, rounded, exact, strict=True
+    ):
+        other, want = (x[:, :, -value.shape[2] :] for x in (other, want))
+        assert relative_error(value, want) <= 2 * relative_error(other, want) + 1e-6, name
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_bits_repeat(impl: str, kv_heads: int) -> None:
     """Without torch's deterministic mode, and with other memory in use."""
