@@ -114,7 +114,7 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["lighthouse until=4 levels=1", "dense"], 0,
      "[lighthouse] levels must be at least 2, got levels = 1"),
     (["lighthouse until=4 scorer=magic", "dense"], 0, "lighthouse.scorer = 'magic'"),
-    (["lighthouse until=4 window=32", "dense"], 0, "[lighthouse] window = 32 "),
+    (["lighthouse until=4 window=32 combine=sum", "dense"], 0, "[lighthouse] window = 32 "),
     (["window until=4", "dense"], 0,
      "lighthouse.attention = 'window' needs lighthouse.window = 0 to be at least 1; pass "
      "--lighthouse.window N"),

@@ -194,7 +194,7 @@ def test_tables_of_sweeps_show_no_selection(two_stages: Run) -> None:
         ),
         ({"lighthouse.window": -1}, r"lighthouse.window = -1 must be at least 0 .*0 means no"),
         (
-            {"lighthouse.attention": "lighthouse"},
+            {"lighthouse.attention": "lighthouse", "lighthouse.combine": "sum"},
             "window = 40 needs combine = 'finest', .*, got combine = 'sum'",
         ),
         (
