@@ -172,6 +172,17 @@ def test_a_damaged_first_file_is_named(tmp_path: Path, content: str, named: str)
         loader(config(path=tmp_path))
 
 
+def test_lines_end_alike_in_every_file(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_bytes(b"a\r\nb\rc\n")
+    assert tokens_of(config(path=tmp_path, seq_len=6, batch_size=1), 1)[1:] == [*b"a\nb\nc"]
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*character 1 is half of a surrogate pair"):
+        loader(config(path=tmp_path))
+
+
 def test_other_columns_do_no_harm(tmp_path: Path) -> None:
     lines = ['{"text": "a"}', '{"id": 1, "text": "b"}', '{"id": "x", "text": "c", "more": [{}]}']
     (tmp_path / "train.jsonl").write_text("\n".join(lines))

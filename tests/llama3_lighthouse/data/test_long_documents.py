@@ -1,5 +1,6 @@
 """Positions within documents of many sequences: small, exact, and readable from older versions."""
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,32 @@ def test_a_place_of_the_library_s_readers_is_found_by_counting(books: Path, stre
         again.load_state_dict(state)
         twice.load_state_dict(again.state_dict())
         assert equal(read(twice, 4), whole[step : step + 4])
+
+
+@pytest.mark.parametrize("kind", ["text", "array"])
+def test_a_place_in_files_of_one_block_is_found_too(tmp_path: Path, kind: str) -> None:
+    """The library's readers save another form of place for these."""
+    texts = [f"{number} " * 50 * (number + 1) for number in range(6)]
+    for number, text in enumerate(texts):
+        content = text if kind == "text" else json.dumps([{"text": text}, {"text": text[::-1]}])
+        (tmp_path / f"train-{number}.{'txt' if kind == 'text' else 'json'}").write_text(content)
+    job = job_of(tmp_path, 0)
+    files = {"train": sorted(map(str, tmp_path.iterdir()))}
+    options = {"sample_by": "document"} if kind == "text" else {}
+    reader = "text" if kind == "text" else "json"
+    data = load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+    whole, first = read(loader(job), STEPS), loader(job)
+    batches = iter(first)
+    for step in range(1, 20):
+        next(batches)
+        state = first.state_dict()
+        position, older = positions_of(state), split_dataset_by_node(data, 0, 1)
+        for _ in islice(older, position["documents"]):
+            pass
+        state["stream_0"] = encode({**position, "data": older.state_dict()})
+        again = loader(job)
+        again.load_state_dict(state)
+        assert equal(read(again, 4), whole[step : step + 4])
 
 
 def test_shorter_sequences_go_on_within_a_long_document(folder: Path) -> None:

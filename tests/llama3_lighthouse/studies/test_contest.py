@@ -463,8 +463,29 @@ def test_a_start_whose_weights_are_gone_trains_again(call, faked, path, tmp_path
     faked.failing = ()
     shutil.rmtree(tmp_path / "out/start,seed=2/checkpoint")
     out, code = call()
-    assert not code and "start,seed=2 trains again, as its weights are gone" in out
+    assert not code and "start,seed=2 trains again, as its weights are gone; the new ones" in out
     assert faked.trained == ["start,seed=2", "window,lr=0.002,seed=2"]
+
+
+def test_an_arm_that_only_has_to_be_measured_needs_no_start(call, faked, path, tmp_path) -> None:
+    with_start(path)
+    faked.kill_at = 5
+    call()
+    trained = len(faked.trained)
+    shutil.rmtree(tmp_path / "out/start,seed=2", ignore_errors=True)
+    faked.kill_at = None
+    out, code = call()
+    assert not code and faked.measured[4] in faked.measured[5:]
+    assert faked.measured[4] not in faked.trained[trained:]
+
+
+def test_a_start_that_diverges_leaves_out_its_seed(call, faked, path, tmp_path) -> None:
+    with_start(path)
+    faked.failing, faked.reason = ("start,seed=1",), "loss is not finite"
+    out, code = call()
+    assert code and "start,seed=1: failed" in out
+    assert not (tmp_path / "out/start,seed=1/finished").exists()
+    assert "dense,lr=0.001,seed=1: left out, as it begins from start,seed=1" in out
 
 
 def test_without_its_start_an_arm_is_left_out(call, faked, path) -> None:
@@ -482,6 +503,7 @@ def test_without_its_start_an_arm_is_left_out(call, faked, path) -> None:
         ("training.steps = 12", "", "[start] names no training.steps"),
         ("seq_len=128", "seq_len=1024", "contest.toml, start: lighthouse.schedule"),
         ("rate = 5e-4", "rate = 5e-4\noptimizer.lr = 1e-3", "start sets optimizer.lr, which runs"),
+        ("rate = 5e-4", 'rate = 5e-4\nmodel.flavor = "17M"', "model.flavor, which all runs share"),
         (
             "training.max_norm = 1",
             'checkpoint.initial_load_path = "x"',
@@ -565,7 +587,7 @@ def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
         ('["window", "dense"]', '["dense", "lighthouse"]', "must hold pairs of arms, each once"),
         ("training.steps = 8", 'job.dump_folder = "x"', "settings sets job.dump_folder, which"),
         ("training.steps = 8", "metrics.log_freq = 10", "settings sets metrics.log_freq, which"),
-        ("rates = [2e-3]", "rates = [2e-3]\nvalidation.steps = 1", "all arms are measured on the"),
+        ("rates = [2e-3]", "rates = [2e-3]\nvalidation.steps = 1", "steps, which all runs share"),
         ("documents = 4", "documents = 0", "contest.toml: distance.documents = 0 must be at least"),
         ("documents = 4", "contexts = 5", "distance.contexts = 5: "),
         ("[settings]", '[settings]\nvalidation.dataset_path = "/none"', "/none"),

@@ -98,7 +98,7 @@ class Lighthouse(Method, Schedule):
 
     shuffle_seed: int = 0
     """Seed of the order of the training files, and of what is mixed into their text. 0 reads them
-    in the order of their names. Documents of one file keep their order, as does validation."""
+    in the order of their names. Documents of one file and those of validation keep theirs."""
 
     log_selection_every: int = 0
     """Steps between records of what Lighthouse layers select. Each record takes two more forward
@@ -108,7 +108,7 @@ class Lighthouse(Method, Schedule):
     """Share of the sequences of text in which passages return, near and far."""
 
     repeat_share: float = 0.125
-    """Share of the tokens of such a sequence that belong to a passage that returns."""
+    """Share of the tokens of such a sequence that repeat an earlier passage."""
 
     passkey_mix: float = 0.0
     """Share of the sequences that hold retrieval documents instead of text, evenly over all steps.

@@ -66,14 +66,15 @@ def _tokens(array: _Saved) -> np.ndarray:
 
 
 def is_older_reader(place: Any) -> bool:
-    """Whether the place of a reader is one of the library's own readers of files.
+    """Whether a place was saved by one of the library's own readers of files.
 
-    Older versions used them for local files too. Behind a long document they go on at another one,
-    so documents are counted instead.
+    Older versions read local files by them too. From a place behind a long document these readers
+    go on wrongly, so documents are counted instead.
     """
     if not isinstance(place, dict):
         return False
-    return "previous_state" in place or is_older_reader(place.get("examples_iterable"))
+    # All of them make Arrow tables of files.
+    return "Arrow" in str(place.get("type")) or is_older_reader(place.get("examples_iterable"))
 
 
 def older_fingerprint(folder: TextFolder) -> str | None:

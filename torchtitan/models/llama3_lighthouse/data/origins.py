@@ -45,7 +45,7 @@ def find_fault(
     """The reason why a stream cannot be read on after ``documents`` documents, with its file.
 
     Args:
-        error: the reader's, which does not name every file.
+        error: of the reader; its message may name no file.
     """
     own, _, step = _share(files, stream, streams)
     # A row is read for every stream before this stream gets its own.

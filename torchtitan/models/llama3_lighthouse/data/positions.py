@@ -72,7 +72,7 @@ def check_stream(state: dict[str, Any], start: dict[str, Any], name: str) -> Non
     for key in COUNTS:
         if not _is_count(state.get(key)):
             raise unreadable(name, f"'{key}' is no number from 0 on")
-    # The number of documents tells the place then.
+    # Such a place is not read: the stream counts documents.
     if is_older_reader(state.get("data")) and not is_older_reader(start["data"]):
         return
     if problem := _differs(state.get("data"), start["data"]):

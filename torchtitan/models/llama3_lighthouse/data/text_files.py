@@ -64,7 +64,7 @@ class TextFiles:
     """The files of a split in the order in which they are read, all of one kind.
 
     Attributes:
-        kind: name of Hugging Face's reader: json, parquet, arrow or text.
+        kind: json, parquet, arrow or text.
     """
 
     kind: str
@@ -85,7 +85,7 @@ class TextFiles:
             kind = infer_compression(path)
             # pyrefly: ignore[bad-index]  fsspec adds to this table later.
             plain = compr[kind](file, mode="rb")
-            # Zstandard's reader knows no lines.
+            # The reader of zstandard cannot read line by line.
             yield io.BufferedReader(plain) if kind == "zstd" else plain
 
     def rows(self, path: str, progress: Callable[[BinaryIO], None] | None = None) -> Iterator[Row]:
@@ -98,7 +98,8 @@ class TextFiles:
             if self.kind == "json":
                 yield from _json_rows(path, file)
             elif self.kind == "text":
-                yield Row(path, {"text": file.read().decode("utf-8")})
+                # Lines end in a line feed, whatever the file has.
+                yield Row(path, {"text": io.TextIOWrapper(file, encoding="utf-8").read()})
             else:
                 read = _parquet_documents if self.kind == "parquet" else _arrow_documents
                 for number, document in enumerate(read(file), 1):
@@ -125,6 +126,10 @@ def document_problem(document: dict[str, Any]) -> str | None:
         return "has a 'text' that is null"
     if not isinstance(text, str):
         return f"has a 'text' of type {type(text).__name__}, not a string"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has a 'text' whose character {error.start} is half of a surrogate pair"
     return None
 
 

@@ -76,8 +76,8 @@ def c4_local(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> T
     """
     folder = read_folder(path, key)
     files = folder.files(split, key, shuffle_seed)
-    # Each file is a shard. The library's own readers of files cannot go on behind a long document:
-    # they count empty pieces that its parser leaves.
+    # Each file is a shard. The library's own readers of files resume at a wrong document if one
+    # before it is long.
     data = IterableDataset.from_generator(
         _rows_of, gen_kwargs={"kind": files.kind, "paths": list(files.paths)}
     )

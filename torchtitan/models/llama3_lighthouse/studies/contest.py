@@ -6,8 +6,9 @@ Each arm first tries its learning rates, then trains every seed at the best one.
 import math
 import shutil
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Container, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TextIO
@@ -120,13 +121,17 @@ class _Contestants:
 
     def train_all(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
         """Train and measure what has not finished."""
-        runs = self._planned(asked)
+        # A run that only has to be measured needs no weights to begin from.
+        runs = {
+            key: replace(run, needs=None) if run.is_finished or is_trained(run) else run
+            for key, run in self._planned(asked).items()
+        }
         self.placed.update({(stage, *key): run for key, run in runs.items()})
-        sources = {run.needs.folder: run.needs for run in runs.values()
-                   if run.needs and not run.is_finished}  # fmt: skip
+        sources = {run.needs.folder: run.needs for run in runs.values() if run.needs}
         for source in sources.values():
-            renew(source)
-        self._sweep([*sources.values(), *runs.values()], self.options, stage)
+            others = [run for run in runs.values() if run.name.endswith(seed_of(source))]
+            renew(source, any(run.is_finished for run in others))
+        self._sweep([*sources.values(), *runs.values()], self.options, stage, sources)
         return runs
 
     def place(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
@@ -144,8 +149,14 @@ class _Contestants:
         self._sweep(list(self.timed.values()), self.options.alone(), stage="")
         self.tabulate()
 
-    def _sweep(self, runs: list[Run], options: SweepOptions, stage: str) -> None:
-        """Train runs, and measure those of a stage; the runs that tell times belong to none."""
+    def _sweep(
+        self, runs: list[Run], options: SweepOptions, stage: str, sources: Container[Path] = ()
+    ) -> None:
+        """Train runs, and measure those of a stage; the runs that tell times belong to none.
+
+        Args:
+            sources: folders of runs that others begin from, which are not measured.
+        """
         # Without GPUs, runs side by side share the cores.
         alone = options.at_once == 1 or (options.per_gpu == 1 and torch.cuda.is_available())
 
@@ -153,14 +164,13 @@ class _Contestants:
             if not is_trained(run):
                 remove_cut_off(run)
                 if code := train(run, options.processes, title, environment, self.lock):
-                    if stage == RATES and has_diverged(run):
+                    if stage == RATES and run.folder not in sources and has_diverged(run):
                         say(f"{title}: diverged, so that this rate is not the best")
                         write_numbers(run.folder, [Number(self.contest.tuned_by, None, math.nan)])
                         return 0
                     return code
                 mark_trained(run, alone)
-            is_source = self.contest.start and not run.needs
-            if not stage or is_source or (run.folder / MEASURES_FILE).exists():
+            if not stage or run.folder in sources or (run.folder / MEASURES_FILE).exists():
                 return 0
             say(f"{title}: measuring")
             return measure(self.contest, run, environment, self.lock)
@@ -178,10 +188,25 @@ class _Contestants:
                        self.logs, output)  # fmt: skip
 
 
-def renew(source: Run) -> None:
-    """Have a run trained again that others begin from, if its weights are no longer there."""
-    if source.is_finished and not last_checkpoint(source).is_dir():
-        say(f"{source.name} trains again, as its weights are gone")
+def seed_of(run: Run) -> str:
+    """The part of a run's name that says its seed."""
+    return run.name[run.name.rindex(",seed=") :]
+
+
+def renew(source: Run, had_followers: bool) -> None:
+    """Clear a run that others begin from if its weights are gone, so that it trains again.
+
+    Args:
+        had_followers: whether runs that began from it have finished.
+    """
+    if last_checkpoint(source).is_dir():
+        return
+    if source.is_finished or had_followers:
+        say(
+            f"{source.name} trains again, as its weights are gone; the new ones may differ by "
+            "rounding from those that finished runs began from"
+        )
+    if source.is_finished:
         shutil.rmtree(source.folder)
 
 

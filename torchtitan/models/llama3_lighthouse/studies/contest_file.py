@@ -25,7 +25,7 @@ RETRIEVAL = "retrieval/"
 RECORD, COPY = "contest.json", "contest.toml"
 # An arm may name its stage in the short form. What all arms must share decides the measures.
 OWN_KEYS = SETTINGS.keys() - {"lighthouse.stage"}
-# They say where the arms begin, if [start] does not.
+# [start] sets these for the arms.
 INITIAL_KEYS = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
 SHARED_KEYS = ("validation.", "lighthouse.tokenizer", "model.hf_assets_path")
 # More than half of the timed steps have to be like all later ones.
@@ -51,7 +51,7 @@ class Start:
     """A run from whose weights all arms begin, one for each seed.
 
     Attributes:
-        settings: section.key to value of what tells it from the arms.
+        settings: section.key to value, besides those of every run.
         rate: its learning rate.
     """
 
@@ -251,7 +251,7 @@ def _start(path: Path, table: dict[str, Any]) -> Start | None:
         raise UserValueError(f"{path}: start.rate = {rate!r} must be a learning rate, such as 1e-3")
     settings = _settings(path, {key: value for key, value in table.items() if key != "rate"})
     if "training.steps" not in settings:
-        raise UserValueError(f"{path}: [start] names no training.steps; add them")
+        raise UserValueError(f"{path}: [start] names no training.steps; add training.steps = N")
     return Start(settings, rate)
 
 
@@ -319,6 +319,8 @@ def _check(contest: Contest) -> None:
     tables = {"settings": contest.settings}
     tables |= {f"arms.{name}": arm.settings for name, arm in contest.arms.items()}
     tables |= {"start": contest.start.settings} if contest.start else {}
+    # All measure the same text, and go on with the weights of [start].
+    shared = (*SHARED_KEYS, "model.") if contest.start else SHARED_KEYS
     for name, settings in tables.items():
         varied = {"optimizer.lr", *contest.seed_keys}
         varied |= {"training.steps"} if contest.gpu_seconds and name != "start" else set()
@@ -330,11 +332,9 @@ def _check(contest: Contest) -> None:
                 raise UserValueError(
                     f"{contest.path}: {name} sets {key}, which the contest does; leave it out"
                 )
-            if name != "settings" and key.startswith(SHARED_KEYS):
-                raise UserValueError(
-                    f"{contest.path}: {name} sets {key}, but all arms are measured on the same "
-                    "text; write it in [settings]"
-                )
+            if name != "settings" and key.startswith(shared):
+                place = f"{contest.path}: {name}"
+                raise UserValueError(f"{place} sets {key}, which all runs share; use [settings]")
         for stage in settings.get("lighthouse.schedule", ()):
             timed = contest.gpu_seconds and name != "start"
             if timed and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):

@@ -28,7 +28,7 @@ UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")
 FLAG = re.compile(r"--([a-z-]+)(?= [\d(])")
 # Steps of the arms, where gpu_seconds decides them.
 STEPS_FILE = "steps.json"
-# Seeds of the runs that arms begin from are those of the arms and this.
+# This is added to an arm's seed for the run that it begins from.
 START_SEEDS = 1000
 
 
@@ -53,7 +53,7 @@ def in_arm(contest: Contest, arm: Arm) -> Generator[None, None, None]:
 
 @contextmanager
 def in_start(contest: Contest) -> Generator[None, None, None]:
-    """Name the file and its [start] in errors that come of its settings."""
+    """Name the file and [start] in errors about the settings there."""
     try:
         yield
     except (UserValueError, UserTypeError) as error:
@@ -84,6 +84,7 @@ class Planner:
         varied |= {"training.steps"} if contest.gpu_seconds else set()
         if contest.start:
             varied |= contest.start.settings.keys() | INITIAL_KEYS
+            varied |= {"checkpoint.interval", "validation.freq"}
             with in_start(contest):
                 check_base(self.start_run(contest.seeds[0]).config)
         if clash := keys_given(extra) & varied:

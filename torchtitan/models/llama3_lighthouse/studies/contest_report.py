@@ -60,8 +60,8 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
     text = f"# {contest.path.name}\n\nSHA-256 of the file and its base: {contest.digest}\n\n"
     if start := contest.start:
         steps = start.settings["training.steps"]
-        text += f"All arms begin from the weights of {steps:,} steps at rate {start.rate:g}, which "
-        text += "no number below counts.\n\n"
+        text += f"All arms begin from the weights of {steps:,} steps at rate {start.rate:g}. "
+        text += "Tokens and seconds below leave these steps out.\n\n"
     text += f"{verdict}\n\n{markdown(arms, columns)}{NOTES}\n"
     text += markdown(short, list(rows[0])) if rows else ""
     (output / RESULTS).write_text(text)
