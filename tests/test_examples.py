@@ -74,11 +74,11 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     )
 
 
+# Half a minute by itself, and minutes where other tests take its cores.
+@pytest.mark.slow
 def test_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """It shows what its stored outputs show; the numbers of a trained model differ by machine."""
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
-    # More threads than cores, as where tests run side by side, would take minutes.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     stored = nbformat.read(NOTEBOOK, as_version=4)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:

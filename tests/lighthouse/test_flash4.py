@@ -173,7 +173,7 @@ def test_window_of_the_whole_sequence_stays_with_torch(monkeypatch: pytest.Monke
     for name in ("forward", "backward"):
         monkeypatch.setattr(flash4, f"window_{name}", lambda *x, name=name: calls.append((name, x)))
     q = torch.empty(1, 1, 8, 8)
-    forward, backward = window._operations("flash4")
+    forward, backward = window.operations_by("flash4")
     for size in (8, 9):
         forward(q, q, q, size, 0.5)
         backward(q, None, q, q, q, q, q[..., 0], size, 0.5)

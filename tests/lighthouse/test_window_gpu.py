@@ -215,7 +215,7 @@ def test_merges_with_the_selection(
     monkeypatch: pytest.MonkeyPatch, impl: str, kv_heads: int
 ) -> None:
     """Backward goes through the merged output and logsumexp; its bits repeat."""
-    monkeypatch.setattr(merge, "window_operations", lambda q: window._operations(impl))
+    monkeypatch.setattr(merge, "window_operations", lambda q: window.operations_by(impl))
     config = LighthouseConfig(
         3, 4, 128, picks_per_stratum=32, entry_score="first", combine="finest", window=WINDOW
     )
