@@ -133,9 +133,9 @@ def window_attention(
     check_window(window)
     impl = choose_window_implementation(impl, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if context_parallel.chunks == 1:
-        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse)
     chunks = context_parallel.chunks
+    if chunks == 1:
+        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse)
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel)

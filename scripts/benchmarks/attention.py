@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from arguments import add_layer_arguments, benchmark_parser, run_benchmark
 from measuring import (
+    PAPERS,
     copy_bandwidth,
     dense,
     forward_and_backward,
@@ -254,7 +255,7 @@ def benchmark(
 
 def settings_of(window: int) -> dict[str, Any]:
     """Settings of the method: the paper's, or those that a window needs."""
-    return dict(window=window) if window else dict(entry_score="max", combine="sum")
+    return dict(window=window) if window else PAPERS
 
 
 def part_names(results: dict[str, Any], mode: str) -> list[str]:

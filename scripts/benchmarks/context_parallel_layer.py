@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from measuring import random_rows, relative_error
+from measuring import PAPERS, random_rows, relative_error
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
@@ -112,9 +112,7 @@ def on_all_gpus(config: LighthouseConfig, mesh: DeviceMesh) -> LighthouseAttenti
 def errors(mesh: DeviceMesh) -> dict[str, tuple[float, float]]:
     """Errors of output and gradients against float64, on all GPUs of ``mesh`` and on one."""
     world_size = mesh.size()
-    config = LighthouseConfig(
-        3, 4, 128 * world_size, picks_per_stratum=32, entry_score="max", combine="sum"
-    )
+    config = LighthouseConfig(3, 4, 128 * world_size, picks_per_stratum=32, **PAPERS)
     *rows, grad = rows_and_gradient(8192 * world_size, 1)
     selection = select(*rows, config)
     whole = with_gradients(on_one_gpu(config), rows, grad)
@@ -137,7 +135,7 @@ def through_one_gpu() -> dict[str, Any]:
     """Bits and times of one GPU with context parallelism over itself alone, and without."""
     # torch wants every rank to make every group.
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    config = LighthouseConfig(3, 4, 1536, entry_score="max", combine="sum")
+    config = LighthouseConfig(3, 4, 1536, **PAPERS)
     *rows, grad = rows_and_gradient(PER_GPU, 2)
     plain, through = on_one_gpu(config), on_one_gpu(config)
     through.context_parallel = ContextParallel(groups[dist.get_rank()], 0, 1)
@@ -161,7 +159,7 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
         with (
             patch.object(_Ring, "pass_on", lambda self, tensors: lambda: tensors),
-            patch.object(ContextParallel, "exchange", lambda self, rows: rows),
+            patch.object(ContextParallel, "exchange", lambda self, *rows: rows),
         ):
             return function()
 
@@ -171,9 +169,7 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
 def sending(mesh: DeviceMesh) -> dict[str, Any]:
     """Times of the layer on all GPUs of ``mesh``, with and without sending."""
     world_size = mesh.size()
-    attention = on_all_gpus(
-        LighthouseConfig(3, 4, 1536 * world_size, entry_score="max", combine="sum"), mesh
-    )
+    attention = on_all_gpus(LighthouseConfig(3, 4, 1536 * world_size, **PAPERS), mesh)
     layout = attention.context_parallel
     whole = rows_and_gradient(PER_GPU * world_size, 3)
     *rows, grad = (layout.take(x, 2).clone() for x in whole)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from arguments import add_seconds, benchmark_parser, run_benchmark
-from measuring import forward_and_backward, measure, relative_error, require_cuda
+from measuring import PAPERS, forward_and_backward, measure, relative_error, require_cuda
 from reporting import origin, table_head, table_row, with_spread, write_report
 from torch.nn import functional
 from torchtitan.components.loss import cross_entropy_loss
@@ -40,7 +40,7 @@ from torchtitan.models.llama3_lighthouse.model.model import (
 )
 
 DIM = PAPER["dim"]
-METHOD = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536, entry_score="max", combine="sum")
+METHOD = LighthouseConfig(levels=3, pooling_factor=4, top_k=1536, **PAPERS)
 # At the paper's vocabulary, float64 logits of this length take 8.4 GB.
 CHECKED_LENGTH = 8192
 # From hidden states [B, N, D], weight [V, D] and labels [B, N] to the sum over tokens.

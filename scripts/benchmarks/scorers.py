@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from arguments import add_layer_arguments, benchmark_parser, run_benchmark
 from measuring import (
+    PAPERS,
     dense,
     forward_and_backward,
     measure,
@@ -77,7 +78,7 @@ def check(heads: int, kv_heads: int, d: int) -> dict[str, list[float]]:
     rows = random_rows(CHECKED_LENGTH, (heads, kv_heads, kv_heads), d)
     errors = {}
     for scorer in SCORERS:
-        config = LighthouseConfig(3, 4, CHECKED_TOP_K, scorer)
+        config = LighthouseConfig(3, 4, CHECKED_TOP_K, scorer, **PAPERS)
         geometry = PyramidGeometry(config, CHECKED_LENGTH)
         exact = scoring.score(*(x.double() for x in rows), geometry)[1]
         a, b = kernels.score(*rows, geometry)
@@ -105,7 +106,7 @@ def variants(case: str, heads: int, kv_heads: int, d: int) -> dict[str, Callable
     rows = random_rows(n, (heads, kv_heads, kv_heads), d)
     found: dict[str, Callable[[], object]] = {}
     for scorer in SCORERS:
-        _, config = method_of(case, "--case", scorer=scorer)
+        _, config = method_of(case, "--case", scorer=scorer, **PAPERS)
         geometry = PyramidGeometry(config, n)
         found[f"{scorer}, alone"] = lambda g=geometry: kernels.score(*rows, g)
         layer = lambda q, k, v, c=config: lighthouse_attention(q, k, v, c, sdpa=dense)  # noqa: E731

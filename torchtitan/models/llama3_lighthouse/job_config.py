@@ -88,8 +88,9 @@ class Lighthouse(Method, Schedule):
     below it and where tensor parallelism shards the vocabulary."""
 
     cuda_graphs: bool = True
-    """Launch each pass over a microbatch as one CUDA graph, from a stage's fourth step on, on one
-    GPU and for compiled models. Elsewhere the start of the log says why there is none."""
+    """Launch forward and backward of a microbatch as one CUDA graph, from a stage's fourth step on.
+    A graph runs the same kernels, without waiting for the host. It is for one GPU and compiled
+    models; elsewhere the start of the log says why there is none."""
 
     data_streams: int = 0
     """Streams that the training text is dealt to, document by document: a multiple of the
@@ -98,7 +99,8 @@ class Lighthouse(Method, Schedule):
 
     shuffle_seed: int = 0
     """Seed of the order of the training files, and of what is mixed into their text. 0 reads them
-    in the order of their names. Documents of one file and those of validation keep theirs."""
+    in the order of their names; "python_stdlib" has one of its own. Documents of one file keep
+    their order, and validation reads the same text in any case."""
 
     log_selection_every: int = 0
     """Steps between records of what Lighthouse layers select. Each record takes two more forward
@@ -111,8 +113,9 @@ class Lighthouse(Method, Schedule):
     """Share of the tokens of such a sequence that repeat an earlier passage."""
 
     passkey_mix: float = 0.0
-    """Share of the sequences that hold retrieval documents instead of text, evenly over all steps.
-    Only the answers there count in the loss."""
+    """Share of the training tokens that come from synthetic retrieval documents. These fill whole
+    sequences, spread evenly over all steps, and only their answers count in the loss. The other
+    sequences hold the text, in its order. 0.0 means no such documents, 1.0 no text."""
 
     passkey_tasks: list[RetrievalTask] = field(
         default_factory=lambda: ["passkey", "long_passkey", "several_keys", "variables"]

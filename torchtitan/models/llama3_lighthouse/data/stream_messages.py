@@ -29,7 +29,7 @@ class StreamMessages:
         place = f"document {number} of stream {stream} (both counted from 0)"
         problem = document_problem(document)
         found = self._find(stream, number)
-        # A reader that fills in missing columns knows less than the file.
+        # The place is told only if what stands there has a fault too.
         if found and (told := document_problem(found[1])):
             place, problem = found[0], told
         return UserValueError(f"{self.key}.dataset: {place} {problem}; remove or mend it")

@@ -13,7 +13,7 @@ from fsspec.compression import compr
 from ..errors import UserFileError, UserValueError
 from .text_files import TextFiles, shuffled
 
-# Suffix of a file -> name of the reader in Hugging Face datasets.
+# Suffix of a file -> kind of file, as in ``TextFiles``.
 FILE_KINDS = {
     ".json": "json",
     ".jsonl": "json",
@@ -51,7 +51,7 @@ class TextFolder:
 
     Attributes:
         path: as the user gave it.
-        kind: name of Hugging Face's reader for all files of text.
+        kind: of all files of text, as in ``TextFiles``.
         train, held_out: path -> size in bytes, in the order in which they are read.
         left_out: reason, of one thing and of several -> paths below the folder.
     """

@@ -121,16 +121,17 @@ class _Contestants:
 
     def train_all(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
         """Train and measure what has not finished."""
+        planned = self._planned(asked)
         # A run that only has to be measured needs no weights to begin from.
         runs = {
             key: replace(run, needs=None) if run.is_finished or is_trained(run) else run
-            for key, run in self._planned(asked).items()
+            for key, run in planned.items()
         }
         self.placed.update({(stage, *key): run for key, run in runs.items()})
         sources = {run.needs.folder: run.needs for run in runs.values() if run.needs}
-        for source in sources.values():
-            others = [run for run in runs.values() if run.name.endswith(seed_of(source))]
-            renew(source, any(run.is_finished for run in others))
+        followed = {run.needs.folder for run in planned.values() if run.needs and run.is_finished}
+        for folder, source in sources.items():
+            renew(source, folder in followed)
         self._sweep([*sources.values(), *runs.values()], self.options, stage, sources)
         return runs
 
@@ -186,11 +187,6 @@ class _Contestants:
         if done:
             write_data([(dict(zip(PLACES, key, strict=True)), run) for key, run in done.items()],
                        self.logs, output)  # fmt: skip
-
-
-def seed_of(run: Run) -> str:
-    """The part of a run's name that says its seed."""
-    return run.name[run.name.rindex(",seed=") :]
 
 
 def renew(source: Run, had_followers: bool) -> None:

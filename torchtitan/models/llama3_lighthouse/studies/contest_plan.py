@@ -43,21 +43,12 @@ def in_distance(contest: Contest) -> Generator[None, None, None]:
 
 
 @contextmanager
-def in_arm(contest: Contest, arm: Arm) -> Generator[None, None, None]:
-    """Name the file and the arm in errors that come of an arm's settings."""
+def in_table(contest: Contest, name: str) -> Generator[None, None, None]:
+    """Name the file and its table in errors about the settings there."""
     try:
         yield
     except (UserValueError, UserTypeError) as error:
-        raise type(error)(f"{contest.path}, arms.{arm.name}: {error}") from None
-
-
-@contextmanager
-def in_start(contest: Contest) -> Generator[None, None, None]:
-    """Name the file and [start] in errors about the settings there."""
-    try:
-        yield
-    except (UserValueError, UserTypeError) as error:
-        raise type(error)(f"{contest.path}, start: {error}") from None
+        raise type(error)(f"{contest.path}, {name}: {error}") from None
 
 
 def last_checkpoint(run: Run) -> Path:
@@ -85,7 +76,7 @@ class Planner:
         if contest.start:
             varied |= contest.start.settings.keys() | INITIAL_KEYS
             varied |= {"checkpoint.interval", "validation.freq"}
-            with in_start(contest):
+            with in_table(contest, "start"):
                 check_base(self.start_run(contest.seeds[0]).config)
         if clash := keys_given(extra) & varied:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
@@ -93,7 +84,7 @@ class Planner:
         lengths: dict[int, JobConfig] = {}
         for arm in contest.arms.values():
             # Every arm is checked before the first run.
-            with in_arm(contest, arm):
+            with in_table(contest, f"arms.{arm.name}"):
                 run = self.run(arm, arm.rates[0], contest.seeds[0])
                 check_base(run.config)
                 if timed or contest.gpu_seconds:
@@ -196,7 +187,7 @@ class Planner:
         write_record(self.output / STEPS_FILE, self.steps)
         for arm in asked:
             # Other steps may not fit the rest of the settings.
-            with in_arm(self.contest, arm):
+            with in_table(self.contest, f"arms.{arm.name}"):
                 check_base(self.run(arm, arm.rates[0], self.contest.seeds[0]).config)
 
     def _settings(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
