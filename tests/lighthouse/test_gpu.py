@@ -174,7 +174,7 @@ def test_strata_of_thousands(kind: str) -> None:
 def test_beyond_two_billion_elements() -> None:
     """Compare random positions of a tensor past all 32-bit offsets with sums written out here."""
     n, heads, d, levels, p = 2**22, 5, 128, 4, 4
-    config = LighthouseConfig(levels, p, 3 * 5504)
+    config = LighthouseConfig(levels, p, 3 * 5504, entry_score="max", combine="sum")
     geometry = PyramidGeometry(config, n)
     assert n * heads * d > 2**31
 
@@ -250,6 +250,11 @@ class TwoChunksOnOneRank(ContextParallel):
 
     def held_by(self, rank: int) -> tuple[int, ...]:
         return (0, 1)
+
+    def exchange(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # The operation knows layouts over ranks alone. tests/llama3_lighthouse/infra has it.
+        rows = [part.unflatten(0, (-1, 2))[:, :1] for part in parts]
+        return tuple(torch.cat([torch.zeros_like(x), x], 1).flatten(0, 1) for x in rows)
 
 
 @pytest.fixture
