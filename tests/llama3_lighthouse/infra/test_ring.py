@@ -34,8 +34,7 @@ from torchtitan.models.llama3_lighthouse.infra.ring_attention import (
     _ring_backward,
     _ring_forward,
 )
-from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
-from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.job_config import Parallelism
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
 
 LIGHTHOUSE = LighthouseConfig(3, 2, 96, picks_per_stratum=4)
@@ -398,24 +397,3 @@ def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
     run_ranks(
         compiled_worker, world_size, free_port, kinds, "inductor", "cuda", processes=world_size
     )
-
-
-def test_bytes_at_a_million_tokens() -> None:
-    """The numbers are those of docs/guides/parallelism.md."""
-    args = flavors["530M"]
-    config_file = "train_configs/paper_530m_1m_cp8.toml"
-    args.update_from_config(
-        LighthouseConfigManager().parse_args(["--job.config_file", config_file])
-    )
-    sent = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
-    # 8,192 places on a rank, with a key and a value of 1,024 numbers each. Each makes 7 hops in
-    # bfloat16 forward, 7 backward, and 7 as a float32 gradient.
-    assert sent["ring"] == 8192 * 2048 * 7 * (2 + 2 + 4)
-    assert sent["halo"] == 0
-    # 3 rows of 1,024 numbers after each of 2 chunks, forward and backward, in bfloat16.
-    assert sent["seam"] == 3 * 1024 * 2 * 2 * 2
-    # 511 keys and values of 1,024 numbers each, and 3 float32 logsumexps of 8 heads.
-    args.lighthouse = replace(args.lighthouse, combine="finest", window=512)
-    beside = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
-    assert beside["halo"] == 511 * 2048 * 2 * 2 * 2 == 8_372_224
-    assert beside["seam"] == sent["seam"] + 3 * 8 * 4 * 2 * 2

@@ -1,10 +1,11 @@
-"""Windows under context parallelism, compiled and checkpointed, on CPU processes."""
+"""Windows under context parallelism, compiled and checkpointed, and what layers send."""
 
 import itertools
 import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -17,15 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
-from lighthouse import LighthouseConfig
+from lighthouse import ContextParallel, LighthouseConfig
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     EXCHANGE,
     RING,
     SELECTION,
     WINDOW,
 )
-from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
-from torchtitan.models.llama3_lighthouse.job_config import Parallelism
+from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
+    apply_context_parallel,
+    bytes_sent_per_layer,
+)
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
+from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
 
 # Twelve strata, which the chunks of two and of three ranks divide.
@@ -124,3 +129,24 @@ def test_compiled_and_checkpointed_windows_equal_one_device(
     world_size: int, free_port: int
 ) -> None:
     run_ranks(worker, world_size, free_port, processes=world_size)
+
+
+def test_bytes_at_a_million_tokens() -> None:
+    """The numbers are those of docs/guides/parallelism.md."""
+    args = flavors["530M"]
+    config_file = "train_configs/paper_530m_1m_cp8.toml"
+    args.update_from_config(
+        LighthouseConfigManager().parse_args(["--job.config_file", config_file])
+    )
+    sent = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
+    # 8,192 places on a rank, with a key and a value of 1,024 numbers each. Each makes 7 hops in
+    # bfloat16 forward, 7 backward, and 7 as a float32 gradient.
+    assert sent["ring"] == 8192 * 2048 * 7 * (2 + 2 + 4)
+    assert sent["halo"] == 0
+    # 3 rows of 1,024 numbers after each of 2 chunks, forward and backward, in bfloat16.
+    assert sent["seam"] == 3 * 1024 * 2 * 2 * 2
+    # 511 keys and values of 1,024 numbers each, and 3 float32 logsumexps of 8 heads.
+    args.lighthouse = replace(args.lighthouse, combine="finest", window=512)
+    beside = bytes_sent_per_layer(args, 2**20, ContextParallel(None, 1, 8), torch.bfloat16)
+    assert beside["halo"] == 511 * 2048 * 2 * 2 * 2 == 8_372_224
+    assert beside["seam"] == sent["seam"] + 3 * 8 * 4 * 2 * 2
