@@ -12,13 +12,15 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from emulated_attention import emulate_attention_of_gpus
 from launch import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel, LighthouseConfig
+from torchtitan.models.llama3_lighthouse.infra import ring_logsumexp
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     EXCHANGE,
     RING,
@@ -53,6 +55,23 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def check_operations_of_gpus(mesh: DeviceMesh) -> None:
+    """cuDNN's and flash attention get the arguments that they take, and give what the CPU's do."""
+    emulate_attention_of_gpus()
+    forward, backward = ring_logsumexp.operations_of(mesh.get_group(), True, False)
+    q, k, v, dout = torch.randn(4, 1, 4, 32, 16)
+    k, v = k[:, :2], v[:, :2]
+    dlse = torch.randn(1, 4, 32)
+    found = []
+    for computing in ("cpu", "cudnn", "flash"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(ring_logsumexp, "_computing", lambda *rows, name=computing: name)
+            results = forward(q, k, v, 0.3)
+            found.append([*results, *backward(dout, dlse, q, k, v, *results, 0.3)])
+    for value, want in itertools.chain(*(zip(each, found[0], strict=True) for each in found[1:])):
+        torch.testing.assert_close(value, want)
+
+
 def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
     """A block with a window, compiled, and with what checkpointing keeps of it."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
@@ -72,6 +91,8 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
     contexts = partial(create_selective_checkpoint_contexts, policy)
     layouts = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
     all_args = (BESIDE, ALONE)
+    if device == "cpu":
+        check_operations_of_gpus(mesh)
     for args, config in itertools.product(all_args, layouts):
         plain, ring = (
             args.stage_one_attention(ScaledDotProductAttentionWrapper()) for _ in range(2)

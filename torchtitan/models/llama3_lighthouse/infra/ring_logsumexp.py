@@ -55,17 +55,19 @@ def _backward(
     return torch.ops.lighthouse_ring.attention_backward(dout, q, k, v, out, lse, scale, *ring)
 
 
-def _takes_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether cuDNN computes, and otherwise flash attention.
+def _computing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    """The attention that computes: "cpu", "cudnn" or "flash".
 
     Raises:
-        NotImplementedError: neither takes these tensors.
+        NotImplementedError: none takes these tensors.
     """
+    if not q.is_cuda:
+        return "cpu"
     parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
     if torch.backends.cuda.can_use_cudnn_attention(parameters):
-        return True
+        return "cudnn"
     if torch.backends.cuda.can_use_flash_attention(parameters):
-        return False
+        return "flash"
     raise NotImplementedError(
         "ring attention runs cuDNN's and flash attention, in bfloat16 or float16, and neither "
         f"takes q {tuple(q.shape)} in {q.dtype}"
@@ -75,10 +77,11 @@ def _takes_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 def _run_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *ring: str | bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not q.is_cuda:
+    computing = _computing(q, k, v)
+    if computing == "cpu":
         out, lse = ring_operation(CPU_FORWARD)(*ring, q, k, v, 0.0, True, scale=scale)
         return out, lse
-    if _takes_cudnn(q, k, v):
+    if computing == "cudnn":
         run = ring_operation(aten._scaled_dot_product_cudnn_attention.default)
         out, lse, *_ = run(*ring, q, k, v, None, True, 0.0, True, False, scale=scale)
         return out, lse.squeeze(-1)
@@ -97,11 +100,12 @@ def _run_backward(
     scale: float,
     *ring: str | bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not q.is_cuda:
+    computing = _computing(q, k, v)
+    if computing == "cpu":
         run = ring_operation(CPU_BACKWARD)
         return run(*ring, dout, q, k, v, out, lse, 0.0, True, scale=scale)
     length = q.shape[2]
-    if _takes_cudnn(q, k, v):
+    if computing == "cudnn":
         run = ring_operation(aten._scaled_dot_product_cudnn_attention_backward.default)
         # Without dropout, the state of the random generator is not read.
         state = lse.new_empty((), dtype=torch.int64)
