@@ -16,7 +16,7 @@ S gathered length of a chunk, L levels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -78,9 +78,10 @@ class ContextParallel:
         world_size: W.
         balanced: whether rank r holds chunks r and 2 W - 1 - r of 2 W, joined, so that causal
             attention costs all ranks the same. Otherwise it holds chunk r of W.
-        operations: causal attention over the parts of all ranks, without autograd, for a window
-            beside the selection. forward(q, k, v, scale) returns out and the logsumexp of the
-            scores. backward(dout, dlse, q, k, v, out, lse, scale) returns dq, dk and dv.
+        operations: causal attention over the parts of all ranks, without autograd, for
+            ``attention_over_ranks``. forward(q, k, v, scale) returns out and the logsumexp of the
+            scores. backward(dout, dlse, q, k, v, out, lse, scale) returns dq, dk and dv; dlse may
+            be None.
     """
 
     group: torch.distributed.ProcessGroup | None
@@ -179,6 +180,82 @@ class ContextParallel:
         # A rank without that chunk does the same, so that all ranks compile one graph.
         place = torch.arange(rows.shape[0], device=rows.device) % len(self.held)
         return rows.masked_fill((place == self.first).view(-1, *[1] * (rows.ndim - 1)), value)
+
+
+@overload
+def attention_over_ranks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    layout: ContextParallel,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention_over_ranks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    layout: ContextParallel,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention_over_ranks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    layout: ContextParallel,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Dense causal attention over the parts of all ranks, by the operations of ``layout``.
+
+    Every rank of the group has to call it, and its backward.
+
+    Args:
+        q: this rank's part, [B, Hq, M C, D].
+        k, v: this rank's parts, [B, Hkv, M C, D].
+        scale: factor of the scores.
+        return_lse: also return the logsumexp of each position's scores.
+
+    Returns:
+        out [B, Hq, M C, D] in q's dtype; with ``return_lse`` also lse [B, Hq, M C].
+    """
+    return _OverRanks.apply(q, k, v, scale, layout, return_lse)
+
+
+class _OverRanks(torch.autograd.Function):
+    """One operation forward and one backward, which computes the probabilities again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        layout: ContextParallel,
+        return_lse: bool,
+    ) -> Any:
+        assert layout.operations is not None
+        out, lse = layout.operations[0](q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.constants = scale, layout
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]  Without lse there is no gradient of it.
+    def backward(
+        ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        scale, layout = ctx.constants
+        grads = layout.operations[1](dout, dlse, *ctx.saved_tensors, scale)
+        return *grads, None, None, None
 
 
 class _Exchange(torch.autograd.Function):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .context_parallel import ContextParallel
+from .context_parallel import ContextParallel, attention_over_ranks
 from .geometry import PyramidGeometry
 from .halo import window_in_chunks
 from .implementation import choose_window_implementation, kernels
@@ -92,7 +92,8 @@ def merged_attention_over_ranks(
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     impl = choose_window_implementation(impl, q)
-    far, far_lse = _OverRanks.apply(*map(layout.join, gathered), scale, layout)
+    far_q, far_k, far_v = map(layout.join, gathered)
+    far, far_lse = attention_over_ranks(far_q, far_k, far_v, scale, layout, return_lse=True)
     far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
     seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
     window = geometry.config.window
@@ -103,35 +104,6 @@ def merged_attention_over_ranks(
     far_lse = scatter_back(far_lse, selection, geometry, seam_lse)
     weight = torch.sigmoid(far_lse - near_lse.unsqueeze(-1))
     return (weight * far + (1 - weight) * near).to(q.dtype)
-
-
-class _OverRanks(torch.autograd.Function):
-    """Causal attention over the parts of all ranks by a layout's operations, with its logsumexp."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        layout: ContextParallel,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert layout.operations is not None
-        out, lse = layout.operations[0](q, k, v, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.constants = scale, layout
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    # pyrefly: ignore[bad-override]  One gradient for each of the two outputs.
-    def backward(
-        ctx: Any, dout: torch.Tensor, dlse: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        scale, layout = ctx.constants
-        grads = layout.operations[1](dout, dlse, *ctx.saved_tensors, scale)
-        return *grads, None, None
 
 
 def merged_attention_by_kernels(

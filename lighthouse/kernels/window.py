@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from ..logsumexp import fold_lse_gradient
 from .launch import LARGEST_D, define, row_strides, sequence_first
 
@@ -55,16 +56,6 @@ def repeating_bits() -> Generator[None]:
         fills.fill_uninitialized_memory = filled
 
 
-def _cudnn_computes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether cuDNN's dense attention, the fastest one on Hopper, takes these tensors.
-
-    torch lets it compute neither where a user has switched it off nor in deterministic mode.
-    """
-    grouped = q.shape[1] != k.shape[1]
-    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, grouped)
-    return torch.backends.cuda.can_use_cudnn_attention(parameters)
-
-
 def flash_rows(rows: torch.Tensor) -> torch.Tensor:
     """[B, H, N, D] as flash attention takes it, [B, N, H, D] with D contiguous."""
     return row_strides(rows)[0].transpose(1, 2)
@@ -90,11 +81,9 @@ def launch_forward(
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
     queries, keys = q.shape[2], k.shape[2]
-    if window >= keys == queries and _cudnn_computes(q, k, v):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, True, False, scale=scale
-        )
-        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.squeeze(-1).contiguous()
+    if window >= keys == queries and takes_cudnn(q, k, v):
+        out, lse = cudnn_forward(q, k, v, scale)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     rows = (flash_rows(each) for each in (q, k, v))
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *rows, None, None, queries, keys, 0.0, True, False, **_options(keys, window, scale)
@@ -120,13 +109,8 @@ def launch_backward(
     is then cut into segments instead, which flash attention takes as a batch.
     """
     (batch, heads, n, _), keys = q.shape, k.shape[2]
-    if window >= keys == n and _cudnn_computes(q, k, v):
-        # Without dropout, the state of the random generator is not read.
-        state = lse.new_empty((), dtype=torch.int64)
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse.unsqueeze(-1), state, state, None, None, None, n, n, 0.0, True,
-            scale=scale,
-        )  # fmt: skip
+    if window >= keys == n and takes_cudnn(q, k, v):
+        grads = cudnn_backward(dout, q, k, v, out, lse, scale)
         dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
         return dq, dk, dv
     rows = [flash_rows(each) for each in (dout, q, k, v, out)]

@@ -26,7 +26,7 @@ from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, s
 from lighthouse.attention import lighthouse_attention
 from lighthouse.precision import SDPA_BACKENDS
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
-from torchtitan.models.llama3_lighthouse.infra.ring_attention import _Ring
+from torchtitan.models.llama3_lighthouse.infra.ring_attention import Ring
 from torchtitan.models.llama3_lighthouse.job_config import Parallelism
 
 PER_GPU = 98304
@@ -105,7 +105,7 @@ def on_one_gpu(config: LighthouseConfig) -> LighthouseAttention:
 
 def on_all_gpus(config: LighthouseConfig, mesh: DeviceMesh) -> LighthouseAttention:
     attention = on_one_gpu(config)
-    apply_context_parallel([attention], mesh, Parallelism())
+    apply_context_parallel(attention, mesh, Parallelism())
     return attention
 
 
@@ -158,7 +158,7 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
 
     def run() -> object:
         with (
-            patch.object(_Ring, "pass_on", lambda self, tensors: lambda: tensors),
+            patch.object(Ring, "pass_on", lambda self, tensors: lambda: tensors),
             patch.object(ContextParallel, "exchange", lambda self, *rows: rows),
         ):
             return function()

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from emulated_attention import emulate_attention_of_gpus
+from emulated_attention import ATTENTIONS, emulate_attention_of_gpus
 from launch import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel, LighthouseConfig
-from torchtitan.models.llama3_lighthouse.infra import ring_logsumexp
+from torchtitan.models.llama3_lighthouse.infra import ring_operations
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     EXCHANGE,
     RING,
@@ -58,14 +58,14 @@ class Calls(TorchDispatchMode):
 def check_operations_of_gpus(mesh: DeviceMesh) -> None:
     """cuDNN's and flash attention get the arguments that they take, and give what the CPU's do."""
     emulate_attention_of_gpus()
-    forward, backward = ring_logsumexp.operations_of(mesh.get_group(), True, False)
+    forward, backward = ring_operations.operations_of(mesh.get_group(), True)
     q, k, v, dout = torch.randn(4, 1, 4, 32, 16)
     k, v = k[:, :2], v[:, :2]
     dlse = torch.randn(1, 4, 32)
     found = []
-    for computing in ("cpu", "cudnn", "flash"):
+    for pair in (ring_operations._attention_of(q, k, v), *ATTENTIONS.values()):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(ring_logsumexp, "_computing", lambda *rows, name=computing: name)
+            monkeypatch.setattr(ring_operations, "_attention_of", lambda *rows, pair=pair: pair)
             results = forward(q, k, v, 0.3)
             found.append([*results, *backward(dout, dlse, q, k, v, *results, 0.3)])
     for value, want in itertools.chain(*(zip(each, found[0], strict=True) for each in found[1:])):
@@ -97,7 +97,7 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
         plain, ring = (
             args.stage_one_attention(ScaledDotProductAttentionWrapper()) for _ in range(2)
         )
-        apply_context_parallel([ring], mesh, config)
+        apply_context_parallel(ring, mesh, config)
 
         def block(attention: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
             return attention(*(x.sin() for x in inputs)).cos()

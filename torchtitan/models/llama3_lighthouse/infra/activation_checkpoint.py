@@ -27,7 +27,7 @@ from lighthouse import LighthouseAttention
 from lighthouse.implementation import kernels
 
 from ..job_config import ActivationCheckpoint
-from . import ring_logsumexp
+from . import ring_operations
 
 # Matrix products of a block, in the order in which it computes them.
 PRODUCTS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
@@ -41,8 +41,8 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-# Ring attention beside a window, whose outputs are merged by logsumexps.
-RING = {ring_logsumexp.ATTENTION}
+# The same over several ranks.
+RING = {ring_operations.ATTENTION}
 WINDOW = {torch.ops.lighthouse.window.default, torch.ops.lighthouse.halo_window.default}
 SELECTION = {torch.ops.lighthouse.select.default}
 GATHERING: set[torch._ops.OpOverload] = set()

@@ -1,22 +1,62 @@
-"""Context parallelism: ring attention inside Lighthouse attention, on GPUs and on CPUs."""
+"""Context parallelism: ring attention inside Lighthouse attention, on GPUs and on CPUs.
 
+Shapes: B batch, Hq query heads, Hkv key-value heads, S positions on a rank, D head dimension.
+"""
+
+import math
 from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.experimental._attention import set_rotate_method
-from torch.distributed.tensor.experimental._context_parallel._attention import _cp_options
-from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel
+from lighthouse.context_parallel import attention_over_ranks
 from lighthouse.inner_attention import InnerAttention
 from lighthouse.precision import accumulation_dtype
 
 from ..job_config import Parallelism
 from ..model.model import LighthouseModelArgs
-from .ring_attention import install_ring_attention, sum_dtype
-from .ring_logsumexp import operations_of
+from .ring_attention import sum_dtype
+from .ring_operations import operations_of
+
+
+class RingAttention(nn.Module):
+    """Dense causal attention over the parts of all ranks, in the place of torch's.
+
+    Args:
+        layout: the parts, with operations that attend over them.
+    """
+
+    def __init__(self, layout: ContextParallel) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        is_causal: bool = True,
+    ) -> torch.Tensor:
+        """Output [B, Hq, S, D] for this rank's q [B, Hq, S, D] and k, v [B, Hkv, S, D].
+
+        Raises:
+            ValueError: ``is_causal`` is false, or the heads differ without ``enable_gqa``.
+        """
+        if not is_causal:
+            raise ValueError("ring attention is causal; pass is_causal = True")
+        if q.shape[1] != k.shape[1] and not enable_gqa:
+            raise ValueError(
+                f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
+                "key-value heads"
+            )
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        return attention_over_ranks(q, k, v, scale, self.layout)
 
 
 def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
@@ -51,29 +91,30 @@ def held_batch(
     return inputs, labels, positions
 
 
-def apply_context_parallel(
-    attention_modules: list[nn.Module], mesh: DeviceMesh, config: Parallelism
-) -> None:
-    """Run every module's dense attention over ``mesh``, also where it lies inside Lighthouse.
+def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, config: Parallelism) -> None:
+    """Put the ring over ``mesh`` in the place of every dense attention of ``model``.
 
-    Lighthouse and windows learn which chunks of the sequence are here.
+    Lighthouse and windows learn which chunks of the sequence are here. The dense attention inside
+    of them gives way to the ring too.
+
+    Raises:
+        TypeError: the ``inner_attention`` of a module is of a class that is not known here.
     """
-    install_ring_attention()
-    # Upstream reads the key but never sets the method, so torch would all-gather.
-    set_rotate_method(config.context_parallel_rotate_method)
     layout = layout_of(mesh, config)
-    _cp_options.enable_load_balance = layout.balanced
     assert layout.group is not None
-    gathers = config.context_parallel_rotate_method == "allgather"
-    operations = operations_of(layout.group, layout.balanced, gathers)
-    layout = replace(layout, operations=operations)
-    dense = []
-    for module in attention_modules:
+    layout = replace(layout, operations=operations_of(layout.group, layout.balanced))
+    for module in list(model.modules()):
         if isinstance(module, InnerAttention):
             module.context_parallel = layout
-            module = module.sdpa
-        dense.append(module)
-    apply_cp_to_attention_module(dense, mesh, "sdpa")
+            module.sdpa = RingAttention(layout)
+        inner = getattr(module, "inner_attention", None)
+        if isinstance(inner, ScaledDotProductAttentionWrapper):
+            module.inner_attention = RingAttention(layout)
+        elif inner is not None and not isinstance(inner, InnerAttention):
+            raise TypeError(
+                "context parallelism takes an InnerAttention, or torch's dense attention, as an "
+                f"inner_attention, got {type(inner).__name__}; make it an InnerAttention"
+            )
 
 
 def bytes_sent_per_layer(
@@ -81,8 +122,8 @@ def bytes_sent_per_layer(
 ) -> dict[str, int]:
     """Bytes that one rank sends in one layer of stage "lighthouse" for one sequence.
 
-    Keys and values of S / W places go round the ring forward and again backward, W - 1 hops each,
-    with the rotate method "alltoall". Their gradients go round backward. At the seam, L - 1 rows of
+    Keys and values of S / W places go round the ring forward and again backward, W - 1 hops each.
+    Their gradients go round backward. At the seam, L - 1 rows of
     every query head follow each chunk, forward and backward, even to a chunk on the same rank; with
     a window beside the selection, each has its logsumexp with it. So do the halo's window - 1 keys
     and values of each chunk. A window alone has no ring and no seam.

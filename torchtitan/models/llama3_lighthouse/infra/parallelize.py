@@ -44,7 +44,7 @@ def parallelize_lighthouse(
     torch._dynamo.config.automatic_dynamic_shapes = False
 
     def apply_to_attention(modules: list[nn.Module], mesh: DeviceMesh, attention_type: str) -> None:
-        apply_context_parallel(modules, mesh, job_config.parallelism)
+        apply_context_parallel(model, mesh, job_config.parallelism)
 
     def checkpoint_activations(
         model: nn.Module, section: ActivationCheckpoint, **options: Any
@@ -70,7 +70,7 @@ def parallelize_lighthouse(
     with (
         patch.object(upstream, "apply_tp", keep_tied),
         patch.object(upstream, "fully_shard", shard),
-        # Upstream would spread LighthouseAttention itself, not the dense attention inside it.
+        # Upstream would run its own ring, around LighthouseAttention itself.
         patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention),
         patch.object(upstream, "apply_ac", checkpoint_activations),
     ):

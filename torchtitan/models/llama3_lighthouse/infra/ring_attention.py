@@ -1,9 +1,6 @@
-"""Ring attention as two operations, forward and backward, that a compiler does not look into.
+"""Ring attention: keys and values go round the ranks, and each rank's queries attend to them.
 
-A compiler that looked into them would make a different graph for every rank. It would drop what a
-rank does not use and merge what a rank computes twice, transfers included. From four ranks on,
-some would then wait for transfers that others never start. It would also keep keys, values and
-everything received from forward to backward.
+``ring_operations`` makes two operations of it, forward and backward.
 
 torch's own ring is not used because of its cost. It keeps outputs and gradients in float32, copies
 them at every hop, and sends the gradients of a rank's own keys and values all the way round. Here
@@ -14,49 +11,15 @@ Shapes: B batch, H heads, W ranks, S positions on a rank, D head dimension.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    ProcessGroup,
-    _coalescing_manager,
-    _resolve_process_group,
-)
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._op_schema import OpSchema, OpStrategy
-from torch.distributed.tensor._ops.utils import (
-    expand_to_full_mesh_op_strategy,
-    register_op_strategy,
-)
-from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
+from torch.distributed.distributed_c10d import ProcessGroup, _coalescing_manager
 
 SEQUENCE_DIM = 2
-NAMESPACE = "lighthouse_ring"
-
-aten = torch.ops.aten
-CPU_FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
-CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-FORWARD = (
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention.default,
-    CPU_FORWARD,
-)
-BACKWARD = (
-    aten._scaled_dot_product_cudnn_attention_backward.default,
-    aten._scaled_dot_product_flash_attention_backward.default,
-    CPU_BACKWARD,
-)
-# Memory-efficient attention pads its logsumexp: that of half the queries is not half as long.
-REFUSED = (
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_efficient_attention_backward.default,
-)
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_ring_operations: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 
 # Attention over the keys and values of one rank; ``is_causal`` is a keyword argument.
-Attend = Callable[..., Sequence[Any]]
+Attend = Callable[..., tuple[torch.Tensor, ...]]
 # Waits for tensors to arrive and returns them.
 Arrival = Callable[[], list[torch.Tensor]]
 
@@ -69,7 +32,7 @@ def sum_dtype(dtype: torch.dtype, world_size: int) -> torch.dtype:
     return dtype if world_size <= 2 else torch.promote_types(dtype, torch.float32)
 
 
-class _Ring:
+class Ring:
     """The ring as one rank sees it: what it holds at each hop, and which parts attend.
 
     At hop h a rank holds the keys and values of the rank h places before it; at hop 0 they are its
@@ -83,11 +46,10 @@ class _Ring:
     Args:
         group: the process group of the W ranks.
         balanced: whether the layout is the balanced one.
-        gathers: fetch the keys and values of all ranks at once, rather than pass them round.
     """
 
-    def __init__(self, group: ProcessGroup, balanced: bool, gathers: bool) -> None:
-        self.group, self.balanced, self.gathers = group, balanced, gathers
+    def __init__(self, group: ProcessGroup, balanced: bool) -> None:
+        self.group, self.balanced = group, balanced
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def pass_on(self, tensors: Sequence[torch.Tensor]) -> Arrival:
@@ -130,29 +92,6 @@ class _Ring:
 
         return wait
 
-    def gather(self, tensors: Sequence[torch.Tensor]) -> Arrival:
-        """Start to gather the ``tensors`` of all ranks, each [B, H, S, D].
-
-        Returns:
-            A function to be called once for each hop after the first. It returns the tensors of
-            the rank before this one, then those of the rank before that, and so on.
-        """
-        rows = [tensor.transpose(1, 2).contiguous() for tensor in tensors]
-        gathered = [x.new_empty(self.size, *x.shape) for x in rows]
-        works = [
-            dist.all_gather_into_tensor(whole.flatten(0, 1), x, self.group, async_op=True)
-            for whole, x in zip(gathered, rows, strict=True)
-        ]
-        ranks = iter((self.rank - hop) % self.size for hop in range(1, self.size))
-
-        def wait() -> list[torch.Tensor]:
-            for work in works:
-                work.wait()
-            rank = next(ranks)
-            return [whole[rank].transpose(1, 2) for whole in gathered]
-
-        return wait
-
     def attending(self, hop: int, length: int) -> tuple[slice, slice] | None:
         """Slices of queries and keys that attend at this hop, or None.
 
@@ -174,35 +113,35 @@ class _Ring:
         Args:
             key, value: this rank's own, [B, H, S, D] each.
         """
-        arriving = (self.gather if self.gathers else self.pass_on)((key, value))
+        arriving = self.pass_on((key, value))
         yield 0, key, value
         for hop in range(1, self.size):
             keys, values = arriving()
-            if not self.gathers and hop < self.size - 1:
+            if hop < self.size - 1:
                 arriving = self.pass_on((keys, values))
             yield hop, keys, values
 
 
-def _ring_forward(
-    attend: Attend, ring: _Ring, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple:
+def ring_forward(
+    attend: Attend, ring: Ring, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of this rank's queries over the keys and values of all ranks.
 
     Outputs of two hops are averaged with the weights of their softmax denominators, as in online
     softmax: ``logsumexp`` holds the logarithms of the denominators.
 
     Args:
-        attend: returns output, logsumexp and further results for one rank's keys and values.
+        attend: returns output [B, H, S, D] and logsumexp [B, H, S] for one rank's keys and values.
         query, key, value: this rank's, [B, H, S, D] each.
 
     Returns:
-        The results of ``attend``. Those after output and logsumexp are of hop 0.
+        Output [B, H, S, D] and logsumexp [B, H, S].
     """
     for hop, keys, values in ring.hops(key, value):
         if (attending := ring.attending(hop, query.shape[SEQUENCE_DIM])) is None:
             continue
         queries_here, keys_here = attending
-        found, logsumexp, *others = attend(
+        found, logsumexp = attend(
             query[:, :, queries_here],
             keys[:, :, keys_here],
             values[:, :, keys_here],
@@ -210,19 +149,18 @@ def _ring_forward(
         )
         if hop == 0:
             out = found.to(sum_dtype(found.dtype, ring.size))
-            total, first_others = logsumexp, others
+            total = logsumexp
             continue
         out_here, total_here = out[:, :, queries_here], total[:, :, queries_here]
-        # cuDNN's logsumexp already has a last dimension of one; the other backends' has none.
-        weight = torch.sigmoid(logsumexp - total_here).view(*found.shape[:3], 1)
+        weight = torch.sigmoid(logsumexp - total_here).unsqueeze(-1)
         torch.addcmul(out_here * (1 - weight), found, weight, out=out_here)
         total_here.copy_(torch.logaddexp(total_here, logsumexp))
-    return out.to(query.dtype), total, *first_others
+    return out.to(query.dtype), total
 
 
-def _ring_backward(
+def ring_backward(
     attend: Attend,
-    ring: _Ring,
+    ring: Ring,
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -230,7 +168,7 @@ def _ring_backward(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of ``_ring_forward`` with respect to this rank's query, key and value.
+    """Gradients of ``ring_forward`` with respect to this rank's query, key and value.
 
     Keys and values go round as in forward. The gradients of each rank's keys and values follow
     them, one hop behind: every rank that they visit adds its own part, and the last hop brings
@@ -258,7 +196,7 @@ def _ring_backward(
         Args:
             keys, values: what this rank holds at the hop, [B, H, S, D] each.
             heads: heads of keys and values to compute, with the query heads of their groups.
-            queries_here, keys_here: from ``_Ring.attending``.
+            queries_here, keys_here: from ``Ring.attending``.
         """
         group = query.shape[1] // key_heads
         query_part = slice(None), slice(heads.start * group, heads.stop * group), queries_here
@@ -339,145 +277,3 @@ def _sum(parts: list[torch.Tensor], other: torch.Tensor, like: torch.Tensor) -> 
     for into, part, rows in zip(total.split(sizes, 1), parts, other.split(sizes, 1), strict=True):
         torch.add(part, rows, out=into)
     return total
-
-
-def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``rows`` in the memory layout of ``empty_like(like)``, on which compiled code can count."""
-    assert rows.shape == like.shape, "heads of queries, keys and values must be equally wide"
-    strides = torch.empty_like(like, device="meta").stride()
-    return rows if rows.stride() == strides else torch.empty_like(like).copy_(rows)
-
-
-class _RingOperation:
-    """The ring's version of one of torch's attention operations, forward or backward.
-
-    It takes the same arguments as the operation, after three of its own: the name of the process
-    group, and ``balanced`` and ``gathers`` of ``_Ring``.
-    """
-
-    def __init__(self, operation: torch._ops.OpOverload, is_forward: bool) -> None:
-        self.operation, self.is_forward = operation, is_forward
-        self.names = [argument.name for argument in operation._schema.arguments]
-        # The arguments that differ from hop to hop, in the order of ``attend``.
-        self.rows = ["query", "key", "value"]
-        if not is_forward:
-            self.rows = [self.names[0], *self.rows, "out", "logsumexp"]
-
-    def register(self) -> torch._ops.OpOverload:
-        """Define the operation in torch's library, with a fake implementation for compilers."""
-        name, _, rest = str(self.operation._schema).removeprefix("aten::").partition("(")
-        _library.define(f"{name}(str group_name, bool balanced, bool gathers, {rest}")
-        _library.impl(name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", self.fake, lib=_library)
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    def run(
-        self, group_name: str, balanced: bool, gathers: bool, *given: Any, **options: Any
-    ) -> tuple:
-        """Run the operation over the ring, on this rank's tensors."""
-        arguments = self.bound(given, options)
-
-        def attend(*values: torch.Tensor, is_causal: bool) -> Sequence[Any]:
-            changed = arguments | dict(zip(self.rows, values, strict=True))
-            changed["is_causal"] = is_causal
-            for longest, name in (("max_q", "query"), ("max_k", "key")):
-                if longest in changed:
-                    changed[longest] = changed[name].shape[SEQUENCE_DIM]
-            return self.operation(**changed)
-
-        # pyrefly: ignore[bad-argument-type]  torch's GroupName is a str, as operations take it.
-        ring = _Ring(_resolve_process_group(group_name), balanced, gathers)
-        if ring.size == 1:
-            return self.with_layout(self.operation(**arguments), arguments)
-        function = _ring_forward if self.is_forward else _ring_backward
-        rows = (arguments[name] for name in self.rows)
-        return self.with_layout(function(attend, ring, *rows), arguments)
-
-    def fake(
-        self, group_name: str, balanced: bool, gathers: bool, *given: Any, **options: Any
-    ) -> tuple:
-        """Results of the right shapes and memory layouts, for a compiler that traces."""
-        arguments = self.bound(given, options)
-        return self.with_layout(self.operation(**arguments), arguments)
-
-    def bound(self, given: tuple, options: dict[str, Any]) -> dict[str, Any]:
-        """The operation's arguments by name."""
-        arguments = dict(zip(self.names, given, strict=False)) | options
-        if not arguments["is_causal"] or arguments.get("dropout_p"):
-            raise NotImplementedError("ring attention is causal and without dropout")
-        if "compute_log_sumexp" in self.names:
-            arguments["compute_log_sumexp"] = True
-        return arguments
-
-    def with_layout(self, results: Sequence[Any], arguments: dict[str, Any]) -> tuple:
-        """Results in the memory layouts that ``fake`` announces and ``run`` has to keep to."""
-        inputs = [arguments[name] for name in ("query", "key", "value")]
-        if self.is_forward:
-            out, logsumexp, *others = results
-            return _laid_out(out, inputs[0]), logsumexp.contiguous(), *others
-        return tuple(_laid_out(*pair) for pair in zip(results, inputs, strict=True))
-
-
-for _operation in (*FORWARD, *BACKWARD):
-    _ring_operations[_operation] = _RingOperation(_operation, _operation in FORWARD).register()
-
-
-def ring_operation(operation: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """The ring's version of ``operation``, one of ``FORWARD`` or ``BACKWARD``."""
-    return _ring_operations[operation]
-
-
-def _handle(operation: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> object:
-    """Run the ring in place of an attention operation that DTensor meets on a sharded sequence."""
-    dispatcher = DTensor._op_dispatcher
-    info = dispatcher.unwrap_to_op_info(operation, args, kwargs)
-    dispatcher.sharding_propagator.propagate(info)
-    sharding = info.output_sharding
-    assert sharding is not None, "propagate sets it"
-    assert not sharding.needs_redistribute, "attention's inputs must be sharded alike"
-    options = torch_ring._cp_options
-    results = _ring_operations[operation](
-        info.compute_mesh.get_group().group_name,
-        options.enable_load_balance,
-        options.rotate_method is torch_ring._RotateMethod.ALL_GATHER,
-        *info.local_args,
-        **info.local_kwargs,
-    )
-    return dispatcher.wrap(results, sharding.output_spec)
-
-
-def _refuse(operation: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
-    raise NotImplementedError(
-        f"ring attention runs cuDNN's and flash attention, in bfloat16 or float16, not {operation}"
-    )
-
-
-def install_ring_attention() -> None:
-    """Make torch's context parallelism run this ring, on CPUs too.
-
-    Call it before torch's context parallelism is applied to a module: torch copies the handlers
-    when it enables its dispatcher.
-    """
-    # pyrefly: ignore[no-matching-overload]  torch calls handlers by position.
-    torch_ring.custom_ops.update(dict.fromkeys(_ring_operations, _handle))
-    # Without an entry of ours, torch's own ring would run these without a word.
-    # pyrefly: ignore[no-matching-overload]  torch calls handlers by position.
-    torch_ring.custom_ops.update(dict.fromkeys(REFUSED, _refuse))
-    # torch has no sharding rule for the CPU's attention.
-    for operation, outputs, tensors in ((CPU_FORWARD, 2, 3), (CPU_BACKWARD, 3, 6)):
-
-        def strategy(
-            op_schema: OpSchema, count: int = outputs + tensors, outputs: int = outputs
-        ) -> OpStrategy:
-            placements: list[list[Placement | None]] = [
-                [Shard(SEQUENCE_DIM)] * count,
-                [Replicate()] * count,
-            ]
-            return expand_to_full_mesh_op_strategy(
-                op_schema.get_mesh_from_args(validate=False),
-                op_schema,
-                placements,
-                input_index=outputs,
-            )
-
-        register_op_strategy(operation)(strategy)

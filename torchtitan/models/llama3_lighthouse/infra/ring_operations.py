@@ -1,0 +1,227 @@
+"""Ring attention as two operations, forward and backward, that a compiler does not look into.
+
+A compiler that looked into them would make a different graph for every rank. It would drop what a
+rank does not use and merge what a rank computes twice, transfers included. From four ranks on,
+some would then wait for transfers that others never start. It would also keep keys, values and
+everything received from forward to backward.
+
+The operations decide when they run which of torch's attentions computes at each hop: cuDNN's where
+torch takes it, otherwise flash attention, and on a CPU flash attention for CPUs.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, S positions on a rank, D head dimension.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch.distributed.distributed_c10d import ProcessGroup
+
+from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
+from lighthouse.logsumexp import fold_lse_gradient
+from lighthouse.precision import accumulation_dtype
+
+from .ring_attention import Attend, Ring, ring_backward, ring_forward
+
+NAMESPACE = "lighthouse_ring"
+# flash attention copies rows of D elements in vectors of so many.
+STEP_OF_D = 8
+
+aten = torch.ops.aten
+# An operation takes the name of a process group, not the group.
+_groups: WeakValueDictionary[str, ProcessGroup] = WeakValueDictionary()
+
+
+def operations_of(
+    group: ProcessGroup, balanced: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward over ``group``, as ``lighthouse.ContextParallel`` takes them."""
+    _groups[group.group_name] = group
+    ring = group.group_name, balanced
+    return partial(_forward, ring), partial(_backward, ring)
+
+
+def _forward(
+    ring: tuple[str, bool], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.lighthouse_ring.attention(q, k, v, scale, *ring)
+
+
+def _backward(
+    ring: tuple[str, bool],
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if dlse is not None:
+        dout, out = fold_lse_gradient(dout, dlse, out)
+    return torch.ops.lighthouse_ring.attention_backward(dout, q, k, v, out, lse, scale, *ring)
+
+
+def cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``lighthouse.cudnn.cudnn_forward``, by flash attention for CPUs."""
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+
+
+def cpu_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``lighthouse.cudnn.cudnn_backward``, by flash attention for CPUs."""
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, is_causal, scale=scale
+    )
+
+
+def flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``lighthouse.cudnn.cudnn_forward``, by flash attention."""
+    width = q.shape[-1]
+    q, k, v = map(_widened, (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, is_causal, False, scale=scale
+    )
+    return out[..., :width], lse
+
+
+def flash_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, ...]:
+    """As ``lighthouse.cudnn.cudnn_backward``, by flash attention."""
+    width = q.shape[-1]
+    rows = map(_widened, (dout, q, k, v, out))
+    # Without dropout, the state of the random generator is not read.
+    state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        *rows, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, state, unused, scale=scale
+    )
+    return tuple(grad[..., :width] for grad in grads)
+
+
+def _widened(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` with zeros behind them, so that ``STEP_OF_D`` divides their width."""
+    missing = -rows.shape[-1] % STEP_OF_D
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
+def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Attend, Attend]:
+    """Forward and backward of the attention that computes on these tensors.
+
+    Raises:
+        NotImplementedError: none does.
+    """
+    if not q.is_cuda:
+        return cpu_forward, cpu_backward
+    if takes_cudnn(q, k, v):
+        return cudnn_forward, cudnn_backward
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
+    if torch.backends.cuda.can_use_flash_attention(parameters):
+        return flash_forward, flash_backward
+    # Memory-efficient attention pads its logsumexp: that of half the queries is not half as long.
+    raise NotImplementedError(
+        "ring attention runs cuDNN's and flash attention, in bfloat16 or float16, and neither "
+        f"takes q {tuple(q.shape)} in {q.dtype}"
+    )
+
+
+def _run_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    group_name: str,
+    balanced: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attend = partial(_attention_of(q, k, v)[0], scale=scale)
+    ring = Ring(_groups[group_name], balanced)
+    if ring.size == 1:
+        out, lse = attend(q, k, v, is_causal=True)
+    else:
+        out, lse = ring_forward(attend, ring, q, k, v)
+    return _laid_out(out, q), lse.contiguous()
+
+
+def _run_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    group_name: str,
+    balanced: bool,
+) -> tuple[torch.Tensor, ...]:
+    attend = partial(_attention_of(q, k, v)[1], scale=scale)
+    ring = Ring(_groups[group_name], balanced)
+    if ring.size == 1:
+        grads = attend(dout, q, k, v, out, lse, is_causal=True)
+    else:
+        grads = ring_backward(attend, ring, dout, q, k, v, out, lse)
+    return tuple(_laid_out(*pair) for pair in zip(grads, (q, k, v), strict=True))
+
+
+def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``rows`` in the memory layout of ``empty_like(like)``, on which compiled code can count."""
+    assert rows.shape == like.shape, "heads of queries, keys and values must be equally wide"
+    strides = torch.empty_like(like, device="meta").stride()
+    return rows if rows.stride() == strides else torch.empty_like(like).copy_(rows)
+
+
+def _fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *ring: str | bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+
+def _fake_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+RING = "str group_name, bool balanced"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+for _name, _schema, _run, _fake in (
+    (
+        "attention",
+        f"(Tensor q, Tensor k, Tensor v, float scale, {RING}) -> (Tensor, Tensor)",
+        _run_forward,
+        _fake_forward,
+    ),
+    (
+        "attention_backward",
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
+        f" {RING}) -> (Tensor, Tensor, Tensor)",
+        _run_backward,
+        _fake_backward,
+    ),
+):
+    _library.define(f"{_name}{_schema}")
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
+ATTENTION = torch.ops.lighthouse_ring.attention.default
