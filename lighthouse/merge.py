@@ -92,8 +92,8 @@ def merged_attention_over_ranks(
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     impl = choose_window_implementation(impl, q)
-    far_q, far_k, far_v = map(layout.join, gathered)
-    far, far_lse = attention_over_ranks(far_q, far_k, far_v, scale, layout, return_lse=True)
+    joined = [layout.join(rows) for rows in gathered]
+    far, far_lse = attention_over_ranks(*joined, scale=scale, layout=layout, return_lse=True)
     far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
     seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
     window = geometry.config.window
