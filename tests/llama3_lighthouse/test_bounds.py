@@ -78,6 +78,7 @@ IGNORED: dict[str, Any] = {
     "fault_tolerance.enable": True,
     "fault_tolerance.group_size": 2,
     "memory_estimation.enable": True,
+    "parallelism.context_parallel_rotate_method": "allgather",
     "parallelism.expert_parallel_degree": 2,
     "quantize.grouped_mm.mx.fqns": ["experts"],
 }  # fmt: skip

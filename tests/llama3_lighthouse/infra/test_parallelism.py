@@ -86,7 +86,6 @@ SLOW_COMPOSITIONS = {
     "pp2-tp2-full": (4, {**PP2, **TP2, "activation_checkpoint.mode": "full"}),
     "fsdp2-pp2": (4, {**PP2, "training.global_batch_size": 4}),
     "cp2": (2, CP2),
-    "cp2-allgather": (2, {**CP2, "parallelism.context_parallel_rotate_method": "allgather"}),
     "cp4": (4, {"parallelism.context_parallel_degree": 4}),
     "cp2-compile": (2, {**CP2, "compile.enable": True}),
     "cp4-compile": (4, {

@@ -1,10 +1,8 @@
 """Ring attention on CPU processes: its result, and the bytes that it sends and holds."""
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from unittest.mock import patch
 
@@ -15,7 +13,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from emulated_attention import ATTENTIONS, emulate_attention_of_gpus
 from launch import run_ranks
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from ring_ranks import Layer, join_ranks, with_gradients
+from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -115,18 +114,6 @@ class HeldBytes(TorchDispatchMode):
         return results
 
 
-def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> DeviceMesh:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    # Without a timeout, ranks that wait for each other in vain would do so for half an hour.
-    timeout = timedelta(seconds=120)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    return init_device_mesh(device, (world_size,))
-
-
 DENSE = list(
     itertools.product(
         (lambda: Layer(), lambda: switched_off()),
@@ -147,6 +134,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
     for make, dtype, config in DENSE:
         check_dense_attention(mesh, make, dtype, config)
     check_attention_of_gpus(mesh)
+    check_refusals(mesh)
     if world_size == 2:
         check_memory(mesh)
     dist.destroy_process_group()
@@ -205,30 +193,11 @@ def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:
         assert torch.equal(found, rows)
 
 
-class Layer(torch.nn.Module):
-    """A dense layer, as far as context parallelism sees it."""
-
-    def __init__(self, inner: torch.nn.Module | None = None) -> None:
-        super().__init__()
-        self.inner_attention = inner or ScaledDotProductAttentionWrapper()
-
-    def forward(self, *rows: torch.Tensor, **options: object) -> torch.Tensor:
-        return self.inner_attention(*rows, **options)
-
-
 def switched_off() -> WindowAttention:
     """A window in the dense stage."""
     module = WindowAttention(4, ScaledDotProductAttentionWrapper())
     module.enabled = False
     return module
-
-
-def with_gradients(
-    function: Callable, rows: list[torch.Tensor], grad: torch.Tensor, **options: object
-) -> list[torch.Tensor]:
-    inputs = [x.detach().requires_grad_() for x in rows]
-    out = function(*inputs, **options)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
 def check_dense_attention(
@@ -267,6 +236,18 @@ def check_attention_of_gpus(mesh: DeviceMesh) -> None:
             check_dense_attention(mesh, Layer, torch.float32, Parallelism(), width)
 
 
+def check_refusals(mesh: DeviceMesh) -> None:
+    with pytest.raises(TypeError, match="got Identity; make it an InnerAttention"):
+        apply_context_parallel(Layer(torch.nn.Identity()), mesh, Parallelism())
+    module = Layer()
+    apply_context_parallel(module, mesh, Parallelism())
+    rows = [torch.zeros(BATCH, heads, N // mesh.size(), HEAD_DIM) for heads in (4, 2, 2)]
+    with pytest.raises(ValueError, match="pass is_causal = True"):
+        module(*rows, enable_gqa=True, is_causal=False)
+    with pytest.raises(ValueError, match="q has 4 heads and k 2; pass enable_gqa = True"):
+        module(*rows)
+
+
 def check_memory(mesh: DeviceMesh) -> None:
     """Peak memory, in units of one rank's keys; with a million tokens a rank, a unit is 2 GiB."""
     ring = Ring(mesh.get_group(), balanced=True)
@@ -291,90 +272,6 @@ def check_memory(mesh: DeviceMesh) -> None:
 )
 def test_ring_equals_one_device_and_sends_what_is_said(world_size: int, free_port: int) -> None:
     run_ranks(worker, world_size, free_port, processes=world_size)
-
-
-def compiled_worker(
-    rank: int,
-    world_size: int,
-    port: int,
-    kinds: list[str],
-    backend: str = "inductor",
-    device: str = "cpu",
-) -> None:
-    mesh = join_ranks(rank, world_size, port, device)
-    # A pool of compiling processes takes longer to start than these few kernels to compile.
-    torch._inductor.config.compile_threads = 1
-    if device == "cpu":
-        emulate_attention_of_gpus()
-    torch.manual_seed(0)
-    leaves = [torch.randn(1, N, 2, 64).transpose(1, 2) for _ in range(3)]
-    leaves = [rows.to(device) for rows in leaves]
-    here = ContextParallel(None, rank, world_size).take(torch.arange(N), dim=0)
-
-    def results(function: Callable, part: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        # Queries lie in memory as a dense layer's do, keys and values as a Lighthouse layer's.
-        q, k, v = (x[:, :, part].to(dtype) for x in leaves)
-        q = q.transpose(1, 2).contiguous().transpose(1, 2)
-        inputs = [x.detach().requires_grad_() for x in (q, k.contiguous(), v.contiguous())]
-        out = function(*inputs)
-        out.square().sum().backward()
-        return [out.detach(), *(x.grad for x in inputs)]
-
-    def block(attention: Layer, *inputs: torch.Tensor) -> torch.Tensor:
-        return attention(*(x.sin() for x in inputs)).cos()
-
-    want = results(partial(block, Layer()), torch.arange(N), torch.float32)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    attention_of = ring_operations._attention_of
-    for kind in kinds:
-        attention = Layer()
-        apply_context_parallel(attention, mesh, Parallelism())
-        pair = ATTENTIONS.get(kind)
-        ring_operations._attention_of = attention_of if pair is None else lambda *_, pair=pair: pair
-        for run in (block, torch.compile(block, fullgraph=True, backend=backend)):
-            storages = {}
-
-            def keep(rows: torch.Tensor, storages=storages) -> torch.Tensor:
-                storage = rows.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-                return rows
-
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda rows: rows):
-                found = results(partial(run, attention), here, dtype)
-            # Inputs, their sines, and outputs before and after the cosine; nothing received.
-            rows = leaves[0].numel() * dtype.itemsize // world_size
-            assert sum(storages.values()) < 9 * rows, (kind, sum(storages.values()) / rows)
-            for value, whole in zip(found, want, strict=True):
-                error = (value - whole[:, :, here]).norm() / whole[:, :, here].norm()
-                assert error < (1e-5 if device == "cpu" else 1e-2), (kind, error)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("world_size", "kinds", "backend"),
-    [
-        # The same graphs as inductor's, without the half minute that its C++ takes.
-        (2, ["cudnn"], "aot_eager_decomp_partition"),
-        pytest.param(4, ["default", "cudnn", "flash"], "inductor", marks=pytest.mark.slow),
-    ],
-)
-def test_compiled_ring_equals_one_device(
-    world_size: int, kinds: list[str], backend: str, free_port: int
-) -> None:
-    run_ranks(compiled_worker, world_size, free_port, kinds, backend, processes=world_size)
-
-
-@pytest.mark.gpu
-def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
-    """The ring in bfloat16 against one device in float32."""
-    world_size = torch.cuda.device_count()
-    if world_size < 2:
-        # The other gpu tests need only one.
-        pytest.skip(f"a ring needs two or more GPUs to send between, found {world_size}")
-    kinds = ["default", "cudnn", "flash"]
-    run_ranks(
-        compiled_worker, world_size, free_port, kinds, "inductor", "cuda", processes=world_size
-    )
 
 
 class OnCuda(torch.Tensor):

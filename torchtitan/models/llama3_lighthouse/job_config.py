@@ -183,7 +183,7 @@ class Parallelism(upstream.Parallelism):
 
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "alltoall"
     """"alltoall" passes keys and values round the ring, one shard at a time. "allgather" is
-    upstream's default and holds all shards at once."""
+    upstream's default and is refused here."""
 
     @property
     def balanced(self) -> bool:

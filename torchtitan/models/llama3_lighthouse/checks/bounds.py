@@ -142,7 +142,10 @@ BOUNDS: dict[str, Rule] = {
     "parallelism.pipeline_parallel_expert_parallel_overlap": NO_EXPERTS,
     "parallelism.context_parallel_degree": DEGREE,
     "parallelism.context_parallel_load_balancer": BY_TYPE,
-    "parallelism.context_parallel_rotate_method": BY_TYPE,
+    "parallelism.context_parallel_rotate_method": Default(
+        "is not supported: keys and values pass round the ring, one shard at a time",
+        "leave it out, or set it to 'alltoall'",
+    ),
     "parallelism.expert_parallel_degree": NO_EXPERTS,
     "parallelism.expert_tensor_parallel_degree": NO_EXPERTS,
     "parallelism.expert_parallel_comm_backend": NO_EXPERTS,
