@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
-from lighthouse import ContextParallel, LighthouseConfig, WindowAttention
+from lighthouse import LighthouseConfig, WindowAttention
 from lighthouse.cudnn import takes_cudnn
 from torchtitan.models.llama3_lighthouse.infra import ring_operations
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (

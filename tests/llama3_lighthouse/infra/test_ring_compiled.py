@@ -1,5 +1,6 @@
 """Ring attention compiled, and its bits from run to run, on CPU processes and on GPUs."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -10,9 +11,12 @@ import torch.distributed as dist
 from emulated_attention import ATTENTIONS, emulate_attention_of_gpus
 from launch import run_ranks
 from ring_ranks import Layer, join_ranks, with_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lighthouse import ContextParallel
 from torchtitan.models.llama3_lighthouse.infra import ring_operations
+from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import RING, contexts_that_keep
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
 from torchtitan.models.llama3_lighthouse.job_config import Parallelism
 
@@ -102,6 +106,59 @@ def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
     run_ranks(
         compiled_worker, world_size, free_port, kinds, "inductor", "cuda", processes=world_size
     )
+
+
+class Block(torch.nn.Module):
+    """A block, as far as checkpointing sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Layer()
+
+    def forward(self, *rows: torch.Tensor) -> torch.Tensor:
+        return self.attention(*(x.sin() for x in rows)).cos()
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.count[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def checkpointed_worker(rank: int, world_size: int, port: int) -> None:
+    """Mode "lighthouse" repeats a dense layer's sines in backward, and not its ring."""
+    mesh = join_ranks(rank, world_size, port)
+    block = Block()
+    apply_context_parallel(block, mesh, Parallelism())
+    contexts = contexts_that_keep(block, frozenset())
+
+    def checkpointed(*rows: torch.Tensor) -> torch.Tensor:
+        return checkpoint(block, *rows, use_reentrant=False, context_fn=contexts)
+
+    *rows, grad = torch.randn(4, 1, 2, N // world_size, 64)
+    counts, results = [], []
+    for run in (block, checkpointed):
+        with Calls() as calls:
+            results.append(with_gradients(run, rows, grad))
+        counts.append(calls.count)
+    assert all(map(torch.equal, *results))
+    sine = torch.ops.aten.sin.default
+    (ring,) = RING
+    assert [count[ring] for count in counts] == [1, 1]
+    assert counts[1][sine] > counts[0][sine]
+    dist.destroy_process_group()
+
+
+def test_checkpointing_keeps_the_ring(free_port: int) -> None:
+    run_ranks(checkpointed_worker, 2, free_port, processes=2)
 
 
 PLACES = 10240
