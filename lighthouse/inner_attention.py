@@ -22,6 +22,27 @@ class StockAttention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, **options)
 
 
+def check_call(
+    name: str, q: torch.Tensor, k: torch.Tensor, enable_gqa: bool, is_causal: bool
+) -> None:
+    """Check that the attention ``name`` computes what is asked of it.
+
+    Args:
+        q: [B, Hq, N, D].
+        k: [B, Hkv, N, D].
+
+    Raises:
+        ValueError: ``is_causal`` is false, or the heads differ without ``enable_gqa``.
+    """
+    if not is_causal:
+        raise ValueError(f"{name} is causal; pass is_causal = True")
+    if q.shape[1] != k.shape[1] and not enable_gqa:
+        raise ValueError(
+            f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
+            "key-value heads"
+        )
+
+
 class InnerAttention(nn.Module):
     """A causal attention around a dense inner attention; subclasses say how it attends.
 
@@ -72,13 +93,7 @@ class InnerAttention(nn.Module):
         """
         if not self.enabled:
             return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)
-        if not is_causal:
-            raise ValueError(f"{self.name} is causal; pass is_causal = True")
-        if q.shape[1] != k.shape[1] and not enable_gqa:
-            raise ValueError(
-                f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
-                "key-value heads"
-            )
+        check_call(self.name, q, k, enable_gqa, is_causal)
         return self.attend(q, k, v, scale)
 
     def attend(

@@ -13,7 +13,7 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel
 from lighthouse.context_parallel import attention_over_ranks
-from lighthouse.inner_attention import InnerAttention
+from lighthouse.inner_attention import InnerAttention, check_call
 from lighthouse.precision import accumulation_dtype
 
 from ..job_config import Parallelism
@@ -48,13 +48,7 @@ class RingAttention(nn.Module):
         Raises:
             ValueError: ``is_causal`` is false, or the heads differ without ``enable_gqa``.
         """
-        if not is_causal:
-            raise ValueError("ring attention is causal; pass is_causal = True")
-        if q.shape[1] != k.shape[1] and not enable_gqa:
-            raise ValueError(
-                f"q has {q.shape[1]} heads and k {k.shape[1]}; pass enable_gqa = True to share "
-                "key-value heads"
-            )
+        check_call("ring attention", q, k, enable_gqa, is_causal)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         return attention_over_ranks(q, k, v, scale, self.layout)
 

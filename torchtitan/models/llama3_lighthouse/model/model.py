@@ -160,8 +160,7 @@ class LighthouseModelArgs(TransformerModelArgs):
 def leave_out_math_backend(model: nn.Module) -> None:
     """Let dense attention run only on backends whose memory is linear in the sequence.
 
-    Upstream also lists MATH. On a GPU float32 falls back to it silently, and it fails under context
-    parallelism.
+    Upstream also lists MATH, to which float32 on a GPU falls back silently.
     """
     for module in model.modules():
         if isinstance(module, ScaledDotProductAttentionWrapper):
