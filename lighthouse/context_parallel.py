@@ -17,12 +17,16 @@ S gathered length of a chunk, L levels.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
+from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.distributed import _functional_collectives as collectives
 
 from .config import LighthouseConfig
+
+# An operation takes the name of a process group, not the group. These are the groups by name.
+GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 
 
 def check_chunks(config: LighthouseConfig, sequence_length: int, chunks: int) -> None:
@@ -84,13 +88,17 @@ class ContextParallel:
             be None.
     """
 
-    group: torch.distributed.ProcessGroup | None
+    group: dist.ProcessGroup | None
     rank: int
     world_size: int
     balanced: bool = True
     operations: tuple[Callable[..., Any], Callable[..., Any]] | None = field(
         default=None, compare=False
     )
+
+    def __post_init__(self) -> None:
+        if self.group is not None:
+            GROUPS[self.group.group_name] = self.group
 
     @property
     def chunks(self) -> int:
@@ -310,9 +318,8 @@ def _exchange(
                 arrived.append(place)
                 received_from[other] += 1
     outgoing = torch.cat([lines[:0], *(lines[place : place + 1] for place in sent)])
-    # pyrefly: ignore[bad-argument-type]  torch's GroupName is a str, as operations take it.
-    incoming = collectives.all_to_all_single(outgoing, received_from, sent_to, group_name)
-    incoming = collectives.wait_tensor(incoming)
+    incoming = outgoing.new_empty(len(arrived), outgoing.shape[1])
+    dist.all_to_all_single(incoming, outgoing, received_from, sent_to, GROUPS[group_name])
     lines = torch.zeros_like(lines)
     for place, line in zip(arrived, incoming, strict=True):
         lines[place] = line

@@ -170,7 +170,7 @@ def test_the_ring_uses_few_private_names() -> None:
     flash = "_scaled_dot_product_flash_attention"
     assert found == {
         flash, f"{flash}_backward", f"{flash}_for_cpu", f"{flash}_for_cpu_backward",
-        "_coalescing_manager", "_functional_collectives",
+        "_coalescing_manager",
     }  # fmt: skip
 
 

@@ -4,13 +4,13 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from emulated_attention import ATTENTIONS, emulate_attention_of_gpus
 from launch import run_ranks
 from ring_ranks import Layer, join_ranks, with_gradients
@@ -61,34 +61,16 @@ WITH_WINDOW = [
 ]
 
 
-class SentBytes(TorchDispatchMode):
-    """Bytes that the exchange of seam and halo hands to all-to-all, and that the ring passes on."""
+def count_sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the bytes of every collective from now on: the ring's and the exchange's."""
+    sent, all_to_all = [], dist.all_to_all_single
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.sent: list[int] = []
-        pass_on = Ring.pass_on
+    def counting(into: torch.Tensor, rows: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(rows.nbytes)
+        return all_to_all(into, rows, *arguments, **options)
 
-        def counting(ring: Ring, tensors: list[torch.Tensor]) -> Callable:
-            self.sent += [tensor.nbytes for tensor in tensors]
-            return pass_on(ring, tensors)
-
-        all_to_all = collectives.all_to_all_single
-
-        def counting_rows(rows: torch.Tensor, *arguments: object) -> torch.Tensor:
-            self.sent.append(rows.nbytes)
-            return all_to_all(rows, *arguments)
-
-        # The mode does not see into the operations of the ring and of the exchange.
-        monkeypatch.setattr(Ring, "pass_on", counting)
-        monkeypatch.setattr(collectives, "all_to_all_single", counting_rows)
-
-    def __torch_dispatch__(
-        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        if "all_to_all_single" in str(function):
-            self.sent.append(args[0].nbytes)
-        return function(*args, **(kwargs or {}))
+    monkeypatch.setattr(dist, "all_to_all_single", counting)
+    return sent
 
 
 class HeldBytes(TorchDispatchMode):
@@ -160,7 +142,8 @@ def check_layer(
     results = []
     for module, part in ((plain, torch.arange(N)), (ring, here)):
         inputs = [x[:, :, part].detach().requires_grad_() for x in leaves]
-        with pytest.MonkeyPatch.context() as monkeypatch, SentBytes(monkeypatch) as counter:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            sent = count_sent(monkeypatch)
             out = module(*inputs, enable_gqa=key_heads < HEADS)
             out.square().sum().backward()
         results.append([out.detach(), *(x.grad for x in inputs)])
@@ -177,7 +160,7 @@ def check_layer(
     ends = (0 in here) + (N - 1 in here)
     crossing = expected["seam"] + expected["halo"]
     crossing = crossing * (2 * len(layout.held) - ends) // (2 * len(layout.held))
-    assert sum(counter.sent) == BATCH * (expected["ring"] + crossing)
+    assert sum(sent) == BATCH * (expected["ring"] + crossing)
 
 
 def check_held_batch(mesh: DeviceMesh, config: Parallelism) -> None:

@@ -30,6 +30,7 @@ from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
     bytes_sent_per_layer,
+    layout_of,
 )
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager, Parallelism
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
@@ -58,7 +59,7 @@ class Calls(TorchDispatchMode):
 def check_operations_of_gpus(mesh: DeviceMesh) -> None:
     """cuDNN's and flash attention get the arguments that they take, and give what the CPU's do."""
     emulate_attention_of_gpus()
-    forward, backward = ring_operations.operations_of(mesh.get_group(), True)
+    forward, backward = ring_operations.operations_of(layout_of(mesh, Parallelism()))
     q, k, v, dout = torch.randn(4, 1, 4, 32, 16)
     k, v = k[:, :2], v[:, :2]
     dlse = torch.randn(1, 4, 32)

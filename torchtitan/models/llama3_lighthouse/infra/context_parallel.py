@@ -95,8 +95,7 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, config: Paralleli
         TypeError: the ``inner_attention`` of a module is of a class that is not known here.
     """
     layout = layout_of(mesh, config)
-    assert layout.group is not None
-    layout = replace(layout, operations=operations_of(layout.group, layout.balanced))
+    layout = replace(layout, operations=operations_of(layout))
     for module in list(model.modules()):
         if isinstance(module, InnerAttention):
             module.context_parallel = layout

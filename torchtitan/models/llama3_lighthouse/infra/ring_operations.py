@@ -14,11 +14,10 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, S positions on a rank, D h
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-from torch.distributed.distributed_c10d import ProcessGroup
 
+from lighthouse.context_parallel import GROUPS, ContextParallel
 from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.precision import accumulation_dtype
@@ -30,16 +29,12 @@ NAMESPACE = "lighthouse_ring"
 STEP_OF_D = 8
 
 aten = torch.ops.aten
-# An operation takes the name of a process group, not the group.
-_groups: WeakValueDictionary[str, ProcessGroup] = WeakValueDictionary()
 
 
-def operations_of(
-    group: ProcessGroup, balanced: bool
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward over ``group``, as ``lighthouse.ContextParallel`` takes them."""
-    _groups[group.group_name] = group
-    ring = group.group_name, balanced
+def operations_of(layout: ContextParallel) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward over the ranks of ``layout``, for it to hold."""
+    assert layout.group is not None
+    ring = layout.group.group_name, layout.balanced
     return partial(_forward, ring), partial(_backward, ring)
 
 
@@ -156,7 +151,7 @@ def _run_forward(
     balanced: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attend = partial(_attention_of(q, k, v)[0], scale=scale)
-    ring = Ring(_groups[group_name], balanced)
+    ring = Ring(GROUPS[group_name], balanced)
     if ring.size == 1:
         out, lse = attend(q, k, v, is_causal=True)
     else:
@@ -176,7 +171,7 @@ def _run_backward(
     balanced: bool,
 ) -> tuple[torch.Tensor, ...]:
     attend = partial(_attention_of(q, k, v)[1], scale=scale)
-    ring = Ring(_groups[group_name], balanced)
+    ring = Ring(GROUPS[group_name], balanced)
     if ring.size == 1:
         grads = attend(dout, q, k, v, out, lse, is_causal=True)
     else:
