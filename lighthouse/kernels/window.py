@@ -14,12 +14,11 @@ from typing import Any, cast
 import torch
 
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
+from ..flash import STEP_OF_D, flash_backward, flash_forward
 from ..logsumexp import fold_lse_gradient
 from .launch import LARGEST_D, define, row_strides, sequence_first
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# flash attention copies rows of D elements in vectors of so many.
-STEP_OF_D = 8
 # Backward runs about so many rounds of programs, in segments of at least so many positions and so
 # many times the positions that they share with the segment before.
 ROUNDS, SHORTEST_SEGMENT, LEAST_GAIN = 2, 512, 4
@@ -61,10 +60,9 @@ def flash_rows(rows: torch.Tensor) -> torch.Tensor:
     return row_strides(rows)[0].transpose(1, 2)
 
 
-def _options(keys: int, window: int, scale: float) -> dict[str, float | int]:
-    # Without a limit to the left, a window that holds all keys runs as dense attention.
-    left = window - 1 if window < keys else -1
-    return {"scale": scale, "window_size_left": left, "window_size_right": 0}
+def _limit(keys: int, window: int) -> int | None:
+    # Without a limit, a window that holds all keys runs as dense attention.
+    return window if window < keys else None
 
 
 def launch_forward(
@@ -83,12 +81,9 @@ def launch_forward(
     queries, keys = q.shape[2], k.shape[2]
     if window >= keys == queries and takes_cudnn(q, k, v):
         out, lse = cudnn_forward(q, k, v, scale)
-        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
-    rows = (flash_rows(each) for each in (q, k, v))
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *rows, None, None, queries, keys, 0.0, True, False, **_options(keys, window, scale)
-    )
-    return out.contiguous().transpose(1, 2), lse.contiguous()
+    else:
+        out, lse = flash_forward(q, k, v, scale, window=_limit(keys, window))
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def launch_backward(
@@ -151,13 +146,10 @@ def _gradients(
         rows: dout, q, k, v and out, each [B, N, H, D].
         lse: [B, Hq, N].
     """
-    queries, keys = rows[1].shape[1], rows[2].shape[1]
-    # Without dropout, the state of the random generator is not read.
-    state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
-    return torch.ops.aten._flash_attention_backward(
-        *rows, lse, None, None, queries, keys, 0.0, True, state, unused,
-        **_options(keys, window, scale),
-    )  # fmt: skip
+    dout, q, k, v, out = (x.transpose(1, 2) for x in rows)
+    grads = flash_backward(dout, q, k, v, out, lse, scale, window=_limit(k.shape[2], window))
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return dq, dk, dv
 
 
 def _gradients_in_segments(

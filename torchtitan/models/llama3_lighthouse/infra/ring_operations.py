@@ -19,14 +19,13 @@ import torch
 
 from lighthouse.context_parallel import GROUPS, ContextParallel
 from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
+from lighthouse.flash import flash_backward, flash_forward
 from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.precision import accumulation_dtype
 
 from .ring_attention import Attend, Ring, ring_backward, ring_forward
 
 NAMESPACE = "lighthouse_ring"
-# flash attention copies rows of D elements in vectors of so many.
-STEP_OF_D = 8
 
 aten = torch.ops.aten
 
@@ -81,45 +80,6 @@ def cpu_backward(
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, is_causal, scale=scale
     )
-
-
-def flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``lighthouse.cudnn.cudnn_forward``, by flash attention."""
-    width = q.shape[-1]
-    q, k, v = map(_widened, (q, k, v))
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, is_causal, False, scale=scale
-    )
-    return out[..., :width], lse
-
-
-def flash_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    is_causal: bool,
-) -> tuple[torch.Tensor, ...]:
-    """As ``lighthouse.cudnn.cudnn_backward``, by flash attention."""
-    width = q.shape[-1]
-    rows = map(_widened, (dout, q, k, v, out))
-    # Without dropout, the state of the random generator is not read.
-    state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
-    grads = aten._scaled_dot_product_flash_attention_backward(
-        *rows, lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal, state, unused, scale=scale
-    )
-    return tuple(grad[..., :width] for grad in grads)
-
-
-def _widened(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` with zeros behind them, so that ``STEP_OF_D`` divides their width."""
-    missing = -rows.shape[-1] % STEP_OF_D
-    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
 
 def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Attend, Attend]:

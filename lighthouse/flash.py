@@ -1,0 +1,80 @@
+"""torch's flash attention on a GPU, with its logsumexp and without autograd.
+
+It is called below ``scaled_dot_product_attention``, which has no window and keeps the logsumexp.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N queries, M keys, D head dimension.
+"""
+
+import torch
+
+# flash attention copies rows of D elements in vectors of so many.
+STEP_OF_D = 8
+
+
+def flash_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend by flash attention.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, M, D].
+        is_causal: the last query is at the place of the last key and sees no later one. Otherwise
+            every query sees every key.
+        window: keys that a causal query sees at most, itself included; by default all.
+
+    Returns:
+        out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
+    """
+    width = q.shape[-1]
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *map(_rows, (q, k, v)), None, None, q.shape[2], k.shape[2], 0.0, is_causal, False,
+        **_options(scale, is_causal, window),
+    )  # fmt: skip
+    return out.transpose(1, 2)[..., :width], lse
+
+
+def flash_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of ``flash_forward``'s out with respect to q, k and v.
+
+    Args:
+        lse: [B, Hq, N], contiguous.
+    """
+    width = q.shape[-1]
+    # Without dropout, the state of the random generator is not read.
+    state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    grads = torch.ops.aten._flash_attention_backward(
+        *map(_rows, (dout, q, k, v, out)), lse, None, None, q.shape[2], k.shape[2], 0.0, is_causal,
+        state, unused, **_options(scale, is_causal, window),
+    )  # fmt: skip
+    return tuple(grad.transpose(1, 2)[..., :width] for grad in grads)
+
+
+def _rows(rows: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] as flash attention takes it: [B, N, H, D], D contiguous and long enough."""
+    if missing := -rows.shape[-1] % STEP_OF_D:
+        rows = torch.nn.functional.pad(rows, (0, missing))
+    elif rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return rows.transpose(1, 2)
+
+
+def _options(scale: float, is_causal: bool, window: int | None) -> dict[str, float | int]:
+    # Without a limit to the left, flash attention runs as dense attention.
+    left = -1 if window is None else window - 1
+    return {"scale": scale, "window_size_left": left, "window_size_right": 0 if is_causal else -1}
