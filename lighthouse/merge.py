@@ -21,6 +21,7 @@ from .context_parallel import ContextParallel, attention_over_ranks
 from .geometry import PyramidGeometry
 from .halo import window_in_chunks
 from .implementation import choose_window_implementation, kernels
+from .online_softmax import merged_output
 from .reach import reaching, seam_rows
 from .scatter import scatter_back
 from .selection import Selection
@@ -60,8 +61,7 @@ def merged_attention(
     far = scatter_back(far, selection, geometry)
     far_lse = scatter_back(far_lse.unsqueeze(-1), selection, geometry).squeeze(-1)
     far_lse = far_lse.masked_fill(~reached, -math.inf)
-    weight = torch.sigmoid(far_lse - near_lse).unsqueeze(-1)
-    return (weight * far + (1 - weight) * near).to(q.dtype)
+    return merged_output(near, near_lse, far, far_lse)
 
 
 def merged_attention_over_ranks(
@@ -101,9 +101,8 @@ def merged_attention_over_ranks(
     # No entry reaches the first positions of the sequence, where the window stands alone.
     seam_lse = layout.fill_first(seam_lse, -math.inf)
     far = scatter(far, selection, geometry, seam)
-    far_lse = scatter_back(far_lse, selection, geometry, seam_lse)
-    weight = torch.sigmoid(far_lse - near_lse.unsqueeze(-1))
-    return (weight * far + (1 - weight) * near).to(q.dtype)
+    far_lse = scatter_back(far_lse, selection, geometry, seam_lse).squeeze(-1)
+    return merged_output(near, near_lse, far, far_lse)
 
 
 def merged_attention_by_kernels(

@@ -9,6 +9,8 @@ have gradients, though no second ones. ``spread`` is one operation:
 
 ``window`` registers torch's attention over a window in the same way, with its backward, ``flash4``
 that of FlashAttention 4, and ``merge`` what joins its output with that of the selected entries.
+``online_softmax`` joins what one rank's keys give with what another's do. It alone writes into its
+arguments.
 """
 
 from .flash4 import (
@@ -21,6 +23,7 @@ from .flash4 import (
 from .gather import gather_means, pool_gather, spread_shares
 from .launch import check_supported
 from .merge import collect_merged, merge_outputs
+from .online_softmax import merge_in_place
 from .pooling import pool_coarsest
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
@@ -35,6 +38,7 @@ __all__ = [
     "flash4_forward",
     "flash4_is_installed",
     "gather_means",
+    "merge_in_place",
     "merge_outputs",
     "obstacle_to_flash",
     "obstacle_to_flash4",

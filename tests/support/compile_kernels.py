@@ -12,7 +12,15 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from lighthouse.kernels import gather, merge, pooling, scatter, scoring, selection
+from lighthouse.kernels import (
+    gather,
+    merge,
+    online_softmax,
+    pooling,
+    scatter,
+    scoring,
+    selection,
+)
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
@@ -96,6 +104,8 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     far_lse, lse = (x[..., 0].float() for x in (gathered, q))
     merge.launch_merge(gathered, far_lse, q, lse, slot, p, levels)
     merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels)
+    for x in (q, q.float()):
+        online_softmax.launch_merge_in_place(x, lse, q, lse)
 
 
 def launch_long(p: int, picks: int, heads: int, d: int, dtype: torch.dtype) -> None:
@@ -124,7 +134,7 @@ def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
 def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_select"), (gather, "_gather"),
                (scatter, "_spread"), (scatter, "_collect"), (scoring, "_gla_norms"),
-               (merge, "_merge"), (merge, "_collect"),
+               (merge, "_merge"), (merge, "_collect"), (online_softmax, "_merge_in_place"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]
     for module, name in kernels:

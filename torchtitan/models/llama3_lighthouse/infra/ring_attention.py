@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroup, _coalescing_manager
 
+from lighthouse.online_softmax import merge_in_place
+
 SEQUENCE_DIM = 2
 
 # Attention over the keys and values of one rank; ``is_causal`` is a keyword argument.
@@ -127,9 +129,6 @@ def ring_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of this rank's queries over the keys and values of all ranks.
 
-    Outputs of two hops are averaged with the weights of their softmax denominators, as in online
-    softmax: ``logsumexp`` holds the logarithms of the denominators.
-
     Args:
         attend: returns output [B, H, S, D] and logsumexp [B, H, S] for one rank's keys and values.
         query, key, value: this rank's, [B, H, S, D] each.
@@ -152,9 +151,7 @@ def ring_forward(
             total = logsumexp
             continue
         out_here, total_here = out[:, :, queries_here], total[:, :, queries_here]
-        weight = torch.sigmoid(logsumexp - total_here).unsqueeze(-1)
-        torch.addcmul(out_here * (1 - weight), found, weight, out=out_here)
-        total_here.copy_(torch.logaddexp(total_here, logsumexp))
+        merge_in_place(out_here, total_here, found, logsumexp)
     return out.to(query.dtype), total
 
 
