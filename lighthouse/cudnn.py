@@ -5,19 +5,15 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N queries, M keys, D head 
 
 import torch
 
+from .precision import backend_takes
+
 
 def takes_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether cuDNN computes on these tensors, forward and backward.
 
     torch lets it compute neither where a user has switched it off nor in deterministic mode.
     """
-    grouped = q.shape[1] != k.shape[1]
-    # Some head dimensions have a forward and no backward. torch looks whether one is needed, and
-    # inside an operation it finds no gradients. Both passes have to get the same answer.
-    with torch.enable_grad():
-        q = q.detach().requires_grad_()
-        parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, grouped)
-        return torch.backends.cuda.can_use_cudnn_attention(parameters)
+    return backend_takes(torch.backends.cuda.can_use_cudnn_attention, q, k, v)
 
 
 def cudnn_forward(

@@ -7,8 +7,15 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N queries, M keys, D head 
 
 import torch
 
+from .precision import backend_takes
+
 # flash attention copies rows of D elements in vectors of so many.
 STEP_OF_D = 8
+
+
+def takes_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether flash attention computes on these tensors without a window, forward and backward."""
+    return backend_takes(torch.backends.cuda.can_use_flash_attention, q, k, v)
 
 
 def flash_forward(

@@ -1,4 +1,4 @@
-"""Context parallelism: ring attention inside Lighthouse attention, on GPUs and on CPUs.
+"""Context parallelism: ring attention in the place of dense attention, on GPUs and on CPUs.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, S positions on a rank, D head dimension.
 """

@@ -19,7 +19,7 @@ import torch
 
 from lighthouse.context_parallel import GROUPS, ContextParallel
 from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
-from lighthouse.flash import flash_backward, flash_forward
+from lighthouse.flash import flash_backward, flash_forward, takes_flash
 from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.precision import accumulation_dtype
 
@@ -92,8 +92,7 @@ def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[At
         return cpu_forward, cpu_backward
     if takes_cudnn(q, k, v):
         return cudnn_forward, cudnn_backward
-    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
-    if torch.backends.cuda.can_use_flash_attention(parameters):
+    if takes_flash(q, k, v):
         return flash_forward, flash_backward
     # Memory-efficient attention pads its logsumexp: that of half the queries is not half as long.
     raise NotImplementedError(
