@@ -142,12 +142,16 @@ def test_parquet_tells_documents_and_json_bytes(tmp_path: Path) -> None:
     [
         ("a.txt b.jsonl", r"2 kinds \(json, text: b.jsonl, a.txt\); give it files of one kind"),
         ("LICENSE a.csv", r"no readable file \(2 files are no text \(LICENSE, a.csv\)\); give"),
-        ("a.txt http::b.txt", "takes for an address; rename it"),
     ],
 )
 def test_folders_that_no_rule_fits_are_refused(tmp_path: Path, names: str, message: str) -> None:
     with pytest.raises(UserValueError, match=message):
         read(write_names(tmp_path, names))
+
+
+def test_names_that_look_like_addresses_are_names(tmp_path: Path) -> None:
+    folder = write_names(tmp_path / "zip:/a::b", "a.txt http::b.txt")
+    assert sorted(read(folder)) == ["a.txt", "http::b.txt"]
 
 
 @pytest.mark.parametrize(

@@ -455,6 +455,17 @@ def test_arms_begin_from_one_run_of_each_seed(call, faked, path, tmp_path) -> No
     assert timed.checkpoint.initial_load_path is None
 
 
+def test_text_of_a_start_is_recorded_too(call, faked, path, tmp_path) -> None:
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/a.txt").write_text("A book. " * 99)
+    with_start(path, f'training.dataset = "c4_local"\ntraining.dataset_path = "{tmp_path}/short"')
+    assert not call()[1]
+    text = json.loads((tmp_path / "out/contest.json").read_text())["text"]
+    assert len({*text.values()}) == 3 and text.keys() == {"training", "validation", "start"}
+    (tmp_path / "short/a.txt").write_text("Another book. " * 99)
+    assert "were begun with text" in call()[1]
+
+
 def test_a_start_whose_weights_are_gone_trains_again(call, faked, path, tmp_path) -> None:
     with_start(path)
     faked.failing = ("window,lr=0.002,seed=2",)
@@ -501,6 +512,11 @@ def test_without_its_start_an_arm_is_left_out(call, faked, path) -> None:
     [
         ("rate = 5e-4", "rate = 0.0", "start.rate = 0.0 must be a learning rate"),
         ("training.steps = 12", "", "[start] names no training.steps"),
+        (
+            'rate = 5e-4\ntraining.steps = 12\nlighthouse.schedule = ["dense seq_len=128"]\n',
+            "",
+            "start.rate = None must be a learning rate",
+        ),
         ("seq_len=128", "seq_len=1024", "contest.toml, start: lighthouse.schedule"),
         ("rate = 5e-4", "rate = 5e-4\noptimizer.lr = 1e-3", "start sets optimizer.lr, which runs"),
         ("rate = 5e-4", 'rate = 5e-4\nmodel.flavor = "17M"', "model.flavor, which all runs share"),

@@ -239,16 +239,11 @@ def _only_kind(
 
 
 def _check_name(path: str) -> None:
-    """Refuse a file that the reader could not open by its name.
+    """Refuse a file whose compression, which its name tells, needs a package.
 
     Raises:
-        ValueError: the name looks like an address, or its compression needs a package.
+        ValueError: the package is not installed.
     """
-    if "::" in path or "://" in path:
-        raise UserValueError(
-            f"{path!r} has '::' or '://' in its name, which the reader takes for an address; "
-            "rename it"
-        )
     if path.lower().endswith(".zst") and "zstd" not in compr:
         raise UserValueError(f"{path} needs the package zstandard; pip install zstandard")
 

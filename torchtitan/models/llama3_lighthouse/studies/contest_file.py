@@ -185,7 +185,7 @@ def read_contest(path: Path) -> Contest:
         "settings": _settings(path, values["settings"]),
         "rate_seeds": rate_seeds,
         "compare": [_pair(path, pair, arms) for pair in values["compare"]],
-        "start": _start(path, values["start"]),
+        "start": _start(path, values["start"]) if "start" in tables else None,
         "distance": _distance(path, values["distance"]),
     }
     contest = Contest(path=path, digest=digest, **values)
@@ -243,9 +243,7 @@ def _arm(path: Path, name: str, table: Any) -> Arm:
     return Arm(name, settings, sorted(rates))
 
 
-def _start(path: Path, table: dict[str, Any]) -> Start | None:
-    if not table:
-        return None
+def _start(path: Path, table: dict[str, Any]) -> Start:
     rate = table.get("rate")
     if not isinstance(rate, float) or not 0 < rate < math.inf:
         raise UserValueError(f"{path}: start.rate = {rate!r} must be a learning rate, such as 1e-3")

@@ -116,12 +116,17 @@ class Planner:
         found = len(held_out_sequences(config, tokenizer, asked.documents, asked.sequences))
         if found < asked.documents:
             say(f"{found} of {asked.documents} held-out documents are long enough to measure")
+        sections = [
+            ("training", "train", config.training),
+            ("validation", "validation", config.validation),
+        ]
+        if self.contest.start:
+            sections.append(
+                ("start", "train", self.start_run(self.contest.seeds[0]).config.training)
+            )
         text = {
             key: find_source(section.dataset, split, section.dataset_path, key).fingerprint()
-            for key, split, section in (
-                ("training", "train", config.training),
-                ("validation", "validation", config.validation),
-            )
+            for key, split, section in sections
         }
         return {"overrides": self.overrides, "text": text}
 
