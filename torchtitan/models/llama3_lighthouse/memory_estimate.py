@@ -5,7 +5,7 @@ from torch.distributed.tensor import DTensor
 
 from lighthouse.geometry import PyramidGeometry
 
-from .infra.activation_checkpoint import BEFORE_GATHERING, PRODUCTS
+from .infra.activation_checkpoint import replaced_products
 from .infra.offload import INPUTS_ON_DEVICE
 from .job_config import ActivationCheckpoint
 from .model.linear_cross_entropy import tokens_per_chunk
@@ -15,7 +15,6 @@ from .model.model import LighthouseModelArgs
 OPTIMIZER_BYTES = {"parameters": 4, "gradients": 4, "optimizer": 8}
 # Mixed precision keeps activations in bfloat16.
 ACTIVATION_BYTES = 2
-AFTER_ATTENTION = set(PRODUCTS) - set(BEFORE_GATHERING)
 
 
 def local_parameters(model: nn.Module) -> int:
@@ -64,12 +63,10 @@ def layer_elements(
             "none": 4 * args.dim + 3 * args.attention_width + products + 2 * widths["w1"],
         }.get(section.mode, float("nan"))
         return kept, kept
-    after = sum(widths[name] for name in section.keep_products if name in AFTER_ATTENTION)
-    before = sum(widths[name] for name in section.keep_products) - after
     # Logsumexps and indices take four bytes each.
     words = 4 / ACTIVATION_BYTES
     attention = args.attention_width + words * args.n_heads
-    dense = args.dim + after + before + attention
+    dense = args.dim + sum(widths[name] for name in section.keep_products) + attention
     if geometry is None:
         return dense, dense
     share = geometry.gathered_length / geometry.sequence_length
@@ -78,8 +75,11 @@ def layer_elements(
     selection = words * args.kv_heads * (share + pyramid)
     gathered = share * (args.attention_width + 2 * widths["wk"] + attention) + selection
     # A window beside the selection keeps what a dense layer keeps.
-    beside = before + attention if args.lighthouse.window else 0
-    return dense, args.dim + after + gathered + beside
+    if args.lighthouse.window:
+        return dense, dense + gathered
+    unread = replaced_products(args.attention_class.norms_heads)
+    read = sum(widths[name] for name in section.keep_products if name not in unread)
+    return dense, args.dim + read + gathered
 
 
 def activation_bytes(

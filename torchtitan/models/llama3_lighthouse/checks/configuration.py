@@ -131,11 +131,14 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
         raise UserValueError(
             f"model.flavor = '{config.model.flavor}' is not known; use one of {', '.join(flavors)}"
         )
-    _check_dense_layers(config, model_arguments_of(config).n_layers)
+    args = model_arguments_of(config)
+    _check_dense_layers(config, args.n_layers)
     _method(config)
     for stage in distinct_stages(config):
         with naming(stage):
             _check_stage(stage)
+            if stage.attention == "lighthouse":
+                args.check_scorer(stage.config.lighthouse)
     _check_length_of_validation(config)
     _check_tokenizer(config)
 

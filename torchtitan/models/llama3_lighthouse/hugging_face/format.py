@@ -109,7 +109,7 @@ def write_configuration(
     generation: dict[str, Any] = {name: token for name, token in ids.items() if token is not None}
     if described is None:
         config = {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [args.causal_model],
             **architecture(args),
             "max_position_embeddings": args.max_seq_len,
             "attention_dropout": 0.0,

@@ -1,4 +1,4 @@
-"""Make a checkpoint of step 0 out of a Llama in Hugging Face's format, to train on from."""
+"""Make a checkpoint of step 0 out of a model in Hugging Face's format, to train on from."""
 
 import json
 import time
@@ -56,7 +56,7 @@ def import_model(
     All weights are in memory at once.
 
     Args:
-        folder: ``config.json`` of a Llama, and its weights as safetensors.
+        folder: ``config.json`` of a model that can be trained here, and its weights as safetensors.
         output: a folder that is empty or not there.
         overrides: flags of the trainer, ``--section.key value``, for the checkpoint's record. They
             win over the file that --job.config_file names. Without such a file they win over a
@@ -191,7 +191,7 @@ def _read_weights(
                 if args.tied and name == OUTPUT:
                     output = tensor
                     continue
-                _check_tensor(file, name, tensor, expected)
+                _check_tensor(file, name, tensor, expected, args.model_type)
                 found[name] = tensor.to(dtype or tensor.dtype)
         report(
             f"{file.name} ({number} of {len(files)}): {len(names)} tensors"
@@ -199,8 +199,8 @@ def _read_weights(
         )
     if missing := sorted(expected.keys() - found.keys()):
         raise UserValueError(
-            f"{folder} lacks {len(missing)} tensors of a Llama, '{missing[0]}' among them; is a "
-            "file of weights missing?"
+            f"{folder} lacks {len(missing)} tensors of a model of type '{args.model_type}', "
+            f"'{missing[0]}' among them; is a file of weights missing?"
         )
     if output is not None and not torch.equal(output.to(dtype or output.dtype), found[EMBEDDING]):
         raise UserValueError(
@@ -211,11 +211,16 @@ def _read_weights(
 
 
 def _check_tensor(
-    file: Path, name: str, tensor: torch.Tensor, expected: dict[str, torch.Tensor]
+    file: Path,
+    name: str,
+    tensor: torch.Tensor,
+    expected: dict[str, torch.Tensor],
+    family: str,
 ) -> None:
     if name not in expected:
         raise UserValueError(
-            f"{file} holds '{name}', which a Llama does not have; pass the folder of another model"
+            f"{file} holds '{name}', which a model of type '{family}' does not have; pass the "
+            "folder of another model"
         )
     if tensor.shape != expected[name].shape:
         raise UserValueError(

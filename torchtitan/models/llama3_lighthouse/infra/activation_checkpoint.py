@@ -12,7 +12,7 @@ that of w2. Backward does not need w2's product, so all that can be kept are equ
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,11 +27,12 @@ from lighthouse import LighthouseAttention
 from lighthouse.implementation import kernels
 
 from ..job_config import ActivationCheckpoint
+from ..model.rotary import RotaryAttention
 from . import ring_operations
 
 # Matrix products of a block, in the order in which it computes them.
 PRODUCTS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
-# Backward of Lighthouse attention reads the gathered rows instead of these products.
+# Products that make the rows of attention.
 BEFORE_GATHERING = ("wq", "wk", "wv")
 
 ATTENTION = {
@@ -78,6 +79,15 @@ def apply_lighthouse_checkpoint(model: nn.Module, section: ActivationCheckpoint)
         layers.register_module(name, wrapped)
 
 
+def replaced_products(norms_heads: bool) -> set[str]:
+    """Products in whose place backward of Lighthouse attention reads the gathered rows.
+
+    Args:
+        norms_heads: whether queries and keys are normed, so that backward of the norm reads them.
+    """
+    return {"wv"} if norms_heads else set(BEFORE_GATHERING)
+
+
 def contexts_that_keep(
     block: nn.Module, keep_products: frozenset[str]
 ) -> Callable[[], tuple[Any, Any]]:
@@ -86,14 +96,15 @@ def contexts_that_keep(
     Args:
         keep_products: names from ``PRODUCTS``. Each is kept where backward needs it.
     """
-    inner = block.get_submodule("attention.inner_attention")
+    attention = cast(RotaryAttention, block.get_submodule("attention"))
+    inner, replaced = attention.inner_attention, replaced_products(attention.norms_heads)
     kept = ATTENTION | RING | WINDOW | SELECTION | GATHERING | EXCHANGE
 
     def contexts() -> tuple[Any, Any]:
         needed = set(keep_products)
         # A window beside the selection attends over all of them.
         if isinstance(inner, LighthouseAttention) and inner.enabled and not inner.config.window:
-            needed -= set(BEFORE_GATHERING)
+            needed -= replaced
         # Products so far, in the forward pass (False) and in its repetition (True).
         products_seen = {False: 0, True: 0}
 

@@ -35,6 +35,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
     },
 }
+# The arguments that make a model of each type.
+ARGUMENTS: dict[str, type[LighthouseModelArgs]] = {
+    "llama": LighthouseModelArgs,
+    "mistral": LighthouseModelArgs,
+}
 DEFAULTS["mistral"] = DEFAULTS["llama"] | {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
@@ -52,7 +57,10 @@ COUNTS = (
     "head_dim",
     "max_position_embeddings",
 )
-NO_WINDOW = "pass a checkpoint without a window, or set it to null if the model was trained dense"
+NO_WINDOW = (
+    "pass a checkpoint without a window, or set sliding_window to null and use_sliding_window to "
+    "false if the model was trained dense"
+)
 # Entries that change what a model computes -> the values that change nothing, and advice. An entry
 # that is not there, or null, changes nothing either.
 PLAIN: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -60,6 +68,7 @@ PLAIN: dict[str, tuple[tuple[Any, ...], str]] = {
     "mlp_bias": ((False,), "pass a model whose feed-forward layers have no biases"),
     "hidden_act": (("silu", "swish"), "pass a model with SwiGLU, as Llama has"),
     "sliding_window": ((), NO_WINDOW),
+    "use_sliding_window": ((False,), NO_WINDOW),
     "qk_norm": ((False,), "pass a model that does not norm queries and keys"),
     "use_qk_norm": ((False,), "pass a model that does not norm queries and keys"),
     "qk_layernorm": ((False,), "pass a model that does not norm queries and keys"),
@@ -115,7 +124,7 @@ def known_entries(description: dict[str, Any], name: str) -> dict[str, Any]:
     kind = description.get("model_type")
     if kind not in DEFAULTS:
         raise UserValueError(
-            f"{name}: model_type = {kind!r} cannot be trained here; pass a Llama, whose type is "
+            f"{name}: model_type = {kind!r} cannot be trained here; pass a model whose type is "
             f"{' or '.join(map(repr, DEFAULTS))}"
         )
     # Null is no value, and no default either.
@@ -142,7 +151,8 @@ def known_entries(description: dict[str, Any], name: str) -> dict[str, Any]:
         )
     theta, scaling = _rope(known, name)
     kept = {key: known[key] for key in (*COUNTS, "rms_norm_eps", "tie_word_embeddings")}
-    return kept | {"rope_theta": theta, "rope_scaling": scaling}
+    family = ARGUMENTS[kind].model_type
+    return {"model_type": family} | kept | {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _check_plain(known: dict[str, Any], name: str) -> None:
@@ -237,7 +247,7 @@ def described_arguments(
 
 def _arguments(known: dict[str, Any]) -> LighthouseModelArgs:
     dim, width = known["hidden_size"], known["intermediate_size"]
-    return LighthouseModelArgs(
+    return ARGUMENTS[known["model_type"]](
         dim=dim,
         n_layers=known["num_hidden_layers"],
         n_heads=known["num_attention_heads"],
@@ -258,7 +268,7 @@ def _arguments(known: dict[str, Any]) -> LighthouseModelArgs:
 def architecture(args: LighthouseModelArgs) -> dict[str, Any]:
     """The entries of ``config.json`` that say what a model computes."""
     return {
-        "model_type": "llama",
+        "model_type": args.model_type,
         "vocab_size": args.vocab_size,
         "hidden_size": args.dim,
         "intermediate_size": args.ffn_width,
@@ -287,5 +297,5 @@ def differences(
     return {
         key: (known[key], value)
         for key, value in architecture(args).items()
-        if key in known and key != "model_type" and known[key] != value
+        if key in known and known[key] != value
     }

@@ -1,7 +1,7 @@
 """The Llama-3 model with Lighthouse or a window as the inner attention of most of its layers."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest.mock import patch
 
 import torch
@@ -17,6 +17,7 @@ from lighthouse.precision import SDPA_BACKENDS
 from lighthouse.scoring import flops_per_position
 from lighthouse.window import window_pairs
 
+from ..errors import UserValueError
 from ..job_config import JobConfig, Lighthouse
 from .loss import factored, is_chunked
 from .rope_scaling import LLAMA_3_1, rotary_turns
@@ -49,6 +50,13 @@ def selecting_config(section: Lighthouse) -> LighthouseConfig | None:
 
 @dataclass
 class LighthouseModelArgs(TransformerModelArgs):
+    """Arguments of a Llama. Those of another family derive from them, and set the first three."""
+
+    model_type: ClassVar[str] = "llama"
+    """The family's name in config.json."""
+    causal_model: ClassVar[str] = "LlamaForCausalLM"
+    """The class of transformers that loads an export."""
+    attention_class: ClassVar[type[RotaryAttention]] = RotaryAttention
     lighthouse: LighthouseConfig = LighthouseConfig()
     window: int = 0
     """Positions of the window that stands alone in stage "lighthouse"; 0 if Lighthouse attention
@@ -104,6 +112,16 @@ class LighthouseModelArgs(TransformerModelArgs):
         """Whether stage "lighthouse" runs Lighthouse attention, and not the window alone."""
         return not self.window
 
+    def check_scorer(self, section: Lighthouse) -> None:
+        """Check that the scorer of a stage "lighthouse" can tell positions of this model apart.
+
+        Raises:
+            ValueError: it ranks by norms that the model has made nearly equal.
+        """
+        ranks = section.attention == "lighthouse" and len(set(section.dense_layers)) < self.n_layers
+        if ranks and section.scorer == "norm" and self.attention_class.norms_heads:
+            raise UserValueError(equal_norms(self.model_type))
+
     def gathered_length(self, seq_len: int) -> int:
         """Length of the sequence that attention runs on in the sparse layers of stage "lighthouse".
 
@@ -157,6 +175,15 @@ class LighthouseModelArgs(TransformerModelArgs):
         return parameters, self.flops_per_token(multiplying, seq_len, attention)
 
 
+def equal_norms(model_type: str) -> str:
+    """The message that refuses the scorer "norm" for a model that norms queries and keys."""
+    return (
+        "lighthouse.scorer = 'norm' ranks positions by the norms of their queries and keys, which "
+        f"a model of type '{model_type}' makes nearly equal in every head; pass "
+        "--lighthouse.scorer gla or --lighthouse.scorer dilated"
+    )
+
+
 def leave_out_math_backend(model: nn.Module) -> None:
     """Let dense attention run only on backends whose memory is linear in the sequence.
 
@@ -196,22 +223,16 @@ def hold_embedding_once(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(add)
 
 
-def set_heads(attention: RotaryAttention, args: LighthouseModelArgs) -> None:
-    """Give upstream's attention, whose heads are dim / n_heads wide, heads of another width."""
-    attention.head_dim, width = args.head_dim, args.attention_width
-    attention.wq = nn.Linear(args.dim, width, bias=False)
-    attention.wk = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
-    attention.wv = nn.Linear(args.dim, args.kv_heads * args.head_dim, bias=False)
-    attention.wo = nn.Linear(width, args.dim, bias=False)
-
-
 class LighthouseTransformer(upstream.Transformer):
-    """Upstream's Llama 3, its state dict unchanged; ``use_attention`` chooses its attention."""
+    """Upstream's Llama 3, its state dict unchanged; ``use_attention`` chooses its attention.
+
+    A family that differs from it in its attention has that of ``model_args.attention_class``.
+    """
 
     model_args: LighthouseModelArgs
 
     def __init__(self, model_args: LighthouseModelArgs) -> None:
-        with patch.object(upstream, "Attention", RotaryAttention):
+        with patch.object(upstream, "Attention", model_args.attention_class):
             super().__init__(model_args)
         self.tok_embeddings.register_forward_hook(_as_in_autocast)
         if model_args.chunked_loss:
@@ -222,7 +243,7 @@ class LighthouseTransformer(upstream.Transformer):
         for index, block in self.layers.items():
             attention = cast(RotaryAttention, block.get_submodule("attention"))
             if attention.head_dim != model_args.head_dim:
-                set_heads(attention, model_args)
+                attention.set_heads(model_args.dim, model_args.kv_heads, model_args.head_dim)
             if int(index) in model_args.dense_layers:
                 continue
             dense = block.get_submodule("attention.inner_attention")
@@ -257,7 +278,15 @@ class LighthouseTransformer(upstream.Transformer):
         self.model_args = replace(self.model_args, lighthouse=args.lighthouse, window=args.window)
 
     def use_attention(self, attention: str) -> None:
-        """Use the attention of stage "lighthouse" or "dense" from the next forward on."""
-        for module in self.modules():
-            if isinstance(module, InnerAttention):
-                module.enabled = attention == "lighthouse"
+        """Use the attention of stage "lighthouse" or "dense" from the next forward on.
+
+        Raises:
+            ValueError: the scorer cannot tell positions of this model apart.
+        """
+        inner = [module for module in self.modules() if isinstance(module, InnerAttention)]
+        if attention == "lighthouse" and self.model_args.attention_class.norms_heads:
+            for module in inner:
+                if isinstance(module, LighthouseAttention) and module.config.scorer == "norm":
+                    raise UserValueError(equal_norms(self.model_args.model_type))
+        for module in inner:
+            module.enabled = attention == "lighthouse"

@@ -9,7 +9,10 @@ a sum into one operation.
 Shapes: B batch, N positions, H heads, D head dimension.
 """
 
+from typing import ClassVar
+
 import torch
+from torch import nn
 from torchtitan.models.llama3.model.model import Attention
 
 
@@ -67,7 +70,34 @@ def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 class RotaryAttention(Attention):
-    """Upstream's attention of type "sdpa", with this rotary embedding and its table of bits."""
+    """Upstream's attention of type "sdpa", with this rotary embedding and its table of bits.
+
+    Other families derive theirs from it.
+
+    Attributes:
+        norms_heads: whether ``before_rotation`` norms each head's queries and keys.
+    """
+
+    norms_heads: ClassVar[bool] = False
+
+    def set_heads(self, dim: int, kv_heads: int, head_dim: int) -> None:
+        """Make heads of another width than upstream's, which is dim / n_heads.
+
+        Args:
+            dim: columns of the residual stream.
+            head_dim: D.
+        """
+        self.head_dim, width = head_dim, self.n_heads * head_dim
+        self.wq = nn.Linear(dim, width, bias=False)
+        self.wk = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(width, dim, bias=False)
+
+    def before_rotation(
+        self, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [B, N, H, D] as they are rotated; a Llama leaves them as they are."""
+        return q, k
 
     def forward(
         self,
@@ -82,6 +112,7 @@ class RotaryAttention(Attention):
             projection(x).view(batch, length, -1, self.head_dim)
             for projection in (self.wq, self.wk, self.wv)
         )
+        q, k = self.before_rotation(q, k)
         turns = turns_at(table, length, positions)
         q, k, v = (rows.transpose(1, 2) for rows in (rotate(q, turns), rotate(k, turns), v))
         out = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa)
