@@ -62,6 +62,23 @@ def drawn(seed: int) -> dict[str, Any]:
     }
 
 
+def drawn_qwen3(seed: int) -> dict[str, Any]:
+    """The same of a Qwen 3, with or without the entries that have a default."""
+    draw, config = random.Random(-seed), drawn(seed)
+    for entry in ("mlp_bias", "attention_bias", "sliding_window"):
+        config.pop(entry, None)
+    windows = {"use_sliding_window": False, "sliding_window": draw.choice([None, 4096])}
+    others = {"attention_bias": False, "attention_dropout": 0.0, "max_window_layers": 28}
+    return config | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        # Without this entry transformers takes 128, and not hidden_size / num_attention_heads.
+        "head_dim": draw.choice([4, 8, 10, 16]),
+        **(windows if draw.random() < 0.7 else {}),
+        **(others if draw.random() < 0.7 else {}),
+    }
+
+
 def written(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
     """A folder with ``config`` and random weights, norms away from 1 and attention not uniform."""
     folder.mkdir()

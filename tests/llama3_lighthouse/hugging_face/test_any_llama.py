@@ -1,13 +1,14 @@
-"""Llamas of any architecture: logits, training, export and generation against transformers."""
+"""Models of any architecture: logits, training, export and generation against transformers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from llamas import drawn, loaded, written
+from llamas import drawn, drawn_qwen3, loaded, written
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,7 +27,10 @@ from torchtitan.models.llama3_lighthouse.hugging_face.format import model_state
 from torchtitan.models.llama3_lighthouse.hugging_face.import_model import import_model
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, Model
 from torchtitan.models.llama3_lighthouse.memory_estimate import product_widths
-from torchtitan.models.llama3_lighthouse.model.architecture import described_arguments
+from torchtitan.models.llama3_lighthouse.model.architecture import (
+    described_arguments,
+    read_description,
+)
 from torchtitan.models.llama3_lighthouse.model.loss import build_loss
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
 from torchtitan.models.llama3_lighthouse.model.state_dict_adapter import LighthouseStateDictAdapter
@@ -52,6 +56,12 @@ def checked(ours: Path, theirs: Any, vocabulary: int, seed: int) -> Any:
 def trained(step: Path, config: JobConfig, output: Path) -> Path:
     """The checkpoint after two optimizer steps, the first of them under Lighthouse attention."""
     config.lighthouse.dense_layers = []
+    if read_description(step)["model_type"] == "qwen3":
+        with torch.device("meta"):
+            model = LighthouseTransformer(model_arguments(config))
+        with pytest.raises(ValueError, match="scorer = 'norm' ranks .* type 'qwen3' .*scorer gla"):
+            model.use_attention("lighthouse")
+        config.lighthouse.scorer = "gla"
     args = model_arguments(config)
     assert args.vocab_size < 16384 and not args.chunked_loss
     model = LighthouseTransformer(args)
@@ -86,9 +96,13 @@ def generated(model: Any, tokens: torch.Tensor, count: int, stop: list[int]) -> 
     return tokens[0, start:].tolist()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_drawn_architecture(tmp_path: Path, seed: int) -> None:
-    config = drawn(seed)
+@pytest.mark.parametrize(
+    ("draw", "seed"), [*((drawn, n) for n in range(20)), *((drawn_qwen3, n) for n in range(8))]
+)
+def test_drawn_architecture(
+    tmp_path: Path, draw: Callable[[int], dict[str, Any]], seed: int
+) -> None:
+    config = draw(seed)
     folder = written(tmp_path / "folder", config, seed)
     step = import_model(folder, tmp_path / "run", report=lambda line: None)
     assert read_record(step).config["model"]["hf_folder"] == str(folder)
@@ -155,6 +169,16 @@ LLAMA_3_1 = LLAMA_3 | {
     "max_position_embeddings": 131072, "mlp_bias": False, "rope_scaling": ROPE_3_1,
     "eos_token_id": [128001, 128008, 128009],
 }  # fmt: skip
+QWEN_3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+    "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "Llama 2 7B": (LLAMA_2, 6_738_415_616),
     "Llama 3 8B": (LLAMA_3, 8_030_261_248),
@@ -210,6 +234,14 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "DeepSeek R1 Distill Llama 8B": (
         LLAMA_3_1 | {"eos_token_id": 128001},
         8_030_261_248,
+    ),
+    "Qwen3 0.6B": (QWEN_3, 596_049_920),
+    "Qwen3 8B": (
+        QWEN_3 | {
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "tie_word_embeddings": False, "max_window_layers": 36,
+        },
+        8_190_735_360,
     ),
     "Yi 6B": (
         LLAMA_2 | {

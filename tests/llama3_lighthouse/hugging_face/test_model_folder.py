@@ -207,7 +207,13 @@ def test_dry_run_counts_what_is_there(tied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model_type": "qwen3"}, "model_type = 'qwen3' cannot be trained here; pass a Llama"),
+        ({"model_type": "qwen2"}, "model_type = 'qwen2' cannot be trained here; .*or 'qwen3'"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True},
+            "use_sliding_window = True cannot be",
+        ),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True cannot be"),
+        ({"use_sliding_window": True}, "use_sliding_window = True cannot be trained"),
         ({"attention_bias": True}, "attention_bias = True cannot be trained here; pass a model"),
         ({"mlp_bias": True}, "mlp_bias = True cannot be trained"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot be trained here; .*SwiGLU"),

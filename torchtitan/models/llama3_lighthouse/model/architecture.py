@@ -14,6 +14,7 @@ from ..errors import UserValueError
 from ..job_config import Model
 from .flavors import flavors
 from .model import LighthouseModelArgs
+from .qwen3 import Qwen3ModelArgs
 from .rope_scaling import LENGTH, NO_SCALING, checked_scaling, parse_scaling
 
 CONFIG_FILE = "config.json"
@@ -35,10 +36,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
     },
 }
+DEFAULTS["qwen3"] = DEFAULTS["llama"] | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+}
 # The arguments that make a model of each type.
 ARGUMENTS: dict[str, type[LighthouseModelArgs]] = {
     "llama": LighthouseModelArgs,
     "mistral": LighthouseModelArgs,
+    "qwen3": Qwen3ModelArgs,
 }
 DEFAULTS["mistral"] = DEFAULTS["llama"] | {
     "intermediate_size": 14336,
