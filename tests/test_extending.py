@@ -26,10 +26,13 @@ def found(path: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
+def section(heading: str) -> str:
+    return PAGES[1].read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def example(heading: str, language: str = "python") -> str:
     """The last fenced block of a section of ``docs/extending.md``."""
-    section = PAGES[1].read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", section)[-1]
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", section(heading))[-1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -74,6 +77,35 @@ def test_a_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(given, wanted)
     # The order of values does not matter to the norms of queries and keys.
     assert not torch.equal(select(q, k, v, LighthouseConfig(2, 2, 16, "norm", 8))[0], expected[0])
+
+
+def test_a_model_family_touches_the_files_of_its_list() -> None:
+    text = section("A model family")
+    listed = re.findall(r"(?m)^\d\. `([\w/]+\.py)`", text)
+    files = {OVERLAY / path.replace("NAME", "qwen3") for path in listed}
+    assert len(files) == 4
+    # Names that the family alone has, in any spelling.
+    own = re.compile(r"(?i)qwen|[qk]_norm\b|NormedRotary")
+    touched = {file for file in OVERLAY.rglob("*.py") if own.search(file.read_text())}
+    assert touched == files
+    methods = [file for file in (ROOT / "lighthouse").rglob("*.py") if own.search(file.read_text())]
+    assert {file.name for file in methods} <= {"transformers.py"}
+
+
+def test_a_model_family() -> None:
+    from torchtitan.models.llama3_lighthouse.model import model, qwen3
+
+    namespace = dict(vars(qwen3))
+    exec(example("A model family"), namespace)
+    sizes = dict(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, own_head_dim=8)
+    outputs, tokens = [], torch.randint(64, (2, 32))
+    for arguments in (namespace["Qwen3ModelArgs"], qwen3.Qwen3ModelArgs, model.LighthouseModelArgs):
+        torch.manual_seed(0)
+        built = model.LighthouseTransformer(arguments(**sizes, max_seq_len=32, dense_layers=[0, 1]))
+        with torch.no_grad():
+            built.init_weights()
+            outputs.append(built(tokens))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
 def test_a_data_source(tmp_path: Path) -> None:

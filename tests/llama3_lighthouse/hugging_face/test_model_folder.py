@@ -217,7 +217,7 @@ def test_dry_run_counts_what_is_there(tied: Path, tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias = True cannot be trained here; pass a model"),
         ({"mlp_bias": True}, "mlp_bias = True cannot be trained"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot be trained here; .*SwiGLU"),
-        ({"sliding_window": 4096}, "sliding_window = 4096 cannot be .*set it to null"),
+        ({"sliding_window": 4096}, "sliding_window = 4096 cannot be .*set sliding_window to null"),
         ({"model_type": "mistral"}, "sliding_window = 4096 cannot be trained"),
         ({"use_qk_norm": True}, "use_qk_norm = True cannot be trained"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 .*set it to 0"),
