@@ -1,5 +1,6 @@
 """Every file in train_configs/ is a run that would start; every grid is a sweep of such runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
+from torchtitan.models.llama3_lighthouse.checkpoints.model_folder import model_arguments_of
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
 from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
@@ -24,9 +26,24 @@ GRIDS = {"topk": (6, 0), "pool": (6, 0), "levels": (6, 0), "scorer": (6, 0), "sp
          "debug": (9, 3), "books_16k": (8, 0), "passkey_16k": (6, 0)}  # fmt: skip
 
 
+# The models that a configuration extends: Llama 3 8B, and the one of docs/guides/extend.md.
+EXTENDED = {
+    "extend_llama": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192,
+    },
+    "debug_extend_cpu": {
+        "model_type": "llama", "hidden_size": 256, "intermediate_size": 704,
+        "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 320, "rope_theta": 500000.0, "max_position_embeddings": 2048,
+    },
+}  # fmt: skip
+
+
 def check_model(config: JobConfig) -> int:
     """Build the model without memory, check that every layer is as ``config`` says, return S."""
-    args = flavors[config.model.flavor]
+    args = model_arguments_of(config)
     args.update_from_config(config)
     with torch.device("meta"):
         model = LighthouseTransformer(args)
@@ -50,9 +67,19 @@ def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="--model.hf_assets_path FOLDER"):
             check_config(LighthouseConfigManager().parse_args(line), flavors)
         line += ["--model.hf_assets_path", str(tmp_path)]
+    if "extend" in path.stem:
+        with pytest.raises(ValueError, match="--model.hf_folder FOLDER"):
+            check_config(LighthouseConfigManager().parse_args(line), flavors)
+        (tmp_path / "config.json").write_text(json.dumps(EXTENDED[path.stem]))
+        for key in ("model.hf_folder", "checkpoint.initial_load_path"):
+            line += [f"--{key}", str(tmp_path)]
     config = LighthouseConfigManager().parse_args(line)
     check_config(config, flavors)
-    assert warnings_of(config, 8) == []
+    found = warnings_of(config, 8)
+    if path.stem == "debug_extend_cpu":
+        # It is made for CPUs.
+        assert found.pop().startswith("training.mixed_precision_param = 'float32' with a window")
+    assert found == []
     # Attention runs on a small part of the sequence, and in the study on half of it.
     part = 2 if path.stem == "recovery_books_32k" else 3
     assert check_model(config) <= config.training.seq_len // part
@@ -136,6 +163,19 @@ def test_grid_expands_to_runs_that_build(name: str, tmp_path: Path) -> None:
             assert check_model(run.config) < run.config.training.seq_len
     # The trainer reads the same configuration from the command line.
     assert record_of(LighthouseConfigManager().parse_args(run.arguments)) == record_of(run.config)
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+def test_extension_is_as_long_as_its_scaling(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(EXTENDED[name]))
+    line = ["--job.config_file", str(CONFIGS / f"{name}.toml"), "--model.hf_folder", str(tmp_path)]
+    config = LighthouseConfigManager().parse_args(line)
+    scaling = model_arguments_of(config).rope_scaling
+    original = EXTENDED[name]["max_position_embeddings"]
+    assert scaling["original_max_position_embeddings"] == original
+    assert config.training.seq_len == scaling["factor"] * original
+    section = config.lighthouse
+    assert (section.window, section.dense_layers, section.attention) == (256, [], "lighthouse")
 
 
 def test_dense_baseline_differs_in_nothing_but_attention() -> None:

@@ -1,0 +1,125 @@
+"""The commands of docs/guides/extend.md, one after the other, at a size that takes seconds."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llamas import loaded, written
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+
+from lighthouse_commands import main
+from torchtitan.models.llama3_lighthouse.evaluation.inference import load_trained_model
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/guides/extend.md").read_text()
+# Options that make each command small. The last value of an option counts.
+SMALLER = {
+    "train debug_cpu": "--training.steps 2",
+    "train debug_extend_cpu": "--training.steps 2 --lighthouse.dense_from_step 1 "
+    "--training.seq_len 2048",
+    "evaluate loss": "--validation.seq_len 2048 --validation.steps 1",
+    "evaluate distance": "--validation.seq_len 2048 --documents 1 --contexts 512 --distances 512",
+    "evaluate niah": "--lengths 512 --depths 50 --trials 1",
+}
+
+
+def commands(heading: str) -> list[list[str]]:
+    """The words of each command of a section, without the program that runs it."""
+    section = GUIDE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    blocks = "\n".join(re.findall(r"(?ms)^```bash\n(.*?)^```", section)).replace("\\\n", " ")
+    return [shlex.split(line) for line in blocks.splitlines() if line]
+
+
+def smaller(line: list[str]) -> list[str]:
+    """A command in fewer steps and tokens."""
+    name = f"{line[0]} {Path(line[1]).stem}"
+    return [*line, *shlex.split(SMALLER[name])] if name in SMALLER else line
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of the clone's root."""
+    (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+HEADINGS = (
+    "A model to extend", "Import", "Measure before, and choose a scaling", "Train",
+    "Measure after", "Export",
+)  # fmt: skip
+
+
+def test_commands_parse() -> None:
+    for heading in (*HEADINGS, "At full size"):
+        for _, *line in commands(heading):
+            if not line[-1].endswith("run_train.sh"):
+                assert main.parse(smaller(line))[0].module.__name__.startswith(
+                    "lighthouse_commands"
+                )
+
+
+@pytest.mark.slow
+def test_commands_of_the_guide(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line for heading in HEADINGS for line in commands(heading)]
+    assert len(lines) == 9 and {line[0] for line in lines} == {".venv/bin/lighthouse"}
+    used = set()
+    for _, *line in lines:
+        used.add(f"{line[0]} {Path(line[1]).stem}")
+        monkeypatch.setattr(sys, "argv", ["lighthouse", *smaller(line)])
+        try:
+            main.main(smaller(line))
+        except SystemExit as end:
+            assert not end.code, (line, end.code, capfd.readouterr())
+    assert used >= SMALLER.keys()
+
+    place = clone / "outputs/extend"
+    before, after = (json.loads((place / name / "config.json").read_text())
+                     for name in ("model", "long"))  # fmt: skip
+    scaling = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 2048}
+    assert (before["rope_scaling"], before["max_position_embeddings"]) == (None, 2048)
+    # Nothing else changes, as the guide says.
+    assert after == before | {"rope_scaling": scaling, "max_position_embeddings": 8192}
+    tokens = torch.randint(256, (1, 3000), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = loaded(place / "long")(tokens).logits
+        actual = load_trained_model(place / "run", max_seq_len=3000).model(tokens)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    for measured in ("loss_as_it_came", "loss_scaled"):
+        assert (place / measured / "losses.csv").is_file()
+    assert (place / "distance/distance.csv").is_file()
+    assert (place / "niah/results.csv").is_file()
+
+
+def test_full_size_reads_what_was_imported(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, "rope_theta": 500000.0, "max_position_embeddings": 8192,
+        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "float32",
+    }  # fmt: skip
+    (clone / "models").mkdir()
+    folder = written(clone / "models/Llama-3-8B", config)
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "?", "a", "b"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    lines = [words for words in commands("At full size") if words[0] == ".venv/bin/lighthouse"]
+    for _, *line in lines[:2]:
+        main.main(line)
+    found = " ".join(capfd.readouterr().out.split())
+    assert "1 to 700 in the Lighthouse stage, then dense" in found
+    assert "S = 18,432 of 98,304 positions" in found and "window of 256" in found
