@@ -128,6 +128,18 @@ def test_initial_weights(qwen: Path) -> None:
     assert torch.equal(model.state_dict()[NORM], torch.ones(16))
 
 
+@pytest.mark.parametrize("attention", ["lighthouse", "dense"])
+def test_rows_have_the_precision_of_autocast(qwen: Path, attention: str) -> None:
+    # One process trains under autocast, with norms whose weights are in float32.
+    model = build(args=model_arguments(configured(qwen)))
+    model.use_attention(attention)
+    inner, seen = model.layers["1"].attention.inner_attention, []
+    inner.register_forward_pre_hook(lambda module, rows: seen.extend(each.dtype for each in rows))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(320, (1, 512))).float().logsumexp(-1).sum().backward()
+    assert seen == [torch.bfloat16] * 3
+
+
 def test_weights_come_from_the_folder_without_an_import(qwen: Path, tmp_path: Path) -> None:
     settings = {
         "model.hf_folder": qwen, "checkpoint.initial_load_path": qwen, "training.steps": 1,
