@@ -1,12 +1,11 @@
-"""Make a checkpoint of step 0 out of a Llama or Qwen 3 in Hugging Face's format, to train on from.
+"""Make a checkpoint of step 0 out of a model in Hugging Face's format, to train on from.
 
     lighthouse import-hf outputs/exported --output outputs/imported
 
-FOLDER holds config.json and the weights as safetensors: any Llama, a Mistral without a window, or
-a dense Qwen 3.
-What cannot be trained is refused by the name of its entry in config.json. The output folder must be
-empty or not there, and gets checkpoint/step-0. A run starts from it with --job.dump_folder FOLDER
-and --model.hf_folder, or in a folder of its own with
+FOLDER holds config.json and the weights as safetensors, of a Llama or of another family that
+docs/guides/export.md names. What cannot be trained is refused by the name of its entry in
+config.json. The output folder must be empty or not there, and gets checkpoint/step-0. A run starts
+from it with --job.dump_folder FOLDER and --model.hf_folder, or in a folder of its own with
 --checkpoint.initial_load_path FOLDER/checkpoint/step-0.
 
 The checkpoint records a configuration: that of --job.config_file FILE, or else a dense model of
@@ -19,7 +18,7 @@ from pathlib import Path
 from .arguments import add_output
 from .export_hf import add_stored_dtype
 
-SUMMARY = "make a checkpoint out of a Llama or Qwen 3 in Hugging Face's format"
+SUMMARY = "make a checkpoint out of a model in Hugging Face's format"
 IF_INTERRUPTED = "nothing was written"
 
 

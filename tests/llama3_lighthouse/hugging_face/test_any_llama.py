@@ -29,7 +29,6 @@ from torchtitan.models.llama3_lighthouse.job_config import JobConfig, Model
 from torchtitan.models.llama3_lighthouse.memory_estimate import product_widths
 from torchtitan.models.llama3_lighthouse.model.architecture import (
     described_arguments,
-    read_description,
 )
 from torchtitan.models.llama3_lighthouse.model.loss import build_loss
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
@@ -56,7 +55,7 @@ def checked(ours: Path, theirs: Any, vocabulary: int, seed: int) -> Any:
 def trained(step: Path, config: JobConfig, output: Path) -> Path:
     """The checkpoint after two optimizer steps, the first of them under Lighthouse attention."""
     config.lighthouse.dense_layers = []
-    if read_description(step)["model_type"] == "qwen3":
+    if model_arguments(config).attention_class.norms_heads:
         with torch.device("meta"):
             model = LighthouseTransformer(model_arguments(config))
         with pytest.raises(ValueError, match="scorer = 'norm' ranks .* type 'qwen3' .*scorer gla"):
@@ -139,11 +138,12 @@ def test_drawn_architecture(
     stop = stop if isinstance(stop, list) else [stop]
     with torch.no_grad():
         expected = generated(ours.model, prompt, 12, stop)
-        actual = theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False,
-            pad_token_id=0,
-        )  # fmt: skip
-    assert actual[0, 9:].tolist() == expected
+        for use_cache in (True, False):
+            actual = theirs.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False,
+                pad_token_id=0, use_cache=use_cache,
+            )  # fmt: skip
+            assert actual[0, 9:].tolist() == expected
 
 
 # The published config.json of each family, from public facts, without entries that nothing reads.
@@ -179,7 +179,7 @@ QWEN_3 = {
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
     "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
-FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Llama 2 7B": (LLAMA_2, 6_738_415_616),
     "Llama 3 8B": (LLAMA_3, 8_030_261_248),
     "Llama 3.1 8B": (LLAMA_3_1, 8_030_261_248),
@@ -267,9 +267,9 @@ def scaled_down(config: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_families(tmp_path: Path, name: str) -> None:
-    config, parameters = FAMILIES[name]
+    config, parameters = PUBLISHED[name]
     # The whole model has the published number of parameters, each tensor in transformers' shape.
     args = described_arguments(Model(), config, name)
     with torch.device("meta"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import parallelize_module
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra import parallelize as upstream
@@ -25,19 +25,6 @@ from .offload import LayerInputOffload
 # each in training and in validation, and to as many for each further stage of a schedule. Dynamo's
 # limit of 8 leaves too little room.
 RECOMPILE_LIMIT = 32
-
-
-def share_norms_of_heads(model: LighthouseTransformer, mesh: DeviceMesh) -> None:
-    """Let each rank norm its own heads, and add up the gradients of the weight that they share."""
-    if not model.model_args.attention_class.norms_heads:
-        return
-    for block in model.layers.values():
-        # Rows are [B, N, H, D] there. The style is named after the dimension it is made for.
-        plan: dict[str, ParallelStyle] = {
-            f"attention.{name}": SequenceParallel(sequence_dim=2, use_local_output=True)
-            for name in ("q_norm", "k_norm")
-        }
-        parallelize_module(block, mesh, plan)
 
 
 def parallelize_lighthouse(
@@ -68,12 +55,17 @@ def parallelize_lighthouse(
         else:
             apply_ac(model, section, **options)
 
-    def keep_tied(model: LighthouseTransformer, *arguments: Any, **options: Any) -> None:
+    def divide(model: LighthouseTransformer, *arguments: Any, **options: Any) -> None:
         apply_tp(model, *arguments, **options)
         # Tensor parallelism has made a sharded parameter of each use, both over the vocabulary.
         if model.model_args.tied:
             model.tie()
-        share_norms_of_heads(model, arguments[0] if arguments else options["tp_mesh"])
+        if plan := model.model_args.attention_class.tensor_parallel_plan():
+            for block in model.layers.values():
+                attention = block.get_submodule("attention")
+                parallelize_module(
+                    attention, arguments[0] if arguments else options["tp_mesh"], plan
+                )
 
     def shard(modules: nn.Module | list[nn.Module], **options: Any) -> None:
         # The root holds what several modules use, because FSDP gathers a parameter for one of them.
@@ -83,7 +75,7 @@ def parallelize_lighthouse(
     tied = cast(LighthouseTransformer, model).model_args.tied
     apply_tp, fully_shard = upstream.apply_tp, upstream.fully_shard
     with (
-        patch.object(upstream, "apply_tp", keep_tied),
+        patch.object(upstream, "apply_tp", divide),
         patch.object(upstream, "fully_shard", shard),
         # Upstream would run its own ring, around LighthouseAttention itself.
         patch.object(upstream, "apply_cp_to_attention_module", apply_to_attention),

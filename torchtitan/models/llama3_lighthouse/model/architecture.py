@@ -7,14 +7,15 @@ arguments of it, and ``architecture`` says in the same words what arguments comp
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserValueError
 from ..job_config import Model
+from .families import FAMILIES
 from .flavors import flavors
 from .model import LighthouseModelArgs
-from .qwen3 import Qwen3ModelArgs
 from .rope_scaling import LENGTH, NO_SCALING, checked_scaling, parse_scaling
 
 CONFIG_FILE = "config.json"
@@ -22,41 +23,6 @@ GENERATION_FILE = "generation_config.json"
 # The files of a folder that a run keeps for its export.
 DESCRIPTION_FILES = (CONFIG_FILE, GENERATION_FILE)
 
-# Values that transformers gives to entries that are not there, by type of model.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    },
-}
-DEFAULTS["qwen3"] = DEFAULTS["llama"] | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-}
-# The arguments that make a model of each type.
-ARGUMENTS: dict[str, type[LighthouseModelArgs]] = {
-    "llama": LighthouseModelArgs,
-    "mistral": LighthouseModelArgs,
-    "qwen3": Qwen3ModelArgs,
-}
-DEFAULTS["mistral"] = DEFAULTS["llama"] | {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    # The library gives a Mistral a window unless its file has null.
-    "sliding_window": 4096,
-}
 COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -132,18 +98,19 @@ def known_entries(description: dict[str, Any], name: str) -> dict[str, Any]:
             names the entry, its value and what to do.
     """
     kind = description.get("model_type")
-    if kind not in DEFAULTS:
+    if kind not in FAMILIES:
         raise UserValueError(
             f"{name}: model_type = {kind!r} cannot be trained here; pass a model whose type is "
-            f"{' or '.join(map(repr, DEFAULTS))}"
+            f"{' or '.join(map(repr, FAMILIES))}"
         )
+    family = FAMILIES[kind]
     # Null is no value, and no default either.
-    known = {k: v for k, v in (DEFAULTS[kind] | description).items() if v is not None}
-    if missing := [key for key in DEFAULTS["llama"] if key not in known]:
+    known = {k: v for k, v in {**family.defaults, **description}.items() if v is not None}
+    if missing := [key for key in LighthouseModelArgs.defaults if key not in known]:
         raise UserValueError(f"{name}: {missing[0]} must not be null; correct it")
-    if known.get("use_sliding_window") is False:
+    if family.has_window_switch and known.get("use_sliding_window") is False:
         known.pop("sliding_window", None)
-    _check_plain(known, name)
+    _check_plain(known, {**PLAIN, **family.plain}, name)
     heads = known["num_attention_heads"]
     known.setdefault("num_key_value_heads", heads)
     _check_counts(known, name)
@@ -161,12 +128,13 @@ def known_entries(description: dict[str, Any], name: str) -> dict[str, Any]:
         )
     theta, scaling = _rope(known, name)
     kept = {key: known[key] for key in (*COUNTS, "rms_norm_eps", "tie_word_embeddings")}
-    family = ARGUMENTS[kind].model_type
-    return {"model_type": family} | kept | {"rope_theta": theta, "rope_scaling": scaling}
+    return {"model_type": family.model_type} | kept | {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _check_plain(known: dict[str, Any], name: str) -> None:
-    for key, (values, advice) in PLAIN.items():
+def _check_plain(
+    known: dict[str, Any], plain: Mapping[str, tuple[tuple[Any, ...], str]], name: str
+) -> None:
+    for key, (values, advice) in plain.items():
         if key in known and known[key] not in values:
             raise UserValueError(f"{name}: {key} = {known[key]!r} cannot be trained here; {advice}")
     layers = known.get("layer_types") or []
@@ -257,7 +225,7 @@ def described_arguments(
 
 def _arguments(known: dict[str, Any]) -> LighthouseModelArgs:
     dim, width = known["hidden_size"], known["intermediate_size"]
-    return ARGUMENTS[known["model_type"]](
+    return FAMILIES[known["model_type"]](
         dim=dim,
         n_layers=known["num_hidden_layers"],
         n_heads=known["num_attention_heads"],

@@ -1,5 +1,6 @@
 """The Llama-3 model with Lighthouse or a window as the inner attention of most of its layers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, cast
 from unittest.mock import patch
@@ -50,13 +51,40 @@ def selecting_config(section: Lighthouse) -> LighthouseConfig | None:
 
 @dataclass
 class LighthouseModelArgs(TransformerModelArgs):
-    """Arguments of a Llama. Those of another family derive from them, and set the first three."""
+    """Arguments of a Llama.
+
+    Another family derives its own from them. It sets those class variables in which it is no Llama,
+    and has a row in ``model/families.py``.
+    """
 
     model_type: ClassVar[str] = "llama"
-    """The family's name in config.json."""
+    """The name in config.json of this family, or of another one that computes the same."""
     causal_model: ClassVar[str] = "LlamaForCausalLM"
     """The class of transformers that loads an export."""
     attention_class: ClassVar[type[RotaryAttention]] = RotaryAttention
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    }
+    """Values that transformers gives to entries which are not in config.json."""
+    plain: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    """Entries of config.json to check beside those of ``PLAIN`` in ``model/architecture.py``, or
+    otherwise."""
+    has_window_switch: ClassVar[bool] = True
+    """Whether use_sliding_window = false in config.json says that sliding_window is not read."""
+    own_weights: ClassVar[Mapping[str, str]] = {}
+    """Weights of a block that a Llama does not have: their names in Hugging Face's block -> in
+    ours."""
+    column_weights: ClassVar[tuple[str, ...]] = ()
+    """Those among them, by our names, with an element for each column of heads that are rotated.
+    Hugging Face has these columns in another order."""
     lighthouse: LighthouseConfig = LighthouseConfig()
     window: int = 0
     """Positions of the window that stands alone in stage "lighthouse"; 0 if Lighthouse attention

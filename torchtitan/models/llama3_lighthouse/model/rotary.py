@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
 from torchtitan.models.llama3.model.model import Attention
 
 
@@ -75,7 +76,7 @@ class RotaryAttention(Attention):
     Other families derive theirs from it.
 
     Attributes:
-        norms_heads: whether ``before_rotation`` norms each head's queries and keys.
+        norms_heads: whether ``rotated`` norms each head's queries and keys.
     """
 
     norms_heads: ClassVar[bool] = False
@@ -93,11 +94,24 @@ class RotaryAttention(Attention):
         self.wv = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.wo = nn.Linear(width, dim, bias=False)
 
-    def before_rotation(
-        self, q: torch.Tensor, k: torch.Tensor
+    @staticmethod
+    def tensor_parallel_plan() -> dict[str, ParallelStyle]:
+        """How tensor parallelism divides the modules that a Llama's attention does not have."""
+        return {}
+
+    def rotated(
+        self, q: torch.Tensor, k: torch.Tensor, turns: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys [B, N, H, D] as they are rotated; a Llama leaves them as they are."""
-        return q, k
+        """Make the queries and keys that attention sees out of the projected ones.
+
+        Args:
+            q, k: [B, N, H, D]; tensor parallelism leaves this rank's heads.
+            turns: from ``turns_at``.
+
+        Returns:
+            The same shapes.
+        """
+        return rotate(q, turns), rotate(k, turns)
 
     def forward(
         self,
@@ -112,8 +126,7 @@ class RotaryAttention(Attention):
             projection(x).view(batch, length, -1, self.head_dim)
             for projection in (self.wq, self.wk, self.wv)
         )
-        q, k = self.before_rotation(q, k)
-        turns = turns_at(table, length, positions)
-        q, k, v = (rows.transpose(1, 2) for rows in (rotate(q, turns), rotate(k, turns), v))
+        q, k = self.rotated(q, k, turns_at(table, length, positions))
+        q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
         out = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
