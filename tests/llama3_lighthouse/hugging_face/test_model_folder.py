@@ -219,6 +219,19 @@ def test_dry_run_counts_what_is_there(tied: Path, tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot be trained here; .*SwiGLU"),
         ({"sliding_window": 4096}, "sliding_window = 4096 cannot be .*set sliding_window to null"),
         ({"model_type": "mistral"}, "sliding_window = 4096 cannot be trained"),
+        # transformers does not read this switch for a Mistral, which has its window all the same.
+        (
+            {"model_type": "mistral", "sliding_window": 64, "use_sliding_window": False},
+            "sliding_window = 64 cannot be trained",
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": False,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            "layer_types has 'sliding_attention', which cannot be",
+        ),
         ({"use_qk_norm": True}, "use_qk_norm = True cannot be trained"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 .*set it to 0"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_att"),

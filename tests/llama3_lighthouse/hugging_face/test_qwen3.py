@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,54 @@ def test_trains_in_both_stages_and_loads_in_transformers(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
+def test_resumes_to_the_same_bits(qwen: Path, on_one: Path, tmp_path: Path) -> None:
+    shutil.copytree(on_one / "dump", tmp_path / "dump")
+    shutil.rmtree(tmp_path / "dump/checkpoint/step-3")
+    run = Run(tmp_path, SETTINGS | {"model.hf_folder": qwen}).succeed()
+    assert max(run.steps()) == 3
+    whole, resumed = (
+        load_trained_model(path / "dump/checkpoint/step-3").model.state_dict()
+        for path in (on_one, tmp_path)
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_trains_alike_in_a_pipeline(tmp_path: Path) -> None:
+    folder = written(tmp_path / "folder", TIED | {"tie_word_embeddings": False})
+    step = import_model(folder, tmp_path / "imported", ["--training.seq_len", "512"])
+    settings = SETTINGS | {
+        "model.hf_folder": folder, "checkpoint.initial_load_path": step,
+        "training.local_batch_size": 2,
+    }  # fmt: skip
+    pipeline = {"parallelism.pipeline_parallel_degree": 2}
+    states = []
+    for several, processes in (({}, 1), (pipeline, 2)):
+        place = tmp_path / str(processes)
+        place.mkdir()
+        Run(place, settings | several, processes=processes).succeed()
+        states.append(load_trained_model(place / "dump").model.state_dict())
+    one, two = states
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
+
+
+def test_extends_as_its_authors_do(qwen: Path, tmp_path: Path) -> None:
+    # The length that Qwen 3 is scaled from is not its max_position_embeddings.
+    scaling = "yarn factor=4 original_max_position_embeddings=256"
+    step = import_model(qwen, tmp_path / "imported", ["--model.rope_scaling", scaling])
+    export_checkpoint(step, tmp_path / "exported")
+    expected = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 256}
+    config = json.loads((tmp_path / "exported/config.json").read_text())
+    assert config == TIED | {"rope_scaling": expected, "max_position_embeddings": 1024}
+    tokens = torch.randint(320, (1, 1000))
+    with torch.no_grad():
+        logits = load_trained_model(step, max_seq_len=1000).model(tokens)
+        theirs, unscaled = (loaded(path)(tokens).logits for path in (tmp_path / "exported", qwen))
+    torch.testing.assert_close(logits, theirs, rtol=0, atol=1e-4)
+    assert (logits - unscaled).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -140,17 +189,22 @@ def test_rows_have_the_precision_of_autocast(qwen: Path, attention: str) -> None
     assert seen == [torch.bfloat16] * 3
 
 
-def test_weights_come_from_the_folder_without_an_import(qwen: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_weights_come_from_the_folder_without_an_import(
+    qwen: Path, tmp_path: Path, tensor_parallel: int
+) -> None:
     settings = {
         "model.hf_folder": qwen, "checkpoint.initial_load_path": qwen, "training.steps": 1,
         "checkpoint.initial_load_in_hf": True, "optimizer.lr": 0.0,
+        "parallelism.tensor_parallel_degree": tensor_parallel,
     }  # fmt: skip
-    Run(tmp_path, SETTINGS | settings).succeed()
+    # Both meshes have two ranks: sharded by FSDP, or divided.
+    Run(tmp_path, SETTINGS | settings, processes=2).succeed()
     step = import_model(qwen, tmp_path / "imported")
     found, expected = (
         load_trained_model(path).model.state_dict() for path in (tmp_path / "dump", step)
     )
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("attention", ["lighthouse", "dense"])
@@ -214,3 +268,18 @@ def test_norms_are_no_scores(qwen: Path, tmp_path: Path) -> None:
         model.use_attention("lighthouse")
     model.use_method(dataclasses.replace(args, lighthouse=args.lighthouse, window=64))
     model.use_attention("lighthouse")
+
+
+def test_norms_are_nearly_equal(qwen: Path) -> None:
+    # The reason for which the scorer is refused, beside a Llama whose norms differ.
+    spread = []
+    for args in (model_arguments(configured(qwen)), model_arguments(configured(""))):
+        model = build(args=args)
+        inner = model.layers["1"].attention.inner_attention
+        rows: list[torch.Tensor] = []
+        inner.register_forward_pre_hook(lambda module, given, rows=rows: rows.extend(given[:2]))
+        with torch.no_grad():
+            model(torch.randint(256, (1, 512)))
+        norms = [each.norm(dim=-1) for each in rows]
+        spread.append(max((each.std(dim=2) / each.mean(dim=2)).max().item() for each in norms))
+    assert spread[0] < 1e-3 < 0.05 < spread[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.llama3 import Llama3StateDictAdapter
 
 from .model import LighthouseModelArgs
@@ -38,10 +39,19 @@ class LighthouseStateDictAdapter(Llama3StateDictAdapter):
         self, state: dict[str, Any], permute: Callable[[torch.Tensor, int], torch.Tensor]
     ) -> dict[str, Any]:
         """The state under our names, weights of columns in the order of their heads' columns."""
+
+        def reordered(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, DTensor):
+                # A rank's part of the new order is no stretch of it, as files need, so the whole
+                # is put in order and divided again. These weights are small.
+                mesh, placements = tensor.device_mesh, tensor.placements
+                whole = reordered(tensor.full_tensor())
+                replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim)
+                return replicated.redistribute(placements=placements)
+            return permute(tensor[:, None], tensor.shape[0] // self.head_dim)[:, 0]
+
         return {
-            name: permute(tensor[:, None], tensor.shape[0] // self.head_dim)[:, 0]
-            if name.endswith(self.column_weights)
-            else tensor
+            name: reordered(tensor) if name.endswith(self.column_weights) else tensor
             for name, tensor in state.items()
         }
 
