@@ -328,6 +328,34 @@ def copying(path: Path) -> None:
     save(figure, path)
 
 
+def extension(path: Path) -> None:
+    """Held-out loss by position: of scalings before any training, and of extended models."""
+    scalings = read_csv("extension_17m/scalings.csv")
+    trained = read_csv("extension_17m/distance.csv")
+    # The last row of each scaling is the loss of whole sequences.
+    left = [(row["scaling"], row["context to"], row["loss"], row) for row in scalings
+            if row["context from"] != 1 or row["context to"] == 256]  # fmt: skip
+    right = [(row["checkpoint"], row["tokens"], row["value"], row) for row in trained
+             if row["measure"] == "position"]  # fmt: skip
+    figure = new_figure(9, 4.2)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, points in zip(axes, (left, right), strict=True):
+        names = list(dict.fromkeys(point[0] for point in points))
+        for name, colour, marker in zip(names, colours(len(names)), MARKS, strict=False):
+            own = [point[1:] for point in points if point[0] == name]
+            tokens, losses, rows = zip(*own, strict=True)
+            axis.plot(tokens, losses, f"{marker}-", label=name, color=colour, markersize=3)
+            bounds = ([row[end] for row in rows] for end in ("low", "high"))
+            axis.fill_between(tokens, *bounds, color=colour, alpha=0.15, linewidth=0)
+        length_axis(axis, sorted({point[1] for point in points}))
+        axis.set_xlabel("tokens of context, up to")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0].set(ylabel=LOSS, title="scalings, not trained")
+    axes[1].set_title("before and after training")
+    save(figure, path)
+
+
 def ablations(path: Path) -> None:
     ablation_results.plot_speed(read_csv("ablations_books_16k/results.csv"), path)
 
@@ -364,6 +392,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
         "books_17m", contest_plots.over_time
     ),
     "studies/results/copying_17m/training.png": copying,
+    "studies/results/extension_17m/extension.png": extension,
     "studies/results/ablations_books_16k/loss_and_throughput.png": ablations,
 }
 

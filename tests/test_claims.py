@@ -335,6 +335,52 @@ def test_page_on_copying_is_its_records() -> None:
     assert f"a held-out loss of {other['loss']:.3f} and a gain of {other[shown[2]]:.3f}" in page
 
 
+def test_page_on_extension_is_its_records() -> None:
+    page, folder = words(DOCS / "studies/extension.md"), DOCS / "studies/results/extension_17m"
+    scalings, distance, retrieval, training = (
+        pandas.read_csv(folder / f"{name}.csv")
+        for name in ("scalings", "distance", "retrieval", "training")
+    )
+    runs = ["before", "extended", "dense"]
+    rows = dict(re.findall(r"\| ([^|]+?) \|((?: [^|]* \|){3})", page))
+    cells = {name: [cell.strip() for cell in row.split("|")[:-1]] for name, row in rows.items()}
+
+    def measured(measure: str, tokens: int) -> pandas.Series:
+        found = distance[(distance.measure == measure) & (distance.tokens == tokens)]
+        return found[found.quantity.isna()].set_index("checkpoint").value[runs]
+
+    positions = {
+        "held-out loss, 2,049 to 4,096 tokens of context": 4096,
+        "16,385 to 32,768": 32768,
+        "65,537 to 98,304": 98304,
+    }
+    for name, tokens in positions.items():
+        assert cells[name] == [f"{value:.3f}" for value in measured("position", tokens)]
+    for tokens in (16384, 65536):
+        shown = cells[f"gain from a passage {tokens:,} tokens earlier"]
+        assert shown == [f"{value:.4f}" for value in measured("repeated", tokens)]
+    asked = retrieval[retrieval.length == 98304]
+    right = (asked.accuracy * asked.trials).groupby(asked.checkpoint).sum()[runs]
+    assert asked.groupby("checkpoint").trials.sum().eq(50).all()
+    assert cells["passkeys found at 98,304 tokens, of 50"] == [f"{n:.0f}" for n in right]
+    tokens = training.groupby("run").tokens.max()
+    assert cells["tokens"] == ["0", *(f"{tokens[run] / 1e6:.1f}M" for run in runs[1:])]
+    assert f"trained on {tokens['short'] / 1e6:.0f} million tokens" in page
+    # Its training loss falls without the jump of a quarter of a nat that copying brings.
+    short = training[training.run == "short"].loss.iloc[10:]
+    assert (short.diff(4).dropna() > -0.12).all()
+    costs = [
+        measured("position", end)["extended"] - measured("position", end)["before"]
+        for end in (256, 512, 1024, 2048, 4096)
+    ]
+    assert f"it rises by {min(costs):.3f} to {max(costs):.3f}" in page
+    far = scalings[scalings["context from"] == 65537].set_index("scaling").loss
+    assert f"YaRN with factor 24 keeps the loss at {far['yarn factor=24']:.3f}" in page
+    assert f"where the model as it came has {far['none']:.3f}" in page
+    near = scalings[scalings["context to"] == 16384].set_index("scaling").loss
+    assert near["base 8,000,000"] < 1.5 < far["base 8,000,000"]
+
+
 def test_log_in_the_readme_is_the_record() -> None:
     log = (DOCS / "benchmarks/first_run.log").read_text()
     (quoted,) = re.findall(r"(?ms)^```\n(step .*?)^```", (ROOT / "README.md").read_text())

@@ -38,6 +38,11 @@ EXTENDED = {
         "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 320, "rope_theta": 500000.0, "max_position_embeddings": 2048,
     },
+    "extend_17m_98k": {
+        "model_type": "llama", "hidden_size": 384, "intermediate_size": 1280,
+        "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 6,
+        "vocab_size": 320, "rope_theta": 500000.0, "max_position_embeddings": 4096,
+    },
 }  # fmt: skip
 
 
