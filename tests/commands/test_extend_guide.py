@@ -18,6 +18,7 @@ from torchtitan.models.llama3_lighthouse.evaluation.inference import load_traine
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/guides/extend.md").read_text()
+TRAINING = "./run_train.sh"
 # Options that make each command small. The last value of an option counts.
 SMALLER = {
     "train debug_cpu": "--training.steps 2",
@@ -61,7 +62,7 @@ HEADINGS = (
 def test_commands_parse() -> None:
     for heading in (*HEADINGS, "At full size"):
         for _, *line in commands(heading):
-            if not line[-1].endswith("run_train.sh"):
+            if TRAINING not in line:
                 assert main.parse(smaller(line))[0].module.__name__.startswith(
                     "lighthouse_commands"
                 )
@@ -101,7 +102,16 @@ def test_commands_of_the_guide(
     assert (place / "niah/results.csv").is_file()
 
 
-def test_full_size_reads_what_was_imported(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def words_of_training() -> list[str]:
+    """The configuration keys of the guide's training at full size."""
+    (line,) = (line for line in commands("At full size") if TRAINING in line)
+    return line[line.index(TRAINING) + 1 :]
+
+
+@pytest.mark.parametrize("qwen", [False, True])
+def test_full_size_reads_what_was_imported(
+    clone: Path, capfd: pytest.CaptureFixture[str], qwen: bool
+) -> None:
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -109,17 +119,38 @@ def test_full_size_reads_what_was_imported(clone: Path, capfd: pytest.CaptureFix
         "tie_word_embeddings": False, "rope_theta": 500000.0, "max_position_embeddings": 8192,
         "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "float32",
     }  # fmt: skip
+    changed = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16,
+        "max_position_embeddings": 40960,
+    }  # fmt: skip
     (clone / "models").mkdir()
-    folder = written(clone / "models/Llama-3-8B", config)
+    folder = written(clone / "models/Llama-3-8B", config | (changed if qwen else {}))
     words = {word: number for number, word in enumerate(["<s>", "</s>", "?", "a", "b"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (clone / "FOLDER").mkdir()
+    (clone / "FOLDER/a.txt").write_text("a b " * 10)
+    (clone / "FOLDER/b.txt").write_text("b a " * 10)
     lines = [words for words in commands("At full size") if words[0] == ".venv/bin/lighthouse"]
-    for _, *line in lines[:2]:
-        main.main(line)
-    found = " ".join(capfd.readouterr().out.split())
-    assert "1 to 700 in the Lighthouse stage, then dense" in found
-    assert "S = 18,432 of 98,304 positions" in found and "window of 256" in found
+    (_, *imported), (_, *described) = lines[:2]
+    main.main(imported)
+    keys = words_of_training()
+    if qwen:
+        with pytest.raises(SystemExit) as refused:
+            main.main(described)
+        assert "scorer = 'norm' ranks" in f"{refused.value.code} {capfd.readouterr().err}"
+        # As the guide's table and its section on training say.
+        table = "yarn factor=F original_max_position_embeddings=32768"
+        assert f"| Qwen 3 without a scaling | `{table}`" in GUIDE
+        assert "For Qwen 3 add `--lighthouse.scorer gla`" in GUIDE
+        keys += ["--model.rope_scaling", table.replace("=F", "=3"), "--lighthouse.scorer", "gla"]
+    for more in ([], ["--training.steps", "20", "--lighthouse.dense_from_step", "14"]):
+        main.main([*described, *keys, *more])
+        found = " ".join(capfd.readouterr().out.split())
+        last = 14 if more else 700
+        assert f"1 to {last} in the Lighthouse stage, then dense" in found
+        assert "S = 18,432 of 98,304 positions" in found and "window of 256" in found
+        assert "FOLDER" in found

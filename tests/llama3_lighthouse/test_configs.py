@@ -66,7 +66,11 @@ def check_model(config: JobConfig) -> int:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_config_builds_what_it_says(path: Path, tmp_path: Path) -> None:
+def test_config_builds_what_it_says(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The folders that a file names may be in the clone, once a user has made them.
+    monkeypatch.chdir(tmp_path)
     line = ["--job.config_file", str(path), "--job.dump_folder", str(tmp_path)]
     if path.stem.startswith("8b"):
         with pytest.raises(ValueError, match="--model.hf_assets_path FOLDER"):

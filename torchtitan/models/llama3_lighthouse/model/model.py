@@ -208,7 +208,7 @@ def equal_norms(model_type: str) -> str:
     return (
         "lighthouse.scorer = 'norm' ranks positions by the norms of their queries and keys, which "
         f"a model of type '{model_type}' makes nearly equal in every head; pass "
-        "--lighthouse.scorer gla or --lighthouse.scorer dilated"
+        "--lighthouse.scorer gla or --lighthouse.scorer dilated, which take no context parallelism"
     )
 
 
