@@ -118,9 +118,10 @@ def test_dry_run_says_what_offloading_needs(tmp_path: Path) -> None:
 
 def test_dry_run_of_one_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = parse(folder, "debug_cpu")
+    config, environment = parse(folder, "debug_cpu"), dict(os.environ)
     assert "\nmesh          1 process\n" in dry_run(config, 1)
     assert not folder.exists()
+    assert dict(os.environ) == environment
 
 
 def test_dry_run_says_what_text_is_read_and_whether_it_is_there(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ memory and work.
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -36,16 +37,17 @@ def dry_run(config: JobConfig, world_size: int) -> str:
         ValueError, TypeError, OSError: the run cannot work; the message names key, value and fix.
     """
     check_launch(config, flavors, world_size)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
-    dist_utils.init_fake_mode(world_size)
-    try:
-        return _describe(config, world_size)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserValueError(f"torchtitan refuses the configuration: {error}") from error
-    finally:
-        dist.destroy_process_group()
+    # Later work in this process must not take itself for a rank.
+    with patch.dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size)):
+        dist_utils.init_fake_mode(world_size)
+        try:
+            return _describe(config, world_size)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserValueError(f"torchtitan refuses the configuration: {error}") from error
+        finally:
+            dist.destroy_process_group()
 
 
 def _describe(config: JobConfig, world_size: int) -> str:
