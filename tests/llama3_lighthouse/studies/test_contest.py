@@ -336,6 +336,16 @@ def test_several_seeds_choose_a_rate_by_their_mean(call, faked, path, monkeypatc
     assert "dense: rates 0.001, 0.002 (seed 7, 8, 9), then seeds 1, 2" in call("--list")[0]
 
 
+def test_runs_of_another_installation_count(call, faked, tmp_path) -> None:
+    call()
+    trained = len(faked.trained)
+    for record in (tmp_path / "out").glob("*/config.json"):
+        config = json.loads(record.read_text())
+        config["model"]["hf_assets_path"] = "/elsewhere/assets/byte_tokenizer"
+        record.write_text(json.dumps(config))
+    assert not call()[1] and len(faked.trained) == trained
+
+
 def test_times_come_from_runs_that_shared_no_gpu(call, faked, monkeypatch, path, tmp_path) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

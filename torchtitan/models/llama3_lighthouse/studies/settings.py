@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..job_config import NO_SCHEDULE, JobConfig, leaves
+from ..job_config import BYTE_TOKENIZER_FOLDER, NO_SCHEDULE, JobConfig, leaves
 
 Settings = Mapping[str, Any]
 
@@ -52,8 +52,14 @@ def with_settings(config: JobConfig, settings: Settings) -> JobConfig:
 
 
 def record_of(config: JobConfig) -> str:
-    """Everything in a configuration that a run depends on, as JSON."""
-    return json.dumps({k: v for k, v in config.to_dict().items() if k != "job"}, indent=1)
+    """Everything in a configuration that a run depends on, as JSON.
+
+    The folder of the byte tokenizer is left out: a study may go on where it is another.
+    """
+    sections = {name: section for name, section in config.to_dict().items() if name != "job"}
+    if config.model.hf_assets_path == BYTE_TOKENIZER_FOLDER:
+        del sections["model"]["hf_assets_path"]
+    return json.dumps(sections, indent=1)
 
 
 def nested(settings: Settings) -> dict[str, Any]:
