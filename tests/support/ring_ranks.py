@@ -23,7 +23,9 @@ def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> De
 
 
 class Layer(torch.nn.Module):
-    """A dense layer, as far as context parallelism sees it."""
+    """A dense layer, as far as context parallelism and activation checkpointing see it."""
+
+    norms_heads = False
 
     def __init__(self, inner: torch.nn.Module | None = None) -> None:
         super().__init__()
