@@ -225,7 +225,7 @@ def _check_tensor(
     if tensor.shape != expected[name].shape:
         raise UserValueError(
             f"{file}: '{name}' has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)} "
-            "as config.json says"
+            f"as {CONFIG_FILE} says; correct {CONFIG_FILE}, or pass the weights that belong to it"
         )
     if tensor.dtype not in DTYPES.values():
         raise UserValueError(

@@ -6,7 +6,7 @@ arguments of it, and ``architecture`` says in the same words what arguments comp
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def known_entries(description: dict[str, Any], name: str) -> dict[str, Any]:
             names the entry, its value and what to do.
     """
     kind = description.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserValueError(
             f"{name}: model_type = {kind!r} cannot be trained here; pass a model whose type is "
             f"{' or '.join(map(repr, FAMILIES))}"
@@ -138,6 +138,8 @@ def _check_plain(
         if key in known and known[key] not in values:
             raise UserValueError(f"{name}: {key} = {known[key]!r} cannot be trained here; {advice}")
     layers = known.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise UserValueError(f"{name}: layer_types = {layers!r} must be a list; correct it")
     if other := next((each for each in layers if each != "full_attention"), None):
         raise UserValueError(
             f"{name}: layer_types has {other!r}, which cannot be trained here; pass a model whose "
@@ -183,11 +185,13 @@ def _rope(known: dict[str, Any], name: str) -> tuple[float, dict[str, Any] | Non
     kind = table.pop("type", "default")
     table.setdefault("rope_type", kind)
     theta = table.pop("rope_theta", known.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, float | int) or not 1 < theta < math.inf:
+    number = isinstance(theta, float | int) and not isinstance(theta, bool)
+    if not number or not 1 < theta <= sys.float_info.max:
         raise UserValueError(f"{name}: rope_theta = {theta!r} must be a number above 1; correct it")
-    if table.pop("partial_rotary_factor", 1) != 1:
+    if (share := table.pop("partial_rotary_factor", 1)) != 1:
         raise UserValueError(
-            f"{name}: partial_rotary_factor of {key} must be 1; {PLAIN['partial_rotary_factor'][1]}"
+            f"{name}: partial_rotary_factor = {share!r} of {key} must be 1; "
+            f"{PLAIN['partial_rotary_factor'][1]}"
         )
     length = known.get(LENGTH, known["max_position_embeddings"])
     if LENGTH in known and table["rope_type"] in ("llama3", "yarn"):

@@ -6,6 +6,7 @@ operation in float32, because a rounding of a frequency grows with the position 
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("mscale", "mscale_all_dim", "truncate"), ABSENT),
     },
 }
+# YaRN's where a table does not give them: turns over the first length, of the columns where its ramp
+# begins and ends.
+BETA_FAST, BETA_SLOW = 32, 1
 FORMS = "'none', 'linear factor=2', 'llama3 factor=8' or 'yarn factor=4'"
 
 
@@ -51,7 +55,7 @@ def checked_scaling(found: dict[str, Any], length: int, name: str) -> dict[str, 
         ValueError: its kind is unknown, or a setting is missing, unknown or no number of its kind.
     """
     kind = found.get("rope_type")
-    if kind not in SETTINGS:
+    if not isinstance(kind, str) or kind not in SETTINGS:
         raise UserValueError(
             f"{name} is of type {kind!r}, which is not known here; use {', '.join(SETTINGS)}"
         )
@@ -74,6 +78,12 @@ def checked_scaling(found: dict[str, Any], length: int, name: str) -> dict[str, 
             f"{name}: low_freq_factor = {settings['low_freq_factor']} must be below "
             f"high_freq_factor = {settings['high_freq_factor']}; lower it"
         )
+    if kind == "yarn":
+        fast, slow = settings.get("beta_fast", BETA_FAST), settings.get("beta_slow", BETA_SLOW)
+        if fast < slow:
+            raise UserValueError(
+                f"{name}: beta_fast = {fast} must not be below beta_slow = {slow}; raise it"
+            )
     return {"rope_type": kind, **settings}
 
 
@@ -86,12 +96,14 @@ def _check_setting(name: str, kind: str, key: str, value: Any) -> None:
         # A factor below 1 would squeeze positions together.
         least = 1 if key == "factor" else 0
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        sound = number and math.isfinite(value) and (value > 0 if least == 0 else value >= 1)
+        # A whole number of JSON may be too large for a float.
+        finite = number and value <= sys.float_info.max
+        sound = finite and (value > 0 if least == 0 else value >= 1)
         must = "be a number of at least 1" if least else "be a number above 0"
+    if value is None:
+        raise UserValueError(f"{name} of type '{kind}' lacks {key}, which must {must}; add it")
     if not sound:
-        raise UserValueError(
-            f"{name} of type '{kind}': {key} = {value!r} must {must}; give it as {key}"
-        )
+        raise UserValueError(f"{name} of type '{kind}': {key} = {value!r} must {must}; correct it")
 
 
 def parse_scaling(text: str, length: int) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def parse_scaling(text: str, length: int) -> dict[str, Any]:
         ValueError: the text has another form, or a setting breaks a rule.
     """
     name = f"model.rope_scaling = '{text}'"
-    kind, *words = text.split()
+    kind, *words = text.split() or [""]
     found: dict[str, Any] = {"rope_type": {"none": "default"}.get(kind, kind)}
     if found["rope_type"] not in SETTINGS:
         raise UserValueError(f"{name} is not known; use {FORMS}")
@@ -173,7 +185,9 @@ def _yarn(
         turns = scaling[LENGTH] / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(theta))
 
-    first, last = column(scaling.get("beta_fast", 32)), column(scaling.get("beta_slow", 1))
+    first, last = (
+        column(scaling.get(*beta)) for beta in (("beta_fast", BETA_FAST), ("beta_slow", BETA_SLOW))
+    )
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
