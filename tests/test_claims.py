@@ -356,13 +356,25 @@ def test_page_on_extension_is_its_records() -> None:
     }
     for name, tokens in positions.items():
         assert cells[name] == [f"{value:.3f}" for value in measured("position", tokens)]
-    for tokens in (16384, 65536):
+    whole = distance[(distance.measure == "context") & (distance.quantity == "full")]
+    full = whole.set_index("checkpoint").value[runs]
+    assert cells["held-out loss, far targets with all their context"] == [f"{x:.3f}" for x in full]
+    short = measured("context", 1024)
+    assert cells["the same targets with the last 1,024 tokens alone"] == [f"{x:.3f}" for x in short]
+    assert short["before"] < min(full)
+    worth = measured("beyond", 1024)
+    assert cells["worth of the text before these 1,024"] == [f"{x:.4f}" for x in worth]
+    assert f"is worth {worth['extended']:.3f} and {worth['dense']:.3f} nats" in page
+    for tokens in (4096, 16384, 65536):
         shown = cells[f"gain from a passage {tokens:,} tokens earlier"]
         assert shown == [f"{value:.4f}" for value in measured("repeated", tokens)]
-    asked = retrieval[retrieval.length == 98304]
-    right = (asked.accuracy * asked.trials).groupby(asked.checkpoint).sum()[runs]
-    assert asked.groupby("checkpoint").trials.sum().eq(50).all()
-    assert cells["passkeys found at 98,304 tokens, of 50"] == [f"{n:.0f}" for n in right]
+    for name, trials, asked in (
+        ("passkeys found at 98,304 tokens, of 50", 50, retrieval[retrieval.length == 98304]),
+        ("at all four lengths, of 200", 200, retrieval),
+    ):
+        right = (asked.accuracy * asked.trials).groupby(asked.checkpoint).sum()[runs]
+        assert asked.groupby("checkpoint").trials.sum().eq(trials).all()
+        assert cells[name] == [f"{n:.0f}" for n in right]
     tokens = training.groupby("run").tokens.max()
     assert cells["tokens"] == ["0", *(f"{tokens[run] / 1e6:.1f}M" for run in runs[1:])]
     assert f"trained on {tokens['short'] / 1e6:.0f} million tokens" in page
@@ -377,6 +389,10 @@ def test_page_on_extension_is_its_records() -> None:
     far = scalings[scalings["context from"] == 65537].set_index("scaling").loss
     assert f"YaRN with factor 24 keeps the loss at {far['yarn factor=24']:.3f}" in page
     assert f"where the model as it came has {far['none']:.3f}" in page
+    first = scalings[scalings["context to"] <= 4096]
+    lost = first.pivot(index="context to", columns="scaling", values="loss")
+    costs = lost["yarn factor=24"] - lost["none"]
+    assert f"{costs.min():.2f} to {costs.max():.2f} nats within the first 4,096" in page
     near = scalings[scalings["context to"] == 16384].set_index("scaling").loss
     assert near["base 8,000,000"] < 1.5 < far["base 8,000,000"]
 

@@ -37,8 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("mscale", "mscale_all_dim", "truncate"), ABSENT),
     },
 }
-# YaRN's where a table does not give them: turns over the first length, of the columns where its ramp
-# begins and ends.
+# YaRN's defaults: turns over the first length of the columns where its ramp begins and ends.
 BETA_FAST, BETA_SLOW = 32, 1
 FORMS = "'none', 'linear factor=2', 'llama3 factor=8' or 'yarn factor=4'"
 
