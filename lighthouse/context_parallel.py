@@ -40,7 +40,8 @@ def check_chunks(config: LighthouseConfig, sequence_length: int, chunks: int) ->
     if config.scorer_attends:
         raise ValueError(
             f"scorer = {config.scorer!r} attends over the whole sequence to score it, which no "
-            "rank holds under context parallelism; use scorer = 'norm' or one rank"
+            "rank holds under context parallelism; use one rank, or scorer = 'norm' unless the "
+            "model norms queries and keys"
         )
     span = config.coarsest_span
     if sequence_length % (chunks * span):
