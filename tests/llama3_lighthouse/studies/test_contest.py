@@ -521,6 +521,11 @@ def test_without_its_start_an_arm_is_left_out(call, faked, path) -> None:
     ("old", "new", "message"),
     [
         ("rate = 5e-4", "rate = 0.0", "start.rate = 0.0 must be a learning rate"),
+        (
+            "rate = 5e-4",
+            "rate = 5e-4\ntraining.stepz = 3",
+            "contest.toml: unknown key 'training.stepz'",
+        ),
         ("training.steps = 12", "", "[start] names no training.steps"),
         (
             'rate = 5e-4\ntraining.steps = 12\nlighthouse.schedule = ["dense seq_len=128"]\n',

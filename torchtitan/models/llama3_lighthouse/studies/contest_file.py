@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from ..data.retrieval import find_task
 from ..environment import environment
-from ..errors import UserFileError, UserTypeError, UserValueError
+from ..errors import UserError, UserFileError, UserTypeError, UserValueError
 from ..evaluation.distance import DistanceSettings
 from ..job_config import JobConfig, check_toml, flatten, type_fault
 from .recovery_plan import SETTINGS
@@ -217,7 +217,10 @@ def _settings(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     settings = flatten(table)
     if bare := [key for key in settings if "." not in key]:
         raise UserValueError(f"{path}: '{bare[0]}' names no section; write section.{bare[0]}")
-    check_toml(JobConfig, nested(settings))
+    try:
+        check_toml(JobConfig, nested(settings))
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from None
     return settings
 
 
@@ -227,14 +230,10 @@ def _arm(path: Path, name: str, table: Any) -> Arm:
     if not name.replace("_", "").replace("-", "").isalnum():
         raise UserValueError(f"{path}: arm '{name}' names a folder; use letters, digits, _ and -")
     rates = table.get("rates")
-    numbers = isinstance(rates, list) and all(isinstance(rate, float) for rate in rates)
+    numbers = rates and isinstance(rates, list) and all(isinstance(rate, float) for rate in rates)
     # Runs are named by six digits of their rate.
-    if (
-        not rates
-        or not numbers
-        or not min(rates) > 0
-        or len(set(map("{:g}".format, rates))) < len(rates)
-    ):
+    distinct = numbers and len(set(map("{:g}".format, rates))) == len(rates)
+    if not distinct or not min(rates) > 0:
         raise UserValueError(
             f"{path}: arms.{name}.rates = {rates!r} must be different learning rates, such as "
             "[1e-3, 2e-3]"
