@@ -3,6 +3,8 @@
 from .attention import LighthouseAttention, lighthouse_attention
 from .config import LighthouseConfig
 from .context_parallel import ContextParallel
+from .document_attention import document_attention
+from .documents import check_layout, first_positions
 from .selection import Selection, select
 from .window import WindowAttention, window_attention
 
@@ -12,6 +14,9 @@ __all__ = [
     "LighthouseConfig",
     "Selection",
     "WindowAttention",
+    "check_layout",
+    "document_attention",
+    "first_positions",
     "lighthouse_attention",
     "select",
     "window_attention",

@@ -10,9 +10,16 @@ from torch import nn
 
 from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
+from .document_attention import document_attention
+from .documents import check_documents, gathered_documents
 from .gather import pool_gather
 from .geometry import PyramidGeometry
-from .implementation import IMPLEMENTATIONS, choose_implementation, kernels
+from .implementation import (
+    IMPLEMENTATIONS,
+    choose_for_documents,
+    choose_implementation,
+    kernels,
+)
 from .inner_attention import InnerAttention
 from .inputs import check_transforms, checked_selection, chunked
 from .merge import (
@@ -36,6 +43,7 @@ def lighthouse_attention(
     scale: float | None = None,
     impl: str | None = None,
     context_parallel: ContextParallel = ONE_DEVICE,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over selected entries of a pooling pyramid (arXiv 2605.06554, section 3).
 
@@ -55,18 +63,32 @@ def lighthouse_attention(
         context_parallel: the chunks on this rank, when N is only its part of the sequence;
             ``sdpa`` then has to attend over the parts of all ranks. With a window, the layout's
             operations do so.
+        documents: int32 or int64 [B, N], for each position the first position of its document, a
+            multiple of p^(L-1) (``docs/documents.md``). No document sees another. ``sdpa`` must be
+            left out; ``selection`` must be one for these documents. Only vectorised PyTorch knows
+            documents so far, and is then the default everywhere.
 
     Returns:
-        [B, Hq, N, D]. Without a window, zero at the first positions that no selected entry reaches.
+        [B, Hq, N, D]. Without a window, zero at the first positions, of each document if there are
+        some, that no selected entry reaches.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config.
+        TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
+            ``documents`` are no layout, or come with ``sdpa``, Triton's kernels or context
+            parallelism.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
     check_transforms()
     _check_window(config, sdpa, context_parallel)
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     chunks = context_parallel.chunks
+    impl = choose_for_documents(impl, documents, IMPLEMENTATIONS, chunks)
+    if documents is not None:
+        check_documents(documents, q, config.coarsest_span)
+        if sdpa is not None:
+            raise ValueError(
+                "sdpa does not know documents; leave it out, so that document_attention runs"
+            )
     check_halo(config.window, geometry.sequence_length * chunks, chunks)
     if selection is not None:
         selection = Selection(*checked_selection(selection, k, geometry))
@@ -81,10 +103,10 @@ def lighthouse_attention(
         scatter = kernels.scatter_back
     else:
         if selection is None:
-            selection = select_entries(q, k, v, geometry)
+            selection = select_entries(q, k, v, geometry, documents)
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
         if config.window and not parallel:
-            return merged_attention(q, k, v, gathered, selection, geometry, scale)
+            return merged_attention(q, k, v, gathered, selection, geometry, scale, documents)
         scatter = scatter_back
     if config.window:
         near = "torch" if impl == "torch" else None
@@ -92,6 +114,11 @@ def lighthouse_attention(
             q, k, v, gathered, selection, geometry, scale, context_parallel, scatter, near
         )
         return context_parallel.join(out)
+    if documents is not None:
+        places = gathered_documents(documents, geometry)
+        queries, keys, values = gathered
+        out = document_attention(queries, keys, values, places, scale=scale)
+        return scatter_back(out, selection, geometry, documents=documents)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
     out = attend(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
@@ -167,17 +194,23 @@ class LighthouseAttention(InnerAttention):
         self.config = config
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return lighthouse_attention(
             q,
             k,
             v,
             self.config,
-            sdpa=None if self.config.window else self.sdpa,
+            sdpa=None if self.config.window or documents is not None else self.sdpa,
             scale=scale,
             impl=self.impl,
             context_parallel=self.context_parallel,
+            documents=documents,
         )
 
     def settings(self) -> str:

@@ -9,8 +9,21 @@ import torch
 
 from .precision import backend_takes
 
+DTYPES = (torch.bfloat16, torch.float16)
 # flash attention copies rows of D elements in vectors of so many.
-STEP_OF_D = 8
+STEP_OF_D, LARGEST_D = 8, 256
+
+
+def obstacle_to_flash(q: torch.Tensor) -> str | None:
+    """The reason why flash attention does not compute on tensors like ``q``, or None."""
+    d = q.shape[-1]
+    if not q.is_cuda:
+        return f"needs CUDA tensors, got {q.device}"
+    if q.dtype not in DTYPES:
+        return f"computes bfloat16 and float16, got {q.dtype}"
+    if d % STEP_OF_D or d > LARGEST_D:
+        return f"takes head dimensions that {STEP_OF_D} divides up to {LARGEST_D}, got {d}"
+    return None
 
 
 def takes_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

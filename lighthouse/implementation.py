@@ -28,6 +28,34 @@ def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
         raise ValueError(f"impl must be one of {', '.join(known)}, got impl = {impl!r}")
 
 
+def choose_for_documents(
+    impl: str | None, documents: torch.Tensor | None, known: tuple[str, ...], chunks: int
+) -> str | None:
+    """``impl``, or "torch" where there are documents and ``impl`` leaves the choice open.
+
+    Args:
+        known: the names that ``impl`` may have.
+        chunks: chunks that context parallelism cuts the sequence into.
+
+    Raises:
+        ValueError: documents come with context parallelism or with another ``impl``.
+    """
+    check_implementation(impl, known)
+    if documents is None:
+        return impl
+    if chunks > 1:
+        raise ValueError(
+            f"documents are not supported yet under context parallelism, got {chunks} chunks; "
+            "use one rank for each sequence, or leave documents out"
+        )
+    if impl not in (None, "torch"):
+        raise ValueError(
+            f'documents are not supported yet by impl = {impl!r}; pass impl="torch", which is '
+            "slower on a GPU, or leave documents out"
+        )
+    return "torch"
+
+
 def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
     """Choose "triton" or "torch", by ``impl`` or else by the device of ``q``.
 

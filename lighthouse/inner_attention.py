@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .context_parallel import ONE_DEVICE
-from .implementation import check_implementation
+from .document_attention import document_attention
+from .implementation import check_implementation, choose_for_documents
 
 
 class StockAttention(nn.Module):
@@ -84,20 +85,36 @@ class InnerAttention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
         is_causal: bool = True,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention output [B, Hq, N, D] for q [B, Hq, N, D] and k, v [B, Hkv, N, D].
 
+        Args:
+            documents: int32 or int64 [B, N], for each position the first position of its document,
+                within which it attends. ``sdpa`` does not run then: dense attention is that of
+                ``document_attention``.
+
         Raises:
-            ValueError: the attention is enabled, and ``is_causal`` is false or the heads differ
-                without ``enable_gqa``.
+            ValueError: the attention is enabled or there are documents, and ``is_causal`` is false
+                or the heads differ without ``enable_gqa``; or there are documents under context
+                parallelism.
         """
-        if not self.enabled:
+        if not self.enabled and documents is None:
             return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)
         check_call(self.name, q, k, enable_gqa, is_causal)
-        return self.attend(q, k, v, scale)
+        if not self.enabled:
+            assert documents is not None
+            choose_for_documents(None, documents, (), self.context_parallel.chunks)
+            return document_attention(q, k, v, documents, scale=scale)
+        return self.attend(q, k, v, scale, documents)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The output of ``forward`` when this attention is enabled."""
         raise NotImplementedError

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel, attention_over_ranks
+from .documents import gathered_documents
 from .geometry import PyramidGeometry
 from .halo import window_in_chunks
 from .implementation import choose_window_implementation, kernels
@@ -36,6 +37,7 @@ def merged_attention(
     selection: Selection,
     geometry: PyramidGeometry,
     scale: float | None,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend over the selected entries and over the window, and merge the two.
 
@@ -46,20 +48,22 @@ def merged_attention(
         k, v: [B, Hkv, N, D].
         gathered: pooled q, k and v of the selected entries, [B, H, S, D].
         scale: factor of the scores; by default 1 / sqrt(D).
+        documents: [B, N], for each position the first position of its document, within which both
+            attend.
 
     Returns:
         [B, Hq, N, D].
     """
     attend = partial(window_attention, scale=scale, impl="torch", return_lse=True)
-    far, far_lse = attend(*gathered, window=geometry.gathered_length)
-    near, near_lse = attend(q, k, v, window=geometry.config.window)
+    places_of_documents = None if documents is None else gathered_documents(documents, geometry)
+    far, far_lse = attend(*gathered, window=geometry.gathered_length, documents=places_of_documents)
+    near, near_lse = attend(q, k, v, window=geometry.config.window, documents=documents)
     places = torch.arange(geometry.sequence_length, device=q.device)
-    reached = torch.stack(
-        [reach.place >= 0 for reach in reaching(selection.slot, places, geometry, False)]
-    ).any(dim=0)
+    found = reaching(selection.slot, places, geometry, False, documents)
+    reached = torch.stack([reach.place >= 0 for reach in found]).any(dim=0)
     reached = reached.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    far = scatter_back(far, selection, geometry)
-    far_lse = scatter_back(far_lse.unsqueeze(-1), selection, geometry).squeeze(-1)
+    scatter = partial(scatter_back, selection=selection, geometry=geometry, documents=documents)
+    far, far_lse = scatter(far), scatter(far_lse.unsqueeze(-1)).squeeze(-1)
     far_lse = far_lse.masked_fill(~reached, -math.inf)
     return merged_output(near, near_lse, far, far_lse)
 

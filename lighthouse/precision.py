@@ -1,4 +1,4 @@
-"""Precision of sums, and the backends of dense attention."""
+"""Precision of sums, and the backends of dense attention and what they compute."""
 
 from collections.abc import Callable
 from typing import Any

@@ -31,7 +31,11 @@ class Reach(NamedTuple):
 
 
 def reaching(
-    slot: torch.Tensor, positions: torch.Tensor, geometry: PyramidGeometry, with_seam: bool
+    slot: torch.Tensor,
+    positions: torch.Tensor,
+    geometry: PyramidGeometry,
+    with_seam: bool,
+    documents: torch.Tensor | None = None,
 ) -> list[Reach]:
     """Outputs that ``positions`` take of each level, from the base up.
 
@@ -41,13 +45,19 @@ def reaching(
         slot: the selection's slot, int32 [B, Hkv, P].
         positions: int64, ascending.
         geometry: the geometry of the whole chunk.
-        with_seam: whether there is a chunk before this one.
+        with_seam: whether there is a chunk before this one. There are no documents then.
+        documents: [B, N], for each of N ``positions`` the first position of its document, a
+            multiple of p^(L-1). No output reaches it from before.
     """
+    assert documents is None or not with_seam
     finest = geometry.config.combine == "finest"
     found: list[Reach] = []
     covered: torch.Tensor | None = None
     for level, (span, offset) in enumerate(zip(geometry.spans, geometry.offsets, strict=True)):
         inside = positions >= span - 1
+        if documents is not None:
+            # Entries lie in a document as they lie in a sequence, because it begins with one.
+            inside = (positions - documents >= span - 1).unsqueeze(1)
         entry = ((positions - span + 1) // span).clamp(min=0)
         place = slot[..., offset + entry].masked_fill(~inside, -1)
         seam = ~inside if with_seam and level > 0 else None

@@ -9,10 +9,12 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 length, P pyramid length.
 """
 
+import itertools
 import math
 import struct
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,30 +34,68 @@ def lighthouse_attention(
     *,
     selection: tuple[torch.Tensor, torch.Tensor] | None = None,
     scale: float | None = None,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Arguments and result as ``lighthouse.lighthouse_attention``, computed in q's precision."""
+    """Arguments and result as ``lighthouse.lighthouse_attention``, computed in q's precision.
+
+    A document is computed alone, from the entries that are its own.
+    """
     geometry = PyramidGeometry(config, q.shape[2])
-    index = (selection or select(q, k, v, config))[0]
+    index = (selection or select(q, k, v, config, documents=documents))[0]
     group = q.shape[1] // k.shape[1]
-    near = window_attention(q, k, v, config.window, scale=scale) if config.window else None
+    options: dict[str, Any] = {"scale": scale, "documents": documents}
+    near = window_attention(q, k, v, config.window, **options) if config.window else None
     batches = []
     for batch in range(q.shape[0]):
         heads = []
         for head in range(q.shape[1]):
             kv_head = head // group
             entries = [_entry(geometry, i) for i in index[batch, kv_head].tolist()]
-            queries, keys, values = (
-                torch.stack([_mean(geometry, rows, entry) for entry in entries])
-                for rows in (q[batch, head], k[batch, kv_head], v[batch, kv_head])
-            )
-            if near is None:
-                out = _causal_attention(queries, keys, values, scale)
-                heads.append(_scatter_back(geometry, entries, out))
-            else:
-                window = near[0][batch, head], near[1][batch, head]
-                heads.append(_merged(geometry, entries, queries, keys, values, window, scale))
+            parts = []
+            for positions in _documents(geometry.sequence_length, documents, batch):
+                own = [e for e in entries if positions.start <= _end(geometry, e) < positions.stop]
+                queries, keys, values = (
+                    torch.stack([_mean(geometry, rows, entry) for entry in own])
+                    for rows in (q[batch, head], k[batch, kv_head], v[batch, kv_head])
+                )
+                if near is None:
+                    out = _causal_attention(queries, keys, values, scale)
+                    parts.append(_scatter_back(geometry, own, out, positions))
+                else:
+                    window = near[0][batch, head, positions], near[1][batch, head, positions]
+                    rows = queries, keys, values
+                    parts.append(_merged(geometry, own, *rows, window, scale, positions))
+            heads.append(torch.cat(parts))
         batches.append(torch.stack(heads))
     return torch.stack(batches)
+
+
+def _documents(sequence_length: int, documents: torch.Tensor | None, batch: int) -> list[slice]:
+    """The positions of each document of a row of the batch, from a layout [B, N].
+
+    Without one, the whole sequence is one document.
+    """
+    firsts = [0] if documents is None else sorted(set(documents[batch].tolist()))
+    return list(map(slice, firsts, [*firsts[1:], sequence_length]))
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Arguments and result as ``lighthouse.document_attention``."""
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for batch, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        parts = _documents(q.shape[2], documents, batch)
+        queries, keys, values = q[batch, head], k[batch, head // group], v[batch, head // group]
+        alone = [_causal_attention(queries[x], keys[x], values[x], scale) for x in parts]
+        rows.append(torch.cat(alone))
+    return torch.stack(rows).unflatten(0, q.shape[:2])
 
 
 def window_attention(
@@ -65,8 +105,18 @@ def window_attention(
     window: int,
     *,
     scale: float | None = None,
+    documents: torch.Tensor | None = None,
 ) -> Rows:
     """Arguments as ``lighthouse.window_attention``; out [B, Hq, N, D] and lse [B, Hq, N]."""
+    if documents is not None:
+        batches = []
+        for batch in range(q.shape[0]):
+            here = [(slice(batch, batch + 1), slice(None), part)
+                    for part in _documents(q.shape[2], documents, batch)]  # fmt: skip
+            alone = [window_attention(q[x], k[x], v[x], window, scale=scale) for x in here]
+            batches.append([torch.cat(x, dim=2) for x in zip(*alone, strict=True)])
+        together, together_lse = (torch.cat(x) for x in zip(*batches, strict=True))
+        return together, together_lse
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = q.shape[1] // k.shape[1]
     out, lse = [], []
@@ -85,7 +135,12 @@ def window_attention(
 
 @torch.no_grad()
 def select(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    *,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and result as ``lighthouse.select``: index [B, Hkv, S], slot [B, Hkv, P]."""
     geometry = PyramidGeometry(config, q.shape[2])
@@ -96,11 +151,15 @@ def select(
     for batch in range(shape[0]):
         for head in range(shape[1]):
             queries = q[batch, head * group : (head + 1) * group]
-            scored = [_scored_rows(rows, k[batch, head], v[batch, head], config)
-                      for rows in queries]  # fmt: skip
-            a, b = ([max(row) for row in zip(*map(_norms, rows), strict=True)]
-                    for rows in zip(*scored, strict=True))  # fmt: skip
-            entries = sorted(_included(geometry, a, b), key=lambda e: (_end(geometry, e), e[0]))
+            parts = _documents(geometry.sequence_length, documents, batch)
+            a, b = [], []
+            for part in parts:
+                own = k[batch, head, part], v[batch, head, part]
+                scored = [_scored_rows(rows[part], *own, config) for rows in queries]
+                for found, rows in zip((a, b), zip(*scored, strict=True), strict=True):
+                    found += [max(row) for row in zip(*map(_norms, rows), strict=True)]
+            included = _included(geometry, a, b, parts)
+            entries = sorted(included, key=lambda e: (_end(geometry, e), e[0]))
             for place, entry in enumerate(entries):
                 pyramid_index = geometry.offsets[entry[0]] + entry[1]
                 index[batch, head, place] = pyramid_index
@@ -135,7 +194,7 @@ def _attended_rows(
 ) -> Rows:
     """Outputs of ``attend`` for q over k and for k over q, one residue class after the other."""
     by_query, by_key = torch.empty_like(q), torch.empty_like(q)
-    for residue in range(config.dilation):
+    for residue in range(min(config.dilation, len(q))):
         here = slice(residue, None, config.dilation)
         by_query[here] = attend(q[here], k[here], v[here])
         by_key[here] = attend(k[here], q[here], v[here])
@@ -172,24 +231,38 @@ def _norms(rows: torch.Tensor) -> list[float]:
     return torch.linalg.vector_norm(rows, dim=-1).tolist()
 
 
-def _included(geometry: PyramidGeometry, a: list[float], b: list[float]) -> set[Entry]:
+def _included(
+    geometry: PyramidGeometry, a: list[float], b: list[float], documents: list[slice]
+) -> set[Entry]:
+    """The included entries, of documents that share the picks of each stratum.
+
+    Pick i of m belongs to the document at coarsest entry ceil((i + 1) C / m) - 1 of the stratum's
+    C. A pick of an even number is by query.
+    """
     p, m = geometry.config.pooling_factor, geometry.config.picks_per_stratum
     coarsest = geometry.config.levels - 1
     bounds = geometry.stratum_bounds
     included = {(coarsest, i) for i in range(geometry.lengths[coarsest])}
     for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        candidates = list(range(first, last))
-        for level in range(coarsest, 0, -1):
-            span = geometry.spans[level]
-            picks: list[int] = []
-            for scores in (a, b):
-                rest = [i for i in candidates if i not in picks]
-                # Python's sort is stable: of equal scores the lower entry stays first.
-                counted = span if geometry.config.entry_score == "max" else 1
-                rest.sort(key=lambda i: max(scores[i * span : i * span + counted]), reverse=True)  # noqa: B023
-                picks += rest[: m // 2]
-            candidates = sorted(i * p + child for i in picks for child in range(p))
-            included |= {(level - 1, i) for i in candidates}
+        owners = [first + -(-(i + 1) * (last - first) // m) - 1 for i in range(m)]
+        for document in documents:
+            own = range(document.start // geometry.spans[-1], document.stop // geometry.spans[-1])
+            candidates = [i for i in range(first, last) if i in own]
+            dealt = [number for number, owner in enumerate(owners) if owner in own]
+            by_query = sum(number % 2 == 0 for number in dealt)
+            for level in range(coarsest, 0, -1):
+                span = geometry.spans[level]
+                picks: list[int] = []
+                for scores, count in ((a, by_query), (b, len(dealt) - by_query)):
+                    rest = [i for i in candidates if i not in picks]
+                    # Python's sort is stable: of equal scores the lower entry stays first.
+                    counted = span if geometry.config.entry_score == "max" else 1
+                    rest.sort(
+                        key=lambda i: max(scores[i * span : i * span + counted]), reverse=True
+                    )  # noqa: B023
+                    picks += rest[:count]
+                candidates = sorted(i * p + child for i in picks for child in range(p))
+                included |= {(level - 1, i) for i in candidates}
     return included
 
 
@@ -249,8 +322,9 @@ def _merged(
     values: torch.Tensor,
     window: Rows,
     scale: float | None,
+    positions: slice,
 ) -> torch.Tensor:
-    """One head's [N, D]: the finest entry that reaches a position beside the position's window.
+    """One head of one document, [N, D]: the finest entry that reaches a position and its window.
 
     Both are taken as sums of values that are not yet divided: the result is the sum of both over
     the sum of both divisors.
@@ -258,12 +332,14 @@ def _merged(
     Args:
         queries, keys, values: pooled rows of the entries, [S, D].
         window: output [N, D] and logsumexp [N] of the window.
+        positions: the document's N positions.
     """
     scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
     scores = (scale * (queries @ keys.T)).exp().tril()
     sums, divisors = scores @ values, scores.sum(dim=-1)
     rows = []
-    for near, near_lse, reaching in zip(*window, _reaching(geometry, entries), strict=True):
+    reached = _reaching(geometry, entries, positions)
+    for near, near_lse, reaching in zip(*window, reached, strict=True):
         numerator, divisor = near_lse.exp() * near, near_lse.exp()
         if reaching:
             _, place = min(reaching)
@@ -272,28 +348,33 @@ def _merged(
     return torch.stack(rows)
 
 
-def _reaching(geometry: PyramidGeometry, entries: list[Entry]) -> list[list[tuple[int, int]]]:
-    """For every position, level and place of the entries whose outputs reach it.
+def _reaching(
+    geometry: PyramidGeometry, entries: list[Entry], positions: slice
+) -> list[list[tuple[int, int]]]:
+    """For every position of a document, level and place of its entries whose outputs reach it.
 
     An entry reaches as many positions as it covers, from its end on.
     """
-    reaching: list[list[tuple[int, int]]] = [[] for _ in range(geometry.sequence_length)]
+    first = positions.start
+    reaching: list[list[tuple[int, int]]] = [[] for _ in range(first, positions.stop)]
     for place, entry in enumerate(entries):
         end = _end(geometry, entry)
-        for position in range(end, min(end + geometry.spans[entry[0]], len(reaching))):
-            reaching[position].append((entry[0], place))
+        for position in range(end, min(end + geometry.spans[entry[0]], positions.stop)):
+            reaching[position - first].append((entry[0], place))
     return reaching
 
 
 def _scatter_back(
-    geometry: PyramidGeometry, entries: list[Entry], out: torch.Tensor
+    geometry: PyramidGeometry, entries: list[Entry], out: torch.Tensor, positions: slice
 ) -> torch.Tensor:
     """Every entry's output [S, D] over the span of positions from its end on, [N, D].
+
+    The entries and the N ``positions`` are those of one document.
 
     Where several levels meet, ``combine`` says whether their outputs are added up or the lowest
     level's is taken alone.
     """
-    reaching = _reaching(geometry, entries)
+    reaching = _reaching(geometry, entries, positions)
     if geometry.config.combine == "finest":
         reaching = [sorted(found)[:1] for found in reaching]
     zero = torch.zeros_like(out[0])

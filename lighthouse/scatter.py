@@ -29,12 +29,14 @@ class _ScatterBack(torch.autograd.Function):
         index: torch.Tensor,
         slot: torch.Tensor,
         geometry: PyramidGeometry,
+        documents: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(index, slot)
+        ctx.save_for_backward(index, slot, documents)
         ctx.geometry, ctx.with_seam = geometry, seam is not None
         dtype = accumulation_dtype(rows.dtype)
         total = None
-        for level, (place, takes_seam) in enumerate(_reaching(slot, geometry, ctx.with_seam)):
+        reached = _reaching(slot, geometry, ctx.with_seam, documents)
+        for level, (place, takes_seam) in enumerate(reached):
             reach = take_included(rows, place).to(dtype)
             if takes_seam is not None:
                 assert seam is not None
@@ -48,25 +50,29 @@ class _ScatterBack(torch.autograd.Function):
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(
         ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
-        index, slot = ctx.saved_tensors
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+        index, slot, documents = ctx.saved_tensors
         geometry = ctx.geometry
         dtype = accumulation_dtype(grad.dtype)
         pyramid = []
-        for (place, _), length, span in zip(
-            _reaching(slot, geometry, ctx.with_seam), geometry.lengths, geometry.spans, strict=True
-        ):
+        found = _reaching(slot, geometry, ctx.with_seam, documents)
+        for (place, _), length, span in zip(found, geometry.lengths, geometry.spans, strict=True):
             took = grad.masked_fill(~_for_heads(place >= 0, grad.shape[1]), 0)
             reached = torch.nn.functional.pad(took[:, :, span - 1 :], (0, 0, 0, span - 1))
             reached = reached.unflatten(2, (length, span)).sum(dim=3, dtype=dtype)
             pyramid.append(reached.to(grad.dtype))
         seam = seam_gradient(grad, slot, geometry) if ctx.needs_input_grad[1] else None
-        return take_rows(torch.cat(pyramid, dim=2), index), seam, None, None, None
+        return take_rows(torch.cat(pyramid, dim=2), index), seam, None, None, None, None
 
 
-def _reaching(slot: torch.Tensor, geometry: PyramidGeometry, with_seam: bool) -> list[Reach]:
+def _reaching(
+    slot: torch.Tensor,
+    geometry: PyramidGeometry,
+    with_seam: bool,
+    documents: torch.Tensor | None,
+) -> list[Reach]:
     positions = torch.arange(geometry.sequence_length, device=slot.device)
-    return reaching(slot, positions, geometry, with_seam)
+    return reaching(slot, positions, geometry, with_seam, documents)
 
 
 def _for_heads(mask: torch.Tensor, heads: int) -> torch.Tensor:
@@ -81,6 +87,7 @@ def scatter_back(
     selection: Selection,
     geometry: PyramidGeometry,
     seam: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give every position the outputs that reach it (arXiv 2605.06554, section 3.3).
 
@@ -93,8 +100,10 @@ def scatter_back(
         rows: attention outputs, [B, H, S, D].
         seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
             [B, H, L - 1, D]; without them the sequence starts here.
+        documents: [B, N], for each position the first position of its document, which outputs do
+            not leave; not together with ``seam``.
 
     Returns:
         [B, H, N, D].
     """
-    return _ScatterBack.apply(rows, seam, selection.index, selection.slot, geometry)
+    return _ScatterBack.apply(rows, seam, selection.index, selection.slot, geometry, documents)

@@ -22,11 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import LighthouseConfig
+from .document_attention import document_attention
 from .geometry import PyramidGeometry
 from .precision import SDPA_BACKENDS, accumulation_dtype
 
 Scores = list[tuple[torch.Tensor, torch.Tensor]]
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[..., torch.Tensor]
 
 # The decay per step of the dilated sequence, as a logarithm to base 2. The published gate is
 # log(sigmoid(x)) / 16 of a projection x that gets no gradient; here x is 0.
@@ -46,7 +47,13 @@ HASHED_COLUMNS = 32
 
 
 @torch.no_grad()
-def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry) -> Scores:
+def score(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: PyramidGeometry,
+    documents: torch.Tensor | None = None,
+) -> Scores:
     """Scores of the configured scorer (arXiv 2605.06554, section 3.2).
 
     A position's two scores are each the largest in the group of query heads that share a key-value
@@ -56,12 +63,14 @@ def score(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGe
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D].
+        documents: [B, N], for each position the first position of its document, a multiple of
+            p^(L-1). A document's scores depend on its own positions.
 
     Returns:
         For each level from the base up, query and key scores, each [B, Hkv, N / p^l], float32.
     """
     scores = []
-    for by_position in position_scores(q, k, v, geometry.config):
+    for by_position in position_scores(q, k, v, geometry.config, documents):
         levels = [by_position.unflatten(1, (k.shape[1], -1)).amax(dim=2)]
         for span in geometry.spans[1:]:
             levels.append(_entry_scores(levels[0], span, geometry.config.entry_score))
@@ -77,10 +86,18 @@ def _entry_scores(scores: torch.Tensor, span: int, entry_score: str) -> torch.Te
 
 
 def position_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two scores of every position: by query [B, Hq, N], by key [B, Hkv or Hq, N]."""
-    return SCORER_FUNCTIONS[config.scorer].scores(q, k, v, config)
+    scores = SCORER_FUNCTIONS[config.scorer].scores
+    # Scorers that do not attend see one position at a time.
+    if documents is None or not config.scorer_attends:
+        return scores(q, k, v, config)
+    return scores(q, k, v, config, documents)
 
 
 def flops_per_position(config: LighthouseConfig, sequence_length: int, heads: int, d: int) -> float:
@@ -105,6 +122,7 @@ def _norms_of_outputs(
     k: torch.Tensor,
     v: torch.Tensor,
     config: LighthouseConfig,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms of what ``attend`` returns for q over k, and for k over q, each [B, Hq, N].
 
@@ -114,7 +132,14 @@ def _norms_of_outputs(
     if group > 1:
         k, v = (rows.repeat_interleave(group, dim=1) for rows in (k, v))
     q, k, v = (dilate(rows, config.dilation) for rows in (q, k, v))
-    by_query, by_key = attend(q, k, v), attend(k, q, v)
+    if documents is not None:
+        # Residues may differ in where documents begin. They become sequences of the batch.
+        layout = dilated_documents(documents, config.dilation)
+        shape = q.shape
+        q, k, v = (x.unflatten(1, (config.dilation, -1)).flatten(0, 1) for x in (q, k, v))
+        by_query, by_key = (attend(*x, v, layout).reshape(shape) for x in ((q, k), (k, q)))
+    else:
+        by_query, by_key = attend(q, k, v), attend(k, q, v)
     return undilate(_norms(by_query), config.dilation), undilate(_norms(by_key), config.dilation)
 
 
@@ -166,8 +191,20 @@ def undilate(norms: torch.Tensor, dilation: int) -> torch.Tensor:
     return norms.unflatten(1, (dilation, -1)).permute(0, 2, 3, 1).flatten(2)
 
 
-def dilated_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Stock causal attention of dilated rows, [B, H, N, D]."""
+def dilated_documents(documents: torch.Tensor, dilation: int) -> torch.Tensor:
+    """A layout of documents [B, N] as [B d, N / d], one for each residue of the dilation d."""
+    residue = torch.arange(dilation, device=documents.device)[:, None]
+    first = documents.unflatten(1, (-1, dilation)).transpose(1, 2)
+    # The number of positions of this residue that lie before the document.
+    return ((first - residue + dilation - 1) // dilation).flatten(0, 1)
+
+
+def dilated_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Stock causal attention of dilated rows, [B, H, N, D], within documents [B, N]."""
+    if documents is not None:
+        return document_attention(q, k, v, documents)
     backends = SDPA_BACKENDS
     if q.is_cuda and q.dtype == torch.float64:
         # No other backend computes float64 on a GPU.
@@ -176,13 +213,17 @@ def dilated_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def gated_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def gated_linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None = None
+) -> torch.Tensor:
     """Simple gated linear attention with one decay for all heads and steps, without a softmax.
 
     out_t = sum over s <= t of 2^(LOG2_DECAY (t - s)) (q_t . k_s) v_s / sqrt(D)
 
     Args:
         q, k, v: [B, H, N, D].
+        documents: [B, N], for each position the first position of its document, from which the
+            sum runs; without them it runs from the beginning.
 
     Returns:
         [B, H, N, D], in the precision of sums.
@@ -196,14 +237,27 @@ def gated_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
     # The state sums the decayed outer products of all earlier chunks' keys and values.
     state = q.new_zeros(*q.shape[:2], q.shape[3], q.shape[3])
     outputs = []
-    for q_rows, k_rows, v_rows in zip(
-        *(rows.split(GLA_CHUNK, dim=2) for rows in (q, k, v)), strict=True
+    for number, (q_rows, k_rows, v_rows) in enumerate(
+        zip(*(rows.split(GLA_CHUNK, dim=2) for rows in (q, k, v)), strict=True)
     ):
         n = q_rows.shape[2]
-        inside = (q_rows @ k_rows.mT * weights[:n, :n]) @ v_rows
-        outputs.append(inside + decay[1 : n + 1, None] * (q_rows @ state))
-        remaining = decay[n - 1 - steps[:n], None]
-        state = decay[n] * state + (k_rows * remaining).mT @ v_rows
+        within, passed, remaining = (
+            weights[:n, :n],
+            decay[1 : n + 1, None],
+            decay[n - 1 - steps[:n]],
+        )
+        kept, remaining = decay[n], remaining[:, None]
+        if documents is not None:
+            begin = number * GLA_CHUNK
+            first = documents[:, None, begin : begin + n]
+            # The state holds the last document before this chunk, and then the last one of it.
+            goes_on, to_end = first < begin, first == first[..., -1:]
+            within = within * (first[..., None] == first[..., None, :])
+            passed, remaining = passed * goes_on[..., None], remaining * to_end[..., None]
+            kept = kept * goes_on[..., -1, None, None]
+        inside = (q_rows @ k_rows.mT * within) @ v_rows
+        outputs.append(inside + passed * (q_rows @ state))
+        state = kept * state + (k_rows * remaining).mT @ v_rows
     return torch.cat(outputs, dim=2)
 
 
@@ -226,7 +280,8 @@ class ScorerFunctions(NamedTuple):
 
     Attributes:
         scores: takes q [B, Hq, N, D], k and v [B, Hkv, N, D] and the configuration; returns the
-            two scores of each position, [B, Hq, N] and [B, Hkv or Hq, N].
+            two scores of each position, [B, Hq, N] and [B, Hkv or Hq, N]. One that attends also
+            takes a layout of documents [B, N].
         flops: takes the configuration, N, Hq and D; returns the operations per position.
     """
 

@@ -12,8 +12,14 @@ import torch
 
 from .config import TYPES, LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel
+from .documents import Shares, check_documents, shares
 from .geometry import PyramidGeometry
-from .implementation import choose_implementation, kernels
+from .implementation import (
+    IMPLEMENTATIONS,
+    choose_for_documents,
+    choose_implementation,
+    kernels,
+)
 from .inputs import chunked
 from .scoring import Scores, score
 
@@ -38,6 +44,7 @@ def select(
     *,
     impl: str | None = None,
     context_parallel: ContextParallel = ONE_DEVICE,
+    documents: torch.Tensor | None = None,
 ) -> Selection:
     """Select entries for one attention call (arXiv 2605.06554, section 3.2).
 
@@ -46,22 +53,33 @@ def select(
         k, v: [B, Hkv, N, D]; v serves the "dilated" and "gla" scorers.
         impl: "triton" or "torch"; by default Triton's kernels on CUDA tensors.
         context_parallel: the chunks on this rank, when N is only its part of the sequence.
+        documents: int32 or int64 [B, N], for each position the first position of its document, a
+            multiple of p^(L-1). Documents share the picks of a stratum by their lengths, and what
+            one of them picks depends on no other's tokens. Only vectorised PyTorch knows them.
 
     Returns:
         The selection. Under context parallelism there is one for each chunk on this rank, with
         indices into the chunk's own pyramid: index [B M, Hkv, S] and slot [B M, Hkv, P].
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config.
+        TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
+            ``documents`` are no layout, or come with Triton's kernels or context parallelism.
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
+    impl = choose_for_documents(impl, documents, IMPLEMENTATIONS, context_parallel.chunks)
+    if documents is not None:
+        check_documents(documents, q, config.coarsest_span)
     if choose_implementation(impl, q) == "triton":
         return Selection(*kernels.select_from_norms(*kernels.score(q, k, v, geometry), geometry))
-    return select_entries(q, k, v, geometry)
+    return select_entries(q, k, v, geometry, documents)
 
 
 def select_entries(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: PyramidGeometry,
+    documents: torch.Tensor | None = None,
 ) -> Selection:
     """Select in vectorised PyTorch, from inputs that were checked and cut into chunks.
 
@@ -69,9 +87,11 @@ def select_entries(
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D].
         geometry: the geometry of the N positions.
+        documents: [B, N], for each position the first position of its document.
     """
     # Selection has no gradient. Detached inputs keep it out of the autograd graph as well.
-    return Selection(*_select(q.detach(), k.detach(), v.detach(), *astuple(geometry.config)))
+    rows = q.detach(), k.detach(), v.detach()
+    return Selection(*_select(*rows, documents, *astuple(geometry.config)))
 
 
 # An operation cannot take a LighthouseConfig. It takes the settings one by one, in the order of
@@ -83,10 +103,14 @@ _SETTINGS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in TYPES.it
 @torch.library.custom_op(
     "lighthouse::select",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? documents, {_SETTINGS}) -> (Tensor, Tensor)",
 )
 def _select(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: torch.Tensor | None,
+    *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selection as one operation that a compiler neither fuses nor repeats.
 
@@ -94,13 +118,18 @@ def _select(
     backward; backward would then go through another selection than forward did.
     """
     geometry = PyramidGeometry(LighthouseConfig(*settings), q.shape[2])
-    index, slot = place(included_entries(score(q, k, v, geometry), geometry), geometry)
+    scores = score(q, k, v, geometry, documents)
+    index, slot = place(included_entries(scores, geometry, documents), geometry)
     return index, slot
 
 
 @_select.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *settings: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: torch.Tensor | None,
+    *settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     geometry = PyramidGeometry(LighthouseConfig(*settings), q.shape[2])
     shape = k.shape[:2]
@@ -110,8 +139,14 @@ def _(
     )
 
 
-def included_entries(scores: Scores, geometry: PyramidGeometry) -> list[torch.Tensor]:
+def included_entries(
+    scores: Scores, geometry: PyramidGeometry, documents: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """Walk down from the coarsest level: pick in each stratum, include the children of the picks.
+
+    Args:
+        documents: [B, N], for each position the first position of its document. Each picks its
+            share of a stratum among its own entries.
 
     Returns:
         For each level from the base up, a bool mask [B, Hkv, N / p^l].
@@ -120,8 +155,15 @@ def included_entries(scores: Scores, geometry: PyramidGeometry) -> list[torch.Te
     top = config.levels - 1
     included = [torch.ones_like(scores[top][0], dtype=torch.bool)]
     candidates, valid = _coarsest_candidates(geometry, scores[top][0])
+    share = None if documents is None else shares(documents, geometry)
     for level in range(top, 0, -1):
-        picks = _pick(*scores[level], candidates, valid, config.picks_per_stratum)
+        if share is None:
+            picks = _pick(*scores[level], candidates, valid, config.picks_per_stratum)
+        else:
+            parts = _parts(share, candidates, level, geometry)
+            picks = _pick_by_parts(
+                *scores[level], candidates, valid, parts, config.picks_per_stratum
+            )
         children = torch.arange(config.pooling_factor, device=picks.device)
         candidates = (picks.unsqueeze(-1) * config.pooling_factor + children).flatten(-2)
         valid = None
@@ -178,6 +220,68 @@ def _pick(
         chosen.append(candidates.gather(-1, order))
         taken = taken.scatter(-1, order, True)
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
+
+
+class _Parts(NamedTuple):
+    """The documents of a stratum, for each of its candidates, each [B, Hkv, T, C].
+
+    Attributes:
+        first: the place of the document's first candidate among those of the stratum.
+        by_query, by_key: what the document picks by each.
+    """
+
+    first: torch.Tensor
+    by_query: torch.Tensor
+    by_key: torch.Tensor
+
+
+def _parts(
+    share: Shares, candidates: torch.Tensor, level: int, geometry: PyramidGeometry
+) -> _Parts:
+    config = geometry.config
+    top = config.levels - 1
+    # The candidates of a finer level are the p children of each pick of the level above.
+    first = share.first if level == top else config.pooling_factor * share.before
+    coarsest = candidates // config.pooling_factor ** (top - level)
+
+    def of_candidates(values: torch.Tensor) -> torch.Tensor:
+        values = values.unsqueeze(1).expand(-1, candidates.shape[1], -1)
+        return values.gather(-1, coarsest.flatten(-2)).view_as(candidates)
+
+    by_query = share.by_query
+    by_key = share.after - share.before - by_query
+    return _Parts(*map(of_candidates, (first, by_query, by_key)))
+
+
+def _pick_by_parts(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    candidates: torch.Tensor,
+    valid: torch.Tensor | None,
+    parts: _Parts,
+    picks_per_stratum: int,
+) -> torch.Tensor:
+    """As ``_pick``, with as many picks in each document as its share is.
+
+    A document's picks are those with the largest scores among its own candidates. The scores of
+    others change nothing: they order other candidates.
+    """
+    picked = torch.zeros_like(candidates, dtype=torch.bool)
+    padding = torch.zeros_like(picked) if valid is None else (~valid).expand_as(picked)
+    for scores, count in ((a, parts.by_query), (b, parts.by_key)):
+        ranked = scores.gather(-1, candidates.flatten(-2)).view_as(candidates)
+        ranked = ranked.masked_fill(picked | padding, float("-inf"))
+        # Stable sorts, first by score and then by document, keep equal scores in ascending order.
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices
+        order = order.gather(-1, parts.first.gather(-1, order).sort(dim=-1, stable=True).indices)
+        places = torch.arange(candidates.shape[-1], device=candidates.device)
+        rank = places - parts.first.gather(-1, order)
+        picked = picked | torch.zeros_like(picked).scatter(
+            -1, order, rank < count.gather(-1, order)
+        )
+    # There are m picks in each stratum; the candidates ascend, and so do these.
+    found = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+    return candidates.gather(-1, found[..., :picks_per_stratum])
 
 
 def place(included: list[torch.Tensor], geometry: PyramidGeometry) -> Selection:

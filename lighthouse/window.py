@@ -18,8 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from .config import check_largest_window
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
+from .documents import check_documents
 from .halo import window_in_chunks
-from .implementation import WINDOW_IMPLEMENTATIONS, choose_window_implementation, operations_by
+from .implementation import (
+    WINDOW_IMPLEMENTATIONS,
+    choose_for_documents,
+    choose_window_implementation,
+    operations_by,
+)
 from .inner_attention import InnerAttention
 from .inputs import check_rows, check_transforms
 from .precision import accumulation_dtype
@@ -67,6 +73,7 @@ def window_attention(
     impl: str | None = None,
     return_lse: Literal[False] = False,
     context_parallel: ContextParallel = ONE_DEVICE,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -81,6 +88,7 @@ def window_attention(
     impl: str | None = None,
     return_lse: Literal[True],
     context_parallel: ContextParallel = ONE_DEVICE,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -94,6 +102,7 @@ def window_attention(
     impl: str | None = None,
     return_lse: bool = False,
     context_parallel: ContextParallel = ONE_DEVICE,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which each position sees itself and the ``window`` - 1 before it.
 
@@ -116,6 +125,9 @@ def window_attention(
         return_lse: also return the logsumexp of each position's scores.
         context_parallel: the chunks on this rank, when N is only its part of the sequence. The
             W - 1 keys and values before each chunk come from the rank that holds them.
+        documents: int32 or int64 [B, N], for each position the first position of its document,
+            before which it sees nothing. Vectorised PyTorch alone knows documents so far, and is
+            then the default everywhere.
 
     Returns:
         out [B, Hq, N, D] in q's dtype; with ``return_lse`` also lse [B, Hq, N], float32, or
@@ -123,7 +135,8 @@ def window_attention(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another, the window or
-            ``impl`` is none, or the window reaches over more than one chunk.
+            ``impl`` is none, or the window reaches over more than one chunk; or ``documents`` are
+            no layout, or come with a flash attention or with context parallelism.
         ImportError: ``impl`` needs a package that is not installed, or the installed flash-attn-4
             is too old or broken.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
@@ -131,11 +144,14 @@ def window_attention(
     check_transforms()
     check_rows(q, k, v)
     check_window(window)
+    chunks = context_parallel.chunks
+    impl = choose_for_documents(impl, documents, WINDOW_IMPLEMENTATIONS, chunks)
+    if documents is not None:
+        check_documents(documents, q)
     impl = choose_window_implementation(impl, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    chunks = context_parallel.chunks
     if chunks == 1:
-        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse)
+        return _WindowAttention.apply(q, k, v, documents, window, scale, impl, return_lse)
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel)
@@ -161,14 +177,17 @@ class _WindowAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        documents: torch.Tensor | None,
         window: int,
         scale: float,
         impl: str,
         return_lse: bool,
     ) -> Any:
         forward, _ = operations_by(impl)
-        out, lse = forward(q, k, v, window, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        # Only the vectorised code knows documents.
+        layout = () if documents is None else (documents,)
+        out, lse = forward(q, k, v, window, scale, *layout)
+        ctx.save_for_backward(q, k, v, out, lse, *layout)
         ctx.constants = window, scale, impl
         return (out, lse) if return_lse else out
 
@@ -180,18 +199,26 @@ class _WindowAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         window, scale, impl = ctx.constants
         _, backward = operations_by(impl)
-        grads = backward(dout, dlse, *ctx.saved_tensors, window, scale)
-        return *grads, None, None, None, None
+        *rows, out, lse = ctx.saved_tensors[:5]
+        layout = ctx.saved_tensors[5:]
+        grads = backward(dout, dlse, *rows, out, lse, window, scale, *layout)
+        return *grads, None, None, None, None, None
 
 
 # The vectorised code is an operation too: the compiler neither unrolls its loop nor repeats it.
 @torch.library.custom_op(
     "lighthouse::window",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, SymInt window, float scale) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, SymInt window, float scale, Tensor? documents=None)"
+    " -> (Tensor, Tensor)",
 )
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    scale: float,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = accumulation_dtype(q.dtype)
     out = q.new_empty(q.shape)
@@ -199,7 +226,7 @@ def _forward(
     # Autocast would round the scores.
     with torch.autocast(q.device.type, enabled=False):
         for rows, keys in _pieces(q, k, window):
-            scores = _scores(q, k, rows, keys, window, scale)
+            scores = _scores(q, k, rows, keys, window, scale, documents)
             sums = scores.logsumexp(dim=-1)
             probabilities = (scores - sums[..., None]).exp_()
             values = v[:, :, keys].to(dtype)
@@ -209,9 +236,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
@@ -219,7 +244,7 @@ def _(
     "lighthouse::window_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " SymInt window, float scale) -> (Tensor, Tensor, Tensor)",
+    " SymInt window, float scale, Tensor? documents=None) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
     dout: torch.Tensor,
@@ -231,6 +256,7 @@ def _backward(
     lse: torch.Tensor,
     window: int,
     scale: float,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """With P = exp(s - lse): dv = P^T dout, and ds = P (dout v^T - rowsum(dout out) + dlse)."""
     dtype, heads = accumulation_dtype(q.dtype), k.shape[1]
@@ -244,7 +270,7 @@ def _backward(
             if dlse is not None:
                 shift = shift - dlse[:, :, rows]
             grad = _by_key_head(grad, heads)
-            scores = _scores(q, k, rows, keys, window, scale)
+            scores = _scores(q, k, rows, keys, window, scale, documents)
             sums = lse[:, :, rows].unflatten(1, (heads, -1))
             probabilities = (scores - sums[..., None]).exp_().flatten(2, 3)
             dv[:, :, keys] += probabilities.mT @ grad
@@ -290,15 +316,25 @@ def _of_heads(rows: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(
-    q: torch.Tensor, k: torch.Tensor, rows: slice, keys: slice, window: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rows: slice,
+    keys: slice,
+    window: int,
+    scale: float,
+    documents: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scores of a piece, minus infinity outside of the window: [B, Hkv, G, R, C]."""
+    """Scores of a piece, minus infinity outside of window or document: [B, Hkv, G, R, C]."""
     dtype, heads = accumulation_dtype(q.dtype), k.shape[1]
     scores = _by_key_head(q[:, :, rows].to(dtype), heads) @ k[:, :, keys].to(dtype).mT * scale
     before = k.shape[2] - q.shape[2]
     row = before + torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-    distance = row - torch.arange(keys.start, keys.stop, device=q.device)
+    key = torch.arange(keys.start, keys.stop, device=q.device)
+    distance = row - key
     outside = (distance < 0) | (distance >= window)
+    if documents is not None:
+        first = documents[:, rows, None]
+        outside = (outside | (key < first)).view(len(first), 1, 1, len(row), len(key))
     return scores.unflatten(2, (-1, len(row))).masked_fill_(outside, -math.inf)
 
 
@@ -320,7 +356,12 @@ class WindowAttention(InnerAttention):
         self.window = window
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return window_attention(
             q,
@@ -330,6 +371,7 @@ class WindowAttention(InnerAttention):
             scale=scale,
             impl=self.impl,
             context_parallel=self.context_parallel,
+            documents=documents,
         )
 
     def settings(self) -> str:

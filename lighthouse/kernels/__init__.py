@@ -13,6 +13,7 @@ that of FlashAttention 4, and ``merge`` what joins its output with that of the s
 arguments.
 """
 
+from ..flash import obstacle_to_flash
 from .flash4 import (
     check_flash4,
     flash4_backward,
@@ -28,7 +29,7 @@ from .pooling import pool_coarsest
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
 from .selection import select_from_norms
-from .window import obstacle_to_flash, window_backward, window_forward
+from .window import window_backward, window_forward
 
 __all__ = [
     "check_flash4",

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
+from ..flash import obstacle_to_flash
 from .launch import define
 from .window import (
     fake_backward,
     fake_forward,
     flash_rows,
-    obstacle_to_flash,
     window_backward,
     window_forward,
 )

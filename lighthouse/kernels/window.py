@@ -14,28 +14,15 @@ from typing import Any, cast
 import torch
 
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
-from ..flash import STEP_OF_D, flash_backward, flash_forward
+from ..flash import flash_backward, flash_forward
 from ..logsumexp import fold_lse_gradient
-from .launch import LARGEST_D, define, row_strides, sequence_first
+from .launch import define, row_strides, sequence_first
 
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # Backward runs about so many rounds of programs, in segments of at least so many positions and so
 # many times the positions that they share with the segment before.
 ROUNDS, SHORTEST_SEGMENT, LEAST_GAIN = 2, 512, 4
 # The mode of torch in which operations must repeat their bits.
 MUST_REPEAT = 2
-
-
-def obstacle_to_flash(q: torch.Tensor) -> str | None:
-    """The reason why flash attention does not compute on tensors like ``q``, or None."""
-    d = q.shape[-1]
-    if not q.is_cuda:
-        return f"needs CUDA tensors, got {q.device}"
-    if q.dtype not in FLASH_DTYPES:
-        return f"computes bfloat16 and float16, got {q.dtype}"
-    if d % STEP_OF_D or d > LARGEST_D:
-        return f"takes head dimensions that {STEP_OF_D} divides up to {LARGEST_D}, got {d}"
-    return None
 
 
 @contextmanager
