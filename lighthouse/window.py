@@ -151,7 +151,7 @@ def window_attention(
     impl = choose_window_implementation(impl, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if chunks == 1:
-        return _WindowAttention.apply(q, k, v, documents, window, scale, impl, return_lse)
+        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse, documents)
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel)
@@ -177,11 +177,11 @@ class _WindowAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        documents: torch.Tensor | None,
         window: int,
         scale: float,
         impl: str,
         return_lse: bool,
+        documents: torch.Tensor | None = None,
     ) -> Any:
         forward, _ = operations_by(impl)
         # Only the vectorised code knows documents.
