@@ -30,12 +30,13 @@ from lighthouse.config import SCORERS
 from lighthouse.document_attention import cumulative_lengths
 from lighthouse.documents import gathered_documents, shares
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.scoring import GLA_CHUNK, gated_linear_attention
 
 GOLDEN = sorted(Path(__file__).parents[1].glob("data/*.npz"))
 
 
 def random_layout(batch: int, n: int, span: int, generator: torch.Generator) -> torch.Tensor:
-    """Documents [B, N] that begin at multiples of ``span``: few in some rows, and many in others."""
+    """Documents [B, N] that begin at multiples of ``span``, few in some rows, many in others."""
     rows = []
     for _ in range(batch):
         share = torch.rand((), generator=generator) ** 2
@@ -80,7 +81,7 @@ def attentions(config: LighthouseConfig) -> dict[str, Callable[..., torch.Tensor
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=layouts())
 def test_agrees_with_the_oracle(case: dict[str, Any]) -> None:
     config, inputs, documents = case["config"], case["inputs"], case["documents"]
@@ -131,6 +132,33 @@ def test_no_token_of_a_document_changes_another(case: dict[str, Any], data: st.D
             assert not grad.transpose(1, 2)[kept].any(), name
 
 
+def test_five_hundred_documents_do_not_see_each_other() -> None:
+    config = LighthouseConfig(3, 2, 64, picks_per_stratum=16, window=32)
+    n, span = 4096, config.coarsest_span
+    inputs = random_inputs(dict(n=n, batch=1, heads=2, kv_heads=1, tied=False, seed=7))
+    numbers = torch.zeros(n // span, dtype=torch.int64)
+    numbers[torch.randperm(n // span - 1, generator=torch.Generator().manual_seed(7))[:499] + 1] = 1
+    documents = first_positions(numbers.cumsum(0).repeat_interleave(span)[None])
+    parts = positions_of(documents, 0)
+    assert len(parts) == 500
+    grad = torch.randn(1, 2, n, 4, dtype=torch.float64)
+    # Every second document gets other tokens.
+    changed = [x.clone() for x in inputs]
+    kept = torch.ones(1, n, dtype=torch.bool)
+    for part in parts[::2]:
+        kept[0, part] = False
+    for x in changed:
+        x.transpose(1, 2)[~kept] *= -3
+    for name, attention in attentions(config).items():
+        results = [
+            output_and_gradients(attention, rows, grad, config, documents=documents)
+            for rows in (inputs, changed)
+        ]
+        for before, after in zip(*results, strict=True):
+            assert torch.equal(before.transpose(1, 2)[kept], after.transpose(1, 2)[kept]), name
+            assert not torch.equal(before, after)
+
+
 @settings(max_examples=30, deadline=None)
 @given(case=layouts())
 def test_dense_attention_and_windows_compute_a_document_alone(case: dict[str, Any]) -> None:
@@ -152,6 +180,23 @@ def test_dense_attention_and_windows_compute_a_document_alone(case: dict[str, An
                     torch.testing.assert_close(
                         value[row : row + 1, :, part], want, rtol=1e-12, atol=1e-12, msg=name
                     )
+
+
+def test_linear_attention_in_chunks_stops_at_documents() -> None:
+    """Its chunks are longer than the sequences above, so a document here passes several of them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 2, 5 * GLA_CHUNK + 10, 4)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    bounds = [0, 3, GLA_CHUNK - 1, 3 * GLA_CHUNK, 3 * GLA_CHUNK + 20, 5 * GLA_CHUNK + 1, shape[2]]
+    lengths = torch.tensor(bounds).diff()
+    documents = first_positions(torch.arange(len(lengths)).repeat_interleave(lengths)[None])
+    # The second row has one document.
+    documents = torch.cat([documents, torch.zeros_like(documents)])
+    together = gated_linear_attention(q, k, v, documents)
+    for first, end in itertools.pairwise(bounds):
+        alone = gated_linear_attention(*(x[:1, :, first:end] for x in (q, k, v)))
+        torch.testing.assert_close(together[:1, :, first:end], alone, rtol=1e-12, atol=1e-12)
+    assert torch.equal(together[1:], gated_linear_attention(*(x[1:] for x in (q, k, v))))
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -235,12 +280,8 @@ def test_one_document_gives_the_bits_of_the_golden_vectors(path: Path) -> None:
     inputs = [golden[name].transpose(1, 2) for name in "qkv"]
     one = torch.zeros(len(inputs[0]), n, dtype=torch.int32)
     assert torch.equal(select(*inputs, config, documents=one).index, golden["idx"])
-    results = [
-        output_and_gradients(
-            lighthouse_attention, inputs, golden["go"], config, documents=documents
-        )
-        for documents in (None, one)
-    ]
+    arguments = lighthouse_attention, inputs, golden["go"], config
+    results = [output_and_gradients(*arguments, documents=layout) for layout in (None, one)]
     assert all(map(torch.equal, *results))
 
 
