@@ -3,7 +3,7 @@
 from .attention import LighthouseAttention, lighthouse_attention
 from .config import LighthouseConfig
 from .context_parallel import ContextParallel
-from .document_attention import document_attention
+from .dense_attention import document_attention
 from .documents import check_layout, first_positions
 from .selection import Selection, select
 from .window import WindowAttention, window_attention

@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
-from .document_attention import document_attention
+from .dense_attention import document_attention
 from .documents import check_documents, gathered_documents
 from .gather import pool_gather
 from .geometry import PyramidGeometry

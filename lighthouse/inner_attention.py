@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .context_parallel import ONE_DEVICE
-from .document_attention import document_attention
+from .dense_attention import document_attention
 from .implementation import check_implementation, choose_for_documents
 
 

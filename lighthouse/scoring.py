@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import LighthouseConfig
-from .document_attention import document_attention
+from .dense_attention import document_attention
 from .geometry import PyramidGeometry
 from .precision import SDPA_BACKENDS, accumulation_dtype
 

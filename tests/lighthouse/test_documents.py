@@ -1,7 +1,6 @@
 """Documents that do not see each other: against the oracle, by properties, and messages."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_cases import cases, output_and_gradients, random_inputs
+from attention_cases import output_and_gradients, random_inputs
+from document_cases import attentions, layouts, positions_of, random_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lighthouse import (
-    ContextParallel,
-    LighthouseAttention,
     LighthouseConfig,
-    WindowAttention,
-    check_layout,
     document_attention,
     first_positions,
     lighthouse_attention,
@@ -27,58 +23,11 @@ from lighthouse import (
     window_attention,
 )
 from lighthouse.config import SCORERS
-from lighthouse.document_attention import cumulative_lengths
 from lighthouse.documents import gathered_documents, shares
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scoring import GLA_CHUNK, gated_linear_attention
 
 GOLDEN = sorted(Path(__file__).parents[1].glob("data/*.npz"))
-
-
-def random_layout(batch: int, n: int, span: int, generator: torch.Generator) -> torch.Tensor:
-    """Documents [B, N] that begin at multiples of ``span``, few in some rows, many in others."""
-    rows = []
-    for _ in range(batch):
-        share = torch.rand((), generator=generator) ** 2
-        begins = torch.rand(n // span, generator=generator) < share
-        rows.append(begins.cumsum(0).repeat_interleave(span))
-    return first_positions(torch.stack(rows))
-
-
-def positions_of(documents: torch.Tensor, row: int) -> list[slice]:
-    """The positions of each document of a row."""
-    bounds = [*documents[row].unique().tolist(), documents.shape[1]]
-    return list(itertools.starmap(slice, itertools.pairwise(bounds)))
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> dict[str, Any]:
-    """A case of Lighthouse attention with a scorer, inputs, documents and a gradient."""
-    case = draw(cases())
-    config, n = case["config"], case["n"]
-    scorer = draw(st.sampled_from(SCORERS))
-    # Dilations that the coarsest span is no multiple of too.
-    dilation = draw(st.sampled_from([d for d in (1, 2, 3, 4, 8) if n % d == 0]))
-    generator = torch.Generator().manual_seed(case["seed"])
-    return {
-        "config": replace(config, scorer=scorer, dilation=dilation),
-        "inputs": random_inputs(case),
-        "documents": random_layout(case["batch"], n, config.coarsest_span, generator),
-        "grad": torch.randn(
-            case["batch"], case["heads"], n, 4, generator=generator, dtype=torch.float64
-        ),
-        "generator": generator,
-    }
-
-
-def attentions(config: LighthouseConfig) -> dict[str, Callable[..., torch.Tensor]]:
-    """Every attention that takes documents, called as Lighthouse attention is."""
-    size = config.window or 7
-    return {
-        "lighthouse": lighthouse_attention,
-        "window": lambda q, k, v, _, **options: window_attention(q, k, v, size, **options),
-        "dense": lambda q, k, v, _, **options: document_attention(q, k, v, **options),
-    }
 
 
 @settings(max_examples=40, deadline=None)
@@ -298,105 +247,3 @@ def test_gradients_by_finite_differences() -> None:
         lambda *x: document_attention(*x, **options),
     ):
         assert torch.autograd.gradcheck(attend, inputs)
-
-
-def test_compiles_to_one_graph() -> None:
-    config = LighthouseConfig(2, 2, 4, "dilated", 2, dilation=2, window=3)
-    case = dict(n=16, batch=2, heads=2, kv_heads=1, tied=False, seed=1)
-    inputs = random_inputs(case, torch.float32)
-    grad = torch.randn(inputs[0].shape)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    for name, attention in attentions(config).items():
-        graphs.clear()
-        torch._dynamo.reset()
-        compiled = torch.compile(attention, backend=backend, fullgraph=True)
-        for seed in range(3):
-            generator = torch.Generator().manual_seed(seed)
-            documents = random_layout(2, 16, 2, generator)
-            plain = output_and_gradients(attention, inputs, grad, config, documents=documents)
-            found = output_and_gradients(compiled, inputs, grad, config, documents=documents)
-            assert all(map(torch.equal, plain, found)), name
-        assert len(graphs) == 1, name
-
-
-@pytest.mark.parametrize("operation", ["document_attention", "document_attention_backward"])
-def test_operations_are_registered(operation: str) -> None:
-    case = dict(n=12, batch=2, heads=4, kv_heads=2, tied=False, seed=1)
-    q, k, v = random_inputs(case, torch.float32)
-    documents = random_layout(2, 12, 1, torch.Generator().manual_seed(0))
-    out, lse = torch.ops.lighthouse.document_attention(q, k, v, documents, 0.5)
-    arguments = (q, k, v) if operation == "document_attention" else (out, q, k, v, out, lse)
-    torch.library.opcheck(
-        getattr(torch.ops.lighthouse, operation), (*arguments, documents, 0.5),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
-
-
-def test_modules_take_documents() -> None:
-    config = LighthouseConfig(2, 2, 4, picks_per_stratum=2)
-    case = dict(n=16, batch=1, heads=4, kv_heads=2, tied=False, seed=2)
-    inputs = random_inputs(case)
-    documents = random_layout(1, 16, 2, torch.Generator().manual_seed(3))
-    options: dict[str, Any] = {"documents": documents}
-    dense = document_attention(*inputs, **options)
-    for module, expected in (
-        (LighthouseAttention(config), lighthouse_attention(*inputs, config, **options)),
-        (
-            LighthouseAttention(replace(config, window=3)),
-            lighthouse_attention(*inputs, replace(config, window=3), **options),
-        ),
-        (WindowAttention(3), window_attention(*inputs, 3, **options)),
-    ):
-        assert torch.equal(module(*inputs, enable_gqa=True, **options), expected)
-        module.enabled = False
-        assert torch.equal(module(*inputs, enable_gqa=True, **options), dense)
-        with pytest.raises(ValueError, match="enable_gqa"):
-            module(*inputs, **options)
-        module.context_parallel = ContextParallel(None, 0, 2)
-        with pytest.raises(ValueError, match="context parallelism"):
-            module(*inputs, enable_gqa=True, **options)
-
-
-def test_lengths_for_flash_attention() -> None:
-    numbers = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
-    bounds = cumulative_lengths(first_positions(numbers), 6)
-    assert bounds.tolist() == [0, 2, 5, 6, 12, 12, 12] and bounds.dtype == torch.int32
-    assert cumulative_lengths(first_positions(numbers), 4).tolist() == [0, 2, 5, 6, 12]
-
-
-def test_messages() -> None:
-    config = LighthouseConfig(2, 4, 4, picks_per_stratum=2)
-    case = dict(n=16, batch=1, heads=2, kv_heads=1, tied=False, seed=2)
-    inputs = random_inputs(case)
-
-    def refused(error: type[Exception], message: str, documents: Any, **options: Any) -> None:
-        with pytest.raises(error, match=message):
-            lighthouse_attention(*inputs, config, documents=documents, **options)
-
-    good = first_positions(torch.arange(4).repeat_interleave(4)[None])
-    refused(TypeError, "int32 or int64, got torch.float32", good.float())
-    refused(TypeError, "got list", good.tolist())
-    refused(ValueError, r"of shape \(1, 16\)", good[:, :8])
-    refused(ValueError, "multiples of .* = 4, got one at 6 in row 0",
-            first_positions((torch.arange(16) >= 6)[None]))  # fmt: skip
-    refused(ValueError, "got 8 at position 3 of row 0", torch.full((1, 16), 8).index_fill_(
-        1, torch.arange(3), 0))  # fmt: skip
-    refused(ValueError, "sdpa", good, sdpa=torch.nn.functional.scaled_dot_product_attention)
-    refused(ValueError, 'pass impl="torch"', good, impl="triton")
-    with pytest.raises(ValueError, match="not supported yet by impl = 'triton'"):
-        select(*inputs, config, documents=good, impl="triton")
-    for impl in ("flash", "flash4"):
-        with pytest.raises(ValueError, match="not supported yet"):
-            window_attention(*inputs, 3, documents=good, impl=impl)
-    with pytest.raises(ValueError, match="context parallelism"):
-        window_attention(*inputs, 3, documents=good, context_parallel=ContextParallel(None, 0, 2))
-    with pytest.raises(ValueError, match="at least 1"):
-        document_attention(*inputs, good, most_documents=0)
-    with pytest.raises(ValueError, match="got 1 at position 0"):
-        check_layout(torch.ones(1, 4, dtype=torch.int32))
-    check_layout(good, 4)

@@ -1,0 +1,196 @@
+"""Documents under a compiler, in modules and on GPUs, and messages."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import output_and_gradients, random_inputs, relative_error
+from document_cases import attentions, random_layout
+
+from lighthouse import (
+    ContextParallel,
+    LighthouseAttention,
+    LighthouseConfig,
+    WindowAttention,
+    check_layout,
+    dense_attention,
+    document_attention,
+    first_positions,
+    lighthouse_attention,
+    reference,
+    select,
+    window_attention,
+)
+from lighthouse.dense_attention import cumulative_lengths
+
+
+def test_compiles_to_one_graph() -> None:
+    config = LighthouseConfig(2, 2, 4, "dilated", 2, dilation=2, window=3)
+    case = dict(n=16, batch=2, heads=2, kv_heads=1, tied=False, seed=1)
+    inputs = random_inputs(case, torch.float32)
+    grad = torch.randn(inputs[0].shape)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    for name, attention in attentions(config).items():
+        graphs.clear()
+        torch._dynamo.reset()
+        compiled = torch.compile(attention, backend=backend, fullgraph=True)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            documents = random_layout(2, 16, 2, generator)
+            plain = output_and_gradients(attention, inputs, grad, config, documents=documents)
+            found = output_and_gradients(compiled, inputs, grad, config, documents=documents)
+            assert all(map(torch.equal, plain, found)), name
+        assert len(graphs) == 1, name
+
+
+@pytest.mark.parametrize("operation", ["document_attention", "document_attention_backward"])
+def test_operations_are_registered(operation: str) -> None:
+    case = dict(n=12, batch=2, heads=4, kv_heads=2, tied=False, seed=1)
+    q, k, v = random_inputs(case, torch.float32)
+    documents = random_layout(2, 12, 1, torch.Generator().manual_seed(0))
+    out, lse = torch.ops.lighthouse.document_attention(q, k, v, documents, 0.5)
+    arguments = (q, k, v) if operation == "document_attention" else (out, q, k, v, out, lse)
+    torch.library.opcheck(
+        getattr(torch.ops.lighthouse, operation), (*arguments, documents, 0.5),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_modules_take_documents() -> None:
+    config = LighthouseConfig(2, 2, 4, picks_per_stratum=2)
+    case = dict(n=16, batch=1, heads=4, kv_heads=2, tied=False, seed=2)
+    inputs = random_inputs(case)
+    documents = random_layout(1, 16, 2, torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"documents": documents}
+    dense = document_attention(*inputs, **options)
+    for module, expected in (
+        (LighthouseAttention(config), lighthouse_attention(*inputs, config, **options)),
+        (
+            LighthouseAttention(replace(config, window=3)),
+            lighthouse_attention(*inputs, replace(config, window=3), **options),
+        ),
+        (WindowAttention(3), window_attention(*inputs, 3, **options)),
+    ):
+        assert torch.equal(module(*inputs, enable_gqa=True, **options), expected)
+        module.enabled = False
+        assert torch.equal(module(*inputs, enable_gqa=True, **options), dense)
+        with pytest.raises(ValueError, match="enable_gqa"):
+            module(*inputs, **options)
+        module.context_parallel = ContextParallel(None, 0, 2)
+        with pytest.raises(ValueError, match="context parallelism"):
+            module(*inputs, enable_gqa=True, **options)
+
+
+def test_lengths_for_flash_attention() -> None:
+    numbers = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
+    bounds = cumulative_lengths(first_positions(numbers), 6)
+    assert bounds.tolist() == [0, 2, 5, 6, 12, 12, 12] and bounds.dtype == torch.int32
+    assert cumulative_lengths(first_positions(numbers), 4).tolist() == [0, 2, 5, 6, 12]
+
+
+def test_flash_attention_is_given_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs alone have it; a stand-in attends as its description says."""
+    case = dict(n=24, batch=3, heads=4, kv_heads=2, tied=False, seed=4)
+    inputs = random_inputs(case)
+    documents = random_layout(3, 24, 1, torch.Generator().manual_seed(8))
+    grad = torch.randn(inputs[0].shape, dtype=torch.float64)
+
+    def by_lengths(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **options: Any
+    ) -> torch.Tensor:
+        bounds, same, longest, _ = others
+        assert bounds is same and longest == 24 and options["window_size"] == (-1, 0)
+        joined = first_positions(torch.bucketize(torch.arange(len(q)), bounds, right=True)[None])
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return reference.dense_attention(*rows, joined, scale=options["scale"])[0].transpose(0, 1)
+
+    options: dict[str, Any] = {"documents": documents, "most_documents": 80, "scale": 0.3}
+    dense = attentions(LighthouseConfig())["dense"]
+    expected = output_and_gradients(dense, inputs, grad, LighthouseConfig(), **options)
+    monkeypatch.setattr(dense_attention, "obstacle_to_flash", lambda q: None)
+    monkeypatch.setattr(dense_attention, "varlen_attn", by_lengths)
+    found = output_and_gradients(dense, inputs, grad, LighthouseConfig(), **options)
+    for value, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("window", [0, 100])
+def test_on_a_gpu_no_document_sees_another_and_nothing_waits(
+    dtype: torch.dtype, window: int
+) -> None:
+    config = LighthouseConfig(3, 4, 64, picks_per_stratum=16, window=window)
+    n, span = 4096, config.coarsest_span
+    generator = torch.Generator().manual_seed(window)
+    documents = random_layout(2, n, span, generator).cuda()
+    shape = dict(n=n, batch=2, heads=4, kv_heads=2, tied=False)
+    inputs = [x.cuda() for x in random_inputs({**shape, "seed": 1}, dtype, d=64)]
+    others = [x.cuda() for x in random_inputs({**shape, "seed": 2}, dtype, d=64)]
+    grad = torch.randn(2, 4, n, 64, generator=generator).to(dtype).cuda()
+    # The last document of the first row gets other tokens.
+    kept = torch.ones(2, n, dtype=torch.bool, device="cuda")
+    kept[0, documents[0, -1] :] = False
+    place = kept[:, None, :, None]
+    changed = [torch.where(place, x, y) for x, y in zip(inputs, others, strict=True)]
+    for name, attention in attentions(config).items():
+        results = []
+        for rows in (inputs, changed):
+            torch.use_deterministic_algorithms(True)
+            try:
+                found = output_and_gradients(attention, rows, grad, config, documents=documents)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            results.append(found)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                output_and_gradients(attention, rows, grad, config, documents=documents)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        for before, after in zip(*results, strict=True):
+            assert torch.equal(before.transpose(1, 2)[kept], after.transpose(1, 2)[kept]), name
+    on_cpu = [x.cpu().double() for x in inputs]
+    exact = document_attention(*on_cpu, documents.cpu())
+    rounded = document_attention(*inputs, documents, most_documents=2 * n // span)
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert relative_error(rounded.cpu(), exact) < bound
+
+
+def test_messages() -> None:
+    config = LighthouseConfig(2, 4, 4, picks_per_stratum=2)
+    case = dict(n=16, batch=1, heads=2, kv_heads=1, tied=False, seed=2)
+    inputs = random_inputs(case)
+
+    def refused(error: type[Exception], message: str, documents: Any, **options: Any) -> None:
+        with pytest.raises(error, match=message):
+            lighthouse_attention(*inputs, config, documents=documents, **options)
+
+    good = first_positions(torch.arange(4).repeat_interleave(4)[None])
+    refused(TypeError, "int32 or int64, got torch.float32", good.float())
+    refused(TypeError, "got list", good.tolist())
+    refused(ValueError, r"of shape \(1, 16\)", good[:, :8])
+    refused(ValueError, "multiples of .* = 4, got one at 6 in row 0",
+            first_positions((torch.arange(16) >= 6)[None]))  # fmt: skip
+    refused(ValueError, "got 8 at position 3 of row 0", torch.full((1, 16), 8).index_fill_(
+        1, torch.arange(3), 0))  # fmt: skip
+    refused(ValueError, "sdpa", good, sdpa=torch.nn.functional.scaled_dot_product_attention)
+    refused(ValueError, 'pass impl="torch"', good, impl="triton")
+    with pytest.raises(ValueError, match="not supported yet by impl = 'triton'"):
+        select(*inputs, config, documents=good, impl="triton")
+    for impl in ("flash", "flash4"):
+        with pytest.raises(ValueError, match="not supported yet"):
+            window_attention(*inputs, 3, documents=good, impl=impl)
+    with pytest.raises(ValueError, match="context parallelism"):
+        window_attention(*inputs, 3, documents=good, context_parallel=ContextParallel(None, 0, 2))
+    with pytest.raises(ValueError, match="at least 1"):
+        document_attention(*inputs, good, most_documents=0)
+    with pytest.raises(ValueError, match="got 1 at position 0"):
+        check_layout(torch.ones(1, 4, dtype=torch.int32))
+    check_layout(good, 4)
