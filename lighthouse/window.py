@@ -199,9 +199,9 @@ class _WindowAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         window, scale, impl = ctx.constants
         _, backward = operations_by(impl)
-        *rows, out, lse = ctx.saved_tensors[:5]
-        layout = ctx.saved_tensors[5:]
-        grads = backward(dout, dlse, *rows, out, lse, window, scale, *layout)
+        # Activation checkpointing lets them be read once.
+        q, k, v, out, lse, *layout = ctx.saved_tensors
+        grads = backward(dout, dlse, q, k, v, out, lse, window, scale, *layout)
         return *grads, None, None, None, None, None
 
 
@@ -362,6 +362,7 @@ class WindowAttention(InnerAttention):
         v: torch.Tensor,
         scale: float | None,
         documents: torch.Tensor | None = None,
+        most_documents: int | None = None,
     ) -> torch.Tensor:
         return window_attention(
             q,
