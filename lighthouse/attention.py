@@ -44,6 +44,7 @@ def lighthouse_attention(
     impl: str | None = None,
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor:
     """Causal attention over selected entries of a pooling pyramid (arXiv 2605.06554, section 3).
 
@@ -67,6 +68,7 @@ def lighthouse_attention(
             multiple of p^(L-1) (``docs/documents.md``). No document sees another. ``sdpa`` must be
             left out; ``selection`` must be one for these documents. Only vectorised PyTorch knows
             documents so far, and is then the default everywhere.
+        most_documents: as in ``document_attention``, which attends where there is no window.
 
     Returns:
         [B, Hq, N, D]. Without a window, zero at the first positions, of each document if there are
@@ -117,7 +119,9 @@ def lighthouse_attention(
     if documents is not None:
         places = gathered_documents(documents, geometry)
         queries, keys, values = gathered
-        out = document_attention(queries, keys, values, places, scale=scale)
+        out = document_attention(
+            queries, keys, values, places, scale=scale, most_documents=most_documents
+        )
         return scatter_back(out, selection, geometry, documents=documents)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
@@ -200,6 +204,7 @@ class LighthouseAttention(InnerAttention):
         v: torch.Tensor,
         scale: float | None,
         documents: torch.Tensor | None = None,
+        most_documents: int | None = None,
     ) -> torch.Tensor:
         return lighthouse_attention(
             q,
@@ -211,6 +216,7 @@ class LighthouseAttention(InnerAttention):
             impl=self.impl,
             context_parallel=self.context_parallel,
             documents=documents,
+            most_documents=most_documents,
         )
 
     def settings(self) -> str:

@@ -86,6 +86,7 @@ class InnerAttention(nn.Module):
         enable_gqa: bool = False,
         is_causal: bool = True,
         documents: torch.Tensor | None = None,
+        most_documents: int | None = None,
     ) -> torch.Tensor:
         """Attention output [B, Hq, N, D] for q [B, Hq, N, D] and k, v [B, Hkv, N, D].
 
@@ -93,6 +94,7 @@ class InnerAttention(nn.Module):
             documents: int32 or int64 [B, N], for each position the first position of its document,
                 within which it attends. ``sdpa`` does not run then: dense attention is that of
                 ``document_attention``.
+            most_documents: documents that the batch has at most, as in ``document_attention``.
 
         Raises:
             ValueError: the attention is enabled or there are documents, and ``is_causal`` is false
@@ -105,8 +107,10 @@ class InnerAttention(nn.Module):
         if not self.enabled:
             assert documents is not None
             choose_for_documents(None, documents, (), self.context_parallel.chunks)
-            return document_attention(q, k, v, documents, scale=scale)
-        return self.attend(q, k, v, scale, documents)
+            return document_attention(
+                q, k, v, documents, scale=scale, most_documents=most_documents
+            )
+        return self.attend(q, k, v, scale, documents, most_documents)
 
     def attend(
         self,
@@ -115,6 +119,7 @@ class InnerAttention(nn.Module):
         v: torch.Tensor,
         scale: float | None,
         documents: torch.Tensor | None = None,
+        most_documents: int | None = None,
     ) -> torch.Tensor:
         """The output of ``forward`` when this attention is enabled."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ LAYERS = [
         for name in (
             "console", "stopping", "verdict", "checkpoints", "checks", "lr_schedule",
             "metrics",
-            "selection_statistics", "validate",
+            "document_statistics", "selection_statistics", "validate",
         )
     ],
     [

@@ -76,7 +76,9 @@ def test_losses_are_those_of_whole_forward_passes(monkeypatch) -> None:
     model.use_attention("lighthouse")
     tokens = torch.randint(256, (2, N))
     batch = [({"input": tokens}, tokens.roll(-1, dims=1))]
-    monkeypatch.setattr(causality, "build_validation_dataloader", lambda *arguments: batch)
+    monkeypatch.setattr(
+        causality, "build_validation_dataloader", lambda *arguments, **options: batch
+    )
     trained = SimpleNamespace(model=model.eval(), tokenizer=None, config=None)
     found = losses(trained, batches=1, positions_each=3, device="cpu")
 

@@ -15,6 +15,7 @@ from lighthouse.window import window_pairs
 
 from .checks.parallelism import layout_on_rank_0, precision_key
 from .console import LOG_FILE, duration
+from .data.documents import layout_lines
 from .data.packing import global_batch_size, stream_count
 from .data.tokenizer import build_tokenizer
 from .errors import UserError
@@ -60,6 +61,7 @@ def describe(
         _batch_line(config, dims),
         f"each rank     {_count(tokens, 'token')} a pass in {_count(chunks, 'chunk')}, "
         f"{parameters:,} parameters",
+        *layout_lines(config),
     ]
     if config.lighthouse.schedule:
         stages = RunStages(config, args).all
@@ -348,7 +350,9 @@ def what_runs(
         return runs
     dtype = TORCH_DTYPE_MAP[getattr(config.training, precision_key(config, world_size))]
     head = torch.empty(1, 1, 1, args.head_dim, dtype=dtype, device=device)
-    return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(None, head)]}"
+    # The kernels of windows do not know documents yet.
+    impl = "torch" if config.training.document_mask else None
+    return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(impl, head)]}"
 
 
 def _command() -> str:

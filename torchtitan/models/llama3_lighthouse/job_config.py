@@ -82,6 +82,10 @@ class Lighthouse(Method, Schedule):
     dense_layers: list[int] = field(default_factory=list)
     """Layers that use dense attention in both stages, counted from 0."""
 
+    document_positions: Literal["run_on", "restart"] = "run_on"
+    """Positions of the rotary embedding under training.document_mask: "run_on" through the
+    sequence, or "restart" with each document. They differ by rounding; "restart" is slower."""
+
     loss: Literal["auto", "chunked", "whole"] = "auto"
     """"whole" holds the logits of all tokens. "chunked" computes the loss and its gradients for one
     chunk of tokens after another. "auto" is "chunked" from a vocabulary of 16,384 on, and "whole"
@@ -155,6 +159,10 @@ class Model(upstream.Model):
 @dataclass
 class Training(upstream.Training):
     dataset: str = "python_stdlib"
+
+    document_mask: bool = False
+    """Let each position attend within its own document alone, in training and in validation.
+    Documents begin at multiples of pooling_factor^(levels - 1), after padding without labels."""
 
 
 @dataclass

@@ -49,7 +49,15 @@ def _recorded(model: nn.Module) -> Generator[list[Selected]]:
     ) -> None:
         q, k, v = rows
         layout = module.context_parallel
-        slot = select(q, k, v, module.config, impl=module.impl, context_parallel=layout).slot
+        slot = select(
+            q,
+            k,
+            v,
+            module.config,
+            impl=module.impl,
+            context_parallel=layout,
+            documents=options.get("documents"),
+        ).slot
         config = layout.per_chunk(module.config, q.shape[2])
         geometry = PyramidGeometry(config, q.shape[2] // len(layout.held))
         recorded.append(Selected(geometry, (slot >= 0).split(geometry.lengths, dim=-1)))

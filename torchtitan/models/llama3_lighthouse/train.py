@@ -25,8 +25,10 @@ from .checks.configuration import check_launch
 from .checks.parallelism import check_device
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
+from .data.documents import DOCUMENTS, model_options
 from .data.staged import StagedDataloader
 from .description import describe, ending, output_line, what_runs
+from .document_statistics import Batch, DocumentStatistics
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
 from .infra.pass_graphs import PassGraphs, launch_line, why_no_graphs
@@ -41,8 +43,6 @@ from .run_stages import RunStages
 from .selection_statistics import Selected, selection_statistics, selections
 from .stopping import StopRequest, ends_as_the_launcher_expects, stopped
 from .verdict import Verdicts, skips_non_finite_steps
-
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class LighthouseTrainer(upstream.Trainer):
@@ -95,6 +95,7 @@ class LighthouseTrainer(upstream.Trainer):
         self.steps_taken = 0
         self.stop_request = StopRequest()
         self.verdicts = Verdicts(self.checkpointer)
+        self.documents = DocumentStatistics()
         self.graphs: PassGraphs | None = None
         if device_type == "cuda" and not why_no_graphs(job_config, self.parallel_dims.world_size):
             self.graphs = PassGraphs(self._pass, self._parameters(), self.device)
@@ -189,6 +190,7 @@ class LighthouseTrainer(upstream.Trainer):
         if self.stage == "lighthouse":
             self.checkpointer.last_lighthouse_step = self.step
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        self.documents.count(microbatches)
         if self._records_selections(self.step):
             self._train_between_selections(microbatches)
         else:
@@ -290,9 +292,8 @@ class LighthouseTrainer(upstream.Trainer):
         if self.steps_taken == 1:
             # The first step compiles, which can take minutes. Until here, signals end it at once.
             self.stop_request.listen()
-        self.metrics_processor.record_step(
-            self._now.flops[attention], self.stages.kind_of(self.step)
-        )
+        flops = self._now.flops[attention] - self.documents.flops_saved(self._now.args, attention)
+        self.metrics_processor.record_step(flops, self.stages.kind_of(self.step))
         if self.metrics_processor.should_log(self.step):
             self.metrics_processor.log_step(
                 self.step,
@@ -305,6 +306,7 @@ class LighthouseTrainer(upstream.Trainer):
                     UNDER_LIGHTHOUSE: float(attention == "lighthouse"),
                     "lighthouse/gathered_length": self._now.gathered[attention],
                     "lighthouse/sequence_length": self._now.stage.seq_len,
+                    **self.documents.metrics(self.metrics_processor.sum_over),
                 },
             )
         if self.verdicts.stopped_by and self.step < self.job_config.training.steps:
@@ -340,16 +342,14 @@ class LighthouseTrainer(upstream.Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """As upstream, but ``held_batch`` takes this rank's part of the sequence."""
-        if not self.parallel_dims.cp_enabled:
-            return super().post_dataloading_process(input_dict, labels)
+        """As upstream, but with documents, and ``held_batch`` takes this rank's part."""
         extra_inputs = dict(input_dict)
-        inputs, labels, positions = held_batch(
-            extra_inputs.pop("input"),
-            labels,
-            self.parallel_dims.get_mesh("cp"),
-            self.job_config.parallelism,
-        )
+        inputs, documents = extra_inputs.pop("input"), extra_inputs.pop(DOCUMENTS, None)
+        if not self.parallel_dims.cp_enabled:
+            options = model_options(documents, self.job_config.lighthouse)
+            return inputs, labels, extra_inputs, options
+        mesh = self.parallel_dims.get_mesh("cp")
+        inputs, labels, positions = held_batch(inputs, labels, mesh, self.job_config.parallelism)
         return inputs, labels, extra_inputs, {"positions": positions}
 
     def _on_device(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Batch:

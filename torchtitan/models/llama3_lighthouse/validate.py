@@ -17,6 +17,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from .console import duration
+from .data.documents import DOCUMENTS, model_options
 from .data.packing import build_validation_dataloader
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
@@ -69,8 +70,13 @@ class LighthouseValidator(BaseValidator):
         self.pipeline_mesh = parallel_dims.get_optional_mesh("pp")
         self.pipeline = pp_schedule, pp_has_first_stage, pp_has_last_stage
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs and labels, [B, N] each, up to the limit or until a rank has no more."""
+    def _batches(
+        self,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+        """Yield inputs and labels, [B, N] each, and what else the model takes.
+
+        It ends at the limit, or when a rank has no more.
+        """
         batches = iter(self._build_dataloader())
         limit = self.job_config.validation.steps
         of_all = f" of {limit:,}" if limit > 0 else ""
@@ -82,7 +88,9 @@ class LighthouseValidator(BaseValidator):
             if dist_utils.dist_max(missing, self.batch_mesh) > 0:
                 return
             assert batch is not None
-            yield batch[0]["input"].to(device_type), batch[1].to(device_type)
+            inputs = {name: x.to(device_type) for name, x in batch[0].items()}
+            options = model_options(inputs.get(DOCUMENTS), self.job_config.lighthouse)
+            yield inputs["input"], batch[1].to(device_type), options
             steps += 1
             now = time.monotonic()
             if now - told >= SECONDS_BETWEEN_LINES:
@@ -101,9 +109,8 @@ class LighthouseValidator(BaseValidator):
             model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64, device=device_type)
         tokens = torch.zeros((), dtype=torch.float64, device=device_type)
-        for inputs, labels in self._batches():
+        for inputs, labels, options in self._batches():
             self.metrics_processor.ntokens_since_last_log += labels.numel()
-            options = {}
             if self.context_parallel_mesh is not None:
                 inputs, labels, options["positions"] = held_batch(
                     inputs, labels, self.context_parallel_mesh, self.job_config.parallelism

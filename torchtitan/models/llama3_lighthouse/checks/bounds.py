@@ -112,6 +112,7 @@ BOUNDS: dict[str, Rule] = {
     "training.global_batch_size": count(
         1, MOST_POSITIONS, note="-1 is one sequence for each of a local batch", besides=(-1,)
     ),
+    "training.document_mask": BY_TYPE,
     "training.seq_len": count(1, MOST_POSITIONS, note="positions are numbered with 32 bits"),
     # Beyond this nothing is clipped, and the number is a slip.
     "training.max_norm": number(0, 1e12, above=True),
@@ -265,6 +266,7 @@ BOUNDS: dict[str, Rule] = {
     "lighthouse.entry_score": BY_TYPE,
     "lighthouse.combine": BY_TYPE,
     "lighthouse.dense_layers": Names(),
+    "lighthouse.document_positions": BY_TYPE,
     "lighthouse.loss": BY_TYPE,
     "lighthouse.cuda_graphs": BY_TYPE,
     "lighthouse.data_streams": count(0, MOST_POSITIONS),

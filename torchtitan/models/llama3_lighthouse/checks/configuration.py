@@ -17,6 +17,7 @@ from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
 from ..stages import Stage, distinct_stages, naming
 from .bounds import check_bounds
+from .documents import check_documents
 from .output import check_output_of_run, is_installed
 from .parallelism import (
     check_heads,
@@ -57,6 +58,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     for stage in distinct_stages(config):
         with naming(stage):
             check_parallelism(stage.config, args)
+            check_documents(stage)
     check_lengths_in_pipeline(config)
     _check_optimizer(config)
     _check_schedule(config)

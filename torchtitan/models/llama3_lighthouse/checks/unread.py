@@ -12,6 +12,7 @@ from ..checkpoints.model_folder import model_arguments_of, model_folder
 from ..job_config import JobConfig, leaves
 from ..model.rope_scaling import LENGTH
 from ..stages import distinct_stages, named, stages_of
+from .documents import document_warnings
 from .parallelism import precision_key, running_window
 from .rules import shown
 
@@ -84,6 +85,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
     "debug.deterministic_warn_only": (_is("debug.deterministic", True),),
     "lighthouse.dense_every": SPARSE,
     "lighthouse.log_selection_every": SPARSE,
+    "lighthouse.document_positions": (_is("training.document_mask", True),),
     "lighthouse.dilation": (*SELECTING, _is("lighthouse.scorer", *ATTENDING)),
     "lighthouse.repeat_share": (_above("lighthouse.repeat_mix", 0),),
     "lighthouse.passkey_tasks": (_above("lighthouse.passkey_mix", 0),),
@@ -97,6 +99,7 @@ def warnings_of(config: JobConfig, world_size: int) -> list[str]:
     found = [*_unused(config), *_folder(config), *_yarn(config), *_stages(config)]
     for stage in distinct_stages(config):
         found += [f"{named(stage)}{line}" for line in _window(stage.config, world_size)]
+        found += [f"{named(stage)}{line}" for line in document_warnings(stage)]
     return found
 
 

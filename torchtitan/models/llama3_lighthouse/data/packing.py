@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..processes import serve_parent
+from .documents import layout_of
 from .fingerprint import BY_CONTENT
 from .mixes import mixes_of
 from .positions import START_OVER, decode, encode
@@ -26,6 +27,9 @@ from .streams import PackedTextDataset, TextStream, state_key
 from .text_sources import TextSource, find_source
 from .tokenizer import tokenizer_fingerprint
 
+MASK = "training.document_mask"
+# Values in positions of earlier versions, which do not name them.
+BEFORE = {MASK: "False"}
 TOKENIZER_FILE = "the tokenizer in model.hf_assets_path"
 # Characters of local text that are read when a loader is built, so that bad documents show at once.
 CHECKED_CHARACTERS = 32 * 2**20
@@ -107,12 +111,13 @@ class PackedTextDataloader(ParallelAwareDataloader):
             # Positions of earlier versions do not tell which file the tokenizer was read from.
             if key in but or (key == TOKENIZER_FILE and key not in identity):
                 continue
-            if identity.get(key) != value:
+            saved = identity.get(key, BEFORE.get(key))
+            if saved != value:
                 keep = ""
                 if key == "training.seq_len":
                     keep = "pass --lighthouse.keep_position to go on from there all the same, or "
                 raise UserValueError(
-                    f"the checkpoint's position in the data is for {key} = {identity.get(key)}, "
+                    f"the checkpoint's position in the data is for {key} = {saved}, "
                     f"this run has {value}; restore that, or {keep}{START_OVER}"
                 )
         self._check_text(identity.get(self._text))
@@ -239,6 +244,7 @@ def _build(
     job_config: JobConfig,
     infinite: bool,
     check: bool = True,
+    whole: bool = False,
 ) -> PackedTextDataloader:
     """Loader of this rank's share of the streams.
 
@@ -246,6 +252,7 @@ def _build(
         key: section of the configuration, "training" or "validation".
         streams: streams of all ranks together.
         check: whether to read the first documents of local text.
+        whole: whether each sequence is one document, whatever training.document_mask says.
     """
     section = getattr(job_config, key)
     if section.dataloader.num_workers > 1:
@@ -264,8 +271,11 @@ def _build(
     if split == "train":
         of_step = global_batch_size(job_config, dp_world_size) // dp_world_size
     messages = StreamMessages(source, key, streams)
+    layout = None if whole else layout_of(job_config, section.seq_len)
     own = [
-        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, mixes)
+        TextStream(
+            source, tokenizer, section.seq_len, number, streams, infinite, messages, mixes, layout
+        )
         for number in range(dp_rank * share, (dp_rank + 1) * share)
     ]
     if check and source.is_local:
@@ -276,6 +286,7 @@ def _build(
         f"{key}.seq_len": str(section.seq_len),
         "lighthouse.tokenizer": job_config.lighthouse.tokenizer,
         "lighthouse.data_streams": str(streams),
+        MASK: str(job_config.training.document_mask),
     }
     if job_config.lighthouse.tokenizer == "hf":
         settings[TOKENIZER_FILE] = tokenizer_fingerprint(tokenizer)
@@ -342,8 +353,12 @@ def build_validation_dataloader(
     tokenizer: BaseTokenizer,
     job_config: JobConfig,
     infinite: bool = False,
+    whole: bool = False,
 ) -> PackedTextDataloader:
     """Loader of the held-out split of ``validation.dataset``.
+
+    Args:
+        whole: whether each sequence is one document, whatever ``training.document_mask`` says.
 
     Raises:
         ValueError: as ``build_dataloader``.
@@ -357,4 +372,5 @@ def build_validation_dataloader(
         tokenizer,
         job_config,
         infinite,
+        whole=whole,
     )

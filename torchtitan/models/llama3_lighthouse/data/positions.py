@@ -1,6 +1,7 @@
 """Positions in the text as a checkpoint holds them: JSON, which runs no code when it is read."""
 
 import base64
+import itertools
 import json
 import operator
 from typing import Any
@@ -69,6 +70,11 @@ def check_stream(state: dict[str, Any], start: dict[str, Any], name: str) -> Non
     buffer = state.get("buffer")
     if not isinstance(buffer, np.ndarray) or (buffer < 0).any():
         raise unreadable(name, "'buffer' holds no tokens")
+    # Sequences whose documents see each other do not keep where these begin.
+    begins = state.setdefault("begins", [])
+    places = isinstance(begins, list) and all(map(_is_count, begins))
+    if not places or any(b <= a for a, b in itertools.pairwise((0, *begins, len(buffer)))):
+        raise unreadable(name, "'begins' holds no places in 'buffer', in rising order")
     for key in COUNTS:
         if not _is_count(state.get(key)):
             raise unreadable(name, f"'{key}' is no number from 0 on")

@@ -11,6 +11,7 @@ from torchtitan.tools.logging import logger
 from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..stages import distinct_stages, naming
+from .documents import DocumentLayout, layout_of
 from .mixes import mixes_of
 from .packing import PackedTextDataloader, build_dataloader, stream_count
 from .positions import decode
@@ -108,8 +109,9 @@ class StagedDataloader(BaseDataLoader):
             )
 
 
-def _shape(config: JobConfig) -> tuple[int, int]:
-    return config.training.seq_len, config.training.local_batch_size
+def _shape(config: JobConfig) -> tuple[int, int, DocumentLayout | None]:
+    length = config.training.seq_len
+    return length, config.training.local_batch_size, layout_of(config, length)
 
 
 def build_staged_dataloader(

@@ -14,6 +14,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 
+from .documents import DOCUMENTS, PADDING, DocumentLayout
 from .mixes import Mixes
 from .older_positions import is_older_reader
 from .positions import check_stream, unreadable
@@ -65,13 +66,15 @@ class TextStream:
 
     Each document stands between BOS and EOS. A sequence has ``seq_len`` inputs and as many labels,
     the inputs shifted by one. The next sequence begins at the last label, so every token of the
-    text is predicted once.
+    text is predicted once. With a layout of documents, a sequence holds fewer tokens and padding
+    between them.
 
     Args:
         number: the stream's number, which is also that of its first document; both count from 0.
         infinite: begin again at the end of the text.
         messages: those of the loader that the stream belongs to.
         mixes: what stands among and within the sequences of text.
+        layout: how documents lie in a sequence if they do not see each other; then without mixes.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class TextStream:
         infinite: bool,
         messages: StreamMessages,
         mixes: Mixes | None = None,
+        layout: DocumentLayout | None = None,
     ) -> None:
         self.number = number
         self.sequences = 0
@@ -94,7 +98,10 @@ class TextStream:
         self._infinite = infinite
         self._messages = messages
         self._mixes = mixes
+        self._layout = layout
         self._buffer = np.empty(0, dtype=np.int32)
+        # Places in the buffer, from 1 on, at which documents begin. Only a layout reads them.
+        self._begins: list[int] = []
         self._epoch = 0
         # Documents of this epoch, and the empty ones among them.
         self._documents = 0
@@ -107,7 +114,10 @@ class TextStream:
         self._cut_before = 0
 
     def __iter__(self) -> Iterator[TrainingSequence]:
-        """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) from the present position on."""
+        """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) from the present position on.
+
+        A layout adds ``DOCUMENTS``, int32 [seq_len], and ``PADDING``, int64 [].
+        """
         while True:
             # The buffer of a resumed position may hold whole sequences.
             if not self._cut_before:
@@ -122,6 +132,8 @@ class TextStream:
                     tokens = np.concatenate([self._buffer, self._encode(text)])
                     if (cut := self._cut_before) > len(tokens):
                         raise unreadable(state_key(self.number), f"'cut' = {cut} is too much")
+                    self._begins.append(len(self._buffer))
+                    self._drop_begins(cut)
                     self._buffer, self._before = tokens[cut:], before
                     self._cut_since, self._cut_before = cut, 0
                     yield from self._cut()
@@ -160,6 +172,9 @@ class TextStream:
         """Yield sequences until the buffer is too short for another."""
         while len(self._buffer) > self._seq_len:
             place = self.number, self.sequences
+            if self._layout:
+                yield self._laid_out(self._layout)
+                continue
             if self._mixes and (documents := self._mixes.documents(*place)):
                 tokens, in_loss = documents
                 window = torch.from_numpy(tokens.astype(np.int64))
@@ -173,6 +188,18 @@ class TextStream:
                 self._cut_since += self._seq_len
             self.sequences += 1
             yield {"input": window[:-1]}, labels[1:]
+
+    def _laid_out(self, layout: DocumentLayout) -> TrainingSequence:
+        inputs, labels, documents, padding, taken = layout.lay_out(self._buffer, self._begins)
+        self._buffer = self._buffer[taken:]
+        self._drop_begins(taken)
+        self._cut_since += taken
+        self.sequences += 1
+        return {"input": inputs, DOCUMENTS: documents, PADDING: torch.tensor(padding)}, labels
+
+    def _drop_begins(self, cut: int) -> None:
+        """Count places from ``cut`` on, which is where the buffer then begins."""
+        self._begins = [begin - cut for begin in self._begins if begin > cut]
 
     def _encode(self, text: str) -> np.ndarray:
         """Ids of one document, int32 [tokens]."""
@@ -229,6 +256,7 @@ class TextStream:
             "documents": self._documents,
             "empty": self._empty,
             "data": self._data.state_dict(),
+            **({"begins": list(self._begins)} if self._layout else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,6 +271,7 @@ class TextStream:
         self._data = self._open()
         self.sequences = state_dict["sequences"]
         self._buffer = state_dict["buffer"]
+        self._begins = list(state_dict["begins"])
         self._epoch = state_dict["epoch"]
         self._documents = state_dict["documents"]
         self._empty = state_dict["empty"]

@@ -87,7 +87,7 @@ def check_text(config: JobConfig) -> None:
     Raises:
         ValueError: the text is not there, or a document is empty or holds no text.
     """
-    build_validation_dataloader(1, 0, build_tokenizer(config), config)
+    build_validation_dataloader(1, 0, build_tokenizer(config), config, whole=True)
 
 
 def held_out_batches(
@@ -95,12 +95,13 @@ def held_out_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches that a trainer with one reader validates on.
 
-    A batch is inputs and labels, int64 [B, N] each.
+    A batch is inputs and labels, int64 [B, N] each. Every sequence is one document here, whatever
+    training.document_mask says.
 
     Raises:
         ValueError: the held-out text is not there.
     """
-    loader = iter(build_validation_dataloader(1, 0, tokenizer, config))
+    loader = iter(build_validation_dataloader(1, 0, tokenizer, config, whole=True))
     for _, (inputs, labels) in zip(_batch_numbers(config), loader, strict=False):
         yield inputs["input"], labels
 

@@ -42,6 +42,11 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+# Dense attention within documents, on GPUs and on CPUs.
+DOCUMENTS = {
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.lighthouse.document_attention.default,
+}
 # The same over several ranks.
 RING = {ring_operations.ATTENTION}
 WINDOW = {torch.ops.lighthouse.window.default, torch.ops.lighthouse.halo_window.default}
@@ -98,7 +103,7 @@ def contexts_that_keep(
     """
     attention = cast(RotaryAttention, block.get_submodule("attention"))
     inner, replaced = attention.inner_attention, replaced_products(attention.norms_heads)
-    kept = ATTENTION | RING | WINDOW | SELECTION | GATHERING | EXCHANGE
+    kept = ATTENTION | DOCUMENTS | RING | WINDOW | SELECTION | GATHERING | EXCHANGE
 
     def contexts() -> tuple[Any, Any]:
         needed = set(keep_products)

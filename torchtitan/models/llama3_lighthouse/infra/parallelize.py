@@ -16,7 +16,14 @@ from torchtitan.tools.utils import device_type
 from ..job_config import ActivationCheckpoint, JobConfig
 from ..model.loss import FactoredOutput
 from ..model.model import LighthouseTransformer, leave_out_math_backend
-from .activation_checkpoint import EXCHANGE, RING, SELECTION, WINDOW, apply_lighthouse_checkpoint
+from .activation_checkpoint import (
+    DOCUMENTS,
+    EXCHANGE,
+    RING,
+    SELECTION,
+    WINDOW,
+    apply_lighthouse_checkpoint,
+)
 from .context_parallel import apply_context_parallel
 from .cpu import use_sum_reductions
 from .offload import LayerInputOffload
@@ -36,6 +43,7 @@ def parallelize_lighthouse(
     upstream._op_sac_save_list |= (
         SELECTION
         | WINDOW
+        | DOCUMENTS
         | RING
         | EXCHANGE
         | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default}

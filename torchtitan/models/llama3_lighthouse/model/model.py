@@ -12,6 +12,7 @@ from torchtitan.models.llama3.model import model as upstream
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig, WindowAttention
+from lighthouse.documents import gathered_documents
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.inner_attention import InnerAttention
 from lighthouse.precision import SDPA_BACKENDS
@@ -191,6 +192,28 @@ class LighthouseModelArgs(TransformerModelArgs):
         flops = 6 * matmul_parameters + (self.n_layers - sparse_layers) * dense_flops
         return flops + (sparse_layers * self._stage_one_flops(seq_len) if sparse_layers else 0.0)
 
+    def flops_saved_by_masks(self, documents: torch.Tensor, attention: str) -> float:
+        """FLOPs per token that ``flops_per_token`` counts beyond those within documents.
+
+        Scorers count as they do without documents.
+
+        Args:
+            documents: [B, N] on the CPU, for each position the first position of its document.
+        """
+        length = documents.shape[1]
+        dense = window_pairs(length, length) - _pairs_within(documents, length)
+        sparse_layers = self.n_layers - len(self.dense_layers) if attention == "lighthouse" else 0
+        pairs = (self.n_layers - sparse_layers) * dense
+        if sparse_layers and (window := self.window or self.lighthouse.window):
+            near = window_pairs(length, window) - _pairs_within(documents, window)
+            pairs += sparse_layers * near
+        if sparse_layers and self.selects:
+            places = gathered_documents(documents, PyramidGeometry(self.lighthouse, length))
+            gathered = places.shape[1]
+            far = window_pairs(gathered, gathered) - _pairs_within(places, gathered)
+            pairs += sparse_layers * far
+        return 12 * self.attention_width * pairs / length
+
     # pyrefly: ignore[bad-override]  Upstream divides by the FLOPs; they need not be an int.
     def get_nparams_and_flops(
         self, model: nn.Module, seq_len: int, attention: str = "dense"
@@ -210,6 +233,17 @@ def equal_norms(model_type: str) -> str:
         f"a model of type '{model_type}' makes nearly equal in every head; pass "
         "--lighthouse.scorer gla or --lighthouse.scorer dilated, which take no context parallelism"
     )
+
+
+def _pairs_within(documents: torch.Tensor, window: int) -> float:
+    """Pairs of a query and a key in one head of one sequence, on average over a batch.
+
+    Args:
+        documents: [B, N], for each position the first position of its document.
+        window: keys that a query takes at most.
+    """
+    seen = torch.arange(1, documents.shape[1] + 1) - documents
+    return seen.clamp_(max=window).sum().item() / len(documents)
 
 
 def leave_out_math_backend(model: nn.Module) -> None:

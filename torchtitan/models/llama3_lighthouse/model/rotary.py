@@ -9,12 +9,17 @@ a sum into one operation.
 Shapes: B batch, N positions, H heads, D head dimension.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from torchtitan.models.llama3.model.model import Attention
+
+from lighthouse import document_attention
+from lighthouse.inner_attention import InnerAttention
+
+from ..data.documents import most_documents
 
 
 def table_of(freqs_cis: torch.Tensor) -> torch.Tensor:
@@ -73,7 +78,8 @@ def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 class RotaryAttention(Attention):
     """Upstream's attention of type "sdpa", with this rotary embedding and its table of bits.
 
-    Other families derive theirs from it.
+    The place of upstream's masks takes documents: int32 [B, N], for each position the first
+    position of its document, within which it attends. Other families derive theirs from it.
 
     Attributes:
         norms_heads: whether ``rotated`` norms each head's queries and keys.
@@ -117,7 +123,7 @@ class RotaryAttention(Attention):
         self,
         x: torch.Tensor,
         table: torch.Tensor,
-        attention_masks: None = None,
+        attention_masks: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -128,5 +134,17 @@ class RotaryAttention(Attention):
         )
         q, k = self.rotated(q, k, turns_at(table, length, positions))
         q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
-        out = self.inner_attention(q, k, v, enable_gqa=self.enable_gqa)
+        out = self._attend(q, k, v, attention_masks)
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None
+    ) -> torch.Tensor:
+        options: dict[str, Any] = {}
+        if documents is not None:
+            options["documents"] = documents
+            options["most_documents"] = len(documents) * most_documents(documents.shape[1])
+            # Upstream's dense attention knows no documents.
+            if not isinstance(self.inner_attention, InnerAttention):
+                return document_attention(q, k, v, **options)
+        return self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, **options)

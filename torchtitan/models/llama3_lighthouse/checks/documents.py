@@ -1,0 +1,58 @@
+"""Checks of ``training.document_mask`` with other keys, and the warnings that it brings."""
+
+from ..data.documents import document_span
+from ..errors import UserValueError
+from ..stages import Stage
+
+KEY = "training.document_mask"
+OFF = f"or pass --{KEY.replace('.', '.no-')}"
+
+
+def check_documents(stage: Stage) -> None:
+    """Check that the documents of a stage can be kept apart.
+
+    Raises:
+        ValueError: another setting does not go with it.
+    """
+    config = stage.config
+    if not config.training.document_mask:
+        return
+    section, parallelism = config.lighthouse, config.parallelism
+    for kind, reason in (
+        ("context", "whose ring and halo do not know documents yet"),
+        ("pipeline", "whose parts do not hand documents on yet"),
+    ):
+        degree = getattr(parallelism, f"{kind}_parallel_degree")
+        if degree > 1:
+            raise UserValueError(
+                f"{KEY} = true is not supported with parallelism.{kind}_parallel_degree = {degree},"
+                f" {reason}; set the degree to 1, {OFF}"
+            )
+    for name, reason in (
+        ("passkey_mix", "whose documents are packed without padding"),
+        ("repeat_mix", "whose passages return in other documents, which do not see them"),
+    ):
+        share = getattr(section, name)
+        if share:
+            raise UserValueError(
+                f"{KEY} = true is not supported with lighthouse.{name} = {share}, {reason}; set "
+                f"{name} to 0, {OFF}"
+            )
+    if stage.attention == "lighthouse" and section.attention == "lighthouse" and not section.window:
+        zeros = document_span(section) - 1
+        raise UserValueError(
+            f"{KEY} = true needs a window beside Lighthouse attention: with lighthouse.window = 0, "
+            f"up to {zeros:,} positions at the beginning of each document would attend over "
+            f"nothing; pass --lighthouse.window 512 --lighthouse.combine finest, {OFF}"
+        )
+
+
+def document_warnings(stage: Stage) -> list[str]:
+    """Warnings of what documents cost in a stage, one line each."""
+    if not stage.config.training.document_mask or stage.attention == "dense":
+        return []
+    return [
+        f"{KEY} = true with lighthouse.attention = '{stage.config.lighthouse.attention}': on GPUs "
+        "vectorised PyTorch computes it, several times slower than the kernels, which do not know "
+        "documents yet; dense attention has a fast kernel"
+    ]

@@ -1,0 +1,139 @@
+"""Documents of a sequence that do not see each other: ``training.document_mask``.
+
+Every document begins at a multiple of the coarsest entry's span, so that no entry covers parts of
+two. Padding fills the positions before such a place. It belongs to the document before it, comes
+after all of its tokens, and has no label.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchtitan.components.loss import IGNORE_INDEX
+
+from lighthouse.documents import check_layout
+
+from ..job_config import JobConfig, Lighthouse
+
+# Names among a sequence's inputs: its layout, and how many of its positions are padding.
+DOCUMENTS, PADDING = "documents", "padding"
+# A sequence has at least room for so many documents, and for one in so many positions.
+LEAST_ROOM, POSITIONS_OF_ONE = 256, 512
+
+
+def document_span(section: Lighthouse) -> int:
+    """Positions that the first position of each document is a multiple of."""
+    # A window takes documents that begin anywhere.
+    if section.attention == "window":
+        return 1
+    return section.pooling_factor ** (section.levels - 1)
+
+
+def most_documents(seq_len: int) -> int:
+    """Documents that a sequence has at most.
+
+    Dense attention on GPUs starts programs for so many documents of ``seq_len`` positions each,
+    whatever the documents are. A number of any possible documents would be slow for long sequences.
+    """
+    return min(seq_len, max(LEAST_ROOM, seq_len // POSITIONS_OF_ONE))
+
+
+class LaidOut(NamedTuple):
+    """A sequence of N positions whose documents lie apart.
+
+    Attributes:
+        inputs, labels: int64 [N]; ``IGNORE_INDEX`` is the label of padding.
+        documents: int32 [N], for each position the first position of its document.
+        padding: positions that hold no token of the text.
+        taken: tokens of the text that became inputs.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    documents: torch.Tensor
+    padding: int
+    taken: int
+
+
+@dataclass(frozen=True)
+class DocumentLayout:
+    """How documents lie in sequences.
+
+    Attributes:
+        seq_len: N.
+        span: positions that the first position of each document is a multiple of.
+        most: documents that a sequence has at most; the rest of it is padding then.
+    """
+
+    seq_len: int
+    span: int
+    most: int
+
+    def lay_out(self, tokens: np.ndarray, begins: Sequence[int]) -> LaidOut:
+        """The sequence that the first of ``tokens`` make up.
+
+        A label is the next token of the text, as in sequences without padding. A document that
+        does not end here goes on as another one at the beginning of the next sequence.
+
+        Args:
+            tokens: [M], M above N.
+            begins: places from 1 to M - 1 in ``tokens`` at which documents begin, in rising order.
+        """
+        inputs = np.empty(self.seq_len, dtype=np.int64)
+        labels = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
+        documents = np.empty(self.seq_len, dtype=np.int32)
+        place = first = taken = 0
+        bounds = itertools.pairwise((0, *begins, len(tokens)))
+        for begin, end in itertools.islice(bounds, self.most):
+            if place >= self.seq_len:
+                break
+            first, taken = place, min(end, begin + self.seq_len - place)
+            place = first + taken - begin
+            inputs[first:place] = tokens[begin:taken]
+            labels[first:place] = tokens[begin + 1 : taken + 1]
+            documents[first:place] = first
+            aligned = place + -place % self.span
+            # A document's last token stands in for the tokens that there are not.
+            inputs[place:aligned] = tokens[taken - 1]
+            documents[place:aligned] = first
+            place = aligned
+        inputs[place:] = tokens[taken - 1]
+        documents[place:] = first
+        laid_out = torch.from_numpy(documents)
+        check_layout(laid_out[None], self.span)
+        padding = self.seq_len - taken
+        return LaidOut(torch.from_numpy(inputs), torch.from_numpy(labels), laid_out, padding, taken)
+
+
+def layout_of(config: JobConfig, seq_len: int) -> DocumentLayout | None:
+    """How documents lie in sequences of ``seq_len`` positions; None if they see each other."""
+    if not config.training.document_mask:
+        return None
+    return DocumentLayout(seq_len, document_span(config.lighthouse), most_documents(seq_len))
+
+
+def layout_lines(config: JobConfig) -> list[str]:
+    """The line of a run's description about documents, if they do not see each other."""
+    layout = layout_of(config, config.training.seq_len)
+    if layout is None:
+        return []
+    runs = "run on" if config.lighthouse.document_positions == "run_on" else "restart with each"
+    return [
+        f"documents     do not see each other: {layout.most:,} of a sequence at most, each at a "
+        f"multiple of {layout.span} positions; rotary positions {runs}; FLOPs below are the most, "
+        "those of one document a sequence"
+    ]
+
+
+def model_options(documents: torch.Tensor | None, section: Lighthouse) -> dict[str, torch.Tensor]:
+    """What a model's forward takes besides tokens, on the device of ``documents`` [B, N]."""
+    if documents is None:
+        return {}
+    options = {"attention_masks": documents}
+    if section.document_positions == "restart":
+        position = torch.arange(documents.shape[1], device=documents.device)
+        options["positions"] = position - documents
+    return options
