@@ -1,7 +1,6 @@
 """Positions in the text as a checkpoint holds them: JSON, which runs no code when it is read."""
 
 import base64
-import itertools
 import json
 import operator
 from typing import Any
@@ -73,7 +72,8 @@ def check_stream(state: dict[str, Any], start: dict[str, Any], name: str) -> Non
     # Sequences whose documents see each other do not keep where these begin.
     begins = state.setdefault("begins", [])
     places = isinstance(begins, list) and all(map(_is_count, begins))
-    if not places or any(b <= a for a, b in itertools.pairwise((0, *begins, len(buffer)))):
+    # The first place is the beginning of another document than that of the buffer's first token.
+    if not places or sorted({0, *begins}) != [0, *begins] or max(begins, default=-1) >= len(buffer):
         raise unreadable(name, "'begins' holds no places in 'buffer', in rising order")
     for key in COUNTS:
         if not _is_count(state.get(key)):
