@@ -6,11 +6,13 @@ import pytest
 import torch
 from document_cases import positions_of, random_layout
 from small_model import FOUR_LAYERS, N, build
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchtitan.components.loss import IGNORE_INDEX
 
 from lighthouse.documents import gathered_documents
 from lighthouse.geometry import PyramidGeometry
-from torchtitan.models.llama3_lighthouse.data.documents import model_options
+from torchtitan.models.llama3_lighthouse.data.documents import DocumentLayout, model_options
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     DOCUMENTS,
     SELECTION,
@@ -134,6 +136,30 @@ def test_one_document_changes_nothing(stage: str) -> None:
     with torch.no_grad():
         found = model(tokens, attention_masks=torch.zeros(2, N, dtype=torch.int32))
         assert torch.equal(found, model(tokens))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_padding_takes_no_part_in_the_loss(stage: str) -> None:
+    """It gets no gradient. In a window and in dense attention its tokens do not matter at all."""
+    generator = torch.Generator().manual_seed(8)
+    lengths = torch.randint(1, 40, (40,), generator=generator)
+    tokens = torch.randint(0, 320, (int(lengths.sum()) + N + 1,), generator=generator)
+    layout = DocumentLayout(N, SPAN, N)
+    found = layout.lay_out(tokens.numpy(), lengths.cumsum(0).tolist())
+    padding = found.labels == IGNORE_INDEX
+    assert padding.sum() == found.padding > 0
+    losses = []
+    for inputs in (found.inputs, found.inputs.masked_fill(padding, 7)):
+        model, rows = model_of(stage), []
+        model.tok_embeddings.register_forward_hook(
+            lambda module, given, out, rows=rows: rows.append(out) or out.retain_grad()
+        )
+        logits = model(inputs[None], **model_options(found.documents[None], Lighthouse()))
+        losses.append(cross_entropy(logits[0], found.labels, reduction="sum"))
+        losses[-1].backward()
+        gradient = rows[0].grad[0]
+        assert (gradient[padding] == 0).all() and (gradient[~padding] != 0).any(dim=1).all()
+    assert stage == "lighthouse" or torch.equal(*losses)
 
 
 class Operations(TorchDispatchMode):

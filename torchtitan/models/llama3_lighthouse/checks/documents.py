@@ -17,17 +17,12 @@ def check_documents(stage: Stage) -> None:
     config = stage.config
     if not config.training.document_mask:
         return
-    section, parallelism = config.lighthouse, config.parallelism
-    for kind, reason in (
-        ("context", "whose ring and halo do not know documents yet"),
-        ("pipeline", "whose parts do not hand documents on yet"),
-    ):
-        degree = getattr(parallelism, f"{kind}_parallel_degree")
-        if degree > 1:
-            raise UserValueError(
-                f"{KEY} = true is not supported with parallelism.{kind}_parallel_degree = {degree},"
-                f" {reason}; set the degree to 1, {OFF}"
-            )
+    section, degree = config.lighthouse, config.parallelism.context_parallel_degree
+    if degree > 1:
+        raise UserValueError(
+            f"{KEY} = true is not supported with parallelism.context_parallel_degree = {degree}, "
+            f"whose ring and halo do not know documents yet; set the degree to 1, {OFF}"
+        )
     for name, reason in (
         ("passkey_mix", "whose documents are packed without padding"),
         ("repeat_mix", "whose passages return in other documents, which do not see them"),
