@@ -185,8 +185,6 @@ def parsed(text: Path, folder: Path, **settings: Any) -> JobConfig:
             {"parallelism.context_parallel_degree": 2, "lighthouse.picks_per_stratum": 4},
             "is not supported with parallelism.context_parallel_degree = 2, whose ring",
         ),
-        ({"lighthouse.passkey_mix": 0.1, "lighthouse.passkey_tasks": ("passkey",),
-          "training.seq_len": 512}, "with lighthouse.passkey_mix = 0.1"),
         ({"lighthouse.repeat_mix": 0.1, "training.seq_len": 4096}, "lighthouse.repeat_mix = 0.1"),
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from text_data import config, loader, write_jsonl
 from torchtitan.components.loss import IGNORE_INDEX
 
+from lighthouse.documents import check_layout
 from torchtitan.models.llama3_lighthouse.data.documents import (
     DocumentLayout,
     document_span,
@@ -22,6 +23,8 @@ from torchtitan.models.llama3_lighthouse.data.documents import (
     most_documents,
 )
 from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
+from torchtitan.models.llama3_lighthouse.data.retrieval import PromptEncoder
+from torchtitan.models.llama3_lighthouse.data.retrieval_mix import RetrievalMix
 from torchtitan.models.llama3_lighthouse.data.staged import build_staged_dataloader
 from torchtitan.models.llama3_lighthouse.data.tokenizer import BOS_ID, EOS_ID, ByteTokenizer
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
@@ -252,3 +255,67 @@ def test_positions_of_rotary_embedding_run_on_or_restart() -> None:
     options = model_options(documents, replace(Lighthouse(), document_positions="restart"))
     assert options["positions"].tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
     assert options["attention_masks"] is documents
+
+
+@pytest.mark.parametrize("most", [3, 10**6])
+def test_retrieval_documents_lie_apart_and_are_whole(most: int) -> None:
+    layout = DocumentLayout(1024, 16, most)
+    encoder = PromptEncoder(ByteTokenizer())
+    packed = RetrievalMix(encoder, 0.5, 1025, 4)
+    mix = RetrievalMix(encoder, 0.5, 1025, 4, layout=layout)
+    several = 0
+    for number in range(40):
+        drawn = mix.draw(number % 4, number)
+        assert len(drawn.tokens) == len(drawn.in_loss) == len(drawn.documents) == 1025
+        check_layout(torch.from_numpy(drawn.documents[None]), 16)
+        firsts = np.unique(drawn.documents)
+        assert 1 <= len(firsts) <= most
+        padding = 0
+        for first, end in itertools.pairwise([*firsts.tolist(), 1025]):
+            own = drawn.tokens[first:end]
+            # A document ends in EOS, after its last answer, and has no other one.
+            length = own.tolist().index(EOS_ID) + 1
+            assert (own[length - 1 :] == EOS_ID).all() and end - first - length < 16
+            assert (
+                drawn.in_loss[first + length - 2]
+                and not drawn.in_loss[first + length - 1 : end].any()
+            )
+            padding += end - first - length
+        assert padding == drawn.padding
+        several += len(firsts) > 1
+        # One document that fills the sequence is that of a mix without masks.
+        tokens, in_loss, documents, none = packed.draw(number % 4, number)
+        assert none == 0
+        if len(firsts) == 1 and not documents.any():
+            assert np.array_equal(tokens, drawn.tokens) and np.array_equal(in_loss, drawn.in_loss)
+    assert several > 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_retrieval_documents_stand_among_the_text(folder: Path, workers: int) -> None:
+    """They delay the text, as without masks, and resume with it."""
+    job = masked(folder, seq_len=512, workers=workers)
+    job.lighthouse.passkey_mix, job.lighthouse.passkey_tasks = 0.5, ["passkey"]
+    found, state = [], None
+    for stop in (3, 9):
+        part = loader(job)
+        if state:
+            part.load_state_dict(state)
+        found += rows(iter(part), stop)
+        state = part.state_dict()
+    mix = RetrievalMix(
+        PromptEncoder(ByteTokenizer()), 0.5, 513, 2, ["passkey"], layout=layout_of(job, 512)
+    )
+    plain = masked(folder, seq_len=512)
+    text = rows(iter(loader(plain)), 6)
+    left = [text[0::2], text[1::2]]
+    for number, (inputs, labels, documents, padding) in enumerate(found):
+        stream, sequence = number % 2, number // 2
+        if not mix.takes(stream, sequence):
+            assert same([(inputs, labels, documents, padding)], [left[stream].pop(0)])
+            continue
+        drawn = mix.draw(stream, sequence)
+        assert np.array_equal(inputs, drawn.tokens[:-1]) and padding == drawn.padding
+        assert np.array_equal(documents, drawn.documents[:-1])
+        assert np.array_equal(labels, np.where(drawn.in_loss, drawn.tokens, IGNORE_INDEX)[1:])
+    assert len(left[0]) + len(left[1]) == 0

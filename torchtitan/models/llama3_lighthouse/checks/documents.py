@@ -23,16 +23,12 @@ def check_documents(stage: Stage) -> None:
             f"{KEY} = true is not supported with parallelism.context_parallel_degree = {degree}, "
             f"whose ring and halo do not know documents yet; set the degree to 1, {OFF}"
         )
-    for name, reason in (
-        ("passkey_mix", "whose documents are packed without padding"),
-        ("repeat_mix", "whose passages return in other documents, which do not see them"),
-    ):
-        share = getattr(section, name)
-        if share:
-            raise UserValueError(
-                f"{KEY} = true is not supported with lighthouse.{name} = {share}, {reason}; set "
-                f"{name} to 0, {OFF}"
-            )
+    if section.repeat_mix:
+        raise UserValueError(
+            f"{KEY} = true is not supported with lighthouse.repeat_mix = {section.repeat_mix}, "
+            "whose passages return in other documents, which do not see them; set repeat_mix to "
+            f"0, {OFF}"
+        )
     if stage.attention == "lighthouse" and section.attention == "lighthouse" and not section.window:
         zeros = document_span(section) - 1
         raise UserValueError(

@@ -4,9 +4,10 @@ import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..job_config import JobConfig
+from .documents import layout_of
 from .repeat_mix import RepeatMix
 from .retrieval import PromptEncoder
-from .retrieval_mix import RetrievalMix
+from .retrieval_mix import RetrievalMix, RetrievalSequence
 
 
 class Mixes:
@@ -15,10 +16,10 @@ class Mixes:
     def __init__(self, retrieval: RetrievalMix | None, repeats: RepeatMix | None) -> None:
         self._retrieval, self._repeats = retrieval, repeats
 
-    def documents(self, stream: int, sequence: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Retrieval documents in place of a sequence, as ``RetrievalMix.sequence``, or None."""
+    def documents(self, stream: int, sequence: int) -> RetrievalSequence | None:
+        """Retrieval documents in place of a sequence, or None."""
         if self._retrieval and self._retrieval.takes(stream, sequence):
-            return self._retrieval.sequence(stream, sequence)
+            return self._retrieval.draw(stream, sequence)
         return None
 
     def text(self, tokens: np.ndarray, stream: int, sequence: int) -> np.ndarray:
@@ -41,7 +42,8 @@ def mixes_of(job_config: JobConfig, tokenizer: BaseTokenizer, streams: int) -> M
     seed, retrieval, repeats = section.shuffle_seed, None, None
     if section.passkey_mix:
         encoder, tasks = PromptEncoder(tokenizer), section.passkey_tasks
-        retrieval = RetrievalMix(encoder, section.passkey_mix, length, streams, tasks, seed)
+        layout = layout_of(job_config, job_config.training.seq_len)
+        retrieval = RetrievalMix(encoder, section.passkey_mix, length, streams, tasks, seed, layout)
     if section.repeat_mix:
         repeats = RepeatMix(section.repeat_mix, length, seed, section.repeat_share)
     return Mixes(retrieval, repeats) if retrieval or repeats else None

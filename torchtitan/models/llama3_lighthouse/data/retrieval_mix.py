@@ -1,11 +1,13 @@
 """Retrieval documents that are mixed into the training text."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UserValueError
 from ..job_config import Lighthouse
+from .documents import DocumentLayout
 from .retrieval import (
     PromptEncoder,
     Task,
@@ -16,6 +18,22 @@ from .retrieval import (
     shortest_prompt,
 )
 from .retrieval_parts import evenly_taken
+
+
+class RetrievalSequence(NamedTuple):
+    """A sequence of retrieval documents.
+
+    Attributes:
+        tokens: int32 [length].
+        in_loss: which of them answer a question, bool [length].
+        documents: int32 [length], for each token the first one of its document.
+        padding: tokens that no document holds.
+    """
+
+    tokens: np.ndarray
+    in_loss: np.ndarray
+    documents: np.ndarray
+    padding: int
 
 
 class RetrievalMix:
@@ -36,6 +54,8 @@ class RetrievalMix:
         streams: streams of text; each has the same share.
         tasks: names of the tasks, which are drawn equally often.
         seed: draws other documents.
+        layout: how documents lie in a sequence if they do not see each other. Padding then stands
+            between them, which repeats a document's last token.
 
     Raises:
         ValueError: a sequence cannot hold the longest kind of document.
@@ -49,9 +69,11 @@ class RetrievalMix:
         streams: int,
         tasks: Sequence[str] = tuple(Lighthouse().passkey_tasks),
         seed: int = 0,
+        layout: DocumentLayout | None = None,
     ) -> None:
         self._encoder, self._rate, self._length = encoder, rate, length
         self._streams, self._seed = streams, seed
+        self._span, self._most = (layout.span, layout.most) if layout else (1, length)
         # Task -> tokens of its shortest document.
         self._shortest: dict[Task, int] = {}
         # Task -> tokens that follow its prompt.
@@ -81,31 +103,38 @@ class RetrievalMix:
         return evenly_taken(self._rate, sequence, stream / self._streams)
 
     def sequence(self, stream: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw sequence number ``sequence`` of a stream.
+        """Tokens of ``draw`` and which of them answer a question, [length] each."""
+        tokens, in_loss, *_ = self.draw(stream, sequence)
+        return tokens, in_loss
 
-        Returns:
-            Its tokens, int32 [length], and which of them answer a question, bool [length].
-        """
+    def draw(self, stream: int, sequence: int) -> RetrievalSequence:
+        """Draw sequence number ``sequence`` of a stream."""
         random = random_of("training", self._seed, stream, sequence)
         tasks = list(self._shortest)
         # Integers give the same lengths on every machine.
         octaves = (self._length // min(self._shortest.values())).bit_length()
         upper = self._length >> int(random.integers(octaves))
         documents, answers, left = [], [], self._length
+        firsts, padding = [], 0
         while left:
             task = tasks[random.integers(len(tasks))]
             lower = max(self._shortest[task], upper // 2)
             length = min(int(random.integers(lower, max(lower, upper) + 1)), left)
-            if left - length < self._enough:
-                length = left
+            filling = -length % self._span
+            if left - length - filling < self._enough or len(firsts) == self._most - 1:
+                length, filling = left, 0
             prompt_length = length - self._endings[task]
             prompt = draw_prompt(random, self._encoder, task, prompt_length, random.random())
             others = [prompt.others[i] for i in random.permutation(len(prompt.others))]
             documents += [prompt.tokens, self._encoder.digits[prompt.answer], *others,
                           self._encoder.eos]  # fmt: skip
+            last = np.concatenate(documents[-2:])[-1:]
+            documents.append(last.repeat(filling))
             ends = prompt_length + np.cumsum([task.digits, *map(len, others)])
-            is_answer = np.zeros(length, dtype=bool)
+            is_answer = np.zeros(length + filling, dtype=bool)
             is_answer[np.subtract.outer(ends, np.arange(1, task.digits + 1))] = True
             answers.append(is_answer)
-            left -= length
-        return np.concatenate(documents), np.concatenate(answers)
+            firsts.append(np.full(len(is_answer), self._length - left, dtype=np.int32))
+            left, padding = left - len(is_answer), padding + filling
+        tokens, in_loss, layout = map(np.concatenate, (documents, answers, firsts))
+        return RetrievalSequence(tokens, in_loss, layout, padding)

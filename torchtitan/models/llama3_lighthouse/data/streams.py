@@ -74,7 +74,8 @@ class TextStream:
         infinite: begin again at the end of the text.
         messages: those of the loader that the stream belongs to.
         mixes: what stands among and within the sequences of text.
-        layout: how documents lie in a sequence if they do not see each other; then without mixes.
+        layout: how documents lie in a sequence if they do not see each other. Passages then do not
+            return in it.
     """
 
     def __init__(
@@ -172,13 +173,15 @@ class TextStream:
         """Yield sequences until the buffer is too short for another."""
         while len(self._buffer) > self._seq_len:
             place = self.number, self.sequences
-            if self._layout:
+            masks: dict[str, torch.Tensor] = {}
+            if self._mixes and (drawn := self._mixes.documents(*place)):
+                window = torch.from_numpy(drawn.tokens.astype(np.int64))
+                labels = window.masked_fill(~torch.from_numpy(drawn.in_loss), IGNORE_INDEX)
+                if self._layout:
+                    masks = self._masks(torch.from_numpy(drawn.documents[:-1]), drawn.padding)
+            elif self._layout:
                 yield self._laid_out(self._layout)
                 continue
-            if self._mixes and (documents := self._mixes.documents(*place)):
-                tokens, in_loss = documents
-                window = torch.from_numpy(tokens.astype(np.int64))
-                labels = window.masked_fill(~torch.from_numpy(in_loss), IGNORE_INDEX)
             else:
                 tokens = self._buffer[: self._seq_len + 1]
                 if self._mixes:
@@ -187,7 +190,7 @@ class TextStream:
                 self._buffer = self._buffer[self._seq_len :]
                 self._cut_since += self._seq_len
             self.sequences += 1
-            yield {"input": window[:-1]}, labels[1:]
+            yield {"input": window[:-1], **masks}, labels[1:]
 
     def _laid_out(self, layout: DocumentLayout) -> TrainingSequence:
         inputs, labels, documents, padding, taken = layout.lay_out(self._buffer, self._begins)
@@ -195,7 +198,10 @@ class TextStream:
         self._drop_begins(taken)
         self._cut_since += taken
         self.sequences += 1
-        return {"input": inputs, DOCUMENTS: documents, PADDING: torch.tensor(padding)}, labels
+        return {"input": inputs, **self._masks(documents, padding)}, labels
+
+    def _masks(self, documents: torch.Tensor, padding: int) -> dict[str, torch.Tensor]:
+        return {DOCUMENTS: documents, PADDING: torch.tensor(padding)}
 
     def _drop_begins(self, cut: int) -> None:
         """Count places from ``cut`` on, which is where the buffer then begins."""

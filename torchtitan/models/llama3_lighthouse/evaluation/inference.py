@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.tools.logging import logger
 
 from ..checkpoints.folders import METADATA_FILE, Condition, checkpoints_in
 from ..checkpoints.model_folder import model_arguments_of
@@ -139,6 +140,11 @@ def load_trained_model(
     path = find_checkpoint(path)
     record = read_record(path)
     config, args = read_configuration(path, record, overrides or [])
+    if config.training.document_mask:
+        logger.warning(
+            f"{path} was trained with training.document_mask = true; here each sequence is one "
+            "document, and nothing is masked"
+        )
     args.max_seq_len = max_seq_len or args.max_seq_len
     with torch.device("meta"):
         model = LighthouseTransformer(args)
