@@ -177,7 +177,7 @@ def test_the_text_goes_on_where_the_length_and_the_span_change(folder: Path) -> 
 
     straight = read(())
     assert [len(row[0]) for row in straight] == [32] * 12 + [64] * 4 + [64] * 8
-    spans = [[2] * 12, [1] * 4, [4] * 8]
+    spans = [[2] * 12, [1] * 4, [1] * 8]
     for (_, _, layout, padding), span in zip(straight, sum(spans, []), strict=True):
         assert (layout % span == 0).all()
         assert span > 1 or padding == 0
@@ -243,7 +243,16 @@ def test_settings_of_a_layout() -> None:
     assert layout_of(job, 512) is None
     job.training.document_mask = True
     assert layout_of(job, 512) == DocumentLayout(512, 16, 256)
-    assert document_span(replace(Lighthouse(), attention="window")) == 1
+    job.lighthouse.schedule = [
+        "lighthouse until=10 levels=4", "window until=20 window=9", "lighthouse until=30", "dense",
+    ]  # fmt: skip
+    # Validation uses the configuration of the run, and a stage its own.
+    assert document_span(job) == 64
+    assert [document_span(stage.config) for stage in stages_of(job)] == [64, 1, 16, 1]
+    job.lighthouse.schedule = []
+    for change in ({"attention": "window"}, {"stage": "dense"}, {"dense_from_step": 0}):
+        job.lighthouse = replace(Lighthouse(), **change)
+        assert document_span(job) == 1
     lengths = (2, 256, 512, 131072, 98304, 2**20)
     assert [most_documents(n) for n in lengths] == [2, 256, 256, 256, 256, 2048]
 

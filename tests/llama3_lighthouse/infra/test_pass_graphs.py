@@ -6,22 +6,26 @@ reads and writes the tensors of its capture, and sets no attribute.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from document_cases import random_layout
 from launch import Run, validation_losses
+from small_model import FOUR_LAYERS, N, build
 from torch import nn
 
+from torchtitan.models.llama3_lighthouse.data.documents import DOCUMENTS, model_options
 from torchtitan.models.llama3_lighthouse.infra.pass_graphs import (
     EAGER_PASSES,
     PassGraphs,
     launch_line,
     why_no_graphs,
 )
-from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, Lighthouse
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KINDS = ("lighthouse", "dense")
@@ -165,6 +169,45 @@ def test_graphs_change_no_bit(device: str, microbatches: int) -> None:
         assert graphed.passes_run == 2 * (eager + further)
 
 
+@pytest.mark.parametrize("stage", ["lighthouse", "dense"])
+def test_documents_are_copied_like_tokens(stage: str) -> None:
+    """Each pass has other documents; a graph that kept those of its capture would see others."""
+    method = replace(FOUR_LAYERS.lighthouse, combine="finest", window=24)
+    generator = torch.Generator().manual_seed(1)
+    losses: list[list[float]] = []
+    batches = []
+    for _ in range(EAGER_PASSES + 2):
+        layout = random_layout(2, N, method.coarsest_span, generator)
+        tokens = torch.randint(0, 320, (2, N + 1), generator=generator)
+        batches.append(({"input": tokens[:, :-1], DOCUMENTS: layout}, tokens[:, 1:]))
+    for with_graphs in (False, True):
+        model = build(args=replace(FOUR_LAYERS, lighthouse=method))
+        model.use_attention(stage)
+
+        def one_pass(
+            inputs: dict[str, torch.Tensor], labels: torch.Tensor, tokens: torch.Tensor, model=model
+        ) -> torch.Tensor:
+            options = model_options(inputs[DOCUMENTS], Lighthouse(document_positions="restart"))
+            logits = model(inputs["input"], **options).flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / tokens
+            loss.backward()
+            return loss.detach()
+
+        graphs = StandIn(one_pass, list(model.parameters()), torch.device("cpu"))
+        found = []
+        for inputs, labels in batches:
+            model.zero_grad()
+            if with_graphs:
+                loss = graphs.run(stage, inputs, labels, 100.0)
+            else:
+                loss = one_pass(inputs, labels, torch.tensor(100.0))
+            gradients = sum(p.grad.double().sum().item() for p in model.parameters())
+            found += [loss.item(), gradients]
+        losses.append(found)
+        assert bool(graphs._graphs) == with_graphs
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_forget_takes_other_shapes(device: str) -> None:
     plain, graphed = Trained(device, False), Trained(device, True)
@@ -290,7 +333,8 @@ def exact(run: Run) -> dict[int, tuple[Any, ...]]:
 
 
 @pytest.mark.gpu
-def test_training_with_graphs_equals_training_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("masks", [False, True])
+def test_training_with_graphs_equals_training_without(tmp_path: Path, masks: bool) -> None:
     """50 steps under three stages and two lengths, with labels that do not count, accumulation,
     validation, checkpoints, and a restart by which the graphs are captured anew."""
     settings = {
@@ -305,6 +349,7 @@ def test_training_with_graphs_equals_training_without(tmp_path: Path) -> None:
         **{"compile.enable": True, "checkpoint.interval": 13},
         **{"validation.enable": True, "validation.freq": 10, "validation.steps": 1},
         **{"validation.seq_len": 1024, "activation_checkpoint.mode": "lighthouse"},
+        **{"training.document_mask": masks},
     }  # fmt: skip
 
     def run(name: str, **more: Any) -> Run:

@@ -30,7 +30,7 @@ def check_documents(stage: Stage) -> None:
             f"0, {OFF}"
         )
     if stage.attention == "lighthouse" and section.attention == "lighthouse" and not section.window:
-        zeros = document_span(section) - 1
+        zeros = document_span(config) - 1
         raise UserValueError(
             f"{KEY} = true needs a window beside Lighthouse attention: with lighthouse.window = 0, "
             f"up to {zeros:,} positions at the beginning of each document would attend over "

@@ -17,6 +17,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from lighthouse.documents import check_layout
 
 from ..job_config import JobConfig, Lighthouse
+from ..stages import stages_of
 
 # Names among a sequence's inputs: its layout, and how many of its positions are padding.
 DOCUMENTS, PADDING = "documents", "padding"
@@ -24,12 +25,15 @@ DOCUMENTS, PADDING = "documents", "padding"
 LEAST_ROOM, POSITIONS_OF_ONE = 256, 512
 
 
-def document_span(section: Lighthouse) -> int:
-    """Positions that the first position of each document is a multiple of."""
-    # A window takes documents that begin anywhere.
-    if section.attention == "window":
-        return 1
-    return section.pooling_factor ** (section.levels - 1)
+def document_span(config: JobConfig) -> int:
+    """Positions that the first position of each document is a multiple of.
+
+    Validation has the same places in all stages, and serves the one with the longest entries. Spans
+    are powers of two. Windows and dense attention take documents that begin anywhere.
+    """
+    sections = [x.config.lighthouse for x in stages_of(config) if x.attention == "lighthouse"]
+    selecting = [section for section in sections if section.attention == "lighthouse"]
+    return max((x.pooling_factor ** (x.levels - 1) for x in selecting), default=1)
 
 
 def most_documents(seq_len: int) -> int:
@@ -112,7 +116,7 @@ def layout_of(config: JobConfig, seq_len: int) -> DocumentLayout | None:
     """How documents lie in sequences of ``seq_len`` positions; None if they see each other."""
     if not config.training.document_mask:
         return None
-    return DocumentLayout(seq_len, document_span(config.lighthouse), most_documents(seq_len))
+    return DocumentLayout(seq_len, document_span(config), most_documents(seq_len))
 
 
 def layout_lines(config: JobConfig) -> list[str]:

@@ -79,7 +79,8 @@ class RotaryAttention(Attention):
     """Upstream's attention of type "sdpa", with this rotary embedding and its table of bits.
 
     The place of upstream's masks takes documents: int32 [B, N], for each position the first
-    position of its document, within which it attends. Other families derive theirs from it.
+    position of its document, within which it attends. There are no more of them in a sequence than
+    ``most_documents`` says. Other families derive theirs from it.
 
     Attributes:
         norms_heads: whether ``rotated`` norms each head's queries and keys.
