@@ -154,6 +154,32 @@ def test_meshes_and_positions_train_alike(
         assert [x[key] for x in two] == pytest.approx(values) and len(set(values)) > 1
 
 
+def test_a_schedule_changes_lengths_spans_and_attentions(text: Path, tmp_path: Path) -> None:
+    """Validation has one layout for all stages, and a resume in each leaves no trace."""
+    settings = {
+        **settings_of(text), **validated(text), "training.steps": 5, "checkpoint.interval": 1,
+        "validation.freq": 1, "validation.steps": 1,
+        "lighthouse.dense_from_step": JobConfig().lighthouse.dense_from_step,
+        "lighthouse.schedule": [
+            "lighthouse until=1 seq_len=64 levels=2", "lighthouse until=2 levels=4 top_k=8",
+            "window until=3 window=16", "lighthouse until=4", "dense",
+        ],
+    }  # fmt: skip
+    (tmp_path / "straight").mkdir()
+    straight = Run(tmp_path / "straight", settings).succeed()
+    expected = exact(straight)
+    assert sorted(expected) == [1, 2, 3, 4, 5] and len(validation_losses(straight)) == 5
+    assert "each at a multiple of 8 positions" in straight.log
+    for step in (1, 3):
+        folder = tmp_path / f"{step}"
+        (folder / "dump/checkpoint").mkdir(parents=True)
+        name = f"dump/checkpoint/step-{step}"
+        shutil.copytree(tmp_path / "straight" / name, folder / name)
+        resumed = Run(folder, settings).succeed()
+        assert exact(resumed) == {n: expected[n] for n in range(step + 1, 6)}
+        assert validation_losses(resumed).items() <= validation_losses(straight).items()
+
+
 def test_compiled_blocks_take_documents(text: Path, tmp_path: Path) -> None:
     """Each block is one graph, in both stages; ``aot_eager`` traces as inductor does."""
     settings = {"training.steps": 4, "lighthouse.dense_from_step": 2, "checkpoint.enable": False}

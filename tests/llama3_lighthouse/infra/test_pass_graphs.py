@@ -177,8 +177,8 @@ def test_documents_are_copied_like_tokens(stage: str) -> None:
     losses: list[list[float]] = []
     batches = []
     for _ in range(EAGER_PASSES + 2):
-        layout = random_layout(2, N, method.coarsest_span, generator)
-        tokens = torch.randint(0, 320, (2, N + 1), generator=generator)
+        layout = random_layout(1, N, 8 * method.coarsest_span, generator)
+        tokens = torch.randint(0, 320, (1, N + 1), generator=generator)
         batches.append(({"input": tokens[:, :-1], DOCUMENTS: layout}, tokens[:, 1:]))
     for with_graphs in (False, True):
         model = build(args=replace(FOUR_LAYERS, lighthouse=method))
