@@ -16,13 +16,12 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
+from .cpu_flash import cpu_backward, cpu_forward
 from .documents import check_documents
 from .flash import obstacle_to_flash
 from .inputs import check_rows, check_transforms
 from .precision import accumulation_dtype
 
-CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Some versions of torch want to be told of shared key-value heads; others have no such argument.
 SHARES_HEADS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -161,7 +160,7 @@ def _forward(
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
     for rows, positions in _documents(documents):
         here = (x[rows, :, positions] for x in (q, k, v))
-        found = CPU_FLASH(*here, 0.0, True, scale=scale)
+        found = cpu_forward(*here, scale=scale)
         out[rows, :, positions], lse[rows, :, positions] = found
     return out, lse
 
@@ -190,7 +189,7 @@ def _backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     for rows, positions in _documents(documents):
         here = (x[rows, :, positions] for x in (dout, q, k, v, out, lse))
-        found = CPU_FLASH_BACKWARD(*here, 0.0, True, scale=scale)
+        found = cpu_backward(*here, scale=scale)
         for into, grad in zip((dq, dk, dv), found, strict=True):
             into[rows, :, positions] = grad
     return dq, dk, dv

@@ -2,9 +2,9 @@
 
 import torch
 
+from lighthouse.cpu_flash import cpu_backward, cpu_forward
 from lighthouse.cudnn import cudnn_backward, cudnn_forward
 from lighthouse.flash import flash_backward, flash_forward
-from torchtitan.models.llama3_lighthouse.infra import ring_operations
 
 # Forward and backward of the attentions that torch has for GPUs.
 ATTENTIONS = {
@@ -25,12 +25,11 @@ def emulate_attention_of_gpus() -> None:
     """
     library = torch.library.Library("aten", "IMPL")
     seed = torch.zeros((), dtype=torch.long)
-    forward, backward = ring_operations.cpu_forward, ring_operations.cpu_backward
 
     def cudnn(query, key, value, bias, with_logsumexp, dropout_p=0.0, is_causal=False,
               debug=False, *, scale=None):  # fmt: skip
         assert bias is None and with_logsumexp and not dropout_p
-        out, logsumexp = forward(query, key, value, scale, is_causal)
+        out, logsumexp = cpu_forward(query, key, value, scale, is_causal)
         lengths = query.shape[2], key.shape[2]
         return out, logsumexp.unsqueeze(-1), None, None, *lengths, seed, seed.clone(), None
 
@@ -38,7 +37,7 @@ def emulate_attention_of_gpus() -> None:
                        starts_k, max_q, max_k, dropout_p, is_causal, *, scale=None):  # fmt: skip
         assert starts_q is None and starts_k is None and logsumexp.shape == (*out.shape[:3], 1)
         assert (max_q, max_k) == (query.shape[2], key.shape[2]) and not dropout_p
-        return backward(grad, query, key, value, out, logsumexp.squeeze(-1), scale, is_causal)
+        return cpu_backward(grad, query, key, value, out, logsumexp.squeeze(-1), scale, is_causal)
 
     def flash(query, key, value, starts_q, starts_k, max_q, max_k, dropout_p, is_causal,
               debug, *, scale, window_size_left, window_size_right, **others):  # fmt: skip
@@ -47,7 +46,7 @@ def emulate_attention_of_gpus() -> None:
         assert (max_q, max_k) == (query.shape[1], key.shape[1])
         assert (window_size_left, window_size_right) == (-1, 0 if is_causal else -1)
         rows = (x.transpose(1, 2) for x in (query, key, value))
-        out, logsumexp = forward(*rows, scale, is_causal)
+        out, logsumexp = cpu_forward(*rows, scale, is_causal)
         state = torch.zeros(2, dtype=torch.uint64)
         return out.transpose(1, 2), logsumexp, state, state[0].clone(), torch.empty(0)
 
@@ -59,7 +58,7 @@ def emulate_attention_of_gpus() -> None:
         assert (max_q, max_k) == (query.shape[1], key.shape[1]) and not dropout_p
         assert (window_size_left, window_size_right) == (-1, 0 if is_causal else -1)
         rows = (x.transpose(1, 2) for x in (grad, query, key, value, out))
-        grads = backward(*rows, logsumexp, scale, is_causal)
+        grads = cpu_backward(*rows, logsumexp, scale, is_causal)
         return tuple(x.transpose(1, 2) for x in grads)
 
     library.impl("_scaled_dot_product_cudnn_attention", cudnn, "CPU")

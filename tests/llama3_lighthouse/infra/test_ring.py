@@ -22,6 +22,7 @@ from torchtitan.distributed.context_parallel import prepare_context_parallel_inp
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import LighthouseConfig, WindowAttention
+from lighthouse.cpu_flash import cpu_backward, cpu_forward
 from lighthouse.cudnn import takes_cudnn
 from torchtitan.models.llama3_lighthouse.infra import ring_operations
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
@@ -236,8 +237,8 @@ def check_memory(mesh: DeviceMesh) -> None:
     ring = Ring(mesh.get_group(), balanced=True)
     rows = [torch.randn(1, N, HEADS, 64).bfloat16().transpose(1, 2) for _ in range(4)]
     query, key, value, grad = rows
-    forward = partial(ring_operations.cpu_forward, scale=0.125)
-    backward = partial(ring_operations.cpu_backward, scale=0.125)
+    forward = partial(cpu_forward, scale=0.125)
+    backward = partial(cpu_backward, scale=0.125)
     with HeldBytes(rows) as held:
         out, logsumexp = ring_forward(forward, ring, query, key, value)
     # Received keys and values, and two outputs, one of which is in float32 as well.

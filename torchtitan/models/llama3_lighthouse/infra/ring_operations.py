@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lighthouse.context_parallel import GROUPS, ContextParallel
+from lighthouse.cpu_flash import cpu_backward, cpu_forward
 from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from lighthouse.flash import flash_backward, flash_forward, takes_flash
 from lighthouse.logsumexp import fold_lse_gradient
@@ -26,8 +27,6 @@ from lighthouse.precision import accumulation_dtype
 from .ring_attention import Attend, Ring, ring_backward, ring_forward
 
 NAMESPACE = "lighthouse_ring"
-
-aten = torch.ops.aten
 
 
 def operations_of(layout: ContextParallel) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -57,29 +56,6 @@ def _backward(
     if dlse is not None:
         dout, out = fold_lse_gradient(dout, dlse, out)
     return torch.ops.lighthouse_ring.attention_backward(dout, q, k, v, out, lse, scale, *ring)
-
-
-def cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``lighthouse.cudnn.cudnn_forward``, by flash attention for CPUs."""
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-
-
-def cpu_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``lighthouse.cudnn.cudnn_backward``, by flash attention for CPUs."""
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, is_causal, scale=scale
-    )
 
 
 def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Attend, Attend]:
