@@ -1,12 +1,14 @@
 """Ranks on one machine that share a sequence, and layers for them to attend in."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 
@@ -20,6 +22,20 @@ def join_ranks(rank: int, world_size: int, port: int, device: str = "cpu") -> De
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     return init_device_mesh(device, (world_size,))
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.count[function] += 1
+        return function(*args, **(kwargs or {}))
 
 
 class Layer(torch.nn.Module):

@@ -256,7 +256,7 @@ def test_norms_are_no_scores(qwen: Path, tmp_path: Path) -> None:
     stages = {"lighthouse__schedule": ["lighthouse until=2", "dense"]}
     with pytest.raises(ValueError, match=f"stage 'lighthouse until=2': {message}"):
         checked(**stages, lighthouse__dense_from_step=10000)
-    # What selects nothing scores nothing.
+    # A model that selects nothing scores nothing.
     checked(lighthouse__stage="dense")
     checked(lighthouse__dense_layers=[0, 1, 2])
     checked(lighthouse__attention="window", lighthouse__window=64)

@@ -16,7 +16,7 @@ from transformers_models import METHOD, SIZE, VOCABULARY, WITH_WINDOW, N, build,
 import lighthouse.transformers as module
 from lighthouse.transformers import register
 
-# What sizes and dropouts are called in other families.
+# Names of sizes and dropouts in other families.
 ALSO: dict[str, Any] = dict(
     n_embd=64, d_model=64, n_layer=2, n_layers=2, num_layers=2, n_head=4, n_heads=4,
     n_positions=256, num_hidden_layers=2, ffn_dim=96, rotary_dim=8, word_embed_proj_dim=64,

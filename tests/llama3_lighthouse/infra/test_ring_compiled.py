@@ -1,6 +1,5 @@
 """Ring attention compiled, and its bits from run to run, on CPU processes and on GPUs."""
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -10,8 +9,7 @@ import torch._inductor.config
 import torch.distributed as dist
 from emulated_attention import ATTENTIONS, emulate_attention_of_gpus
 from launch import run_ranks
-from ring_ranks import Layer, join_ranks, with_gradients
-from torch.utils._python_dispatch import TorchDispatchMode
+from ring_ranks import Calls, Layer, join_ranks, with_gradients
 from torch.utils.checkpoint import checkpoint
 
 from lighthouse import ContextParallel
@@ -117,20 +115,6 @@ class Block(torch.nn.Module):
 
     def forward(self, *rows: torch.Tensor) -> torch.Tensor:
         return self.attention(*(x.sin() for x in rows)).cos()
-
-
-class Calls(TorchDispatchMode):
-    """Counts operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(
-        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        self.count[function] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def checkpointed_worker(rank: int, world_size: int, port: int) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,8 +13,8 @@ import torch
 import torch.distributed as dist
 from emulated_attention import ATTENTIONS, emulate_attention_of_gpus
 from launch import run_ranks
+from ring_ranks import Calls
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
@@ -40,20 +39,6 @@ from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
 N = 384
 METHOD = LighthouseConfig(3, 2, 48, picks_per_stratum=4, combine="finest", window=24)
 BESIDE, ALONE = LighthouseModelArgs(lighthouse=METHOD), LighthouseModelArgs(window=24)
-
-
-class Calls(TorchDispatchMode):
-    """Counts operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(
-        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        self.count[function] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def check_operations_of_gpus(mesh: DeviceMesh) -> None:

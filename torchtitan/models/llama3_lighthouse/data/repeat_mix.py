@@ -64,7 +64,7 @@ class RepeatMix:
         tokens: list[int] = []
         left = self._returned
         while left:
-            # What is left must not be too short for a passage, so that the share is exact.
+            # The rest must not be too short for a passage, so that the share is exact.
             most = min(self._longest, left - self._shortest)
             passage = int(random.integers(self._shortest, most + 1)) if most > self._shortest else 0
             tokens.append(passage or left)

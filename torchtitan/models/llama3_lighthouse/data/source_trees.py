@@ -37,7 +37,7 @@ def trees(
     for root in roots:
         for entry in sorted(root.iterdir()):
             inside = any(entry == other or entry in other.parents for other in roots)
-            # Of two installations of a package, Python imports the first.
+            # Python imports the first of two installations of a package.
             if inside or entry.stem in seen or entry.name in LEFT_OUT or not wanted(entry.stem):
                 continue
             found = list(_documents(entry, root))
