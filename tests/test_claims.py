@@ -7,11 +7,10 @@ import re
 import statistics
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
-import pandas
 import pytest
+from pages import DOCS, ROOT, words
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
@@ -19,16 +18,8 @@ from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contes
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 # Steps of a run, those of its first stage, and tokens of a step, in all configurations for 98K.
 STEPS, FIRST_STAGE, TOKENS = 16000, 10000, 32 * 98304
-
-
-def words(path: Path) -> str:
-    """A page with single spaces, without its code."""
-    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
-    return " ".join(text.replace("\n> ", "\n").split())
 
 
 README = words(ROOT / "README.md")
@@ -310,91 +301,6 @@ def test_page_of_the_contest_holds_its_record() -> None:
              for arm in results.contest.arms for seed in results.contest.seeds]  # fmt: skip
     means = [statistics.fmean(gains[n : n + 6]) for n in range(0, len(gains), 6)]
     assert len(means) == 36 and max(map(abs, means)) < 0.0015
-
-
-def test_page_on_copying_is_its_records() -> None:
-    page, folder = words(DOCS / "studies/copying.md"), DOCS / "studies/results/copying_17m"
-    runs, pilot = (pandas.read_csv(folder / name) for name in ("training.csv", "pilot.csv"))
-    # The first tenth of a run is too steep to compare its sequences.
-    learned = runs[(runs.gain > 0.3) & (runs.tokens > 12e6)].groupby("run").tokens.min()
-    assert f"after {learned.min() / 1e6:.0f} to {learned.max() / 1e6:.0f} million tokens" in page
-    shares = runs.groupby("run").share.first()
-    assert (shares == 0.5).sum() == 4 and (shares == 0.125).sum() == 2
-    assert len(learned) == 3 and set(learned.index) < set(shares[shares == 0.5].index)
-    pilot = pilot[pilot.start_rate == 1e-3].pivot_table(
-        index=["arm", "rate"], columns="measure", values="value"
-    )
-    best = pilot["repeated/16384/loss"].groupby("arm").idxmin()
-    shown = ("loss", "repeated/4096", "repeated/16384", "repeated/31744")
-    rows = re.findall(r"\| `(\w+)` \|[^|]*\| (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|", page)
-    assert len(rows) == len(best) == 5
-    for arm, rate, *cells in rows:
-        assert float(rate) == best[arm][1]
-        assert cells == [f"{pilot.loc[best[arm], name]:.3f}" for name in shown]
-    other = pilot.loc[("dense", 5e-4)]
-    assert f"a held-out loss of {other['loss']:.3f} and a gain of {other[shown[2]]:.3f}" in page
-
-
-def test_page_on_extension_is_its_records() -> None:
-    page, folder = words(DOCS / "studies/extension.md"), DOCS / "studies/results/extension_17m"
-    scalings, distance, retrieval, training = (
-        pandas.read_csv(folder / f"{name}.csv")
-        for name in ("scalings", "distance", "retrieval", "training")
-    )
-    runs = ["before", "extended", "dense"]
-    rows = dict(re.findall(r"\| ([^|]+?) \|((?: [^|]* \|){3})", page))
-    cells = {name: [cell.strip() for cell in row.split("|")[:-1]] for name, row in rows.items()}
-
-    def measured(measure: str, tokens: int) -> pandas.Series:
-        found = distance[(distance.measure == measure) & (distance.tokens == tokens)]
-        return found[found.quantity.isna()].set_index("checkpoint").value[runs]
-
-    positions = {
-        "held-out loss, 2,049 to 4,096 tokens of context": 4096,
-        "16,385 to 32,768": 32768,
-        "65,537 to 98,304": 98304,
-    }
-    for name, tokens in positions.items():
-        assert cells[name] == [f"{value:.3f}" for value in measured("position", tokens)]
-    whole = distance[(distance.measure == "context") & (distance.quantity == "full")]
-    full = whole.set_index("checkpoint").value[runs]
-    assert cells["held-out loss, far targets with all their context"] == [f"{x:.3f}" for x in full]
-    short = measured("context", 1024)
-    assert cells["the same targets with the last 1,024 tokens alone"] == [f"{x:.3f}" for x in short]
-    assert short["before"] < min(full)
-    worth = measured("beyond", 1024)
-    assert cells["worth of the text before these 1,024"] == [f"{x:.4f}" for x in worth]
-    assert f"is worth {worth['extended']:.3f} and {worth['dense']:.3f} nats" in page
-    for tokens in (4096, 16384, 65536):
-        shown = cells[f"gain from a passage {tokens:,} tokens earlier"]
-        assert shown == [f"{value:.4f}" for value in measured("repeated", tokens)]
-    for name, trials, asked in (
-        ("passkeys found at 98,304 tokens, of 50", 50, retrieval[retrieval.length == 98304]),
-        ("at all four lengths, of 200", 200, retrieval),
-    ):
-        right = (asked.accuracy * asked.trials).groupby(asked.checkpoint).sum()[runs]
-        assert asked.groupby("checkpoint").trials.sum().eq(trials).all()
-        assert cells[name] == [f"{n:.0f}" for n in right]
-    tokens = training.groupby("run").tokens.max()
-    assert cells["tokens"] == ["0", *(f"{tokens[run] / 1e6:.1f}M" for run in runs[1:])]
-    assert f"trained on {tokens['short'] / 1e6:.0f} million tokens" in page
-    # Its training loss falls without the jump of a quarter of a nat that copying brings.
-    short = training[training.run == "short"].loss.iloc[10:]
-    assert (short.diff(4).dropna() > -0.12).all()
-    costs = [
-        measured("position", end)["extended"] - measured("position", end)["before"]
-        for end in (256, 512, 1024, 2048, 4096)
-    ]
-    assert f"it rises by {min(costs):.3f} to {max(costs):.3f}" in page
-    far = scalings[scalings["context from"] == 65537].set_index("scaling").loss
-    assert f"YaRN with factor 24 keeps the loss at {far['yarn factor=24']:.3f}" in page
-    assert f"where the model as it came has {far['none']:.3f}" in page
-    first = scalings[scalings["context to"] <= 4096]
-    lost = first.pivot(index="context to", columns="scaling", values="loss")
-    costs = lost["yarn factor=24"] - lost["none"]
-    assert f"{costs.min():.2f} to {costs.max():.2f} nats within the first 4,096" in page
-    near = scalings[scalings["context to"] == 16384].set_index("scaling").loss
-    assert near["base 8,000,000"] < 1.5 < far["base 8,000,000"]
 
 
 def test_log_in_the_readme_is_the_record() -> None:
