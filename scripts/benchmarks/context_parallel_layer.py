@@ -32,7 +32,8 @@ from torchtitan.models.llama3_lighthouse.job_config import Parallelism
 PER_GPU = 98304
 HEADS, HEAD_DIM = 8, 128
 TURNS = 30
-NOTHING_SENT = ", nothing sent"
+WINDOW = 512
+NOTHING_SENT, NO_HALO = ", nothing sent", ", no seam and no halo sent"
 
 
 def time_in_turns(variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -153,15 +154,22 @@ def through_one_gpu() -> dict[str, Any]:
     return {"W = 1 gives the same bits": equal, "one GPU, ms": median_of_each(durations)}
 
 
-def silent(function: Callable[[], object]) -> Callable[[], object]:
-    """The same work with nothing sent: every rank goes on with its own keys and values."""
+def without_exchange(function: Callable[[], object]) -> Callable[[], object]:
+    """The same work without seam and halo: every rank goes on with its own rows."""
 
     def run() -> object:
-        with (
-            patch.object(Ring, "pass_on", lambda self, tensors: lambda: tensors),
-            patch.object(ContextParallel, "exchange", lambda self, *rows: rows),
-        ):
+        with patch.object(ContextParallel, "exchange", lambda self, *rows: rows):
             return function()
+
+    return run
+
+
+def silent(function: Callable[[], object]) -> Callable[[], object]:
+    """The same work with nothing sent: every rank goes on with its own keys and values too."""
+
+    def run() -> object:
+        with patch.object(Ring, "pass_on", lambda self, tensors: lambda: tensors):
+            return without_exchange(function)()
 
     return run
 
@@ -169,35 +177,50 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
 def sending(mesh: DeviceMesh) -> dict[str, Any]:
     """Times of the layer on all GPUs of ``mesh``, with and without sending."""
     world_size = mesh.size()
-    attention = on_all_gpus(LighthouseConfig(3, 4, 1536 * world_size, **PAPERS), mesh)
-    layout = attention.context_parallel
+    size = 3, 4, 1536 * world_size
+    plain, beside_window = (
+        on_all_gpus(LighthouseConfig(*size, **method), mesh)
+        for method in (PAPERS, {"window": WINDOW})
+    )
+    layout = plain.context_parallel
     whole = rows_and_gradient(PER_GPU * world_size, 3)
     *rows, grad = (layout.take(x, 2).clone() for x in whole)
     del whole
 
-    def with_attention(enabled: bool) -> Callable[[], object]:
+    def with_attention(attention: LighthouseAttention, enabled: bool) -> Callable[[], object]:
         def run() -> object:
             attention.enabled = enabled
             return with_gradients(attention, rows, grad)
 
         return run
 
-    variants = {}
-    for name, enabled in (("Lighthouse", True), ("dense", False)):
-        variants[name] = with_attention(enabled)
-        variants[f"{name}{NOTHING_SENT}"] = silent(with_attention(enabled))
-    durations = time_in_turns(variants)
-    # Both times come from the same turn, when the GPU has the same temperature and clock.
-    ratios = {
-        name: [a / b for a, b in zip(times, durations[f"{name}{NOTHING_SENT}"], strict=True)]
-        for name, times in durations.items()
-        if not name.endswith(NOTHING_SENT)
+    layers = {
+        "Lighthouse": with_attention(plain, True),
+        f"Lighthouse, window {WINDOW}": with_attention(beside_window, True),
+        "dense": with_attention(plain, False),
     }
+    variants = {}
+    for name, layer in layers.items():
+        variants[name] = layer
+        variants[f"{name}{NOTHING_SENT}"] = silent(layer)
+    windowed = f"Lighthouse, window {WINDOW}"
+    variants[f"{windowed}{NO_HALO}"] = without_exchange(layers[windowed])
+    durations = time_in_turns(variants)
+
+    def ratios(left_out: str) -> dict[str, list[float]]:
+        # Both times come from the same turn, when the GPU has the same temperature and clock.
+        return {
+            name: statistics.quantiles(
+                a / b for a, b in zip(durations[name], durations[f"{name}{left_out}"], strict=True)
+            )
+            for name in layers
+            if f"{name}{left_out}" in durations
+        }
+
     return {
         f"W GPUs, {PER_GPU:,} tokens each, ms": median_of_each(durations),
-        "time with sending over without, quartiles": {
-            name: statistics.quantiles(each) for name, each in ratios.items()
-        },
+        "time with sending over without, quartiles": ratios(NOTHING_SENT),
+        "time over that without seam and halo, quartiles": ratios(NO_HALO),
     }
 
 
