@@ -337,14 +337,18 @@ def extension(path: Path) -> None:
             if row["context from"] != 1 or row["context to"] == 256]  # fmt: skip
     right = [(row["checkpoint"], row["tokens"], row["value"], row) for row in trained
              if row["measure"] == "position"]  # fmt: skip
+    # A model has the same colour on both sides.
+    number = {"none": 0, "before": 0, "yarn factor=24": 1, "yarn": 1, "base 8,000,000": 2}
+    number |= {"linear factor=24": 3, "extended": 4, "dense": 5}
     figure = new_figure(9, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, points in zip(axes, (left, right), strict=True):
-        names = list(dict.fromkeys(point[0] for point in points))
-        for name, colour, marker in zip(names, colours(len(names)), MARKS, strict=False):
+        for name in dict.fromkeys(point[0] for point in points):
             own = [point[1:] for point in points if point[0] == name]
             tokens, losses, rows = zip(*own, strict=True)
-            axis.plot(tokens, losses, f"{marker}-", label=name, color=colour, markersize=3)
+            colour, marker = colours(len(MARKS))[number[name]], MARKS[number[name]]
+            label = "YaRN alone" if name == "yarn" else name
+            axis.plot(tokens, losses, f"{marker}-", label=label, color=colour, markersize=3)
             bounds = ([row[end] for row in rows] for end in ("low", "high"))
             axis.fill_between(tokens, *bounds, color=colour, alpha=0.15, linewidth=0)
         length_axis(axis, sorted({point[1] for point in points}))
