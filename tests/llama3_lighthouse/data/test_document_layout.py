@@ -12,7 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from text_data import config, loader, write_jsonl
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from lighthouse.documents import check_layout
 from torchtitan.models.llama3_lighthouse.data.documents import (
@@ -22,7 +26,10 @@ from torchtitan.models.llama3_lighthouse.data.documents import (
     model_options,
     most_documents,
 )
-from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
+from torchtitan.models.llama3_lighthouse.data.packing import (
+    build_dataloader,
+    build_validation_dataloader,
+)
 from torchtitan.models.llama3_lighthouse.data.retrieval import PromptEncoder
 from torchtitan.models.llama3_lighthouse.data.retrieval_mix import RetrievalMix
 from torchtitan.models.llama3_lighthouse.data.staged import build_staged_dataloader
@@ -213,6 +220,40 @@ def test_positions_of_earlier_versions_go_on_without_masks(folder: Path) -> None
     loader(job).load_state_dict(state)
     with pytest.raises(UserValueError, match="training.document_mask = False, this run has True"):
         loader(masked(folder)).load_state_dict(state)
+
+
+def test_texts_without_tokens_are_no_documents(tmp_path: Path) -> None:
+    """Tokenizers that add neither BOS nor EOS make nothing of spaces."""
+    words = Tokenizer(WordLevel({"unknown": 0, "a": 1, "b": 2}, unk_token="unknown"))
+    words.pre_tokenizer = Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HuggingFaceTokenizer(str(tmp_path))
+    texts = ["a b a", " ", "  ", "b a", " ", "a b b b a", " "]
+    job = masked(write_jsonl(tmp_path / "text", {"a.jsonl": texts}), seq_len=8)
+    job.training.local_batch_size = 1
+    straight = rows(iter(build_dataloader(1, 0, tokenizer, job)), 9)
+    assert max(len(layout.unique()) for _, _, layout, _ in straight) > 1
+    found, state = [], None
+    for _ in range(9):
+        part = build_dataloader(1, 0, tokenizer, job)
+        if state:
+            part.load_state_dict(state)
+        found += rows(iter(part), 1)
+        state = part.state_dict()
+    assert same(found, straight)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_stream_keeps_no_places_of_what_was_cut(folder: Path, mask: bool) -> None:
+    """They would grow with the text, and so would the time that each document takes."""
+    job = masked(folder)
+    job.training.document_mask = mask
+    reader = loader(job)
+    for _ in itertools.islice(reader, 60):
+        for stream in reader.dataset.streams:
+            assert len(vars(stream)["_begins"]) <= len(TEXTS) / 2
+    # Each stream has half of the texts, and has read them more than twice.
+    assert all(stream.state_dict()["epoch"] >= 2 for stream in reader.dataset.streams)
 
 
 @pytest.mark.parametrize("begins", [[5, 5], [9, 2], [0], [10**9], ["1"], {"a": 1}, [-1], [True]])

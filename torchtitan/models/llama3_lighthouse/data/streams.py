@@ -101,7 +101,8 @@ class TextStream:
         self._mixes = mixes
         self._layout = layout
         self._buffer = np.empty(0, dtype=np.int32)
-        # Places in the buffer, from 1 on, at which documents begin. Only a layout reads them.
+        # Places in the buffer, from 1 on, at which documents begin. Only a layout drops those that
+        # were cut, so without one there are none.
         self._begins: list[int] = []
         self._epoch = 0
         # Documents of this epoch, and the empty ones among them.
@@ -130,10 +131,13 @@ class TextStream:
                 if not text:
                     self._empty += 1
                 else:
-                    tokens = np.concatenate([self._buffer, self._encode(text)])
+                    own = self._encode(text)
+                    tokens = np.concatenate([self._buffer, own])
                     if (cut := self._cut_before) > len(tokens):
                         raise unreadable(state_key(self.number), f"'cut' = {cut} is too much")
-                    self._begins.append(len(self._buffer))
+                    # A tokenizer that adds no BOS or EOS makes nothing of some texts.
+                    if self._layout and len(own):
+                        self._begins.append(len(self._buffer))
                     self._drop_begins(cut)
                     self._buffer, self._before = tokens[cut:], before
                     self._cut_since, self._cut_before = cut, 0
