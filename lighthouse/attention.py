@@ -11,7 +11,7 @@ from torch import nn
 from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
 from .dense_attention import document_attention
-from .documents import check_documents, gathered_documents
+from .documents import check_documents, check_selected, gathered_documents
 from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import (
@@ -77,7 +77,7 @@ def lighthouse_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
             ``documents`` are no layout, or come with ``sdpa``, Triton's kernels or context
-            parallelism.
+            parallelism, or on CPUs with a selection for other documents.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
     check_transforms()
@@ -94,6 +94,8 @@ def lighthouse_attention(
     check_halo(config.window, geometry.sequence_length * chunks, chunks)
     if selection is not None:
         selection = Selection(*checked_selection(selection, k, geometry))
+        if documents is not None:
+            check_selected(selection.index, documents, geometry)
     impl = choose_implementation(impl, q)
     parallel = chunks > 1
     if impl == "triton":

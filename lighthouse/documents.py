@@ -51,7 +51,11 @@ def first_positions(numbers: torch.Tensor) -> torch.Tensor:
 
     Returns:
         int32 [B, N], for each position the first position of its document.
+
+    Raises:
+        ValueError: ``numbers`` is no tensor of two dimensions.
     """
+    _check_rows("numbers", numbers)
     begins = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
     position = torch.arange(numbers.shape[1], dtype=torch.int32, device=numbers.device)
     return torch.where(begins, position, 0).cummax(dim=1).values
@@ -71,17 +75,41 @@ def check_documents(documents: torch.Tensor, q: torch.Tensor, span: int = 1) -> 
     Raises:
         TypeError, ValueError: its dtype, shape or device is another, or it is no such layout.
     """
-    if not isinstance(documents, torch.Tensor) or documents.dtype not in INTEGERS:
-        given = getattr(documents, "dtype", type(documents).__name__)
-        raise TypeError(f"documents must be a tensor of int32 or int64, got {given}")
+    _check_dtype(documents)
     shape = (q.shape[0], q.shape[2])
     if tuple(documents.shape) != shape or documents.device != q.device:
         raise ValueError(
             f"documents must give each position's first position, of shape {shape} on {q.device}, "
             f"got {tuple(documents.shape)} on {documents.device}"
         )
-    if documents.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _is_readable(documents):
         check_layout(documents, span)
+
+
+def check_selected(index: torch.Tensor, documents: torch.Tensor, geometry: PyramidGeometry) -> None:
+    """Check that a selection made elsewhere is one for these documents.
+
+    As in ``check_documents``, the numbers are read on CPUs alone, and not in compiled code. In
+    another selection an entry would lie among those of a document that is not its own.
+
+    Args:
+        index: the selection's index, int32 [B, Hkv, S].
+        documents: a layout [B, N].
+
+    Raises:
+        ValueError: the selection is one for other documents, or for none.
+    """
+    if not _is_readable(documents):
+        return
+    level = torch.bucketize(index, torch.tensor(geometry.offsets[1:]), right=True)
+    first = (index - torch.tensor(geometry.offsets)[level]) * torch.tensor(geometry.spans)[level]
+    own = documents.unsqueeze(1).expand(-1, index.shape[1], -1).gather(2, first)
+    places = gathered_documents(documents, geometry).unsqueeze(1)
+    if (first_positions(own.flatten(0, 1)).view_as(own) != places).any():
+        raise ValueError(
+            "selection is one for other documents, so that documents would see each other; make it "
+            "by select with documents = those of this call"
+        )
 
 
 def check_layout(documents: torch.Tensor, span: int = 1) -> None:
@@ -92,8 +120,11 @@ def check_layout(documents: torch.Tensor, span: int = 1) -> None:
             attention and windows, ``LighthouseConfig.coarsest_span`` for Lighthouse attention.
 
     Raises:
-        ValueError: a number is not the first position of a document.
+        TypeError, ValueError: it has another dtype or shape, or a number is not the first position
+            of a document.
     """
+    _check_dtype(documents)
+    _check_rows("documents", documents)
     begins = documents == torch.arange(documents.shape[1], device=documents.device)
     goes_on = torch.zeros_like(begins)
     goes_on[:, 1:] = documents[:, 1:] == documents[:, :-1]
@@ -114,6 +145,26 @@ def check_layout(documents: torch.Tensor, span: int = 1) -> None:
             f"documents must begin at multiples of pooling_factor^(levels - 1) = {span}, got one "
             f"at {documents[row, position].item()} in row {row}; pad the document before it"
         )
+
+
+def _check_dtype(documents: torch.Tensor) -> None:
+    if not isinstance(documents, torch.Tensor) or documents.dtype not in INTEGERS:
+        given = getattr(documents, "dtype", type(documents).__name__)
+        raise TypeError(f"documents must be a tensor of int32 or int64, got {given}")
+
+
+def _check_rows(name: str, numbers: torch.Tensor) -> None:
+    if not isinstance(numbers, torch.Tensor) or numbers.ndim != 2:
+        given = getattr(numbers, "shape", type(numbers).__name__)
+        raise ValueError(
+            f"{name} must be a tensor [B, N], a row for each sequence of the batch, got "
+            f"{tuple(given) if isinstance(given, torch.Size) else given}"
+        )
+
+
+def _is_readable(documents: torch.Tensor) -> bool:
+    """Whether nobody has to wait for the numbers."""
+    return documents.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def shares(documents: torch.Tensor, geometry: PyramidGeometry) -> Shares:

@@ -194,3 +194,27 @@ def test_messages() -> None:
     with pytest.raises(ValueError, match="got 1 at position 0"):
         check_layout(torch.ones(1, 4, dtype=torch.int32))
     check_layout(good, 4)
+    with pytest.raises(TypeError, match="int32 or int64, got torch.float64"):
+        check_layout(good.double())
+    for function, name in ((check_layout, "documents"), (first_positions, "numbers")):
+        with pytest.raises(ValueError, match=rf"{name} must be a tensor \[B, N\].*got \(16,\)"):
+            function(good[0])
+    with pytest.raises(ValueError, match="numbers must be a tensor.*got list"):
+        first_positions([[0, 1]])
+
+
+def test_a_selection_for_other_documents_is_refused() -> None:
+    """With it, documents would see each other."""
+    config = LighthouseConfig(3, 2, 8, picks_per_stratum=4, window=3)
+    case = dict(n=64, batch=2, heads=4, kv_heads=2, tied=False, seed=3)
+    inputs = random_inputs(case)
+    generator = torch.Generator().manual_seed(5)
+    documents, other = (random_layout(2, 64, 4, generator) for _ in range(2))
+    chosen = select(*inputs, config, documents=documents)
+    expected = lighthouse_attention(*inputs, config, documents=documents)
+    found = lighthouse_attention(*inputs, config, documents=documents, selection=chosen)
+    assert torch.equal(found, expected)
+    for wrong in (None, other):
+        chosen = select(*inputs, config, documents=wrong)
+        with pytest.raises(ValueError, match="selection is one for other documents"):
+            lighthouse_attention(*inputs, config, documents=documents, selection=chosen)
