@@ -1,5 +1,6 @@
 """Whole runs with ``training.document_mask``: stages, resume, counts, meshes and refusals."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,28 @@ def test_counts_of_a_step() -> None:
     assert metrics == {"lighthouse/documents": 9 / 4, "lighthouse/padding_share": 2 / 16}
     statistics.count([({"input": torch.zeros(2, 4)}, torch.zeros(2, 4))])
     assert statistics.metrics(lambda mesh, value: value.item()) == {}
+
+
+@pytest.mark.parametrize(
+    ("length", "documents", "padding", "message"),
+    [
+        (512, 256, 200, "39% of the positions of this step are padding, which trains nothing: the "
+         "text's documents are short, and a sequence of 512 positions holds 256 documents at most; "
+         "join several of them in the text, or lower training.seq_len to about 312"),
+        (512, 32, 416, "81% .*and each begins at a multiple of pooling_factor.*lower "
+         "lighthouse.levels or lighthouse.pooling_factor"),
+        (512, 32, 102, ""),
+    ],
+)  # fmt: skip
+def test_a_large_share_of_padding_is_said_once(caplog, length, documents, padding, message) -> None:
+    layout = torch.zeros(1, length, dtype=torch.int32)
+    layout[0, :documents] = torch.arange(documents)
+    layout[0, documents:] = documents - 1
+    statistics = DocumentStatistics()
+    for _ in range(3):
+        inputs = {DOCUMENTS: layout, PADDING: torch.tensor([padding])}
+        statistics.count([(inputs, torch.zeros(1, length))])
+        with caplog.at_level("WARNING"):
+            statistics.metrics(lambda mesh, value: value.item())
+    assert len(caplog.records) == bool(message)
+    assert re.search(message, caplog.text)

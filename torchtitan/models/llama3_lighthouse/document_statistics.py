@@ -6,11 +6,14 @@ Everything is counted on the host, from batches that were not copied to the devi
 from collections.abc import Callable, Sequence
 
 import torch
+from torchtitan.tools.logging import logger
 
-from .data.documents import DOCUMENTS, PADDING
+from .data.documents import DOCUMENTS, PADDING, most_documents
 from .model.model import LighthouseModelArgs
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+# A run whose padding is a greater share than this is warned of it, once.
+MUCH_PADDING = 0.2
 
 
 class DocumentStatistics:
@@ -19,6 +22,7 @@ class DocumentStatistics:
     def __init__(self) -> None:
         self._layout: torch.Tensor | None = None
         self._padding = torch.zeros(())
+        self._warned = False
 
     def count(self, microbatches: Sequence[Batch]) -> None:
         """Count a step's documents, and take what the model does not read out of its inputs."""
@@ -32,7 +36,7 @@ class DocumentStatistics:
     def metrics(self, sum_over: Callable[[str, torch.Tensor], float]) -> dict[str, float]:
         """Documents a sequence, and padding's share of all positions, on all ranks.
 
-        Every rank has to call it.
+        Every rank has to call it. A large share gives a warning, once.
 
         Args:
             sum_over: as ``LighthouseMetricsProcessor.sum_over``.
@@ -42,9 +46,13 @@ class DocumentStatistics:
         length = self._layout.shape[1]
         begins = self._layout == torch.arange(length)
         sequences = sum_over("batch", torch.tensor(float(len(begins))))
+        share = sum_over("batch", self._padding) / (sequences * length)
+        if share > MUCH_PADDING and not self._warned:
+            self._warned = True
+            logger.warning(_padding_line(share, begins))
         return {
             "lighthouse/documents": sum_over("batch", begins.sum().double()) / sequences,
-            "lighthouse/padding_share": sum_over("batch", self._padding) / (sequences * length),
+            "lighthouse/padding_share": share,
         }
 
     def flops_saved(self, args: LighthouseModelArgs, attention: str) -> float:
@@ -52,3 +60,23 @@ class DocumentStatistics:
         if self._layout is None:
             return 0.0
         return args.flops_saved_by_masks(self._layout, attention)
+
+
+def _padding_line(share: float, begins: torch.Tensor) -> str:
+    """The warning of a text whose documents are too short.
+
+    Args:
+        begins: which positions begin a document, bool [B, N].
+    """
+    length = begins.shape[1]
+    most = most_documents(length)
+    if (begins.sum(dim=1) == most).any():
+        cause = f"a sequence of {length:,} positions holds {most:,} documents at most"
+        fix = f"lower training.seq_len to about {length * (1 - share):,.0f}"
+    else:
+        cause = "each begins at a multiple of pooling_factor^(levels - 1) positions"
+        fix = "lower lighthouse.levels or lighthouse.pooling_factor"
+    return (
+        f"{share:.0%} of the positions of this step are padding, which trains nothing: the text's "
+        f"documents are short, and {cause}; join several of them in the text, or {fix}"
+    )

@@ -124,11 +124,13 @@ def layout_lines(config: JobConfig) -> list[str]:
     layout = layout_of(config, config.training.seq_len)
     if layout is None:
         return []
+    places = "which begin anywhere"
+    if layout.span > 1:
+        places = f"each at a multiple of {layout.span} positions"
     runs = "run on" if config.lighthouse.document_positions == "run_on" else "restart with each"
     return [
-        f"documents     do not see each other: {layout.most:,} of a sequence at most, each at a "
-        f"multiple of {layout.span} positions; rotary positions {runs}; FLOPs below are the most, "
-        "those of one document a sequence"
+        f"documents     do not see each other: {layout.most:,} of a sequence at most, {places}; "
+        f"rotary positions {runs}; FLOPs below are the most, those of one document a sequence"
     ]
 
 
