@@ -6,7 +6,8 @@
 Every part compares W GPUs, all or as many as --gpus says, with one of them:
 
     layer        attention alone, bf16: errors against float64 beside those of one GPU; its time,
-                 and that of the same work with nothing sent; W = 1 through the same code
+                 and that of the same work with nothing sent, and without the exchange of seam
+                 and halo; W = 1 through the same code
     equivalence  ten steps of a small model from one seed checkpoint: losses and gradient norms
     resume       FSDP over all GPUs, then W = all, then one GPU, from checkpoint to checkpoint,
                  against a run on one that never stops
