@@ -27,12 +27,14 @@ class Shares(NamedTuple):
     numbers from ``before`` to ``after`` - 1, at each level.
 
     Attributes:
-        first: the part's first coarsest entry, counted from the stratum's first.
+        first, last: the part's first coarsest entry and the first one after it, counted from the
+            stratum's first.
         before, after: the numbers of its first pick, and of the first pick after it.
         stratum: the stratum's number.
     """
 
     first: torch.Tensor
+    last: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     stratum: torch.Tensor
@@ -196,7 +198,8 @@ def shares(documents: torch.Tensor, geometry: PyramidGeometry) -> Shares:
     end = torch.searchsorted(begin, begin, right=True)
     first, last = torch.maximum(begin, low) - low, torch.minimum(end, high) - low
     length = high - low
-    return Shares(first, first * m // length, last * m // length, stratum.expand_as(begin))
+    picks = first * m // length, last * m // length
+    return Shares(first, last, *picks, stratum.expand_as(begin))
 
 
 def gathered_documents(documents: torch.Tensor, geometry: PyramidGeometry) -> torch.Tensor:

@@ -55,7 +55,7 @@ def select(
         context_parallel: the chunks on this rank, when N is only its part of the sequence.
         documents: int32 or int64 [B, N], for each position the first position of its document, a
             multiple of p^(L-1). Documents share the picks of a stratum by their lengths, and what
-            one of them picks depends on no other's tokens. Only vectorised PyTorch knows them.
+            one of them picks depends on no other's tokens.
 
     Returns:
         The selection. Under context parallelism there is one for each chunk on this rank, with
@@ -63,15 +63,32 @@ def select(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
-            ``documents`` are no layout, or come with Triton's kernels or context parallelism.
+            ``documents`` are no layout, or come with context parallelism.
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     impl = choose_for_documents(impl, documents, IMPLEMENTATIONS, context_parallel.chunks)
     if documents is not None:
         check_documents(documents, q, config.coarsest_span)
     if choose_implementation(impl, q) == "triton":
-        return Selection(*kernels.select_from_norms(*kernels.score(q, k, v, geometry), geometry))
+        return select_by_kernels(*kernels.score(q, k, v, geometry, documents), geometry, documents)
     return select_entries(q, k, v, geometry, documents)
+
+
+def select_by_kernels(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    geometry: PyramidGeometry,
+    documents: torch.Tensor | None = None,
+) -> Selection:
+    """Select by Triton's kernels.
+
+    Args:
+        a, b: level-1 scores by query [B, Hq, n1] and by key [B, Hkv, n1], float32.
+        documents: [B, N], for each position the first position of its document.
+    """
+    if documents is None:
+        return Selection(*kernels.select_from_norms(a, b, geometry))
+    return Selection(*kernels.select_by_documents(a, b, documents, geometry))
 
 
 def select_entries(

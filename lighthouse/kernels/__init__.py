@@ -14,6 +14,7 @@ arguments.
 """
 
 from ..flash import obstacle_to_flash
+from .document_selection import select_by_documents
 from .flash4 import (
     check_flash4,
     flash4_backward,
@@ -48,6 +49,7 @@ __all__ = [
     "scatter_back",
     "score",
     "scores_by_pooling",
+    "select_by_documents",
     "select_from_norms",
     "spread_shares",
     "window_backward",

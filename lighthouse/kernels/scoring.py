@@ -132,6 +132,7 @@ def launch_score(
     dilation: int,
     p: int,
     scored: int,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Level-1 scores of a scorer that pooling does not compute.
 
@@ -140,12 +141,17 @@ def launch_score(
         k, v: [B, Hkv, N, D].
         p: pooling factor.
         scored: number of positions, among the p under each entry, whose largest score is returned.
+        documents: [B, N], for each position the first position of its document. A scorer that
+            attends then runs in vectorised PyTorch, which knows documents.
 
     Returns:
         float32 [B, Hq, n1] by query and [B, Hkv, n1] by key.
     """
     config = LighthouseConfig(scorer=cast(Scorer, scorer), dilation=dilation)
-    by_position = KERNELS.get(scorer, scoring.position_scores)(q, k, v, config)
+    if documents is None:
+        by_position = KERNELS.get(scorer, scoring.position_scores)(q, k, v, config)
+    else:
+        by_position = scoring.position_scores(q, k, v, config, documents)
     a, b = (x.unflatten(-1, (-1, p))[..., :scored].amax(dim=-1) for x in by_position)
     return a, b.unflatten(1, (k.shape[1], -1)).amax(dim=2)
 
@@ -158,6 +164,7 @@ def _fake_score(
     dilation: int,
     p: int,
     scored: int,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     level_one = level_lengths(q.shape[2], p, levels=2)[1]
     a, b = ((*rows.shape[:2], level_one) for rows in (q, k))
@@ -165,8 +172,8 @@ def _fake_score(
 
 
 define(
-    "score(Tensor q, Tensor k, Tensor v, str scorer, int dilation, int p, int scored)"
-    " -> (Tensor, Tensor)",
+    "score(Tensor q, Tensor k, Tensor v, str scorer, int dilation, int p, int scored,"
+    " Tensor? documents=None) -> (Tensor, Tensor)",
     launch_score,
     _fake_score,
 )
@@ -178,13 +185,18 @@ def scores_by_pooling(geometry: PyramidGeometry) -> bool:
 
 
 def score(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: PyramidGeometry
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: PyramidGeometry,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Level-1 scores of the configured scorer.
 
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D].
+        documents: [B, N], for each position the first position of its document.
 
     Returns:
         float32 [B, Hq, n1] by query and [B, Hkv, n1] by key.
@@ -194,6 +206,5 @@ def score(
         a, b = (pool_coarsest(rows, geometry, with_norms=True)[1] for rows in (q, k))
         return a, b
     rows = (x.detach() for x in (q, k, v))
-    return torch.ops.lighthouse.score(
-        *rows, config.scorer, config.dilation, config.pooling_factor, scored_rows(config)
-    )
+    settings = config.scorer, config.dilation, config.pooling_factor, scored_rows(config)
+    return torch.ops.lighthouse.score(*rows, *settings, documents)

@@ -104,7 +104,12 @@ SCORES = {
 }
 
 
-def vectorised_selection(a: torch.Tensor, b: torch.Tensor, geometry: PyramidGeometry) -> Selection:
+def vectorised_selection(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    geometry: PyramidGeometry,
+    documents: torch.Tensor | None = None,
+) -> Selection:
     """The selection of vectorised PyTorch by level-1 scores a [B, Hq, n1] and b [B, Hkv, n1]."""
     level = (a.unflatten(1, (b.shape[1], -1)).amax(2), b)
     scores = [level, level]
@@ -115,7 +120,7 @@ def vectorised_selection(a: torch.Tensor, b: torch.Tensor, geometry: PyramidGeom
         scores.append(level)
     # The base scores rank nothing; any of the right shape do.
     scores[0] = (b.new_zeros(*b.shape[:2], geometry.sequence_length),) * 2
-    return place(included_entries(scores, geometry), geometry)
+    return place(included_entries(scores, geometry, documents), geometry)
 
 
 def run_twice(device: str, dtype: torch.dtype, n: int, config: LighthouseConfig) -> None:

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from lighthouse.kernels import (
+    document_selection,
     gather,
     merge,
     online_softmax,
@@ -94,6 +95,10 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
         scoring.gla_norms(x, y, k, heads, 4)
     for by_first in (False, True):
         index, slot = selection.launch_selection(a, b, levels, p, m, strata, by_first)
+        parts = torch.empty(4, batch, coarsest.shape[2], dtype=torch.int32, device="meta")
+        document_selection.launch_selection_by_documents(
+            a, b, parts, levels, p, m, strata, by_first
+        )
     gathered = gather.launch_gather(q, coarsest, index, p, levels)
     for onto in (None, q):
         scatter.launch_spread(gathered, slot, None, n, p, levels, False, False, onto)
@@ -132,7 +137,8 @@ def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    kernels = [(pooling, "_pool"), (selection, "_select"), (gather, "_gather"),
+    kernels = [(pooling, "_pool"), (selection, "_select"),
+               (document_selection, "_select_by_documents"), (gather, "_gather"),
                (scatter, "_spread"), (scatter, "_collect"), (scoring, "_gla_norms"),
                (merge, "_merge"), (merge, "_collect"), (online_softmax, "_merge_in_place"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip

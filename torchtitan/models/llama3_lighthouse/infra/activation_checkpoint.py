@@ -60,6 +60,7 @@ if kernels is not None:
     SELECTION |= {
         torch.ops.lighthouse.score.default,
         torch.ops.lighthouse.select_from_norms.default,
+        torch.ops.lighthouse.select_by_documents.default,
     }
     GATHERING = {torch.ops.lighthouse.gather.default}
 # The rows that cross from chunk to chunk under context parallelism: seam and halo.
