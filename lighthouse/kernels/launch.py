@@ -129,6 +129,30 @@ def place_of(slots, entry, length, P: tl.constexpr, LEVEL: tl.constexpr):
     return tl.load(slots + offset + entry, mask=exists, other=-1).to(tl.int64)
 
 
+@triton.jit
+def document_ends(
+    documents, entry, length, SPAN: tl.constexpr, DOCUMENTS: tl.constexpr
+):  # fmt: skip
+    """Whether a document ends with each coarsest entry, and another begins after it.
+
+    Entries of all levels that end with it then reach one position of their document, the first of
+    those that they reach. Collecting passes this on to the first of the p entries below, and the
+    others below lie in the next document.
+
+    Args:
+        documents: for each position of one sequence, the first position of its document.
+        SPAN: positions under a coarsest entry.
+        DOCUMENTS: whether there are documents; without them nothing ends.
+    """
+    if DOCUMENTS:
+        following = (entry + 1) * SPAN
+        first = tl.load(documents + following, mask=following < length, other=0)
+        ends = (following < length) & (first == following)
+    else:
+        ends = tl.zeros(entry.shape, dtype=tl.int1)
+    return ends
+
+
 def own_block_grid(batch: int, heads: int, length: int, block: int) -> tuple[int]:
     """The grid of programs that divide the rows as ``own_block`` does."""
     return (batch * heads * triton.cdiv(length, block),)

@@ -33,6 +33,7 @@ import triton.language as tl
 
 from .launch import (
     define,
+    document_ends,
     own_block,
     own_block_grid,
     place_of,
@@ -51,11 +52,11 @@ LONGEST_OF_OTHERS = 2.0**40
 
 @triton.jit
 def _merge(
-    far, far_lse, near, near_lse, slot, out, lse,
+    far, far_lse, near, near_lse, slot, documents, out, lse,
     far_b, far_h, far_s, near_b, near_h, near_n, out_b, out_h, out_n,
     heads, group, length, gathered_length, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVELS: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, length, BLOCK)
     plane = batch * heads + head
@@ -67,10 +68,14 @@ def _merge(
     shown = inside[:, None] & (column < D)[None, :]
     place = tl.full((BLOCK,), -1, tl.int64)
     offset = tl.zeros((), dtype=tl.int64)
+    # Where each position's document begins.
+    begin = tl.zeros((BLOCK,), dtype=tl.int64)
+    if DOCUMENTS:
+        begin = tl.load(documents + batch * length + position, mask=inside, other=0).to(tl.int64)
     for level in tl.static_range(LEVELS):
         span = P**level
         shifted = position - (span - 1)
-        asked = inside & (place < 0) & (shifted >= 0)
+        asked = inside & (place < 0) & (shifted >= begin)
         place = tl.maximum(
             place, tl.load(slots + offset + shifted // span, mask=asked, other=-1).to(tl.int64)
         )
@@ -98,6 +103,7 @@ def launch_merge(
     slot: torch.Tensor,
     p: int,
     levels: int,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch ``_merge``.
 
@@ -108,6 +114,8 @@ def launch_merge(
         near_lse: their logsumexps, float32 [B, H, N].
         slot: [B, Hkv, P].
         p, levels: pooling factor and levels of the pyramid.
+        documents: [B, N], for each position the first position of its document, which outputs of
+            entries do not leave.
 
     Returns:
         out [B, H, N, D], lying in memory as [B, N, H, D], and m, float32 [B, H, N].
@@ -121,9 +129,11 @@ def launch_merge(
     block_d = triton.next_power_of_2(d)
     block = MERGE_TILE // block_d
     _merge[own_block_grid(batch, heads, length, block)](
-        far, far_lse, near, near_lse, slot, out, lse, *far_strides, *near_strides,
-        *out.stride()[:3], heads, heads // slot.shape[1], length, far.shape[2], slot.shape[2],
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, num_warps=MERGE_WARPS,
+        far, far_lse, near, near_lse, slot, slot if documents is None else documents.contiguous(),
+        out, lse, *far_strides, *near_strides, *out.stride()[:3],
+        heads, heads // slot.shape[1], length, far.shape[2], slot.shape[2],
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
+        DOCUMENTS=documents is not None, num_warps=MERGE_WARPS,
     )  # fmt: skip
     return out, lse
 
@@ -171,16 +181,17 @@ def _weighted(
 
 @triton.jit
 def _collect_level(
-    grad, out, lse, far, far_lse, slots, grad_far, out_far, entry, own_lse, length,
+    grad, out, lse, far, far_lse, slots, grad_far, out_far, entry, cut, own_lse, length,
     grad_n, out_n, far_s, to_s, longest,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVEL: tl.constexpr,
+    P: tl.constexpr, LEVEL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the positions that entries of a level reach and no included finer one does.
 
     Writes those of included entries, whose positions are zero to the levels above.
 
     Args:
+        cut: see ``document_ends``.
         own_lse: logsumexps of the finest entries included above, which reach the same positions.
     """
     place = place_of(slots, entry, length, P, LEVEL)
@@ -192,16 +203,21 @@ def _collect_level(
     if LEVEL > 1:
         for child in tl.range(P):
             x, xy = _collect_level(
-                grad, out, lse, far, far_lse, slots, grad_far, out_far, below + child, own_lse,
-                length, grad_n, out_n, far_s, to_s, longest,
-                D, BLOCK_D, BLOCK, P, LEVEL - 1,
+                grad, out, lse, far, far_lse, slots, grad_far, out_far, below + child,
+                cut & (child == 0), own_lse, length, grad_n, out_n, far_s, to_s, longest,
+                D, BLOCK_D, BLOCK, P, LEVEL - 1, DOCUMENTS,
             )  # fmt: skip
+            if DOCUMENTS:
+                beyond = (cut & (child > 0))[:, None]
+                x, xy = tl.where(beyond, 0.0, x), tl.where(beyond, 0.0, xy)
             total += x
             products += xy
     else:
         for number in tl.range(P):
             row = below + number
             wanted = (row >= 0) & (row < length) & (place_of(slots, row, length, P, 0) < 0)
+            if DOCUMENTS:
+                wanted = wanted & ((cut & (number > 0)) == 0)
             x, xy = _weighted(grad, out, lse, row, wanted, own_lse, grad_n, out_n, D, BLOCK_D)
             total += x
             products += xy
@@ -215,11 +231,11 @@ def _collect_level(
 
 @triton.jit
 def _collect(
-    grad, out, lse, far, far_lse, index, slot, grad_far, out_far,
+    grad, out, lse, far, far_lse, index, slot, documents, grad_far, out_far,
     grad_b, grad_h, grad_n, out_b, out_h, out_n, far_b, far_h, far_s, to_b, to_h, to_s,
     heads, group, length, gathered_length, coarsest, pyramid, longest,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    P: tl.constexpr, LEVELS: tl.constexpr,
+    P: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     pooled_blocks = tl.cdiv(coarsest + 1, BLOCK)
     blocks = pooled_blocks + tl.cdiv(gathered_length, BLOCK)
@@ -235,11 +251,13 @@ def _collect(
     out_far += batch * to_b + head * to_h
     number = tl.arange(0, BLOCK).to(tl.int64)
     if block < pooled_blocks:
+        entry = block * BLOCK + number - 1
+        cut = document_ends(documents + batch * length, entry, length, P ** (LEVELS - 1), DOCUMENTS)
         _collect_level(
             grad, out, lse, far, far_lse, slot + index_plane * pyramid, grad_far, out_far,
-            block * BLOCK + number - 1, tl.full((BLOCK,), -float("inf"), tl.float32), length,
+            entry, cut, tl.full((BLOCK,), -float("inf"), tl.float32), length,
             grad_n, out_n, far_s, to_s, longest,
-            D, BLOCK_D, BLOCK, P, LEVELS - 1,
+            D, BLOCK_D, BLOCK, P, LEVELS - 1, DOCUMENTS,
         )  # fmt: skip
     else:
         place = (block - pooled_blocks) * BLOCK + number
@@ -266,6 +284,7 @@ def launch_collect(
     slot: torch.Tensor,
     p: int,
     levels: int,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch ``_collect``.
 
@@ -277,6 +296,7 @@ def launch_collect(
         index: [B, Hkv, S].
         slot: [B, Hkv, P].
         p, levels: pooling factor and levels of the pyramid.
+        documents: as in ``launch_merge``.
 
     Returns:
         dout_e and out_e', each [B, H, S, D], lying in memory as [B, S, H, D]. A row dout_e that is
@@ -294,10 +314,13 @@ def launch_collect(
     coarsest = length // p ** (levels - 1)
     blocks = triton.cdiv(coarsest + 1, block) + triton.cdiv(s, block)
     _collect[own_block_grid(batch, heads, blocks * block, block)](
-        grad, out, lse, far, far_lse, index, slot, grad_far, out_far, *grad_strides, *out_strides,
-        *far_strides, *grad_far.stride()[:3], heads, heads // index.shape[1], length, s,
-        coarsest, slot.shape[2], LONGEST.get(far.dtype, LONGEST_OF_OTHERS),
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, num_warps=COLLECT_WARPS,
+        grad, out, lse, far, far_lse, index, slot,
+        slot if documents is None else documents.contiguous(), grad_far, out_far,
+        *grad_strides, *out_strides, *far_strides, *grad_far.stride()[:3],
+        heads, heads // index.shape[1], length, s, coarsest, slot.shape[2],
+        LONGEST.get(far.dtype, LONGEST_OF_OTHERS),
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
+        DOCUMENTS=documents is not None, num_warps=COLLECT_WARPS,
     )  # fmt: skip
     return grad_far, out_far
 
@@ -321,13 +344,13 @@ def _fake_collect(
 
 define(
     "merge_outputs(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, int p,"
-    " int levels) -> (Tensor, Tensor)",
+    " int levels, Tensor? documents=None) -> (Tensor, Tensor)",
     launch_merge,
     _fake_merge,
 )
 define(
     "collect_merged(Tensor grad, Tensor out, Tensor lse, Tensor far, Tensor far_lse, Tensor index,"
-    " Tensor slot, int p, int levels) -> (Tensor, Tensor)",
+    " Tensor slot, int p, int levels, Tensor? documents=None) -> (Tensor, Tensor)",
     launch_collect,
     _fake_collect,
 )

@@ -20,6 +20,10 @@ program owns the positions that ``BLOCK`` coarsest entries of one head reach, re
 sums level after level. Entry -1 stands for one that ended before this sequence: finer entries reach
 its positions. Positions past the end are skipped.
 
+With DOCUMENTS, outputs stay in the document of their entry. A document begins with a coarsest
+entry. Where the one after a coarsest entry begins a document, entries that end with the latter
+reach their own last position alone, which is the first that they reach.
+
 Either writes each row once, after summing in float32.
 
 Shapes: B batch, H heads, Hkv key-value heads, N positions, D head dimension, S gathered length,
@@ -37,6 +41,7 @@ from ..geometry import PyramidGeometry
 from ..reach import seam_gradient
 from .launch import (
     define,
+    document_ends,
     own_block,
     own_block_grid,
     place_of,
@@ -53,12 +58,12 @@ COLLECT_TILE, COLLECT_WARPS = 2048, 8
 
 @triton.jit
 def _spread(
-    gathered, slot, seam, onto, rows,
+    gathered, slot, seam, onto, documents, rows,
     in_b, in_h, in_s, onto_b, onto_h, onto_n, out_b, out_h, out_n,
     heads, group, length, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr, SEAM: tl.constexpr,
-    FINEST: tl.constexpr, ONTO: tl.constexpr,
+    FINEST: tl.constexpr, ONTO: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, length, BLOCK)
     slots = slot + (batch * (heads // group) + head // group) * pyramid
@@ -76,12 +81,16 @@ def _spread(
     else:
         total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     offset = tl.zeros((), dtype=tl.int64)
+    # Where each position's document begins.
+    begin = tl.zeros((BLOCK,), dtype=tl.int64)
+    if DOCUMENTS:
+        begin = tl.load(documents + batch * length + position, mask=inside, other=0).to(tl.int64)
     # Positions that take no further row.
     done = inside == 0
     for level in tl.static_range(LEVELS):
         span = P**level
         shifted = position - (span - 1) if SCATTER else position
-        reached = (done == 0) & (shifted >= 0)
+        reached = (done == 0) & (shifted >= begin)
         place = tl.load(slots + offset + shifted // span, mask=reached, other=-1).to(tl.int64)
         x = tl.load(
             source + place[:, None] * in_s + column[None, :],
@@ -113,6 +122,7 @@ def launch_spread(
     scatter: bool,
     finest: bool,
     onto: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch ``_spread``.
 
@@ -127,6 +137,8 @@ def launch_spread(
         finest: take the lowest level that reaches a position, instead of the sum; only with
             ``scatter``.
         onto: rows to add, [B, H, N, D].
+        documents: [B, N], for each position the first position of its document, which outputs do
+            not leave; only with ``scatter`` and without ``seam``.
 
     Returns:
         [B, H, N, D], lying in memory as [B, N, H, D].
@@ -138,11 +150,13 @@ def launch_spread(
     block_d = triton.next_power_of_2(d)
     block = TILE // block_d
     _spread[own_block_grid(batch, heads, length, block)](
-        gathered, slot, slot if seam is None else seam, rows if onto is None else onto, rows,
+        gathered, slot, slot if seam is None else seam, rows if onto is None else onto,
+        slot if documents is None else documents.contiguous(), rows,
         *strides, *onto_strides, *rows.stride()[:3],
         heads, heads // slot.shape[1], length, slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
-        SEAM=seam is not None, FINEST=finest, ONTO=onto is not None, num_warps=WARPS,
+        SEAM=seam is not None, FINEST=finest, ONTO=onto is not None,
+        DOCUMENTS=documents is not None, num_warps=WARPS,
     )  # fmt: skip
     return rows
 
@@ -157,13 +171,14 @@ def _fake_spread(
     scatter: bool,
     finest: bool,
     onto: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return sequence_first(gathered, length)
 
 
 define(
     "spread(Tensor gathered, Tensor slot, Tensor? seam, SymInt length, int p, int levels,"
-    " bool scatter, bool finest, Tensor? onto=None) -> Tensor",
+    " bool scatter, bool finest, Tensor? onto=None, Tensor? documents=None) -> Tensor",
     launch_spread,
     _fake_spread,
 )
@@ -171,14 +186,17 @@ define(
 
 @triton.jit
 def _collect_level(
-    rows, slots, gathered, entry, length, in_n, out_s,
+    rows, slots, gathered, entry, cut, length, in_n, out_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    UNROLLED: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Sums of the rows that entries of a level reach; writes them where the entries are included.
 
     With FINEST, rows that an included entry has received are zero to the levels above.
+
+    Args:
+        cut: see ``document_ends``.
     """
     column = tl.arange(0, BLOCK_D)
     in_columns = (column < D)[None, :]
@@ -186,10 +204,13 @@ def _collect_level(
     total = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     if LEVEL > 1:
         for child in tl.range(P):
-            total += _collect_level(
-                rows, slots, gathered, below + child, length, in_n, out_s,
-                D, BLOCK_D, BLOCK, P, LEVEL - 1, FINEST, UNROLLED,
+            x = _collect_level(
+                rows, slots, gathered, below + child, cut & (child == 0), length, in_n, out_s,
+                D, BLOCK_D, BLOCK, P, LEVEL - 1, FINEST, UNROLLED, DOCUMENTS,
             )  # fmt: skip
+            if DOCUMENTS:
+                x = tl.where((cut & (child > 0))[:, None], 0.0, x)
+            total += x
     else:
         for step in tl.range(P // UNROLLED):
             first = below + step * UNROLLED
@@ -200,6 +221,8 @@ def _collect_level(
                 x = tl.load(source, mask=exists, other=0.0).to(tl.float32)
                 if FINEST:
                     x = tl.where((place_of(slots, row, length, P, 0) < 0)[:, None], x, 0.0)
+                if DOCUMENTS:
+                    x = tl.where((cut & (row > below))[:, None], 0.0, x)
                 total += x
             # Stores among the loads above would hold them up. Few rows are included, and those are
             # still at hand.
@@ -221,19 +244,21 @@ def _collect_level(
 
 @triton.jit
 def _collect(
-    rows, slot, gathered,
+    rows, slot, documents, gathered,
     in_b, in_h, in_n, out_b, out_h, out_s,
     heads, group, length, coarsest, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, FINEST: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    UNROLLED: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     batch, head, block = own_block(heads, coarsest + 1, BLOCK)
     slots = slot + (batch * (heads // group) + head // group) * pyramid
     entry = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64) - 1
+    cut = document_ends(documents + batch * length, entry, length, P ** (LEVELS - 1), DOCUMENTS)
     _collect_level(
         rows + batch * in_b + head * in_h, slots, gathered + batch * out_b + head * out_h,
-        entry, length, in_n, out_s, D, BLOCK_D, BLOCK, P, LEVELS - 1, FINEST, UNROLLED,
+        entry, cut, length, in_n, out_s,
+        D, BLOCK_D, BLOCK, P, LEVELS - 1, FINEST, UNROLLED, DOCUMENTS,
     )  # fmt: skip
 
 
@@ -244,6 +269,7 @@ def launch_collect(
     p: int,
     levels: int,
     finest: bool,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch ``_collect``.
 
@@ -253,6 +279,7 @@ def launch_collect(
         gathered_length: S, the number of included entries.
         p, levels: pooling factor and levels of the pyramid.
         finest: leave out the rows of positions that a finer entry reaches.
+        documents: as in ``launch_spread``.
 
     Returns:
         [B, H, S, D], lying in memory as [B, S, H, D].
@@ -264,10 +291,11 @@ def launch_collect(
     block_d = triton.next_power_of_2(d)
     block = COLLECT_TILE // block_d
     _collect[own_block_grid(batch, heads, coarsest + 1, block)](
-        rows, slot, gathered, *strides, *gathered.stride()[:3],
+        rows, slot, slot if documents is None else documents.contiguous(), gathered,
+        *strides, *gathered.stride()[:3],
         heads, heads // slot.shape[1], length, coarsest, slot.shape[2],
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, FINEST=finest,
-        UNROLLED=unrolled(p), num_warps=COLLECT_WARPS,
+        UNROLLED=unrolled(p), DOCUMENTS=documents is not None, num_warps=COLLECT_WARPS,
     )  # fmt: skip
     return gathered
 
@@ -279,13 +307,14 @@ def _fake_collect(
     p: int,
     levels: int,
     finest: bool,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return sequence_first(rows, gathered_length)
 
 
 define(
-    "collect(Tensor rows, Tensor slot, SymInt gathered_length, int p, int levels, bool finest)"
-    " -> Tensor",
+    "collect(Tensor rows, Tensor slot, SymInt gathered_length, int p, int levels, bool finest,"
+    " Tensor? documents=None) -> Tensor",
     launch_collect,
     _fake_collect,
 )
@@ -301,9 +330,10 @@ class _ScatterBack(torch.autograd.Function):
         seam: torch.Tensor | None,
         slot: torch.Tensor,
         geometry: PyramidGeometry,
+        documents: torch.Tensor | None,
     ) -> torch.Tensor:
         config = geometry.config
-        ctx.save_for_backward(slot)
+        ctx.save_for_backward(slot, documents)
         ctx.geometry = geometry
         return torch.ops.lighthouse.spread(
             rows,
@@ -314,13 +344,14 @@ class _ScatterBack(torch.autograd.Function):
             config.levels,
             True,
             config.combine == "finest",
+            documents=documents,
         )
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (slot,) = ctx.saved_tensors
+        slot, documents = ctx.saved_tensors
         geometry = ctx.geometry
         config = geometry.config
         seam = seam_gradient(grad, slot, geometry) if ctx.needs_input_grad[1] else None
@@ -331,8 +362,9 @@ class _ScatterBack(torch.autograd.Function):
             config.pooling_factor,
             config.levels,
             config.combine == "finest",
+            documents,
         )
-        return rows, seam, None, None
+        return rows, seam, None, None, None
 
 
 def scatter_back(
@@ -340,6 +372,7 @@ def scatter_back(
     selection: tuple[torch.Tensor, torch.Tensor],
     geometry: PyramidGeometry,
     seam: torch.Tensor | None = None,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scatter as ``lighthouse.scatter.scatter_back`` does.
 
@@ -347,10 +380,11 @@ def scatter_back(
         rows: [B, H, S, D].
         selection: index and slot.
         seam: [B, H, L - 1, D].
+        documents: [B, N].
 
     Returns:
         [B, H, N, D], lying in memory as [B, N, H, D].
     """
     if seam is not None:
         seam = seam.contiguous()
-    return _ScatterBack.apply(rows, seam, selection[1], geometry)
+    return _ScatterBack.apply(rows, seam, selection[1], geometry, documents)

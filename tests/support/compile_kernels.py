@@ -102,13 +102,17 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     gathered = gather.launch_gather(q, coarsest, index, p, levels)
     for onto in (None, q):
         scatter.launch_spread(gathered, slot, None, n, p, levels, False, False, onto)
+    documents = torch.empty(batch, n, dtype=torch.int32, device="meta")
     for finest in (False, True):
         scatter.launch_collect(q, slot, index.shape[2], p, levels, finest)
         for seam in (None, gathered[:, :, : levels - 1].contiguous()):
             scatter.launch_spread(gathered, slot, seam, n, p, levels, True, finest)
+        scatter.launch_spread(gathered, slot, None, n, p, levels, True, finest, None, documents)
+        scatter.launch_collect(q, slot, index.shape[2], p, levels, finest, documents)
     far_lse, lse = (x[..., 0].float() for x in (gathered, q))
-    merge.launch_merge(gathered, far_lse, q, lse, slot, p, levels)
-    merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels)
+    for layout in (None, documents):
+        merge.launch_merge(gathered, far_lse, q, lse, slot, p, levels, layout)
+        merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels, layout)
     for x in (q, q.float()):
         online_softmax.launch_merge_in_place(x, lse, q, lse)
 
@@ -125,7 +129,8 @@ def launch_long(p: int, picks: int, heads: int, d: int, dtype: torch.dtype) -> N
     far_lse, lse = (x[..., 0].float() for x in (gathered, rows))
     pooling.launch_pool(rows, p, 2, p)
     scatter.launch_collect(rows, slot, s, p, 2, True)
-    merge.launch_collect(rows, rows, lse, gathered, far_lse, index, slot, p, 2)
+    for layout in (None, torch.empty(1, n, dtype=torch.int64, device="meta")):
+        merge.launch_collect(rows, rows, lse, gathered, far_lse, index, slot, p, 2, layout)
 
 
 def launch_loss(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
