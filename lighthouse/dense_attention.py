@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from .cpu_flash import cpu_backward, cpu_forward
-from .documents import check_documents
+from .documents import check_documents, check_most_documents, cumulative_lengths
 from .flash import obstacle_to_flash
 from .inputs import check_rows, check_transforms
 from .precision import accumulation_dtype
@@ -49,8 +49,9 @@ def document_attention(
         documents: int32 or int64 [B, N], for each position the first position of its document.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         most_documents: documents that the batch has at most. On GPUs, flash attention starts
-            programs for so many of length N, most of which end at once. By default B N, which is
-            slow for long sequences. More documents than that end in an error of the device.
+            programs for so many of length N, most of which end at once. By default B N, and 2**15
+            at most, which is slow for long sequences. More documents than that end in an error of
+            the device.
 
     Returns:
         [B, Hq, N, D].
@@ -63,8 +64,7 @@ def document_attention(
     check_transforms()
     check_rows(q, k, v)
     check_documents(documents, q)
-    if most_documents is not None and most_documents < 1:
-        raise ValueError(f"most_documents must be at least 1, got {most_documents}")
+    check_most_documents(most_documents)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if not obstacle_to_flash(q):
         return _by_lengths(q, k, v, documents, scale, most_documents)
@@ -80,36 +80,13 @@ def _by_lengths(
     most_documents: int | None,
 ) -> torch.Tensor:
     batch, _, length, _ = q.shape
-    bounds = cumulative_lengths(documents, most_documents or documents.numel())
+    bounds = cumulative_lengths(documents, most_documents)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     out = varlen_attn(
         q, k, v, bounds, bounds, length, length, scale=scale, window_size=(-1, 0), **SHARES_HEADS
     )
     assert isinstance(out, torch.Tensor)
     return out.unflatten(0, (batch, length)).transpose(1, 2)
-
-
-def cumulative_lengths(documents: torch.Tensor, most_documents: int) -> torch.Tensor:
-    """First positions of documents in the joined rows of a batch, and the end of the last.
-
-    Args:
-        documents: [B, N].
-        most_documents: M.
-
-    Returns:
-        int32 [M + 1]. Documents that there are not are empty and lie at the end.
-    """
-    place = torch.arange(documents.numel(), dtype=torch.int32, device=documents.device)
-    position = torch.arange(documents.shape[1], device=documents.device)
-    begins = (documents == position).flatten()
-    number = begins.cumsum(0) - 1
-    bounds = torch.full(
-        (most_documents + 1,), documents.numel(), dtype=torch.int32, device=documents.device
-    )
-    # Positions within documents write to the last number, which is set again below.
-    bounds.scatter_(0, torch.where(begins, number, most_documents), place)
-    bounds[-1:].fill_(documents.numel())
-    return bounds
 
 
 class _DocumentAttention(torch.autograd.Function):

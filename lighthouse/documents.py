@@ -18,6 +18,9 @@ import torch
 from .geometry import PyramidGeometry
 
 INTEGERS = (torch.int32, torch.int64)
+# A GPU starts less than twice as many programs along the dimension that flash attention gives to
+# sequences.
+MOST_DOCUMENTS = 2**15
 
 
 class Shares(NamedTuple):
@@ -147,6 +150,43 @@ def check_layout(documents: torch.Tensor, span: int = 1) -> None:
             f"documents must begin at multiples of pooling_factor^(levels - 1) = {span}, got one "
             f"at {documents[row, position].item()} in row {row}; pad the document before it"
         )
+
+
+def check_most_documents(most_documents: int | None) -> None:
+    """Check that ``most_documents`` is a number of documents, or None.
+
+    Raises:
+        ValueError: it is below 1 or above ``MOST_DOCUMENTS``.
+    """
+    if most_documents is not None and not 1 <= most_documents <= MOST_DOCUMENTS:
+        raise ValueError(
+            f"most_documents must be at least 1 and at most {MOST_DOCUMENTS}, got {most_documents}"
+        )
+
+
+def cumulative_lengths(documents: torch.Tensor, most_documents: int | None = None) -> torch.Tensor:
+    """First positions of documents in the joined rows of a batch, and the end of the last.
+
+    Args:
+        documents: [B, N].
+        most_documents: M; by default B N, and ``MOST_DOCUMENTS`` at most.
+
+    Returns:
+        int32 [M + 1]. Documents that there are not are empty and lie at the end.
+    """
+    if most_documents is None:
+        most_documents = min(documents.numel(), MOST_DOCUMENTS)
+    place = torch.arange(documents.numel(), dtype=torch.int32, device=documents.device)
+    position = torch.arange(documents.shape[1], device=documents.device)
+    begins = (documents == position).flatten()
+    number = begins.cumsum(0) - 1
+    bounds = torch.full(
+        (most_documents + 1,), documents.numel(), dtype=torch.int32, device=documents.device
+    )
+    # Positions within documents write to the last number, which is set again below.
+    bounds.scatter_(0, torch.where(begins, number, most_documents), place)
+    bounds[-1:].fill_(documents.numel())
+    return bounds
 
 
 def _check_dtype(documents: torch.Tensor) -> None:

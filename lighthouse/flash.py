@@ -2,8 +2,11 @@
 
 It is called below ``scaled_dot_product_attention``, which has no window and keeps the logsumexp.
 
-Shapes: B batch, Hq query heads, Hkv key-value heads, N queries, M keys, D head dimension.
+Shapes: B batch, Hq query heads, Hkv key-value heads, N queries, M keys, D head dimension. In joined
+rows, sequences of varying lengths lie one after the other: R rows of queries and C of keys.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -85,13 +88,90 @@ def flash_backward(
     return tuple(grad.transpose(1, 2)[..., :width] for grad in grads)
 
 
+class Lengths(NamedTuple):
+    """Where sequences lie in joined rows. Their number is that of the tensors less one.
+
+    Attributes:
+        queries, keys: int32, first rows of each sequence's queries and keys, and the end of the
+            last. Sequences may be empty.
+        longest_queries, longest_keys: numbers that no sequence has more of. Flash attention starts
+            programs for so many in every sequence.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
+
+
+def flash_forward_by_lengths(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Lengths,
+    scale: float,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend within sequences of varying lengths. Each one's last query is at its last key.
+
+    Args:
+        q: [R, Hq, D], D being a multiple of ``STEP_OF_D``.
+        k, v: [C, Hkv, D].
+        window: keys that a query sees at most, itself included; by default all before it.
+
+    Returns:
+        out [R, Hq, D] and lse float32 [Hq, R].
+
+    Raises:
+        RuntimeError: this version of torch returns lse in another shape.
+    """
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *map(_dense_columns, (q, k, v)), *lengths, 0.0, True, False,
+        **_options(scale, True, window),
+    )  # fmt: skip
+    if lse.shape != (q.shape[1], q.shape[0]):
+        raise RuntimeError(
+            f"flash attention of torch {torch.__version__} returns the logsumexp of joined rows "
+            f"{tuple(q.shape)} as {tuple(lse.shape)}, and not as [heads, rows]; use another "
+            'version, or impl="torch"'
+        )
+    return out, lse
+
+
+def flash_backward_by_lengths(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lengths: Lengths,
+    scale: float,
+    window: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of ``flash_forward_by_lengths``'s out with respect to q, k and v.
+
+    Those of keys that belong to no sequence, or to one without queries, are not to be read.
+
+    Args:
+        lse: [Hq, R], contiguous.
+    """
+    state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    return torch.ops.aten._flash_attention_backward(
+        *map(_dense_columns, (dout, q, k, v, out)), lse, *lengths, 0.0, True, state, unused,
+        **_options(scale, True, window),
+    )  # fmt: skip
+
+
+def _dense_columns(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def _rows(rows: torch.Tensor) -> torch.Tensor:
     """[B, H, N, D] as flash attention takes it: [B, N, H, D], D contiguous and long enough."""
     if missing := -rows.shape[-1] % STEP_OF_D:
         rows = torch.nn.functional.pad(rows, (0, missing))
-    elif rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    return rows.transpose(1, 2)
+    return _dense_columns(rows).transpose(1, 2)
 
 
 def _options(scale: float, is_causal: bool, window: int | None) -> dict[str, float | int]:

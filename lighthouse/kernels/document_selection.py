@@ -12,6 +12,8 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, T strata, C candidates, n 
 entries of level 1, S gathered length.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -203,7 +205,7 @@ def launch_selection_by_documents(
 
 
 def _fake_select_by_documents(
-    a: torch.Tensor, b: torch.Tensor, parts: torch.Tensor, *settings: int
+    a: torch.Tensor, b: torch.Tensor, parts: torch.Tensor, *settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _fake_select(a, b, *settings)
 

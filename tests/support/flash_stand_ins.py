@@ -1,14 +1,40 @@
 """PyTorch in the place of flash attention, which has no window on a CPU."""
 
+import itertools
 import math
 
 import torch
 from torch.nn.functional import pad
 
+NAN = float("nan")
+
+
+def sequences(queries, keys, longest_queries, longest_keys):
+    """The rows of each sequence that has queries; the others have no gradient either."""
+    assert queries.dtype == keys.dtype == torch.int32
+    bounds = zip(*(itertools.pairwise(x.tolist()) for x in (queries, keys)), strict=True)
+    for (first, end), (first_key, end_key) in bounds:
+        assert 0 <= end - first <= longest_queries and 0 <= end_key - first_key <= longest_keys
+        if end > first:
+            yield slice(first, end), slice(first_key, end_key)
+
 
 def stand_in_forward(q, k, v, _q, _k, max_q, max_k, dropout, is_causal, debug, *, scale,
                      window_size_left, window_size_right):  # fmt: skip
-    """flash attention's forward as its schema has it, in PyTorch: rows [B, N, H, D]."""
+    """flash attention's forward as its schema has it, in PyTorch: rows [B, N, H, D].
+
+    With lengths it takes joined rows [R, H, D], and what belongs to no sequence is not a number.
+    """
+    if _q is not None:
+        out, lse = torch.full_like(q, NAN), torch.full(q.shape[1::-1], NAN)
+        options = {"scale": scale, "window_size_left": window_size_left, "window_size_right": 0}
+        assert window_size_right == 0 and len(_q) == len(_k) and k.shape == v.shape
+        for own, keys in sequences(_q, _k, max_q, max_k):
+            x = (q[None, own], k[None, keys], v[None, keys])
+            sizes = x[0].shape[1], x[1].shape[1]
+            found = stand_in_forward(*x, None, None, *sizes, dropout, is_causal, debug, **options)
+            out[own], lse[:, own] = found[0][0], found[1][0]
+        return out, lse, None, None, None
     assert (max_q, max_k, dropout, is_causal) == (q.shape[1], k.shape[1], 0, True)
     assert window_size_right == 0
     size = max_k if window_size_left < 0 else window_size_left + 1
@@ -23,6 +49,19 @@ def stand_in_forward(q, k, v, _q, _k, max_q, max_k, dropout, is_causal, debug, *
 def stand_in_backward(dout, q, k, v, out, lse, _q, _k, max_q, max_k, dropout, is_causal, state,
                       unused, *, scale, window_size_left, window_size_right):  # fmt: skip
     """flash attention's backward, which takes no gradient of the logsumexp."""
+    if _q is not None:
+        grads = [torch.full_like(x, NAN) for x in (q, k, v)]
+        options = {"scale": scale, "window_size_left": window_size_left, "window_size_right": 0}
+        assert window_size_right == 0 and lse.is_contiguous() and lse.shape == q.shape[1::-1]
+        for own, keys in sequences(_q, _k, max_q, max_k):
+            x = (dout[None, own], q[None, own], k[None, keys], v[None, keys], out[None, own])
+            sizes = x[1].shape[1], x[2].shape[1]
+            lse_of_one = lse[None, :, own].contiguous()
+            found = stand_in_backward(*x, lse_of_one, None, None, *sizes, dropout, is_causal,
+                                      state, unused, **options)  # fmt: skip
+            for grad, rows, part in zip(grads, (own, keys, keys), found, strict=True):
+                grad[rows] = part[0]
+        return grads
     # Dense attention, which has no limit to the left, repeats its bits where a user asks for that.
     repeats = torch.get_deterministic_debug_mode() == 2
     assert repeats or window_size_left < 0

@@ -1,0 +1,208 @@
+"""Causal attention within documents, over a window or over all, by torch's flash attention.
+
+Documents become sequences of varying lengths in the joined rows of a batch. Without a window that
+is all. Under a window, the joined rows are cut into pieces too, as far as pieces are several times
+longer than the window, because
+
+- flash attention starts programs for the longest length in every sequence, and no sequence is
+  longer than a piece then;
+- one of its programs sums the gradient of one sequence's queries in one head, in order, so that the
+  bits repeat; long documents would leave most of a GPU idle.
+
+A piece takes its own keys and the W - 1 before it, which are copied. Those of them that the first
+document of the piece does not see become a sequence without queries.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, W positions of
+the window, M documents at most, R = B N joined rows, C pieces.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+
+from ..flash import Lengths, flash_backward_by_lengths, flash_forward_by_lengths
+from ..logsumexp import fold_lse_gradient
+from .launch import define
+from .window import LEAST_GAIN, SHORTEST_SEGMENT, fake_backward, fake_forward, repeating_bits
+
+# With these and the most documents that there may be, sequences are as many as a GPU takes.
+MOST_PIECES = 2**13
+
+
+class Pieces(NamedTuple):
+    """Joined rows, cut into C pieces of ``length`` rows; the last one may be shorter.
+
+    Attributes:
+        before: keys that lie before a piece's own, W - 1.
+        seen: how many of these the piece's first document sees, [C].
+    """
+
+    length: int
+    before: int
+    seen: torch.Tensor
+
+    def keys(self, rows: torch.Tensor) -> torch.Tensor:
+        """Keys or values of all pieces, [C (before + length), H, D] of [R, H, D]."""
+        first = torch.arange(len(self.seen), device=rows.device) * self.length - self.before
+        place = first[:, None] + torch.arange(self.before + self.length, device=rows.device)
+        # Outside of the rows no piece sees anything.
+        return rows[place.clamp(0, len(rows) - 1).flatten()]
+
+    def gradient(self, grad: torch.Tensor, rows: int) -> torch.Tensor:
+        """Gradient of what ``keys`` took, [R, H, D]; each row was taken twice at most."""
+        grad = grad.unflatten(0, (len(self.seen), -1))
+        total = grad[:, self.before :].contiguous()
+        if self.before:
+            number = torch.arange(self.before, device=grad.device)
+            seen = number >= self.before - self.seen[1:, None]
+            shared = torch.where(seen[..., None, None], grad[1:, : self.before], 0)
+            total[:-1, -self.before :] += shared
+        return total.flatten(0, 1)[:rows]
+
+
+def pieces_of(bounds: torch.Tensor, rows: int, window: int) -> tuple[Lengths, Pieces] | None:
+    """The pieces under a window, and the sequences in them; None if one piece has all rows.
+
+    Args:
+        bounds: int32 [M + 1], first rows of documents and the end of the last.
+        rows: R.
+    """
+    before = window - 1
+    count = (rows - before) // max(SHORTEST_SEGMENT, LEAST_GAIN * before)
+    count = min(count, MOST_PIECES)
+    if count < 2:
+        return None
+    length = -(-rows // count)
+    count = -(-rows // length)
+    number = torch.arange(count, dtype=torch.int32, device=bounds.device)
+    first = number * length
+    document = bounds[torch.searchsorted(bounds, first, right=True) - 1]
+    seen = (first - document).clamp(max=before)
+    # In each piece: the keys that it does not see, those that it sees with its first document, and
+    # its further documents. A document that begins with the piece gets an empty sequence more.
+    key = number * (before + length)
+    own = (bounds // length).clamp(max=count - 1)
+    of_bounds = bounds + (own + 1) * before
+    queries = torch.cat([first, first, bounds]).sort().values
+    keys = torch.cat([key, key + before - seen, of_bounds]).sort().values
+    lengths = Lengths(queries.int(), keys.int(), length, before + length)
+    return lengths, Pieces(length, before, seen)
+
+
+def _joined(rows: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] as [B N, H, D]."""
+    return rows.transpose(1, 2).flatten(0, 1)
+
+
+def _split(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """[B N, H, D] as [B, H, N, D], lying in memory as [B, N, H, D]."""
+    return rows.contiguous().unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _whole(bounds: torch.Tensor, length: int) -> Lengths:
+    return Lengths(bounds, bounds, length, length)
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    scale: float,
+    bounds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over the window within documents.
+
+    Args:
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, N, D].
+        bounds: int32 [M + 1], the ``cumulative_lengths`` of the layout.
+
+    Returns:
+        out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
+    """
+    batch, _, length, _ = q.shape
+    limit = window if window < length else None
+    q, k, v = map(_joined, (q, k, v))
+    lengths = _whole(bounds, length)
+    if limit and (found := pieces_of(bounds, len(q), limit)):
+        lengths, pieces = found
+        k, v = pieces.keys(k), pieces.keys(v)
+    out, lse = flash_forward_by_lengths(q, k, v, lengths, scale, limit)
+    return _split(out, batch), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+
+
+def launch_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+    bounds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do."""
+    batch, _, length, _ = q.shape
+    limit = window if window < length else None
+    dout, q, k, v, out = map(_joined, (dout, q, k, v, out))
+    lse = lse.transpose(0, 1).flatten(1).contiguous()
+    lengths, pieces, rows = _whole(bounds, length), None, len(q)
+    if limit and (found := pieces_of(bounds, rows, limit)):
+        lengths, pieces = found
+        k, v = pieces.keys(k), pieces.keys(v)
+    # All of the documents before a position are dense attention, which repeats its bits in torch's
+    # mode alone.
+    with repeating_bits() if limit else nullcontext():
+        dq, dk, dv = flash_backward_by_lengths(dout, q, k, v, out, lse, lengths, scale, limit)
+    if pieces is not None:
+        dk, dv = pieces.gradient(dk, rows), pieces.gradient(dv, rows)
+    dq, dk, dv = (_split(grad, batch) for grad in (dq, dk, dv))
+    return dq, dk, dv
+
+
+define(
+    "flash_document_window(Tensor q, Tensor k, Tensor v, int window, float scale, Tensor bounds)"
+    " -> (Tensor, Tensor)",
+    launch_forward,
+    lambda q, k, v, window, scale, bounds: fake_forward(q, k, v, window, scale),
+)
+define(
+    "flash_document_window_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, int window, float scale, Tensor bounds) -> (Tensor, Tensor, Tensor)",
+    launch_backward,
+    fake_backward,
+)
+
+
+def document_window_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    scale: float,
+    bounds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``window_forward``, within documents of ``bounds`` int32 [M + 1]."""
+    return torch.ops.lighthouse.flash_document_window(q, k, v, window, scale, bounds)
+
+
+def document_window_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+    bounds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``window_backward``, within documents of ``bounds`` int32 [M + 1]."""
+    if dlse is not None:
+        dout, out = fold_lse_gradient(dout, dlse, out)
+    rows = dout, q, k, v, out, lse
+    return torch.ops.lighthouse.flash_document_window_backward(*rows, window, scale, bounds)
