@@ -11,7 +11,12 @@ from torch import nn
 from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
 from .dense_attention import document_attention
-from .documents import check_documents, check_selected, gathered_documents
+from .documents import (
+    check_documents,
+    check_most_documents,
+    check_selected,
+    gathered_documents,
+)
 from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import (
@@ -29,7 +34,7 @@ from .merge import (
 )
 from .reach import seam_rows
 from .scatter import scatter_back
-from .selection import Selection, select_entries
+from .selection import Selection, select_by_kernels, select_entries
 
 
 def lighthouse_attention(
@@ -66,9 +71,9 @@ def lighthouse_attention(
             operations do so.
         documents: int32 or int64 [B, N], for each position the first position of its document, a
             multiple of p^(L-1) (``docs/documents.md``). No document sees another. ``sdpa`` must be
-            left out; ``selection`` must be one for these documents. Only vectorised PyTorch knows
-            documents so far, and is then the default everywhere.
-        most_documents: as in ``document_attention``, which attends where there is no window.
+            left out; ``selection`` must be one for these documents. "torch" is the default with
+            them so far, on GPUs too.
+        most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
         [B, Hq, N, D]. Without a window, zero at the first positions, of each document if there are
@@ -76,8 +81,8 @@ def lighthouse_attention(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
-            ``documents`` are no layout, or come with ``sdpa``, Triton's kernels or context
-            parallelism, or on CPUs with a selection for other documents.
+            ``documents`` are no layout, or come with ``sdpa`` or context parallelism, or on CPUs
+            with a selection for other documents.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
     check_transforms()
@@ -85,6 +90,7 @@ def lighthouse_attention(
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     chunks = context_parallel.chunks
     impl = choose_for_documents(impl, documents, IMPLEMENTATIONS, chunks)
+    check_most_documents(most_documents)
     if documents is not None:
         check_documents(documents, q, config.coarsest_span)
         if sdpa is not None:
@@ -99,9 +105,10 @@ def lighthouse_attention(
     impl = choose_implementation(impl, q)
     parallel = chunks > 1
     if impl == "triton":
-        selection, coarsest = _select_with_kernels(q, k, v, selection, geometry)
+        selection, coarsest = _select_with_kernels(q, k, v, selection, geometry, documents)
         if config.window and not parallel:
-            return merged_attention_by_kernels(q, k, v, coarsest, selection, geometry, scale)
+            arguments = q, k, v, coarsest, selection, geometry, scale, documents, most_documents
+            return merged_attention_by_kernels(*arguments)
         pairs = zip((q, k, v), coarsest, strict=True)
         gathered = [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
         scatter = kernels.scatter_back
@@ -124,7 +131,7 @@ def lighthouse_attention(
         out = document_attention(
             queries, keys, values, places, scale=scale, most_documents=most_documents
         )
-        return scatter_back(out, selection, geometry, documents=documents)
+        return scatter(out, selection, geometry, documents=documents)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
     out = attend(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
@@ -164,6 +171,7 @@ def _select_with_kernels(
     v: torch.Tensor,
     selection: Selection | None,
     geometry: PyramidGeometry,
+    documents: torch.Tensor | None,
 ) -> tuple[Selection, list[torch.Tensor]]:
     """Select entries unless ``selection`` names them, and pool q, k and v onto the coarsest level.
 
@@ -176,8 +184,8 @@ def _select_with_kernels(
     coarsest_v, _ = kernels.pool_coarsest(v, geometry, with_norms=False)
     if selection is None:
         if not with_norms:
-            a, b = kernels.score(q, k, v, geometry)
-        selection = Selection(*kernels.select_from_norms(a, b, geometry))
+            a, b = kernels.score(q, k, v, geometry, documents)
+        selection = select_by_kernels(a, b, geometry, documents)
     return selection, [coarsest_q, coarsest_k, coarsest_v]
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .documents import cumulative_lengths
+
 # The package of kernels, or None without Triton.
 kernels: Any
 try:
@@ -16,6 +18,9 @@ except ModuleNotFoundError as missing:
 
 IMPLEMENTATIONS = ("triton", "torch")
 WINDOW_IMPLEMENTATIONS = ("flash4", "flash", "torch")
+# What runs with documents where ``impl`` is None. None would leave that to the tensors, as without
+# documents.
+DEFAULT_WITH_DOCUMENTS: str | None = "torch"
 
 
 def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
@@ -31,14 +36,15 @@ def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
 def choose_for_documents(
     impl: str | None, documents: torch.Tensor | None, known: tuple[str, ...], chunks: int
 ) -> str | None:
-    """``impl``, or "torch" where there are documents and ``impl`` leaves the choice open.
+    """``impl``, or ``DEFAULT_WITH_DOCUMENTS`` where there are documents and ``impl`` is None.
 
     Args:
         known: the names that ``impl`` may have.
         chunks: chunks that context parallelism cuts the sequence into.
 
     Raises:
-        ValueError: documents come with context parallelism or with another ``impl``.
+        ValueError: documents come with context parallelism or with an ``impl`` that does not know
+            them.
     """
     check_implementation(impl, known)
     if documents is None:
@@ -48,12 +54,28 @@ def choose_for_documents(
             f"documents are not supported yet under context parallelism, got {chunks} chunks; "
             "use one rank for each sequence, or leave documents out"
         )
-    if impl not in (None, "torch"):
+    if impl == "flash4":
         raise ValueError(
-            f'documents are not supported yet by impl = {impl!r}; pass impl="torch", which is '
-            "slower on a GPU, or leave documents out"
+            f'documents are not supported yet by impl = {impl!r}; pass impl="flash", or leave '
+            "documents out"
         )
-    return "torch"
+    return impl or DEFAULT_WITH_DOCUMENTS
+
+
+def layout_for(
+    impl: str, documents: torch.Tensor | None, most_documents: int | None
+) -> tuple[torch.Tensor, ...]:
+    """What the ``operations_by`` an implementation take besides, in the last place.
+
+    Args:
+        documents: a layout [B, N].
+
+    Returns:
+        Nothing without documents. The layout for "torch", and cumulative lengths for "flash".
+    """
+    if documents is None:
+        return ()
+    return (cumulative_lengths(documents, most_documents) if impl == "flash" else documents,)
 
 
 def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
@@ -70,8 +92,13 @@ def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
     return "triton"
 
 
-def choose_window_implementation(impl: str | None, q: torch.Tensor) -> str:
+def choose_window_implementation(
+    impl: str | None, q: torch.Tensor, with_documents: bool = False
+) -> str:
     """Choose "flash4", "flash" or "torch", by ``impl`` or else the first that computes ``q``.
+
+    Args:
+        with_documents: whether there are documents, which "flash4" does not know.
 
     Raises:
         ValueError: ``impl`` is not known, or does not compute such tensors.
@@ -88,15 +115,26 @@ def choose_window_implementation(impl: str | None, q: torch.Tensor) -> str:
         if impl is None:
             return "torch"
         raise ValueError(f'the window of flash attention {obstacle}; pass impl="torch"')
-    if impl is None and not found.obstacle_to_flash4(q) and found.flash4_is_installed():
+    if impl is not None or with_documents:
+        return "flash"
+    if not found.obstacle_to_flash4(q) and found.flash4_is_installed():
         return "flash4"
     return "flash"
 
 
-def operations_by(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of attention over a window by an implementation, without autograd."""
-    if impl == "flash4":
+def operations_by(
+    impl: str, with_documents: bool = False
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of attention over a window by an implementation, without autograd.
+
+    Args:
+        with_documents: whether they take a layout besides, see ``layout_for``.
+    """
+    if impl == "flash" and with_documents:
         # pyrefly: ignore[missing-attribute]  Choosing it has made sure that there are kernels.
+        return kernels.document_window_forward, kernels.document_window_backward
+    if impl == "flash4":
+        # pyrefly: ignore[missing-attribute]  As above.
         return kernels.flash4_forward, kernels.flash4_backward
     if impl == "flash":
         # pyrefly: ignore[missing-attribute]  As above.

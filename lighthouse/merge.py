@@ -21,7 +21,7 @@ from .context_parallel import ContextParallel, attention_over_ranks
 from .documents import gathered_documents
 from .geometry import PyramidGeometry
 from .halo import window_in_chunks
-from .implementation import choose_window_implementation, kernels
+from .implementation import choose_window_implementation, kernels, layout_for, operations_by
 from .online_softmax import merged_output
 from .reach import reaching, seam_rows
 from .scatter import scatter_back
@@ -117,14 +117,31 @@ def merged_attention_by_kernels(
     selection: Selection,
     geometry: PyramidGeometry,
     scale: float | None,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``merged_attention``; gathers the selected entries too.
 
     Args:
         coarsest: means of the coarsest entries of q, k and v, [B, H, N / p^(L - 1), D].
+        most_documents: documents that the batch has at most, as in ``window_attention``.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _Merged.apply(q, k, v, *coarsest, selection.index, selection.slot, geometry, scale)
+    layouts: tuple[torch.Tensor, ...] = ()
+    if documents is not None:
+        # A document has a coarsest entry, so the gathered sequence has as many documents.
+        impl, places = window_by_documents(q), gathered_documents(documents, geometry)
+        layouts = documents, *layout_for(impl, places, most_documents)
+        # The compiler refuses the same tensor twice.
+        if impl == "flash":
+            layouts += layout_for(impl, documents, most_documents)
+    arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale
+    return _Merged.apply(*arguments, *layouts)
+
+
+def window_by_documents(q: torch.Tensor) -> str:
+    """The implementation of windows that computes tensors like ``q`` within documents."""
+    return choose_window_implementation(None, q, with_documents=True)
 
 
 class _Merged(torch.autograd.Function):
@@ -147,15 +164,19 @@ class _Merged(torch.autograd.Function):
         slot: torch.Tensor,
         geometry: PyramidGeometry,
         scale: float,
+        documents: torch.Tensor | None = None,
+        *layouts: torch.Tensor,
     ) -> torch.Tensor:
-        attend, _ = window_operations(q)
+        attend, _ = _operations(q, documents)
+        of_near, of_far = _layouts(documents, layouts)
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [kernels.gather_means(*pair, index, *pyramid) for pair in pairs]
-        near, near_lse = attend(q, k, v, geometry.config.window, scale)
-        far, far_lse = attend(*gathered, geometry.gathered_length, scale)
-        out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, *pyramid)
-        ctx.save_for_backward(q, k, v, *gathered, index, slot, far, far_lse, out, lse)
+        near, near_lse = attend(q, k, v, geometry.config.window, scale, *of_near)
+        far, far_lse = attend(*gathered, geometry.gathered_length, scale, *of_far)
+        out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, *pyramid, documents)
+        rows = q, k, v, *gathered
+        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, documents, *layouts)
         ctx.constants = geometry.config.window, scale, pyramid
         return out
 
@@ -163,17 +184,45 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *rows, index, slot, far, far_lse, out, lse = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        rows, (index, slot, far, far_lse, out, lse, documents, *layouts) = saved[:6], saved[6:]
+        of_near, of_far = _layouts(documents, layouts)
         window, scale, pyramid = ctx.constants
-        _, backward = window_operations(rows[0])
-        near = backward(grad, None, *rows[:3], out, lse, window, scale)
+        _, backward = _operations(rows[0], documents)
+        near = backward(grad, None, *rows[:3], out, lse, window, scale, *of_near)
         grad_far, out_far = kernels.collect_merged(
-            grad, out, lse, far, far_lse, index, slot, *pyramid
+            grad, out, lse, far, far_lse, index, slot, *pyramid, documents
         )
-        selected = backward(grad_far, None, *rows[3:], out_far, far_lse, rows[3].shape[2], scale)
+        gathered_length = rows[3].shape[2]
+        selected = backward(
+            grad_far, None, *rows[3:], out_far, far_lse, gathered_length, scale, *of_far
+        )
         needs, length = ctx.needs_input_grad[:3], rows[0].shape[2]
         grads = [
             kernels.spread_shares(part, slot, length, *pyramid, onto=own) if needed else None
             for part, own, needed in zip(selected, near, needs, strict=True)
         ]
-        return *grads, None, None, None, None, None, None, None
+        # Arguments after the rows: seven, and the layouts if there are documents.
+        return *grads, *[None] * (7 if documents is None else 8 + len(layouts))
+
+
+def _operations(
+    q: torch.Tensor, documents: torch.Tensor | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if documents is None:
+        return window_operations(q)
+    return operations_by(window_by_documents(q), with_documents=True)
+
+
+def _layouts(
+    documents: torch.Tensor | None, layouts: Sequence[torch.Tensor]
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """What the operations take for the window and for the selected entries, besides the rows.
+
+    Args:
+        layouts: that of the gathered sequence; and that of the base sequence, unless it is
+            ``documents`` itself.
+    """
+    if documents is None:
+        return (), ()
+    return layouts[1:] or (documents,), layouts[:1]

@@ -70,7 +70,8 @@ def select(
     if documents is not None:
         check_documents(documents, q, config.coarsest_span)
     if choose_implementation(impl, q) == "triton":
-        return select_by_kernels(*kernels.score(q, k, v, geometry, documents), geometry, documents)
+        a, b = kernels.score(q, k, v, geometry, documents)
+        return select_by_kernels(a, b, geometry, documents)
     return select_entries(q, k, v, geometry, documents)
 
 

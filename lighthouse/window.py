@@ -18,12 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from .config import check_largest_window
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
-from .documents import check_documents
+from .documents import check_documents, check_most_documents
 from .halo import window_in_chunks
 from .implementation import (
     WINDOW_IMPLEMENTATIONS,
     choose_for_documents,
     choose_window_implementation,
+    layout_for,
     operations_by,
 )
 from .inner_attention import InnerAttention
@@ -74,6 +75,7 @@ def window_attention(
     return_lse: Literal[False] = False,
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -89,6 +91,7 @@ def window_attention(
     return_lse: Literal[True],
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -103,6 +106,7 @@ def window_attention(
     return_lse: bool = False,
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which each position sees itself and the ``window`` - 1 before it.
 
@@ -126,8 +130,10 @@ def window_attention(
         context_parallel: the chunks on this rank, when N is only its part of the sequence. The
             W - 1 keys and values before each chunk come from the rank that holds them.
         documents: int32 or int64 [B, N], for each position the first position of its document,
-            before which it sees nothing. Vectorised PyTorch alone knows documents so far, and is
-            then the default everywhere.
+            before which it sees nothing. "flash4" does not know documents. "torch" is the default
+            with them so far, on GPUs too.
+        most_documents: documents that the batch has at most, as in ``document_attention``; only
+            "flash" asks.
 
     Returns:
         out [B, Hq, N, D] in q's dtype; with ``return_lse`` also lse [B, Hq, N], float32, or
@@ -136,7 +142,7 @@ def window_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another, the window or
             ``impl`` is none, or the window reaches over more than one chunk; or ``documents`` are
-            no layout, or come with a flash attention or with context parallelism.
+            no layout, or come with "flash4" or with context parallelism.
         ImportError: ``impl`` needs a package that is not installed, or the installed flash-attn-4
             is too old or broken.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
@@ -148,10 +154,12 @@ def window_attention(
     impl = choose_for_documents(impl, documents, WINDOW_IMPLEMENTATIONS, chunks)
     if documents is not None:
         check_documents(documents, q)
-    impl = choose_window_implementation(impl, q)
+    check_most_documents(most_documents)
+    impl = choose_window_implementation(impl, q, documents is not None)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if chunks == 1:
-        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse, documents)
+        layout = layout_for(impl, documents, most_documents)
+        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse, *layout)
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel)
@@ -181,11 +189,9 @@ class _WindowAttention(torch.autograd.Function):
         scale: float,
         impl: str,
         return_lse: bool,
-        documents: torch.Tensor | None = None,
+        *layout: torch.Tensor,
     ) -> Any:
-        forward, _ = operations_by(impl)
-        # Only the vectorised code knows documents.
-        layout = () if documents is None else (documents,)
+        forward, _ = operations_by(impl, bool(layout))
         out, lse = forward(q, k, v, window, scale, *layout)
         ctx.save_for_backward(q, k, v, out, lse, *layout)
         ctx.constants = window, scale, impl
@@ -198,11 +204,11 @@ class _WindowAttention(torch.autograd.Function):
         ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
         window, scale, impl = ctx.constants
-        _, backward = operations_by(impl)
         # Activation checkpointing lets them be read once.
         q, k, v, out, lse, *layout = ctx.saved_tensors
+        _, backward = operations_by(impl, bool(layout))
         grads = backward(dout, dlse, q, k, v, out, lse, window, scale, *layout)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, *[None] * len(layout)
 
 
 # The vectorised code is an operation too: the compiler neither unrolls its loop nor repeats it.
@@ -373,6 +379,7 @@ class WindowAttention(InnerAttention):
             impl=self.impl,
             context_parallel=self.context_parallel,
             documents=documents,
+            most_documents=most_documents,
         )
 
     def settings(self) -> str:

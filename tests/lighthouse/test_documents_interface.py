@@ -20,7 +20,6 @@ from lighthouse import (
     first_positions,
     lighthouse_attention,
     reference,
-    select,
     window_attention,
 )
 from lighthouse.dense_attention import cumulative_lengths
@@ -181,12 +180,12 @@ def test_messages() -> None:
     refused(ValueError, "got 8 at position 3 of row 0", torch.full((1, 16), 8).index_fill_(
         1, torch.arange(3), 0))  # fmt: skip
     refused(ValueError, "sdpa", good, sdpa=torch.nn.functional.scaled_dot_product_attention)
-    refused(ValueError, 'pass impl="torch"', good, impl="triton")
-    with pytest.raises(ValueError, match="not supported yet by impl = 'triton'"):
-        select(*inputs, config, documents=good, impl="triton")
-    for impl in ("flash", "flash4"):
-        with pytest.raises(ValueError, match="not supported yet"):
-            window_attention(*inputs, 3, documents=good, impl=impl)
+    refused(ValueError, "most_documents must be at least 1 and at most 32768, got 0", good,
+            most_documents=0)  # fmt: skip
+    with pytest.raises(ValueError, match="at least 1 .* got 40000"):
+        window_attention(*inputs, 3, documents=good, most_documents=40000)
+    with pytest.raises(ValueError, match="not supported yet by impl = 'flash4'; pass impl=.flash"):
+        window_attention(*inputs, 3, documents=good, impl="flash4")
     with pytest.raises(ValueError, match="context parallelism"):
         window_attention(*inputs, 3, documents=good, context_parallel=ContextParallel(None, 0, 2))
     with pytest.raises(ValueError, match="at least 1"):
