@@ -29,6 +29,21 @@ def random_layout(batch: int, n: int, span: int, generator: torch.Generator) -> 
     return first_positions(torch.stack(rows))
 
 
+def length_layout(batch: int, n: int, span: int, median: int, most: int, seed: int) -> torch.Tensor:
+    """Documents [B, N] of log-normal lengths, that begin at multiples of ``span``.
+
+    The last of ``most`` documents takes the rest of a row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(batch):
+        lengths = median * torch.randn(most, generator=generator, dtype=torch.float64).exp()
+        begins = (lengths / span).ceil().long().cumsum(0)[:-1]
+        number = torch.bucketize(torch.arange(n // span), begins, right=True)
+        rows.append(number.repeat_interleave(span))
+    return first_positions(torch.stack(rows))
+
+
 def positions_of(documents: torch.Tensor, row: int) -> list[slice]:
     """The positions of each document of a row."""
     bounds = [*documents[row].unique().tolist(), documents.shape[1]]

@@ -10,7 +10,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
 from lighthouse.geometry import PyramidGeometry
-from lighthouse.implementation import choose_window_implementation
+from lighthouse.implementation import DEFAULT_WITH_DOCUMENTS, choose_window_implementation
 from lighthouse.window import window_pairs
 
 from .checks.parallelism import layout_on_rank_0, precision_key
@@ -350,9 +350,9 @@ def what_runs(
         return runs
     dtype = TORCH_DTYPE_MAP[getattr(config.training, precision_key(config, world_size))]
     head = torch.empty(1, 1, 1, args.head_dim, dtype=dtype, device=device)
-    # The kernels of windows do not know documents yet.
-    impl = "torch" if config.training.document_mask else None
-    return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(impl, head)]}"
+    documents = config.training.document_mask
+    impl = DEFAULT_WITH_DOCUMENTS if documents else None
+    return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(impl, head, documents)]}"
 
 
 def _command() -> str:

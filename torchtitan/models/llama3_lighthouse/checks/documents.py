@@ -1,5 +1,7 @@
 """Checks of ``training.document_mask`` with other keys, and the warnings that it brings."""
 
+from lighthouse.implementation import DEFAULT_WITH_DOCUMENTS
+
 from ..data.documents import document_span
 from ..errors import UserValueError
 from ..stages import Stage
@@ -42,8 +44,10 @@ def document_warnings(stage: Stage) -> list[str]:
     """Warnings of what documents cost in a stage, one line each."""
     if not stage.config.training.document_mask or stage.attention == "dense":
         return []
+    if DEFAULT_WITH_DOCUMENTS != "torch":
+        return []
     return [
         f"{KEY} = true with lighthouse.attention = '{stage.config.lighthouse.attention}': on GPUs "
-        "vectorised PyTorch computes it, several times slower than the kernels, which do not know "
-        "documents yet; dense attention has a fast kernel"
+        "vectorised PyTorch computes it, several times slower than the kernels, which are not "
+        "the choice with documents yet; dense attention has a fast kernel"
     ]
