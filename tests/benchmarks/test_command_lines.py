@@ -5,6 +5,7 @@ from pathlib import Path
 
 import attention
 import context_parallel
+import documents
 import parts
 import pytest
 import scorers
@@ -14,7 +15,7 @@ import windows
 from arguments import run_benchmark
 from measuring import method_of
 
-NEED_CUDA = [attention, parts, scorers, windows]
+NEED_CUDA = [attention, documents, parts, scorers, windows]
 
 
 @pytest.mark.parametrize("script", [*NEED_CUDA, context_parallel, training])
