@@ -49,8 +49,8 @@ def document_attention(
         documents: int32 or int64 [B, N], for each position the first position of its document.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         most_documents: documents that the batch has at most. On GPUs, flash attention starts
-            programs for so many of length N, most of which end at once. By default B N, and 2**15
-            at most, which is slow for long sequences. More documents than that end in an error of
+            programs for so many of length N, most of which end at once. By default B N, which is
+            slow for long sequences. More documents than that, or than 2**15, end in an error of
             the device.
 
     Returns:

@@ -156,12 +156,10 @@ def check_most_documents(most_documents: int | None) -> None:
     """Check that ``most_documents`` is a number of documents, or None.
 
     Raises:
-        ValueError: it is below 1 or above ``MOST_DOCUMENTS``.
+        ValueError: it is below 1.
     """
-    if most_documents is not None and not 1 <= most_documents <= MOST_DOCUMENTS:
-        raise ValueError(
-            f"most_documents must be at least 1 and at most {MOST_DOCUMENTS}, got {most_documents}"
-        )
+    if most_documents is not None and most_documents < 1:
+        raise ValueError(f"most_documents must be at least 1, got {most_documents}")
 
 
 def cumulative_lengths(documents: torch.Tensor, most_documents: int | None = None) -> torch.Tensor:
@@ -169,13 +167,13 @@ def cumulative_lengths(documents: torch.Tensor, most_documents: int | None = Non
 
     Args:
         documents: [B, N].
-        most_documents: M; by default B N, and ``MOST_DOCUMENTS`` at most.
+        most_documents: documents that the batch has at most; by default B N.
 
     Returns:
-        int32 [M + 1]. Documents that there are not are empty and lie at the end.
+        int32 [M + 1], M being ``most_documents`` or, if that is less, ``MOST_DOCUMENTS``. Documents
+        that there are not are empty and lie at the end. More than M end in an error of the device.
     """
-    if most_documents is None:
-        most_documents = min(documents.numel(), MOST_DOCUMENTS)
+    most_documents = min(most_documents or documents.numel(), MOST_DOCUMENTS)
     place = torch.arange(documents.numel(), dtype=torch.int32, device=documents.device)
     position = torch.arange(documents.shape[1], device=documents.device)
     begins = (documents == position).flatten()

@@ -180,10 +180,10 @@ def test_messages() -> None:
     refused(ValueError, "got 8 at position 3 of row 0", torch.full((1, 16), 8).index_fill_(
         1, torch.arange(3), 0))  # fmt: skip
     refused(ValueError, "sdpa", good, sdpa=torch.nn.functional.scaled_dot_product_attention)
-    refused(ValueError, "most_documents must be at least 1 and at most 32768, got 0", good,
+    refused(ValueError, "most_documents must be at least 1, got 0", good,
             most_documents=0)  # fmt: skip
-    with pytest.raises(ValueError, match="at least 1 .* got 40000"):
-        window_attention(*inputs, 3, documents=good, most_documents=40000)
+    with pytest.raises(ValueError, match="at least 1, got -3"):
+        window_attention(*inputs, 3, documents=good, most_documents=-3)
     with pytest.raises(ValueError, match="not supported yet by impl = 'flash4'; pass impl=.flash"):
         window_attention(*inputs, 3, documents=good, impl="flash4")
     with pytest.raises(ValueError, match="context parallelism"):
