@@ -20,6 +20,7 @@ from lighthouse import (
     first_positions,
     lighthouse_attention,
     reference,
+    select,
     window_attention,
 )
 from lighthouse.dense_attention import cumulative_lengths
