@@ -47,8 +47,8 @@ def _part(
     parts, entry, valid, coarsest, batches,
     P: tl.constexpr, ABOVE: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
-    """Of each candidate's document: its first candidate and the first after it, its picks by query
-    and by key.
+    """First candidate of each candidate's document, the first after it, and its picks by query and
+    by key.
 
     Args:
         parts: those of one sequence, see ``launch_selection_by_documents``.
