@@ -33,6 +33,7 @@ PER_GPU = 98304
 HEADS, HEAD_DIM = 8, 128
 TURNS = 30
 WINDOW = 512
+WINDOWED = {"window": WINDOW}
 NOTHING_SENT, NO_EXCHANGE, AGAIN = ", nothing sent", ", no exchange", ", again"
 
 
@@ -110,10 +111,12 @@ def on_all_gpus(config: LighthouseConfig, mesh: DeviceMesh) -> LighthouseAttenti
     return attention
 
 
-def errors(mesh: DeviceMesh) -> dict[str, tuple[float, float]]:
+def errors(mesh: DeviceMesh, method: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Errors of output and gradients against float64, on all GPUs of ``mesh`` and on one."""
     world_size = mesh.size()
-    config = LighthouseConfig(3, 4, 128 * world_size, picks_per_stratum=32, **PAPERS)
+    config = LighthouseConfig(3, 4, 128 * world_size, picks_per_stratum=32, **method)
+    # Attention with a window takes no sdpa, and is exact by itself in float64.
+    sdpa = None if config.window else exact_dense
     *rows, grad = rows_and_gradient(8192 * world_size, 1)
     selection = select(*rows, config)
     whole = with_gradients(on_one_gpu(config), rows, grad)
@@ -122,7 +125,7 @@ def errors(mesh: DeviceMesh) -> dict[str, tuple[float, float]]:
     parts = with_gradients(attention, [layout.take(x, 2) for x in rows], layout.take(grad, 2))
 
     def in_float64(*x: torch.Tensor) -> torch.Tensor:
-        return lighthouse_attention(*x, config, selection=selection, impl="torch", sdpa=exact_dense)
+        return lighthouse_attention(*x, config, selection=selection, impl="torch", sdpa=sdpa)
 
     exact = with_gradients(in_float64, [x.double() for x in rows], grad.double())
     found = {}
@@ -184,8 +187,7 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
     world_size = mesh.size()
     size = 3, 4, 1536 * world_size
     plain, beside_window = (
-        on_all_gpus(LighthouseConfig(*size, **method), mesh)
-        for method in (PAPERS, {"window": WINDOW})
+        on_all_gpus(LighthouseConfig(*size, **method), mesh) for method in (PAPERS, WINDOWED)
     )
     layout = plain.context_parallel
     whole = rows_and_gradient(PER_GPU * world_size, 3)
@@ -235,7 +237,8 @@ def main() -> None:
     mesh = dist.init_device_mesh("cuda", (world_size,))
     record = {
         "W": world_size,
-        "error: W GPUs, one GPU": errors(mesh),
+        "error: W GPUs, one GPU": errors(mesh, PAPERS),
+        f"error with a window of {WINDOW}: W GPUs, one GPU": errors(mesh, WINDOWED),
         **through_one_gpu(),
         **sending(mesh),
     }
