@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from interpreter import prepare_language_once
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 if TYPE_CHECKING:
@@ -72,7 +73,13 @@ def arguments(settings: dict[str, Any]) -> list[str]:
 def run_ranks(worker: Callable[..., None], *arguments: object, processes: int) -> None:
     """Run ``worker(rank, *arguments)`` in a process for each rank, and wait for all of them."""
     method = "forkserver" if CAN_FORK else "spawn"
-    torch.multiprocessing.start_processes(worker, arguments, processes, start_method=method)
+    arguments = (worker, *arguments)
+    torch.multiprocessing.start_processes(_rank, arguments, processes, start_method=method)
+
+
+def _rank(rank: int, worker: Callable[..., None], *arguments: object) -> None:
+    prepare_language_once()
+    worker(rank, *arguments)
 
 
 def exit_code_of(
