@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import SMALL, Run, arguments
+from launch import TRAINED, Run, arguments
 
 from torchtitan.models.llama3_lighthouse.metrics import LOSS, METRICS_FILE
 from torchtitan.models.llama3_lighthouse.processes import lock_run
@@ -18,7 +18,7 @@ from torchtitan.models.llama3_lighthouse.studies.sweeps import read_metrics
 
 
 def start(tmp_path: Path, processes: int, settings: dict, *options: str) -> subprocess.Popen:
-    line = arguments({"job.dump_folder": tmp_path / "run", **SMALL, **settings})
+    line = arguments({"job.dump_folder": tmp_path / "run", **TRAINED, **settings})
     config = tmp_path / "run.toml"
     config.write_text("")
     train = ["-m", "lighthouse_commands.main", "train", str(config), "--no-check"]

@@ -10,7 +10,7 @@ from launch import Run, validation_losses
 
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 
-STAGES = ["dense until=2 seq_len=128", "lighthouse until=4 top_k=64 window=40", "dense"]
+STAGES = ["dense until=2 seq_len=64", "lighthouse until=4 top_k=32 window=40", "dense"]
 SCHEDULED = {
     "lighthouse.schedule": STAGES,
     # Its default, which a schedule asks for.
@@ -19,7 +19,7 @@ SCHEDULED = {
     "training.steps": 6,
     "lr_scheduler.total_steps": 6,
     "validation.enable": True,
-    "validation.seq_len": 512,
+    "validation.seq_len": 256,
     "validation.freq": 3,
     "validation.steps": 1,
 }
@@ -46,13 +46,13 @@ def test_schedule_equals_a_killed_one_and_launches_by_hand(tmp_path: Path, proce
     assert [line["stage"] for line in expected.steps().values()] == (
         ["dense"] * 2 + ["lighthouse"] * 2 + ["dense"] * 2
     )
-    assert "attention runs on 128 of 128 positions" in expected.log
-    assert "of 512 positions, each position attends over a window of 40 too" in (expected.log)
+    assert "attention runs on 64 of 64 positions" in expected.log
+    assert "of 256 positions, each position attends over a window of 40 too" in (expected.log)
     lengths = [entry["lighthouse/sequence_length"]
                for entry in read_metrics(tmp_path / "whole/dump").values()]  # fmt: skip
-    assert lengths == [128] * 2 + [512] * 4
+    assert lengths == [64] * 2 + [256] * 4
     (tokens,) = {line["tokens_seen"] / step for step, line in expected.steps().items()}
-    assert tokens == 512 * processes
+    assert tokens == 256 * processes
 
     often = {"checkpoint.interval": 2}
     run_in(tmp_path / "killed", often, **options).crash_after_step(3)
@@ -61,9 +61,9 @@ def test_schedule_equals_a_killed_one_and_launches_by_hand(tmp_path: Path, proce
     assert "checkpoint/step-2\n" in killed.log
 
     by_hand = {"lighthouse.data_streams": processes}
-    method = {"lighthouse.top_k": 64, "lighthouse.window": 40}
+    method = {"lighthouse.top_k": 32, "lighthouse.window": 40}
     for steps, settings in {
-        2: {"lighthouse.stage": "dense", "training.seq_len": 128, "training.local_batch_size": 4,
+        2: {"lighthouse.stage": "dense", "training.seq_len": 64, "training.local_batch_size": 4,
             "validation.enable": False},
         4: {"lighthouse.stage": "lighthouse", **method, "lighthouse.keep_position": True},
         6: {"lighthouse.stage": "dense", **method},
@@ -105,7 +105,7 @@ def test_another_mesh_in_the_middle_reads_the_same_text(tmp_path: Path) -> None:
     batch = {"training.global_batch_size": 2, "lighthouse.schedule": [single, *STAGES[1:]]}
     expected = run_in(tmp_path / "one", batch).succeed()
     run_in(tmp_path / "two", {**batch, "training.steps": 3, "lighthouse.schedule": [
-        single, "lighthouse top_k=64 window=40 last",
+        single, "lighthouse top_k=32 window=40 last",
     ]}, processes=2).succeed()  # fmt: skip
     other = run_in(tmp_path / "two", batch).succeed()
     read = [sorted(line["batches"]) for line in expected.steps().values()]
@@ -121,16 +121,16 @@ def test_another_mesh_in_the_middle_reads_the_same_text(tmp_path: Path) -> None:
 def test_a_changed_schedule_is_refused_where_it_moves_the_text(tmp_path: Path) -> None:
     run_in(tmp_path, {"checkpoint.interval": 2, "validation.enable": False}).crash_after_step(3)
     other = run_in(tmp_path, {"validation.enable": False, "lighthouse.schedule": [
-        "dense until=2 seq_len=256", *STAGES[1:],
+        "dense until=2 seq_len=128", *STAGES[1:],
     ]})  # fmt: skip
     assert other.wait() == 1
-    assert "training.seq_len = 128, this run has 256" in other.log
+    assert "training.seq_len = 64, this run has 128" in other.log
     third = run_in(tmp_path, {"validation.enable": False, "lighthouse.schedule": [
-        "dense until=1 seq_len=128", *STAGES[1:],
+        "dense until=1 seq_len=64", *STAGES[1:],
     ]})  # fmt: skip
     assert third.wait() == 1
     assert (
-        "after step 2, is in sequences of 128 tokens, and lighthouse.schedule has 512" in third.log
+        "after step 2, is in sequences of 64 tokens, and lighthouse.schedule has 256" in third.log
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import SMALL, VALIDATED, Run, validation_losses
+from launch import TRAINED, VALIDATED, Run, validation_losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchtitan.models.llama3_lighthouse.checkpoints.record import read_record
@@ -125,7 +125,7 @@ def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
     recording = {"lighthouse.log_selection_every": 2, "metrics.enable_tensorboard": True}
     settings = {**recording, "lighthouse.dense_from_step": 5, "training.steps": 8}
     expected = Run(auto, settings).succeed()
-    assert "Stage 'lighthouse' begins at step 1: attention runs on 256 of 512" in expected.log
+    assert "Stage 'lighthouse' begins at step 1: attention runs on 128 of 256" in expected.log
     assert "Stage 'dense' begins at step 6 after lighthouse" in expected.log
     Run(manual, {"lighthouse.stage": "lighthouse", "training.steps": 5}).succeed()
     dense = Run(manual, {"lighthouse.stage": "dense", "training.steps": 8}).succeed()
@@ -264,7 +264,7 @@ def test_compiled_training_agrees_with_eager(tmp_path: Path) -> None:
         "activation_checkpoint.mode": "selective",
         "activation_checkpoint.selective_ac_option": "op",
         "validation.enable": True,
-        "validation.seq_len": 512,
+        "validation.seq_len": 256,
         "validation.local_batch_size": 1,
         "validation.freq": 2,
         "validation.steps": 2,
@@ -322,9 +322,9 @@ def test_small_is_small() -> None:
     from lighthouse.geometry import PyramidGeometry
 
     method = LighthouseConfig(
-        levels=SMALL["lighthouse.levels"],
-        pooling_factor=SMALL["lighthouse.pooling_factor"],
-        top_k=SMALL["lighthouse.top_k"],
-        picks_per_stratum=SMALL["lighthouse.picks_per_stratum"],
+        levels=TRAINED["lighthouse.levels"],
+        pooling_factor=TRAINED["lighthouse.pooling_factor"],
+        top_k=TRAINED["lighthouse.top_k"],
+        picks_per_stratum=TRAINED["lighthouse.picks_per_stratum"],
     )
-    assert PyramidGeometry(method, SMALL["training.seq_len"]).gathered_length == 256
+    assert PyramidGeometry(method, TRAINED["training.seq_len"]).gathered_length == 128

@@ -128,14 +128,14 @@ def test_a_window_beside_the_selection_trains_and_resumes(tmp_path: Path) -> Non
     settings = {
         "training.steps": 3, "lighthouse.dense_from_step": 2, "checkpoint.interval": 1,
         "lighthouse.window": 40, "lighthouse.entry_score": "first", "lighthouse.combine": "finest",
-        "lighthouse.top_k": 16, "lighthouse.log_selection_every": 2,
+        "lighthouse.top_k": 8, "lighthouse.log_selection_every": 2,
     }  # fmt: skip
     (tmp_path / "run").mkdir()
     run = Run(tmp_path / "run", settings).succeed()
     run.settings = settings
-    assert "S = 192 of 512 positions; 1 strata; a window of 40 positions beside it" in run.log
+    assert "S = 96 of 256 positions; 1 strata; a window of 40 positions beside it" in run.log
     assert (
-        "runs on 192 of 512 positions, each position attends over a window of 40 too, by vec"
+        "runs on 96 of 256 positions, each position attends over a window of 40 too, by vec"
         in run.log
     )
     resumed = continued(run, tmp_path / "resumed", 1)

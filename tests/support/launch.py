@@ -49,13 +49,21 @@ SMALL = {
     "activation_checkpoint.mode": "none",
 }
 
+# Half as long, for runs: most of their time goes into steps. S is half of N here too.
+TRAINED = {
+    **SMALL,
+    "training.seq_len": 256,
+    "lighthouse.top_k": 16,
+    "lighthouse.picks_per_stratum": 8,
+}
+
 # Three steps, the first two in the Lighthouse stage. All are validated, and the last two are saved.
 VALIDATED = {
     "lighthouse.dense_from_step": 2,
     "training.steps": 3,
     "checkpoint.interval": 2,
     "validation.enable": True,
-    "validation.seq_len": 512,
+    "validation.seq_len": 256,
     "validation.local_batch_size": 2,
     "validation.freq": 1,
     "validation.steps": 3,
@@ -155,7 +163,7 @@ class Run:
 
     Args:
         folder: takes the log, the record and the trainer's own files.
-        settings: override those of ``SMALL``.
+        settings: override those of ``TRAINED``.
         processes: number of ranks.
         torchrun: start them by torchrun rather than as forks.
         environment: further environment variables.
@@ -172,7 +180,7 @@ class Run:
         self.record_file = folder / "record"
         self.processes = processes
         self.lines_before = len(self.lines(0))
-        line = arguments({"job.dump_folder": folder / "dump", **SMALL, **(settings or {})})
+        line = arguments({"job.dump_folder": folder / "dump", **TRAINED, **(settings or {})})
         self.log_file = folder / f"log-{time.monotonic_ns()}"
         self.log_file.touch()
         environment = {

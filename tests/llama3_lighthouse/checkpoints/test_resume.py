@@ -219,9 +219,9 @@ def test_the_oldest_records_are_of_the_papers_settings(tmp_path: Path) -> None:
 
 def test_resumed_run_compares_itself_with_its_checkpoint(tmp_path: Path) -> None:
     Run(tmp_path, {"training.steps": 2, "checkpoint.interval": 2}).succeed()
-    refused = Run(tmp_path, {"training.steps": 3, "lighthouse.top_k": 16})
+    refused = Run(tmp_path, {"training.steps": 3, "lighthouse.top_k": 8})
     assert refused.wait() != 0
-    assert "step-2: lighthouse.top_k = 16 (checkpoint: 32)" in (refused.log)
+    assert "step-2: lighthouse.top_k = 8 (checkpoint: 16)" in (refused.log)
     going_on = Run(tmp_path, {"training.steps": 3, "optimizer.lr": 1e-4})
     going_on.succeed()
     assert "other settings: optimizer.lr = 0.0001 (checkpoint: 0.0008), training.steps = 3" in (

@@ -273,7 +273,7 @@ def test_training_on_a_mesh_is_the_same(tmp_path: Path, processes: int, compiled
     settings = {
         **VALIDATED, "activation_checkpoint.mode": "lighthouse", "compile.enable": compiled,
         "parallelism.context_parallel_degree": 2, "training.global_batch_size": processes,
-        "checkpoint.enable": False, "lighthouse.picks_per_stratum": 8,
+        "checkpoint.enable": False, "lighthouse.picks_per_stratum": 4,
     }  # fmt: skip
     runs = []
     for offloads in (False, True):

@@ -11,8 +11,10 @@ from launch import Run, validation_losses
 
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 
-# Eight strata, so that the eight chunks of four balanced ranks have one each.
+# Eight strata, so that the eight chunks of four balanced ranks have one each, and chunks that are
+# longer than the window.
 SETTINGS = {
+    "training.seq_len": 512,
     "lighthouse.top_k": 64,
     "lighthouse.picks_per_stratum": 8,
     "lighthouse.dense_from_step": 4,
@@ -192,7 +194,8 @@ def test_ten_steps_under_a_window_equal_those_of_one_process(
     window: dict, one_process: tuple[dict, Run], tmp_path: Path
 ) -> None:
     changed = {
-        **window, "training.steps": 10, "lighthouse.dense_from_step": 9,
+        **window, "training.seq_len": 256, "lighthouse.top_k": 32,
+        "lighthouse.picks_per_stratum": 4, "training.steps": 10, "lighthouse.dense_from_step": 9,
         "lighthouse.log_selection_every": 0, "validation.enable": False,
     }  # fmt: skip
     settings = {**one_process[0], **changed}
