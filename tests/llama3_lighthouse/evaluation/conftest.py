@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import VALIDATED, Run
+from launch import SMALL, VALIDATED, Run
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -18,8 +18,9 @@ from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two Lighthouse steps, stopped there, and a dense one; the last two are saved."""
     folder = tmp_path_factory.mktemp("run")
-    Run(folder, {**VALIDATED, "training.steps": 2}).succeed()
-    Run(folder, VALIDATED).succeed()
+    settings = {**SMALL, **VALIDATED, "validation.seq_len": 512}
+    Run(folder, {**settings, "training.steps": 2}).succeed()
+    Run(folder, settings).succeed()
     return folder / "dump"
 
 
