@@ -140,7 +140,8 @@ def worker(rank: int, port: int, seed: int) -> None:
         group = dist.new_group(list(range(world_size)))
         for balanced in (True, False) if rank < world_size else ():
             layout = with_operations(ContextParallel(group, rank, world_size, balanced))
-            for dtype in (torch.float32, torch.float64):
+            # Float64 shows errors best; two ranks are enough to show that float32 stays float32.
+            for dtype in (torch.float32, torch.float64)[world_size > 2 :]:
                 # All ranks draw the same.
                 torch.manual_seed(seed)
                 random.seed(seed)
