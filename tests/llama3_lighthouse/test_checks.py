@@ -165,7 +165,7 @@ def test_bad_toml(tmp_path: Path, toml: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lighthouse.top_k": 24}, "picks_per_stratum"),
+        ({"lighthouse.top_k": 20}, "picks_per_stratum"),
         ({"training.dataset": "c4_local", "training.dataset_path": "/nowhere"}, "/nowhere"),
         # torchrun is called by the test itself here; test_launch.py calls our launcher.
         pytest.param({"training.dataset": "c5"}, "c5", marks=pytest.mark.slow),
