@@ -190,7 +190,8 @@ def test_upstream_continues_our_checkpoint(tmp_path: Path) -> None:
         Run(folder, {"training.steps": 5, "lighthouse.stage": "lighthouse"}).succeed()
     dense = Run(ours, {"training.steps": 7, "lighthouse.stage": "dense"}).succeed()
     upstream = Run(theirs, {"training.steps": 7}, TRAINER="upstream").succeed()
-    assert "Training starts at step 6" in upstream.log
+    # It began at step 6.
+    assert len(upstream.lines(0)) == upstream.lines_before + 2
     for step in (6, 7):
         for key in ("batches", "loss", "grad_norm"):
             assert dense.steps()[step][key] == upstream.steps()[step][key], (step, key)
@@ -285,6 +286,10 @@ def test_everything_fast_errs_as_everything_plain_does(tmp_path: Path) -> None:
     The error is that of 20 steps in bfloat16 against float32, through both stages.
     """
     settings = {
+        # The largest of few errors is noise, so there are many tokens.
+        "training.seq_len": 512,
+        "lighthouse.top_k": 32,
+        "lighthouse.picks_per_stratum": 16,
         "training.steps": 20,
         "lighthouse.dense_from_step": 12,
         "lighthouse.loss": "whole",
