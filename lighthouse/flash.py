@@ -6,7 +6,9 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N queries, M keys, D head 
 rows, sequences of varying lengths lie one after the other: R rows of queries and C of keys.
 """
 
-from typing import NamedTuple
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -15,6 +17,11 @@ from .precision import backend_takes
 DTYPES = (torch.bfloat16, torch.float16)
 # flash attention copies rows of D elements in vectors of so many.
 STEP_OF_D, LARGEST_D = 8, 256
+# Rows are cut into pieces of at least so many positions, and so many times the positions that a
+# piece shares with the one before.
+SHORTEST_SEGMENT, LEAST_GAIN = 512, 4
+# The mode of torch in which operations must repeat their bits.
+MUST_REPEAT = 2
 
 
 def obstacle_to_flash(q: torch.Tensor) -> str | None:
@@ -32,6 +39,23 @@ def obstacle_to_flash(q: torch.Tensor) -> str | None:
 def takes_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether flash attention computes on these tensors without a window, forward and backward."""
     return backend_takes(torch.backends.cuda.can_use_flash_attention, q, k, v)
+
+
+@contextmanager
+def repeating_bits() -> Generator[None]:
+    """Let torch's flash attention sum its gradients in one order.
+
+    It asks torch's process-wide mode for that. The mode would also fill all new memory.
+    """
+    mode, fills = torch.get_deterministic_debug_mode(), cast(Any, torch.utils.deterministic)
+    filled = fills.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode(MUST_REPEAT)
+    fills.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        fills.fill_uninitialized_memory = filled
 
 
 def flash_forward(

@@ -122,19 +122,13 @@ def choose_window_implementation(
     return "flash"
 
 
-def operations_by(
-    impl: str, with_documents: bool = False
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def operations_by(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and backward of attention over a window by an implementation, without autograd.
 
-    Args:
-        with_documents: whether they take a layout besides, see ``layout_for``.
+    With documents, they take what ``layout_for`` returns besides.
     """
-    if impl == "flash" and with_documents:
-        # pyrefly: ignore[missing-attribute]  Choosing it has made sure that there are kernels.
-        return kernels.document_window_forward, kernels.document_window_backward
     if impl == "flash4":
-        # pyrefly: ignore[missing-attribute]  As above.
+        # pyrefly: ignore[missing-attribute]  Choosing it has made sure that there are kernels.
         return kernels.flash4_forward, kernels.flash4_backward
     if impl == "flash":
         # pyrefly: ignore[missing-attribute]  As above.

@@ -211,7 +211,7 @@ def _operations(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if documents is None:
         return window_operations(q)
-    return operations_by(window_by_documents(q), with_documents=True)
+    return operations_by(window_by_documents(q))
 
 
 def _layouts(

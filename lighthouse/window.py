@@ -191,7 +191,7 @@ class _WindowAttention(torch.autograd.Function):
         return_lse: bool,
         *layout: torch.Tensor,
     ) -> Any:
-        forward, _ = operations_by(impl, bool(layout))
+        forward, _ = operations_by(impl)
         out, lse = forward(q, k, v, window, scale, *layout)
         ctx.save_for_backward(q, k, v, out, lse, *layout)
         ctx.constants = window, scale, impl
@@ -206,7 +206,7 @@ class _WindowAttention(torch.autograd.Function):
         window, scale, impl = ctx.constants
         # Activation checkpointing lets them be read once.
         q, k, v, out, lse, *layout = ctx.saved_tensors
-        _, backward = operations_by(impl, bool(layout))
+        _, backward = operations_by(impl)
         grads = backward(dout, dlse, q, k, v, out, lse, window, scale, *layout)
         return *grads, None, None, None, None, *[None] * len(layout)
 

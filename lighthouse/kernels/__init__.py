@@ -7,16 +7,15 @@ have gradients, though no second ones. ``spread`` is one operation:
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: collect sums
 
-``window`` registers torch's attention over a window in the same way, with its backward,
-``document_window`` the same within documents, ``flash4`` that of FlashAttention 4, and ``merge``
-what joins its output with that of the selected entries. ``document_selection`` selects by document.
+``window`` registers torch's attention over a window in the same way, with its backward and, by
+``document_window``, within documents; ``flash4`` that of FlashAttention 4, and ``merge`` what joins
+its output with that of the selected entries. ``document_selection`` selects by document.
 ``online_softmax`` joins what one rank's keys give with what another's do. It alone writes into its
 arguments.
 """
 
 from ..flash import obstacle_to_flash
 from .document_selection import select_by_documents
-from .document_window import document_window_backward, document_window_forward
 from .flash4 import (
     check_flash4,
     flash4_backward,
@@ -38,8 +37,6 @@ __all__ = [
     "check_flash4",
     "check_supported",
     "collect_merged",
-    "document_window_backward",
-    "document_window_forward",
     "flash4_backward",
     "flash4_forward",
     "flash4_is_installed",

@@ -21,25 +21,22 @@ import triton.language as tl
 from ..documents import shares
 from ..geometry import PyramidGeometry
 from .launch import define
-from .selection import _candidates, _clear, _fake_select, _lengths, _place, _score
+from .selection import (
+    _candidates,
+    _clear,
+    _fake_select,
+    _keys_by,
+    _lengths,
+    _own_stratum,
+    _place,
+    _room,
+)
 
 # Candidates that a program ranks at once, and those that it compares them with at once.
 RANKED, COMPARED = 128, 32
 WARPS = 8
 # Greater than any number of candidates.
 NONE = tl.constexpr(2**30)
-
-
-@triton.jit
-def _keys(
-    scores, plane, position, entry, valid, level_one,
-    ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr, POSITION_BITS: tl.constexpr,
-):  # fmt: skip
-    """Keys as in the file for selection, -1 for candidates that do not take part."""
-    score = _score(scores, plane, entry, valid, level_one, ROWS, SCORED, GROUP)
-    bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
-    reverse = (1 << POSITION_BITS) - 1 - position
-    return tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
 
 
 @triton.jit
@@ -107,8 +104,8 @@ def _pick(
     chunks = tl.cdiv(count, RANKED)
     for chunk in tl.range(chunks):
         position, entry, valid = _candidates(chunk, parents, first, count, P, RANKED, COARSEST)
-        key = _keys(a, plane, position, entry, valid, level_one,
-                    ROWS, SCORED, GROUP, POSITION_BITS)  # fmt: skip
+        key = _keys_by(a, plane, position, entry, valid, level_one,
+                       ROWS, SCORED, GROUP, POSITION_BITS)  # fmt: skip
         tl.store(by_a + position, key, mask=valid)
     # Each step reads what other threads of this program wrote.
     tl.debug_barrier()
@@ -117,8 +114,8 @@ def _pick(
         begin, end, by_query, _ = _part(parts, entry, valid, coarsest, batches, P, ABOVE, COARSEST)
         key = tl.load(by_a + position, mask=valid, other=-1)
         picked = _is_picked(by_a, key, valid, begin, end, by_query, RANKED, COMPARED)
-        key = _keys(b, plane, position, entry, valid & (picked == 0), level_one,
-                    ROWS, SCORED, 1, POSITION_BITS)  # fmt: skip
+        key = _keys_by(b, plane, position, entry, valid & (picked == 0), level_one,
+                       ROWS, SCORED, 1, POSITION_BITS)  # fmt: skip
         tl.store(by_b + position, key, mask=valid)
     tl.debug_barrier()
     before = tl.zeros((), dtype=tl.int32)
@@ -142,11 +139,8 @@ def _select_by_documents(
     GROUP: tl.constexpr, RANKED: tl.constexpr, COMPARED: tl.constexpr,
     POSITION_BITS: tl.constexpr, BISECTIONS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    plane = program // strata
-    stratum = program % strata
-    first = stratum * coarsest // strata
-    top_count = (stratum + 1) * coarsest // strata - first
+    plane, stratum, first, top_count = _own_stratum(strata, coarsest)
+    program = plane * strata + stratum
     own_slot = slot + plane * pyramid
     _clear(own_slot, first, top_count, coarsest, P, LEVELS)
     own_picks = picks + program * M
@@ -187,13 +181,10 @@ def launch_selection_by_documents(
     """
     batch, heads, level_one = b.shape
     coarsest, pyramid, gathered = _lengths(level_one, levels, p, m, strata)
-    programs = batch * heads * strata
+    picks, index, slot = _room(b, levels, p, m, strata)
+    programs = picks.shape[1]
     candidates = max(-(-coarsest // strata), m * p)
-    # picks[l] holds the picks of level l + 1.
-    picks = b.new_empty((levels - 1, programs, m), dtype=torch.int32)
     keys = b.new_empty((programs, 2, candidates), dtype=torch.int64)
-    index = b.new_empty((batch, heads, gathered), dtype=torch.int32)
-    slot = b.new_empty((batch, heads, pyramid), dtype=torch.int32)
     _select_by_documents[(programs,)](
         a, b, parts, picks, keys, index, slot,
         strata, coarsest, level_one, gathered, pyramid, programs, batch, heads, candidates,

@@ -21,10 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..flash import Lengths, flash_backward_by_lengths, flash_forward_by_lengths
-from ..logsumexp import fold_lse_gradient
-from .launch import define
-from .window import LEAST_GAIN, SHORTEST_SEGMENT, fake_backward, fake_forward, repeating_bits
+from ..flash import (
+    LEAST_GAIN,
+    SHORTEST_SEGMENT,
+    Lengths,
+    flash_backward_by_lengths,
+    flash_forward_by_lengths,
+    repeating_bits,
+)
 
 # With these and the most documents that there may be, sequences are as many as a GPU takes.
 MOST_PIECES = 2**13
@@ -104,7 +108,7 @@ def _whole(bounds: torch.Tensor, length: int) -> Lengths:
     return Lengths(bounds, bounds, length, length)
 
 
-def launch_forward(
+def forward_within_documents(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -133,7 +137,7 @@ def launch_forward(
     return _split(out, batch), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
-def launch_backward(
+def backward_within_documents(
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -144,7 +148,7 @@ def launch_backward(
     scale: float,
     bounds: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do."""
+    """Gradients of that out, each lying in memory as rows [B, N, H, D] do."""
     batch, _, length, _ = q.shape
     limit = window if window < length else None
     dout, q, k, v, out = map(_joined, (dout, q, k, v, out))
@@ -161,48 +165,3 @@ def launch_backward(
         dk, dv = pieces.gradient(dk, rows), pieces.gradient(dv, rows)
     dq, dk, dv = (_split(grad, batch) for grad in (dq, dk, dv))
     return dq, dk, dv
-
-
-define(
-    "flash_document_window(Tensor q, Tensor k, Tensor v, int window, float scale, Tensor bounds)"
-    " -> (Tensor, Tensor)",
-    launch_forward,
-    lambda q, k, v, window, scale, bounds: fake_forward(q, k, v, window, scale),
-)
-define(
-    "flash_document_window_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor lse, int window, float scale, Tensor bounds) -> (Tensor, Tensor, Tensor)",
-    launch_backward,
-    fake_backward,
-)
-
-
-def document_window_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int,
-    scale: float,
-    bounds: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``window_forward``, within documents of ``bounds`` int32 [M + 1]."""
-    return torch.ops.lighthouse.flash_document_window(q, k, v, window, scale, bounds)
-
-
-def document_window_backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    window: int,
-    scale: float,
-    bounds: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``window_backward``, within documents of ``bounds`` int32 [M + 1]."""
-    if dlse is not None:
-        dout, out = fold_lse_gradient(dout, dlse, out)
-    rows = dout, q, k, v, out, lse
-    return torch.ops.lighthouse.flash_document_window_backward(*rows, window, scale, bounds)

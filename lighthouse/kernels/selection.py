@@ -64,6 +64,18 @@ def _candidates(
 
 
 @triton.jit
+def _keys_by(
+    scores, plane, position, entry, valid, level_one,
+    ROWS: tl.constexpr, SCORED: tl.constexpr, GROUP: tl.constexpr, POSITION_BITS: tl.constexpr,
+):  # fmt: skip
+    """Keys of candidates, -1 for those that do not take part."""
+    score = _score(scores, plane, entry, valid, level_one, ROWS, SCORED, GROUP)
+    bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
+    reverse = (1 << POSITION_BITS) - 1 - position
+    return tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
+
+
+@triton.jit
 def _keys(
     position, entry, valid, threshold_a,
     a, b, plane, level_one,
@@ -75,15 +87,10 @@ def _keys(
     Keys hold scores by query (a). With ``BY_KEY`` they hold scores by key (b), and candidates that
     are picked by query do not take part.
     """
-    reverse = (1 << POSITION_BITS) - 1 - position
-    score = _score(a, plane, entry, valid, level_one, ROWS, SCORED, GROUP)
-    bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
-    key = tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
+    key = _keys_by(a, plane, position, entry, valid, level_one, ROWS, SCORED, GROUP, POSITION_BITS)
     if BY_KEY:
-        valid = valid & (key < threshold_a)
-        score = _score(b, plane, entry, valid, level_one, ROWS, SCORED, 1)
-        bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
-        key = tl.where(valid, (bits << POSITION_BITS) | reverse, -1)
+        left = valid & (key < threshold_a)
+        key = _keys_by(b, plane, position, entry, left, level_one, ROWS, SCORED, 1, POSITION_BITS)
     return key
 
 
@@ -224,6 +231,15 @@ def _clear(slot, first, count, coarsest, P: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _own_stratum(strata, coarsest):
+    """The program's head and stratum, the stratum's first coarsest entry, and how many it has."""
+    program = tl.program_id(0).to(tl.int64)
+    stratum = program % strata
+    first = stratum * coarsest // strata
+    return program // strata, stratum, first, (stratum + 1) * coarsest // strata - first
+
+
+@triton.jit
 def _select(
     a, b, picks, index, slot,
     strata, coarsest, level_one, gathered, pyramid, programs,
@@ -231,14 +247,10 @@ def _select(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, POSITION_BITS: tl.constexpr,
     BISECTIONS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    plane = program // strata
-    stratum = program % strata
-    first = stratum * coarsest // strata
-    top_count = (stratum + 1) * coarsest // strata - first
+    plane, stratum, first, top_count = _own_stratum(strata, coarsest)
     own_slot = slot + plane * pyramid
     _clear(own_slot, first, top_count, coarsest, P, LEVELS)
-    own_picks = picks + program * M
+    own_picks = picks + (plane * strata + stratum) * M
     step = programs.to(tl.int64) * M
     for level in tl.static_range(LEVELS - 1, 0, -1):
         if level == LEVELS - 1:
@@ -271,13 +283,10 @@ def launch_selection(
     Returns:
         index int32 [B, Hkv, S] and slot int32 [B, Hkv, pyramid length].
     """
-    batch, heads, level_one = b.shape
+    heads, level_one = b.shape[1:]
     coarsest, pyramid, gathered = _lengths(level_one, levels, p, m, strata)
-    programs = batch * heads * strata
-    # picks[l] holds the picks of level l + 1.
-    picks = b.new_empty((levels - 1, programs, m), dtype=torch.int32)
-    index = b.new_empty((batch, heads, gathered), dtype=torch.int32)
-    slot = b.new_empty((batch, heads, pyramid), dtype=torch.int32)
+    picks, index, slot = _room(b, levels, p, m, strata)
+    programs = picks.shape[1]
     candidates = max(-(-coarsest // strata), m * p)
     block = min(LARGEST_BLOCK, max(16, triton.next_power_of_2(candidates)))
     chunks = triton.cdiv(candidates, block)
@@ -296,14 +305,28 @@ def _lengths(level_one: int, levels: int, p: int, m: int, strata: int) -> tuple[
     return lengths[-1], sum(lengths), length_of_gathered(lengths[-1], p, levels, m * strata)
 
 
+def _room(
+    b: torch.Tensor, levels: int, p: int, m: int, strata: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the picks of each level and program, and for index and slot.
+
+    Returns:
+        int32 [L - 1, B Hkv T, m], where picks[l] are those of level l + 1; [B, Hkv, S]; and
+        [B, Hkv, pyramid length].
+    """
+    batch, heads, level_one = b.shape
+    _, pyramid, gathered = _lengths(level_one, levels, p, m, strata)
+    return (
+        b.new_empty((levels - 1, batch * heads * strata, m), dtype=torch.int32),
+        b.new_empty((batch, heads, gathered), dtype=torch.int32),
+        b.new_empty((batch, heads, pyramid), dtype=torch.int32),
+    )
+
+
 def _fake_select(
     a: torch.Tensor, b: torch.Tensor, levels: int, p: int, m: int, strata: int, by_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _, pyramid, gathered = _lengths(b.shape[2], levels, p, m, strata)
-    return (
-        b.new_empty((*b.shape[:2], gathered), dtype=torch.int32),
-        b.new_empty((*b.shape[:2], pyramid), dtype=torch.int32),
-    )
+    return _room(b, levels, p, m, strata)[1:]
 
 
 define(

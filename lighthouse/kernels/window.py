@@ -6,40 +6,19 @@ logsumexp, which ``fold_lse_gradient`` puts into its other arguments.
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
 
 import torch
 
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
-from ..flash import flash_backward, flash_forward
+from ..flash import LEAST_GAIN, SHORTEST_SEGMENT, flash_backward, flash_forward, repeating_bits
 from ..logsumexp import fold_lse_gradient
+from .document_window import backward_within_documents, forward_within_documents
 from .launch import define, row_strides, sequence_first
 
-# Backward runs about so many rounds of programs, in segments of at least so many positions and so
-# many times the positions that they share with the segment before.
-ROUNDS, SHORTEST_SEGMENT, LEAST_GAIN = 2, 512, 4
-# The mode of torch in which operations must repeat their bits.
-MUST_REPEAT = 2
-
-
-@contextmanager
-def repeating_bits() -> Generator[None]:
-    """Let torch's flash attention sum its gradients in one order.
-
-    It asks torch's process-wide mode for that. The mode would also fill all new memory.
-    """
-    mode, fills = torch.get_deterministic_debug_mode(), cast(Any, torch.utils.deterministic)
-    filled = fills.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode(MUST_REPEAT)
-    fills.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        fills.fill_uninitialized_memory = filled
+# Backward runs about so many rounds of programs.
+ROUNDS = 2
 
 
 def flash_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -53,7 +32,12 @@ def _limit(keys: int, window: int) -> int | None:
 
 
 def launch_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    scale: float,
+    bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the window.
 
@@ -61,10 +45,13 @@ def launch_forward(
         q: [B, Hq, N, D].
         k, v: [B, Hkv, M, D], M being N or more. The last of the queries is at the place of the
             last of the keys.
+        bounds: int32, the ``cumulative_lengths`` of a layout of documents; M is N then.
 
     Returns:
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
+    if bounds is not None:
+        return forward_within_documents(q, k, v, window, scale, bounds)
     queries, keys = q.shape[2], k.shape[2]
     if window >= keys == queries and takes_cudnn(q, k, v):
         out, lse = cudnn_forward(q, k, v, scale)
@@ -82,6 +69,7 @@ def launch_backward(
     lse: torch.Tensor,
     window: int,
     scale: float,
+    bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do.
 
@@ -90,6 +78,8 @@ def launch_backward(
     copy of the gradient for every part: seventeen of them for eight heads on an H100. The sequence
     is then cut into segments instead, which flash attention takes as a batch.
     """
+    if bounds is not None:
+        return backward_within_documents(dout, q, k, v, out, lse, window, scale, bounds)
     (batch, heads, n, _), keys = q.shape, k.shape[2]
     if window >= keys == n and takes_cudnn(q, k, v):
         grads = cudnn_backward(dout, q, k, v, out, lse, scale)
@@ -190,7 +180,7 @@ def _gradients_in_segments(
 
 
 def fake_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Results like ``launch_forward``'s, without values."""
     out = sequence_first(q, q.shape[2])
@@ -206,23 +196,33 @@ def fake_backward(
 
 
 define(
-    "flash_window(Tensor q, Tensor k, Tensor v, int window, float scale) -> (Tensor, Tensor)",
+    "flash_window(Tensor q, Tensor k, Tensor v, int window, float scale, Tensor? bounds=None)"
+    " -> (Tensor, Tensor)",
     launch_forward,
     fake_forward,
 )
 define(
     "flash_window_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " int window, float scale) -> (Tensor, Tensor, Tensor)",
+    " int window, float scale, Tensor? bounds=None) -> (Tensor, Tensor, Tensor)",
     launch_backward,
     fake_backward,
 )
 
 
 def window_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    scale: float,
+    bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``lighthouse.window.window_attention``: out [B, Hq, N, D] and lse [B, Hq, N]."""
-    return torch.ops.lighthouse.flash_window(q, k, v, window, scale)
+    """As ``lighthouse.window.window_attention``: out [B, Hq, N, D] and lse [B, Hq, N].
+
+    Args:
+        bounds: int32, the ``cumulative_lengths`` of a layout of documents.
+    """
+    return torch.ops.lighthouse.flash_window(q, k, v, window, scale, bounds)
 
 
 def window_backward(
@@ -235,8 +235,10 @@ def window_backward(
     lse: torch.Tensor,
     window: int,
     scale: float,
+    bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from those of out [B, Hq, N, D] and of lse [B, Hq, N]."""
     if dlse is not None:
         dout, out = fold_lse_gradient(dout, dlse, out)
-    return torch.ops.lighthouse.flash_window_backward(dout, q, k, v, out, lse, window, scale)
+    rows = dout, q, k, v, out, lse
+    return torch.ops.lighthouse.flash_window_backward(*rows, window, scale, bounds)

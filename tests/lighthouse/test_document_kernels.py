@@ -260,7 +260,7 @@ def test_another_shape_of_the_logsumexp_is_an_error(monkeypatch: pytest.MonkeyPa
     )
     bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"as \(1, 2, 8\), and not as .heads, rows."):
-        torch.ops.lighthouse.flash_document_window(q, q, q, 2, 1.0, bounds)
+        torch.ops.lighthouse.flash_window(q, q, q, 2, 1.0, bounds)
 
 
 def test_operations_for_lengths_are_registered(flash: None) -> None:
@@ -269,8 +269,8 @@ def test_operations_for_lengths_are_registered(flash: None) -> None:
     )
     bounds = cumulative_lengths(random_layout(2, 12, 1, torch.Generator().manual_seed(0)))
     ops, more = torch.ops.lighthouse, (5, 0.5, bounds)
-    out, lse = ops.flash_document_window(q, k, v, *more)
+    out, lse = ops.flash_window(q, k, v, *more)
     names = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(ops.flash_document_window.default, (q, k, v, *more), **names)
-    backward = ops.flash_document_window_backward.default
+    torch.library.opcheck(ops.flash_window.default, (q, k, v, *more), **names)
+    backward = ops.flash_window_backward.default
     torch.library.opcheck(backward, (out, q, k, v, out, lse, *more), **names)

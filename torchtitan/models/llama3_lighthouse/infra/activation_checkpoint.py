@@ -55,7 +55,6 @@ GATHERING: set[torch._ops.OpOverload] = set()
 if kernels is not None:
     WINDOW |= {
         torch.ops.lighthouse.flash_window.default,
-        torch.ops.lighthouse.flash_document_window.default,
         torch.ops.lighthouse.flash4_window.default,
     }
     SELECTION |= {
