@@ -1,11 +1,14 @@
 """The numbers on pages of studies are those of their records."""
 
 import re
+import tomllib
 
 import pandas
-from pages import DOCS, words
+from pages import DOCS, ROOT, words
 
+from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.evaluation.bootstrap import bootstrap
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 
 
 def test_page_on_copying_is_its_records() -> None:
@@ -29,6 +32,23 @@ def test_page_on_copying_is_its_records() -> None:
         assert cells == [f"{pilot.loc[best[arm], name]:.3f}" for name in shown]
     other = pilot.loc[("dense", 5e-4)]
     assert f"a held-out loss of {other['loss']:.3f} and a gain of {other[shown[2]]:.3f}" in page
+
+
+def flops_of_a_token() -> tuple[float, ...]:
+    """FLOPs under Lighthouse and in dense steps, as the dry run has them.
+
+    The extended model has the sizes of the flavor 17M, which needs no folder.
+    """
+    config = tomllib.loads((ROOT / "train_configs/extend_17m_98k.toml").read_text())
+    method = ("levels", "pooling_factor", "top_k", "window", "entry_score", "combine")
+    line = ["--job.config_file", str(ROOT / "train_configs/recovery_books_32k.toml")]
+    line += ["--training.seq_len", str(config["training"]["seq_len"]), "--validation.no-enable"]
+    line += ["--training.dataset_path", str(ROOT), "--lighthouse.dense_layers"]
+    for key in method:
+        line += [f"--lighthouse.{key}", str(config["lighthouse"][key])]
+    text = dry_run(LighthouseConfigManager().parse_args(line), 1)
+    (found,) = re.findall(r"FLOPs/token +Lighthouse (\S+), dense (\S+)", text)
+    return tuple(map(float, found))
 
 
 def test_page_on_extension_is_its_records() -> None:
@@ -87,8 +107,7 @@ def test_page_on_extension_is_its_records() -> None:
     assert (training[training.run == "dense"]["to step"].max(), tokens["dense"]) == (116, 11403264)
     stage_one = training[(training.run == "extended") & (training.stage == 1)]
     assert stage_one["to step"].max() == 210
-    # FLOPs of a token in both kinds of steps, as the dry run has them.
-    lighthouse, dense = 1.730e8, 1.912e9
+    lighthouse, dense = flops_of_a_token()
     assert f"are {210 * lighthouse / dense:.0f} dense ones" in page
     assert f"costs {116 / (210 * lighthouse / dense + 90) - 1:.0%} more" in page
     # Copying brings the training loss down within few steps.
