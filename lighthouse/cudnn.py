@@ -49,9 +49,23 @@ def cudnn_backward(
     Args:
         lse: [B, Hq, N], contiguous.
     """
+    dout, out = (_strided_like(q, rows) for rows in (dout, out))
     # Without dropout, the state of the random generator is not read.
     state = lse.new_empty((), dtype=torch.int64)
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse.unsqueeze(-1), state, state, None, None, None, q.shape[2],
         k.shape[2], 0.0, is_causal, scale=scale,
     )  # fmt: skip
+
+
+def _strided_like(q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, or a copy, with strides that those of q determine.
+
+    torch builds a cuDNN plan for the strides of all tensors, and finds it again by the shapes and
+    strides of q, k and v alone. Where dout or out lay otherwise before, gradients would be wrong.
+    """
+    if rows.stride() == q.stride():
+        return rows
+    # Rows of an expanded q lie in one place, where no copy can be written.
+    like = q.contiguous() if 0 in q.stride() else q
+    return q.new_empty_strided(q.shape, like.stride()).copy_(rows)

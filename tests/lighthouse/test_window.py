@@ -274,6 +274,7 @@ def cudnn_forward(q, k, v, bias, with_lse, dropout, is_causal, debug, *, scale):
 def cudnn_backward(dout, q, k, v, out, lse, seed, offset, bias, _q, _k, max_q, max_k, dropout,
                    is_causal, *, scale):  # fmt: skip
     assert is_causal and not dropout and max_q == max_k == q.shape[2]
+    assert dout.stride() == out.stride() == q.stride()
     arguments = dout, None, q, k, v, out, lse.squeeze(-1), max_q, scale
     return torch.ops.lighthouse.window_backward(*arguments)
 
@@ -293,8 +294,9 @@ def test_dense_attention_takes_cudnn_where_it_computes(monkeypatch) -> None:
     def by_cudnn(*x: torch.Tensor) -> Any:
         return window._WindowAttention.apply(*x, 40, 0.5, "flash", True)
 
-    for value, want in zip(results(by_cudnn, inputs, grad, grad_lse), expected, strict=True):
-        assert relative_error(value, want) < 1e-6
+    for each in (grad, grad.transpose(1, 2).contiguous().transpose(1, 2)):
+        for value, want in zip(results(by_cudnn, inputs, each, grad_lse), expected, strict=True):
+            assert relative_error(value, want) < 1e-6
 
 
 @pytest.mark.parametrize("size", [5, 40])

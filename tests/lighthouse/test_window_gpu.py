@@ -16,6 +16,7 @@ from lighthouse import (
     window,
     window_attention,
 )
+from lighthouse.cudnn import takes_cudnn
 
 pytestmark = pytest.mark.gpu
 
@@ -139,6 +140,22 @@ def test_dense_attention_repeats_its_bits_in_deterministic_mode() -> None:
                 assert torch.equal(value, want)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_may_lie_in_memory_in_any_way() -> None:
+    """torch finds a plan of cuDNN's again by q, k and v, and the plan knows the gradient's strides.
+
+    Through the gradient of the logsumexp, the output of attention may lie in other ways too.
+    """
+    inputs, grad, grad_lse = inputs_of(torch.bfloat16, 64, 4, 4)
+    assert takes_cudnn(*inputs)
+    expected = results(window_attention, inputs, grad, grad_lse, N)
+    heads_first = grad.contiguous()
+    assert heads_first.stride() != grad.stride()
+    for gradient in (heads_first, grad, heads_first):
+        found = results(window_attention, inputs, gradient, grad_lse, N)
+        for value, want in zip(found, expected, strict=True):
+            assert relative_error(value, want) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -36,6 +36,8 @@ def emulate_attention_of_gpus() -> None:
     def cudnn_backward(grad, query, key, value, out, logsumexp, seed, offset, bias, starts_q,
                        starts_k, max_q, max_k, dropout_p, is_causal, *, scale=None):  # fmt: skip
         assert starts_q is None and starts_k is None and logsumexp.shape == (*out.shape[:3], 1)
+        # A plan for other strides would be taken.
+        assert grad.stride() == out.stride() == query.stride()
         assert (max_q, max_k) == (query.shape[2], key.shape[2]) and not dropout_p
         return cpu_backward(grad, query, key, value, out, logsumexp.squeeze(-1), scale, is_causal)
 
