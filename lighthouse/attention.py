@@ -27,10 +27,10 @@ from .implementation import (
 )
 from .inner_attention import InnerAttention
 from .inputs import check_transforms, checked_selection, chunked
-from .merge import (
-    merged_attention,
-    merged_attention_by_kernels,
+from .merge import merged_attention, merged_attention_by_kernels
+from .merge_over_ranks import (
     merged_attention_over_ranks,
+    merged_attention_over_ranks_by_kernels,
 )
 from .reach import seam_rows
 from .scatter import scatter_back
@@ -106,9 +106,12 @@ def lighthouse_attention(
     parallel = chunks > 1
     if impl == "triton":
         selection, coarsest = _select_with_kernels(q, k, v, selection, geometry, documents)
-        if config.window and not parallel:
-            arguments = q, k, v, coarsest, selection, geometry, scale, documents, most_documents
-            return merged_attention_by_kernels(*arguments)
+        if config.window:
+            merged = q, k, v, coarsest, selection, geometry, scale
+            if not parallel:
+                return merged_attention_by_kernels(*merged, documents, most_documents)
+            out = merged_attention_over_ranks_by_kernels(*merged, context_parallel)
+            return context_parallel.join(out)
         pairs = zip((q, k, v), coarsest, strict=True)
         gathered = [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
         scatter = kernels.scatter_back
@@ -116,15 +119,12 @@ def lighthouse_attention(
         if selection is None:
             selection = select_entries(q, k, v, geometry, documents)
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
-        if config.window and not parallel:
-            return merged_attention(q, k, v, gathered, selection, geometry, scale, documents)
+        if config.window:
+            merged = q, k, v, gathered, selection, geometry, scale
+            if not parallel:
+                return merged_attention(*merged, documents)
+            return context_parallel.join(merged_attention_over_ranks(*merged, context_parallel))
         scatter = scatter_back
-    if config.window:
-        near = "torch" if impl == "torch" else None
-        out = merged_attention_over_ranks(
-            q, k, v, gathered, selection, geometry, scale, context_parallel, scatter, near
-        )
-        return context_parallel.join(out)
     if documents is not None:
         places = gathered_documents(documents, geometry)
         queries, keys, values = gathered

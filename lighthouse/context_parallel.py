@@ -184,6 +184,12 @@ class ContextParallel:
         # many arguments as it has parameters. Two more keep the numbers apart.
         return _Exchange.apply(self, None, None, *parts)
 
+    def send(self, *parts: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
+        """As ``exchange``, without autograd. With a ``step`` of -1, as gradients go: back."""
+        assert self.group is not None
+        ring = self.group.group_name, self.rank, self.world_size, self.balanced
+        return torch.ops.lighthouse.exchange(parts, *ring, step)
+
     def fill_first(self, rows: torch.Tensor, value: float) -> torch.Tensor:
         """``rows`` [B M, ...] with ``value`` for the sequence's first chunk, if it is here."""
         # A rank without that chunk does the same, so that all ranks compile one graph.
@@ -272,15 +278,14 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layout: ContextParallel, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        assert layout.group is not None
-        ctx.ring = layout.group.group_name, layout.rank, layout.world_size, layout.balanced
-        return tuple(torch.ops.lighthouse.exchange(arguments[2:], *ctx.ring, 1))
+        ctx.layout = layout
+        return tuple(layout.send(*arguments[2:]))
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  One gradient for each of the outputs.
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, None, *torch.ops.lighthouse.exchange(grads, *ctx.ring, -1)
+        return None, None, None, *ctx.layout.send(*grads, step=-1)
 
 
 # Every rank sends and receives other rows. As an operation this is the same in all their graphs,

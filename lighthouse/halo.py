@@ -8,7 +8,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, M chunks on this rank, C p
 D head dimension, W positions of the window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,33 @@ def window_in_chunks(
     Returns:
         out [B M, Hq, C, D], lse [B M, Hq, C], and the rows that came for ``others``.
     """
+    seams, halo = seams_and_halo(others, k, v, window, layout.exchange)
+    results = _HaloWindow.apply(q, k, v, *halo, window, scale, impl, layout.first, len(layout.held))
+    return *results, *seams
+
+
+def seams_and_halo(
+    seams: Sequence[torch.Tensor],
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    exchange: Callable[..., Sequence[torch.Tensor]],
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Exchange what each chunk needs of the one before it, in one collective.
+
+    Args:
+        seams: rows [B M, ...].
+        k, v: [B M, Hkv, C, D].
+        exchange: as ``ContextParallel.exchange``.
+
+    Returns:
+        The seams, and keys and values [B M, Hkv, W - 1, D], of the chunk before.
+    """
     # The windows of the next chunk reach these. If a position sees itself alone, there are none.
     halo = tuple(x[:, :, x.shape[2] - (window - 1) :] for x in (k, v))
-    crossing = (*others, *halo) if window > 1 else others
-    before = layout.exchange(*crossing) if crossing else ()
-    halo = before[len(others) :] or halo
-    results = _HaloWindow.apply(q, k, v, *halo, window, scale, impl, layout.first, len(layout.held))
-    return *results, *before[: len(others)]
+    crossing = (*seams, *halo) if window > 1 else tuple(seams)
+    before = exchange(*crossing) if crossing else ()
+    return before[: len(seams)], before[len(seams) :] or halo
 
 
 class _HaloWindow(torch.autograd.Function):
@@ -85,10 +105,10 @@ class _HaloWindow(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _with_keys_before(
-    rows: list[torch.Tensor], first: int, held: int
+def _heads_of_chunks(
+    rows: list[torch.Tensor], count: int, first: int, held: int
 ) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """Parts of a rank's chunks that can be computed at once, and which of the M chunks they are.
+    """The first ``count`` positions of chunks that can be computed at once, and which chunks.
 
     Args:
         rows: k_before, v_before, k, v and others, [B M, ...] each.
@@ -100,16 +120,28 @@ def _with_keys_before(
     parts = [slice(place, place + 1) for place in range(held)] if first >= 0 else [slice(0, held)]
     for part in parts:
         k_before, v_before, k, v, *others = (
-            x.unflatten(0, (-1, held))[:, part].flatten(0, 1) for x in rows
+            x.unflatten(0, (-1, held))[:, part, :, :count].flatten(0, 1) for x in rows
         )
         if part.start != first:
             k, v = torch.cat([k_before, k], dim=2), torch.cat([v_before, v], dim=2)
         yield part, [k, v, *others]
 
 
-def _sequence_first(x: torch.Tensor) -> torch.Tensor:
+def sequence_first(x: torch.Tensor) -> torch.Tensor:
     """Memory for rows like ``x`` [B M, H, C, D] that lies as [B M, C, H, D]."""
     return x.new_empty([x.shape[place] for place in (0, 2, 1, 3)]).transpose(1, 2)
+
+
+def _laid_out(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as ``sequence_first`` lays it out, copied if need be."""
+    return x if x.transpose(1, 2).is_contiguous() else sequence_first(x).copy_(x)
+
+
+def _put(rows: torch.Tensor, into: torch.Tensor, part: slice, held: int, add: bool = False) -> None:
+    """Write ``rows`` of some chunks to the first positions of ``into`` [B M, ...], or add them."""
+    into = into.unflatten(0, (-1, held))[:, part, :, : rows.shape[2]]
+    rows = rows.unflatten(0, (len(into), -1))
+    into.add_(rows) if add else into.copy_(rows)
 
 
 @torch.library.custom_op(
@@ -130,32 +162,36 @@ def _forward(
     first: int,
     held: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend within all chunks, then again at their first positions, with the keys before."""
     attend, _ = operations_by(impl)
-    out, lse = _sequence_first(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    rows = [k_before, v_before, k, v, q]
-    for part, (keys, values, queries) in _with_keys_before(rows, first, held):
-        results = attend(queries, keys, values, window, scale)
-        for into, found in zip((out, lse), results, strict=True):
-            into = into.unflatten(0, (-1, held))[:, part]
-            into.copy_(found.unflatten(0, (len(into), -1)))
+    out, lse = attend(q, k, v, window, scale)
+    out, reach = _laid_out(out), k_before.shape[2]
+    for part, (keys, values, queries) in _heads_of_chunks(
+        [k_before, v_before, k, v, q], reach, first, held
+    ):
+        if reach and part.start != first:
+            for into, rows in zip(
+                (out, lse), attend(queries, keys, values, window, scale), strict=True
+            ):
+                _put(rows, into, part, held)
     return out, lse
 
 
 @_forward.register_fake
 def _(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _sequence_first(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return sequence_first(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
 @torch.library.custom_op(
     "lighthouse::halo_window_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor k_before, "
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor k_before, "
     f"Tensor v_before, Tensor out, Tensor lse, {SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     dout: torch.Tensor,
-    dlse: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -169,38 +205,47 @@ def _backward(
     first: int,
     held: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients from queries that see no keys before their chunk, and then from the others.
+
+    This way no keys and values of a whole chunk are joined with those before it.
+    """
     _, backward = operations_by(impl)
-    grads = [_sequence_first(x) for x in (q, k, v, k_before, v_before)]
-    count = k_before.shape[2]
-    rows = [k_before, v_before, k, v, dout, dlse, q, out, lse]
-    for part, (keys, values, *others) in _with_keys_before(rows, first, held):
-        dout_here, dlse_here, queries, out_here, lse_here = others
-        dq, dk, dv = backward(
-            dout_here,
-            dlse_here,
-            queries,
-            keys,
-            values,
-            out_here,
-            lse_here.contiguous(),
-            window,
-            scale,
+    reach, length = k_before.shape[2], q.shape[2]
+    rows = [dout, q, out, lse, *([] if dlse is None else [dlse])]
+
+    def gradients(
+        keys: torch.Tensor, values: torch.Tensor, own: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        dout, q, out, lse, *dlse = own
+        return backward(
+            dout, dlse[0] if dlse else None, q, keys, values, out, lse.contiguous(), window, scale
         )
-        before = 0 if part.start == first else count
-        found = dq, dk[:, :, before:], dv[:, :, before:], dk[:, :, :before], dv[:, :, :before]
-        for into, rows_here in zip(grads, found, strict=True):
-            into = into.unflatten(0, (-1, held))[:, part]
-            if rows_here.shape[2] == into.shape[3]:
-                into.copy_(rows_here.unflatten(0, (len(into), -1)))
-            else:
-                into.zero_()
-    dq, dk, dv, dk_before, dv_before = grads
+
+    dq = sequence_first(q)
+    if reach < length:
+        dq[:, :, reach:], dk, dv = gradients(k, v, [x[:, :, reach:] for x in rows])
+        dk, dv = _laid_out(dk), _laid_out(dv)
+    else:
+        dk, dv = (sequence_first(x).zero_() for x in (k, v))
+    dk_before, dv_before = (sequence_first(x).zero_() for x in (k_before, v_before))
+    if not reach:
+        return dq, dk, dv, dk_before, dv_before
+    for part, (keys, values, *own) in _heads_of_chunks(
+        [k_before, v_before, k, v, *rows], reach, first, held
+    ):
+        dq_here, *found = gradients(keys, values, own)
+        _put(dq_here, dq, part, held)
+        wholes = (dk, dk_before), (dv, dv_before)
+        for (into, into_before), grad in zip(wholes, found, strict=True):
+            _put(grad[:, :, -reach:], into, part, held, add=True)
+            if part.start != first:
+                _put(grad[:, :, :-reach], into_before, part, held)
     return dq, dk, dv, dk_before, dv_before
 
 
 @_backward.register_fake
 def _(
-    dout: torch.Tensor, dlse: torch.Tensor, *others: Any
+    dout: torch.Tensor, dlse: torch.Tensor | None, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, k_before, v_before = (_sequence_first(x) for x in others[:5])
+    q, k, v, k_before, v_before = (sequence_first(x) for x in others[:5])
     return q, k, v, k_before, v_before

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .context_parallel import ContextParallel, attention_over_ranks
 from .documents import gathered_documents
 from .geometry import PyramidGeometry
-from .halo import window_in_chunks
 from .implementation import choose_window_implementation, kernels, layout_for, operations_by
 from .online_softmax import merged_output
-from .reach import reaching, seam_rows
+from .reach import reaching
 from .scatter import scatter_back
 from .selection import Selection
 from .window import window_attention, window_operations
@@ -65,47 +63,6 @@ def merged_attention(
     scatter = partial(scatter_back, selection=selection, geometry=geometry, documents=documents)
     far, far_lse = scatter(far), scatter(far_lse.unsqueeze(-1)).squeeze(-1)
     far_lse = far_lse.masked_fill(~reached, -math.inf)
-    return merged_output(near, near_lse, far, far_lse)
-
-
-def merged_attention_over_ranks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gathered: Sequence[torch.Tensor],
-    selection: Selection,
-    geometry: PyramidGeometry,
-    scale: float | None,
-    layout: ContextParallel,
-    scatter: Callable[..., torch.Tensor],
-    impl: str | None,
-) -> torch.Tensor:
-    """As ``merged_attention``, of the chunks on this rank, M of them.
-
-    The seam rows, their logsumexps and the halo cross from chunk to chunk in one collective.
-
-    Args:
-        q: [B M, Hq, C, D].
-        k, v: [B M, Hkv, C, D].
-        gathered: pooled q, k and v of the selected entries, [B M, H, S, D].
-        scatter: scatters outputs back, as ``lighthouse.scatter.scatter_back``.
-        impl: as in ``window_attention``.
-
-    Returns:
-        [B M, Hq, C, D].
-    """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    impl = choose_window_implementation(impl, q)
-    joined = [layout.join(rows) for rows in gathered]
-    far, far_lse = attention_over_ranks(*joined, scale=scale, layout=layout, return_lse=True)
-    far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
-    seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
-    window = geometry.config.window
-    near, near_lse, seam, seam_lse = window_in_chunks(q, k, v, window, scale, impl, layout, *seams)
-    # No entry reaches the first positions of the sequence, where the window stands alone.
-    seam_lse = layout.fill_first(seam_lse, -math.inf)
-    far = scatter(far, selection, geometry, seam)
-    far_lse = scatter_back(far_lse, selection, geometry, seam_lse).squeeze(-1)
     return merged_output(near, near_lse, far, far_lse)
 
 

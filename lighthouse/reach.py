@@ -90,15 +90,25 @@ def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry)
     finest = geometry.config.combine == "finest"
     count = geometry.config.levels - 1
     last = list(rows[:, :, -count:].unbind(dim=2))
+    included = ends_with_chunk(slot, geometry, rows.shape[1])
     # The loop leaves out the coarsest entry, which is always included.
     for number in range(count - 2, -1, -1):
-        level = number + 1
-        end = geometry.offsets[level] + geometry.lengths[level] - 1
-        absent = slot[..., end : end + 1] < 0
-        absent = absent.repeat_interleave(rows.shape[1] // slot.shape[1], dim=1)
         instead = last[number + 1] if finest else torch.zeros_like(last[number])
-        last[number] = torch.where(absent, instead, last[number])
+        last[number] = torch.where(included[:, :, number, None], last[number], instead)
     return torch.stack(last, dim=2)
+
+
+def ends_with_chunk(slot: torch.Tensor, geometry: PyramidGeometry, heads: int) -> torch.Tensor:
+    """Whether the entry that ends with a chunk is included, for levels 1 to L - 1.
+
+    Returns:
+        bool [B, H, L - 1] for H ``heads``.
+    """
+    ends = [
+        slot[..., offset + length - 1] >= 0
+        for offset, length in zip(geometry.offsets[1:], geometry.lengths[1:], strict=True)
+    ]
+    return torch.stack(ends, dim=-1).repeat_interleave(heads // slot.shape[1], dim=1)
 
 
 def seam_gradient(

@@ -76,14 +76,19 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
     policy = [*RING, *WINDOW, *SELECTION, *EXCHANGE]
     contexts = partial(create_selective_checkpoint_contexts, policy)
     layouts = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
-    all_args = (BESIDE, ALONE)
+    cases = list(itertools.product((BESIDE, ALONE), layouts, [None]))
     if device == "cpu":
         check_operations_of_gpus(mesh)
-    for args, config in itertools.product(all_args, layouts):
+        # By kernels, in Triton's interpreter. On GPUs they are the default.
+        cases.append((BESIDE, layouts[0], "triton"))
+    for args, config, impl in cases:
         plain, ring = (
             args.stage_one_attention(ScaledDotProductAttentionWrapper()) for _ in range(2)
         )
+        plain.impl = ring.impl = impl
         apply_context_parallel(ring, mesh, config)
+        # All cases compile one function, more often than Dynamo allows.
+        torch.compiler.reset()
 
         def block(attention: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
             return attention(*(x.sin() for x in inputs)).cos()
@@ -109,12 +114,12 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
             calls = watched or calls
             for value, whole in zip(found, want, strict=True):
                 whole = whole[:, :, here]
-                assert (value - whole).norm() < tolerance * whole.norm(), (args, config)
+                assert (value - whole).norm() < tolerance * whole.norm(), (args, config, impl)
         # Validation and inference take no gradients.
         with torch.no_grad():
             found = torch.compile(block, **compiled)(ring, *(x[:, :, here] for x in leaves))
         whole = want[0][:, :, here]
-        assert (found - whole).norm() < tolerance * whole.norm(), (args, config)
+        assert (found - whole).norm() < tolerance * whole.norm(), (args, config, impl)
         # Backward repeats neither attention nor the exchange.
         assert sum(calls.count[each] for each in EXCHANGE) == 2
         assert sum(calls.count[each] for each in RING) == (1 if args.selects else 0)

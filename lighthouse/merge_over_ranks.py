@@ -1,0 +1,300 @@
+"""Lighthouse attention with a neighbourhood, when the sequence lies in chunks on several ranks.
+
+``merge`` has the method, and ``context_parallel`` says what crosses from chunk to chunk: outputs of
+entries that end with a chunk (seam rows), with their logsumexps, and keys and values (the halo).
+Both cross in one collective, and so do their gradients.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, M chunks on this rank, C positions of a chunk,
+D head dimension, S gathered length of a chunk, L levels, W positions of the window.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .context_parallel import ContextParallel, attention_over_ranks
+from .geometry import PyramidGeometry
+from .halo import seams_and_halo, sequence_first, window_in_chunks
+from .implementation import choose_window_implementation, kernels
+from .logsumexp import fold_lse_gradient
+from .online_softmax import merged_output
+from .reach import ends_with_chunk, reaching, seam_rows
+from .scatter import scatter_back
+from .selection import Selection
+
+
+def merged_attention_over_ranks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gathered: Sequence[torch.Tensor],
+    selection: Selection,
+    geometry: PyramidGeometry,
+    scale: float | None,
+    layout: ContextParallel,
+) -> torch.Tensor:
+    """As ``merge.merged_attention``, of the chunks on this rank.
+
+    Args:
+        q: [B M, Hq, C, D].
+        k, v: [B M, Hkv, C, D].
+        gathered: pooled q, k and v of the selected entries, [B M, H, S, D].
+
+    Returns:
+        [B M, Hq, C, D].
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    joined = [layout.join(rows) for rows in gathered]
+    far, far_lse = attention_over_ranks(*joined, scale=scale, layout=layout, return_lse=True)
+    far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
+    seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
+    window = geometry.config.window
+    near, near_lse, seam, seam_lse = window_in_chunks(
+        q, k, v, window, scale, "torch", layout, *seams
+    )
+    # No entry reaches the first positions of the sequence, where the window stands alone.
+    seam_lse = layout.fill_first(seam_lse, -math.inf)
+    far = scatter_back(far, selection, geometry, seam)
+    far_lse = scatter_back(far_lse, selection, geometry, seam_lse).squeeze(-1)
+    return merged_output(near, near_lse, far, far_lse)
+
+
+def merged_attention_over_ranks_by_kernels(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coarsest: Sequence[torch.Tensor],
+    selection: Selection,
+    geometry: PyramidGeometry,
+    scale: float | None,
+    layout: ContextParallel,
+) -> torch.Tensor:
+    """As ``merged_attention_over_ranks``; gathers the selected entries too.
+
+    Args:
+        coarsest: means of the coarsest entries of q, k and v, [B M, H, C / p^(L - 1), D].
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale, layout
+    return _MergedOverRanks.apply(*arguments)
+
+
+class _MergedOverRanks(torch.autograd.Function):
+    """``merge._Merged`` in chunks.
+
+    The kernels take a chunk for a whole sequence. What crosses a seam concerns the first
+    p^(L-1) - 1 positions of a chunk and L - 1 entries at its end, and PyTorch adds it there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        coarsest_q: torch.Tensor,
+        coarsest_k: torch.Tensor,
+        coarsest_v: torch.Tensor,
+        index: torch.Tensor,
+        slot: torch.Tensor,
+        geometry: PyramidGeometry,
+        scale: float,
+        layout: ContextParallel,
+    ) -> torch.Tensor:
+        pyramid = geometry.config.pooling_factor, geometry.config.levels
+        pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
+        gathered = [layout.join(kernels.gather_means(*pair, index, *pyramid)) for pair in pairs]
+        assert layout.operations is not None
+        far, far_lse = layout.operations[0](*gathered, scale)
+        far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
+        seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
+        far_lse = far_lse.squeeze(-1)
+        (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout.send)
+        seam_lse = layout.fill_first(seam_lse.squeeze(-1), -math.inf)
+        impl = choose_window_implementation(None, q)
+        settings = geometry.config.window, scale, impl, layout.first, len(layout.held)
+        near, near_lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings)
+        taken = _taking_seam(slot, geometry, q.shape[1] // slot.shape[1])
+        out, lse = torch.ops.lighthouse.merge_with_seam(
+            far, far_lse, near, near_lse, slot, seam, seam_lse, taken, *pyramid
+        )
+        rows = q, k, v, *halo, *gathered
+        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, seam_lse, taken)
+        ctx.constants = geometry, scale, layout, settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        (q, k, v, *halo), gathered = saved[:5], saved[5:8]
+        index, slot, far, far_lse, out, lse, seam_lse, taken = saved[8:]
+        geometry, scale, layout, settings = ctx.constants
+        pyramid, length = (geometry.config.pooling_factor, geometry.config.levels), q.shape[2]
+        dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
+            grad, None, q, k, v, *halo, out, lse, *settings
+        )
+        sums = _seam_sums(grad, out, lse, seam_lse, taken)
+        crossing = (*sums, *dhalo) if geometry.config.window > 1 else sums
+        dout, delta, *dhalo = layout.send(*crossing, step=-1)
+        for rows, part in zip((dk, dv), dhalo, strict=bool(dhalo)):
+            rows[:, :, length - part.shape[2] :] += part
+        included = ends_with_chunk(slot, geometry, far.shape[1])
+        grad_far, out_far = torch.ops.lighthouse.collect_with_seam(
+            grad, out, lse, far, far_lse, index, slot, dout, delta, included, *pyramid
+        )
+        assert layout.operations is not None
+        far_lse = layout.join(far_lse.unsqueeze(-1)).squeeze(-1).contiguous()
+        selected = layout.operations[1](
+            layout.join(grad_far), None, *gathered, layout.join(out_far), far_lse, scale
+        )
+        grads = [
+            kernels.spread_shares(layout.split(part), slot, length, *pyramid, onto=own)
+            if needed
+            else None
+            for part, own, needed in zip(
+                selected, (dq, dk, dv), ctx.needs_input_grad[:3], strict=True
+            )
+        ]
+        # Arguments after the rows.
+        return *grads, *[None] * 8
+
+
+def _taking_seam(slot: torch.Tensor, geometry: PyramidGeometry, group: int) -> torch.Tensor:
+    """Which of a chunk's first positions, p^(L-1) - 1, take the seam row of each level.
+
+    Returns:
+        bool [B M, Hq, L - 1, p^(L-1) - 1] for ``group`` = Hq / Hkv. A position takes one at most.
+    """
+    positions = torch.arange(geometry.spans[-1] - 1, device=slot.device)
+    found = reaching(slot, positions, geometry, with_seam=True)[1:]
+    shape = *slot.shape[:2], len(positions)
+    # pyrefly: ignore[missing-attribute]  Above the base level there are seams.
+    taken = torch.stack([each.seam.expand(shape) for each in found], dim=2)
+    return taken.repeat_interleave(group, dim=1)
+
+
+@torch.library.custom_op(
+    "lighthouse::merge_with_seam",
+    mutates_args=(),
+    schema="(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, Tensor seam, "
+    "Tensor seam_lse, Tensor taken, int p, int levels) -> (Tensor, Tensor)",
+)
+def _merge_with_seam(
+    far: torch.Tensor,
+    far_lse: torch.Tensor,
+    near: torch.Tensor,
+    near_lse: torch.Tensor,
+    slot: torch.Tensor,
+    seam: torch.Tensor,
+    seam_lse: torch.Tensor,
+    taken: torch.Tensor,
+    p: int,
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kernels.merge_outputs`` of chunks.
+
+    Args:
+        seam: [B M, Hq, L - 1, D].
+        seam_lse: [B M, Hq, L - 1], minus infinity where there is no chunk before.
+        taken: from ``_taking_seam``.
+    """
+    out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, p, levels)
+    first = slice(0, taken.shape[-1])
+    # Where a position takes no row, minus infinity leaves it as it is.
+    found_lse = seam_lse.unsqueeze(-1).masked_fill(~taken, -math.inf).amax(dim=2)
+    found = (seam.unsqueeze(3) * taken.unsqueeze(-1)).sum(dim=2)
+    here, here_lse = out[:, :, first], lse[:, :, first]
+    here.copy_(merged_output(here, here_lse, found, found_lse))
+    here_lse.copy_(torch.logaddexp(here_lse, found_lse))
+    return out, lse
+
+
+@_merge_with_seam.register_fake
+def _(
+    far: torch.Tensor, far_lse: torch.Tensor, near: torch.Tensor, near_lse: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return sequence_first(near), near_lse.new_empty(near_lse.shape)
+
+
+def _seam_sums(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seam_lse: torch.Tensor,
+    taken: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums dout_e and delta_e of ``kernels.merge`` for the seam rows of the chunk before.
+
+    Args:
+        grad, out: gradient of the merged output, and the output itself, [B M, Hq, C, D].
+        lse: that of the merged output, [B M, Hq, C].
+        seam_lse, taken: as in ``_merge_with_seam``.
+
+    Returns:
+        [B M, Hq, L - 1, D] in the dtype of grad, and [B M, Hq, L - 1, 1] in the precision of sums.
+    """
+    first = slice(0, taken.shape[-1])
+    weight = (seam_lse.unsqueeze(-1) - lse[:, :, None, first]).exp().masked_fill(~taken, 0.0)
+    rows = grad[:, :, first].to(weight.dtype)
+    products = (rows * out[:, :, first].to(weight.dtype)).sum(dim=-1, keepdim=True)
+    dout, delta = ((weight.unsqueeze(-1) * x.unsqueeze(2)).sum(dim=3) for x in (rows, products))
+    return dout.to(grad.dtype), delta
+
+
+@torch.library.custom_op(
+    "lighthouse::collect_with_seam",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor out, Tensor lse, Tensor far, Tensor far_lse, Tensor index, "
+    "Tensor slot, Tensor dout, Tensor delta, Tensor included, int p, int levels) "
+    "-> (Tensor, Tensor)",
+)
+def _collect_with_seam(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    far: torch.Tensor,
+    far_lse: torch.Tensor,
+    index: torch.Tensor,
+    slot: torch.Tensor,
+    dout: torch.Tensor,
+    delta: torch.Tensor,
+    included: torch.Tensor,
+    p: int,
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kernels.collect_merged`` of chunks.
+
+    Args:
+        dout, delta: ``_seam_sums`` of the next chunk.
+        included: from ``ends_with_chunk``.
+    """
+    grad_far, out_far = kernels.collect_merged(grad, out, lse, far, far_lse, index, slot, p, levels)
+    sums = torch.cat((dout.to(delta.dtype), delta), dim=-1)
+    by_level = list(sums.unbind(dim=2))
+    # The row of an absent entry was that of the next coarser one. The coarsest is never absent.
+    for number in range(len(by_level) - 1):
+        passed_on = by_level[number].masked_fill(included[:, :, number, None], 0.0)
+        by_level[number + 1] = by_level[number + 1] + passed_on
+    dout, delta = torch.stack(by_level, dim=2).split((far.shape[-1], 1), dim=-1)
+    last = slice(far.shape[2] - len(by_level), None)
+    own_dout, own_out, rows = (x[:, :, last].to(sums.dtype) for x in (grad_far, out_far, far))
+    delta = delta + (own_dout * own_out).sum(dim=-1, keepdim=True)
+    dout = (own_dout + dout).to(far.dtype)
+    missing = (dout.to(sums.dtype) * rows).sum(dim=-1) - delta.squeeze(-1)
+    found = fold_lse_gradient(dout, missing, far[:, :, last])
+    for whole, part in zip((grad_far, out_far), found, strict=True):
+        here = whole[:, :, last]
+        here.copy_(torch.where(included.unsqueeze(-1), part, here))
+    return grad_far, out_far
+
+
+@_collect_with_seam.register_fake
+def _(
+    grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, far: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return sequence_first(far), sequence_first(far)
