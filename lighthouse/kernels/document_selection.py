@@ -52,7 +52,7 @@ def _part(
         ABOVE: entries of this level under one of the coarsest.
     """
     own = parts + entry // ABOVE
-    step = batches.to(tl.int64) * coarsest
+    step = tl.cast(batches, tl.int64) * coarsest
     before = tl.load(own + 2 * step, mask=valid, other=0)
     after = tl.load(own + 3 * step, mask=valid, other=0)
     if COARSEST:
@@ -146,7 +146,7 @@ def _select_by_documents(
     own_picks = picks + program * M
     own_parts = parts + plane // heads * coarsest
     by_a = keys + program * 2 * candidates
-    step = programs.to(tl.int64) * M
+    step = tl.cast(programs, tl.int64) * M
     for level in tl.static_range(LEVELS - 1, 0, -1):
         if level == LEVELS - 1:
             count = top_count

@@ -215,7 +215,7 @@ def _place(
             place = tl.where(valid, place, 0)
             tl.store(index + place, (offset + entry).to(tl.int32), mask=valid)
             tl.store(slot + offset + entry, place.to(tl.int32), mask=valid)
-        offset += coarsest.to(tl.int64) * P ** (LEVELS - 1 - level)
+        offset += tl.cast(coarsest, tl.int64) * P ** (LEVELS - 1 - level)
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def _clear(slot, first, count, coarsest, P: tl.constexpr, LEVELS: tl.constexpr):
         for chunk in tl.range(tl.cdiv(count * below, ENTRIES)):
             entry = chunk * ENTRIES + tl.arange(0, ENTRIES).to(tl.int64)
             tl.store(slot + offset + first * below + entry, -1, mask=entry < count * below)
-        offset += coarsest.to(tl.int64) * below
+        offset += tl.cast(coarsest, tl.int64) * below
 
 
 @triton.jit
@@ -251,7 +251,7 @@ def _select(
     own_slot = slot + plane * pyramid
     _clear(own_slot, first, top_count, coarsest, P, LEVELS)
     own_picks = picks + (plane * strata + stratum) * M
-    step = programs.to(tl.int64) * M
+    step = tl.cast(programs, tl.int64) * M
     for level in tl.static_range(LEVELS - 1, 0, -1):
         if level == LEVELS - 1:
             count = top_count

@@ -360,10 +360,11 @@ def test_steps_do_not_recompile(window: int) -> None:
             torch.testing.assert_close(value, want)
 
 
-# Case 2 has the widest rows and 64-bit offsets; the GPU tests compile smaller ones as well.
+# Case 2 has the widest rows and 64-bit offsets, and case 3 lengths of one; the GPU tests compile
+# smaller ones as well.
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=pytest.mark.slow) for case in ("0", "1", "2", "long", "loss")],
+    [pytest.param(case, marks=pytest.mark.slow) for case in ("0", "1", "2", "3", "long", "loss")],
 )
 def test_every_kernel_compiles_for_ampere(case: str, tmp_path: Path) -> None:
     """Triton's compiler refuses more than its interpreter, and needs no GPU either.

@@ -35,6 +35,8 @@ CASES = [
     (3, 4, 98304, 1, 8, 8, 128, 128, 12, torch.bfloat16),
     (3, 2, 131072, 2, 6, 2, 192, 128, 64, torch.float32),
     (4, 4, 2**22, 1, 32, 8, 256, 128, 3, torch.bfloat16),
+    # One of everything: one program selects, and it has one coarsest entry.
+    (3, 2, 4, 1, 1, 1, 16, 2, 1, torch.bfloat16),
 ]
 
 
@@ -70,6 +72,9 @@ class Compiler:
                 signature[name] = POINTERS[value.dtype]
             elif isinstance(value, float):
                 signature[name] = "fp32"
+            elif value == 1:
+                # A launch makes it a constant of the text, which has no methods of a tensor.
+                signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         signature = {name: signature[name] for name in names}
