@@ -11,6 +11,7 @@ import os
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ HEADS, HEAD_DIM = 8, 128
 TURNS = 30
 WINDOW = 512
 WINDOWED = {"window": WINDOW}
+# Variables of the environment that change how NCCL sends.
+SETTINGS = ("NCCL_", "TORCH_NCCL_HIGH_PRIORITY")
 NOTHING_SENT, NO_EXCHANGE, AGAIN = ", nothing sent", ", no exchange", ", again"
 
 
@@ -231,17 +234,29 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
     }
 
 
+def parts_of(mesh: DeviceMesh) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured, by what a log line calls it."""
+    return {
+        "errors": lambda: {"error: W GPUs, one GPU": errors(mesh, PAPERS)},
+        "errors with a window": lambda: {
+            f"error with a window of {WINDOW}: W GPUs, one GPU": errors(mesh, WINDOWED)
+        },
+        "one GPU": through_one_gpu,
+        "sending": lambda: sending(mesh),
+    }
+
+
 def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     world_size = int(os.environ["WORLD_SIZE"])
     mesh = dist.init_device_mesh("cuda", (world_size,))
-    record = {
-        "W": world_size,
-        "error: W GPUs, one GPU": errors(mesh, PAPERS),
-        f"error with a window of {WINDOW}: W GPUs, one GPU": errors(mesh, WINDOWED),
-        **through_one_gpu(),
-        **sending(mesh),
-    }
+    settings = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
+    record: dict[str, Any] = {"W": world_size, "settings of NCCL": settings}
+    for name, part in parts_of(mesh).items():
+        start = time.monotonic()
+        record |= part()
+        if dist.get_rank() == 0:
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     if dist.get_rank() == 0:
         Path(sys.argv[1], "layer.json").write_text(json.dumps(record))
     dist.destroy_process_group()
