@@ -165,6 +165,8 @@ def test_a_cuda_graph_takes_other_layouts() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         stream = torch.cuda.Stream()
+        # The rows and the layout are still being written.
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)
