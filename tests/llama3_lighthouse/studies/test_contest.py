@@ -436,7 +436,8 @@ def with_start(path: Path, more: str = "") -> None:
 
 
 def test_arms_begin_from_one_run_of_each_seed(call, faked, path, tmp_path) -> None:
-    with_start(path)
+    # No measure is taken of it, so its validation may be its own.
+    with_start(path, "training.seq_len = 256\nvalidation.seq_len = 256")
     out, code = call("--training.max_norm", "0.5")
     assert not code, out
     assert faked.trained[:2] == ["start,seed=1", "dense,lr=0.001,seed=1"]
@@ -460,6 +461,7 @@ def test_arms_begin_from_one_run_of_each_seed(call, faked, path, tmp_path) -> No
     assert (config.optimizer.lr, config.training.steps, config.debug.seed) == (5e-4, 12, 1002)
     assert config.lighthouse.shuffle_seed == 1002 and config.training.max_norm == 0.5
     assert stages_of(config)[0].seq_len == 128 and config.checkpoint.interval == 12
+    assert config.validation.seq_len == 256 and read(arm.arguments).validation.seq_len == 512
     # Times do not depend on weights.
     timed = read(planner.timing_run(contest.arms["window"]).arguments)
     assert timed.checkpoint.initial_load_path is None

@@ -329,7 +329,9 @@ def _check(contest: Contest) -> None:
                 raise UserValueError(
                     f"{contest.path}: {name} sets {key}, which the contest does; leave it out"
                 )
-            if name != "settings" and key.startswith(shared):
+            # No measure is taken of the run that all begin from.
+            own = name == "settings" or (name == "start" and key.startswith("validation."))
+            if key.startswith(shared) and not own:
                 place = f"{contest.path}: {name}"
                 raise UserValueError(f"{place} sets {key}, which all runs share; use [settings]")
         for stage in settings.get("lighthouse.schedule", ()):
