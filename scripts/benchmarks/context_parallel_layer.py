@@ -6,6 +6,7 @@ for layer.json as its argument.
 Shapes: B batch, H heads, N positions, D head dimension.
 """
 
+import itertools
 import json
 import os
 import random
@@ -38,6 +39,7 @@ WINDOWED = {"window": WINDOW}
 # Variables of the environment that change how NCCL sends.
 SETTINGS = ("NCCL_", "TORCH_NCCL_HIGH_PRIORITY")
 NOTHING_SENT, NO_EXCHANGE, AGAIN = ", nothing sent", ", no exchange", ", again"
+HIGH_PRIORITY = ", high priority"
 
 
 def time_in_turns(variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -164,7 +166,7 @@ def without_exchange(function: Callable[[], object]) -> Callable[[], object]:
     """The same attention without the exchange of seam and halo: no packing and no sending."""
 
     def run() -> object:
-        with patch.object(ContextParallel, "exchange", lambda self, *rows: rows):
+        with patch.object(ContextParallel, "send", lambda self, *rows, step=1: rows):
             return function()
 
     return run
@@ -180,6 +182,13 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def with_high_priority() -> DeviceMesh:
+    """All GPUs again, with transfers on a stream that multiprocessors serve first."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return DeviceMesh.from_group(dist.new_group(pg_options=options), "cuda")
+
+
 def sending(mesh: DeviceMesh) -> dict[str, Any]:
     """Times of the layer on all GPUs of ``mesh``, with and without sending.
 
@@ -189,8 +198,10 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
     """
     world_size = mesh.size()
     size = 3, 4, 1536 * world_size
-    plain, beside_window = (
-        on_all_gpus(LighthouseConfig(*size, **method), mesh) for method in (PAPERS, WINDOWED)
+    high = with_high_priority()
+    plain, beside_window, plain_high, beside_window_high = (
+        on_all_gpus(LighthouseConfig(*size, **method), each)
+        for each, method in itertools.product((mesh, high), (PAPERS, WINDOWED))
     )
     layout = plain.context_parallel
     whole = rows_and_gradient(PER_GPU * world_size, 3)
@@ -214,6 +225,8 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
         variants |= {name: layer, f"{name}{AGAIN}": layer, f"{name}{NOTHING_SENT}": silent(layer)}
         if name != "dense":
             variants[f"{name}{NO_EXCHANGE}"] = without_exchange(layer)
+    for name, attention in zip(layers, (plain_high, beside_window_high), strict=False):
+        variants[f"{name}{HIGH_PRIORITY}"] = with_attention(attention, True)
     durations = time_in_turns(variants)
 
     def ratios(left_out: str) -> dict[str, list[float]]:
@@ -231,6 +244,7 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
         "time with sending over without, quartiles": ratios(NOTHING_SENT),
         "time over that without exchange, quartiles": ratios(NO_EXCHANGE),
         "time over that of the same again, quartiles": ratios(AGAIN),
+        "time over that with transfers of high priority, quartiles": ratios(HIGH_PRIORITY),
     }
 
 

@@ -28,6 +28,7 @@ STUDIED: dict[str, Any] = dict(
     vocab_size=PADDED_VOCABULARY_SIZE,
     rope_theta=500000,
 )
+WIDER: dict[str, Any] = STUDIED | {"dim": 640, "n_heads": 10}
 
 flavors: dict[str, LighthouseModelArgs] = {
     "debugmodel": LighthouseModelArgs(
@@ -41,7 +42,7 @@ flavors: dict[str, LighthouseModelArgs] = {
     ),
     "15M": LighthouseModelArgs(**STUDIED),
     "17M": LighthouseModelArgs(**STUDIED, ffn_dim_multiplier=1.25),
-    "50M": LighthouseModelArgs(**{**STUDIED, "dim": 640, "n_heads": 10}, ffn_dim_multiplier=1.25),
+    "50M": LighthouseModelArgs(**WIDER, ffn_dim_multiplier=1.25),
     "270M": LighthouseModelArgs(**PAPER, vocab_size=PADDED_VOCABULARY_SIZE),
     "530M": LighthouseModelArgs(**PAPER, vocab_size=LLAMA3_VOCABULARY_SIZE),
     "8B": LighthouseModelArgs(
