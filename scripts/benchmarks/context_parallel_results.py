@@ -1,80 +1,84 @@
-"""Results of the context parallelism benchmark: its table and its plot."""
+"""Results of the context parallelism benchmark: its tables."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from reporting import table_head, table_row
 
-from torchtitan.models.llama3_lighthouse.evaluation.figures import (
-    DENSE,
-    LIGHTHOUSE,
-    length_axis,
-    new_figure,
-    plain_numbers,
-    save,
-)
+TIMING = ("training", "alone", "short")
+COLUMNS = ["stage", "GPUs", "N", "checkpointing", "tokens/s and GPU", "MFU", "GiB a GPU"]
+ESTIMATES = {
+    "active GiB": ".1f",
+    "estimated GiB": ".1f",
+    "active GiB over estimate": ".2f",
+    "GiB over estimate": ".2f",
+}
 
 
 def table(run: dict[str, Any]) -> str:
     """The run as Markdown."""
-    lines = [f"{run['GPUs']} x {run['GPU']}, torch {run['torch']}, NCCL {run['NCCL']}. bf16.", ""]
+    gpu = run["GPU"] or "CPU process"
+    nccl = f", NCCL {run['NCCL']}" if run["NCCL"] else ""
+    precision = "tiny sizes, to try the code out" if run.get("tiny") else "bf16"
+    lines = [f"{run['GPUs']} x {gpu}, torch {run['torch']}{nccl}. {precision}.", ""]
     parts = (f"{part}: {origin}" for part, origin in run["measured"].items())
     lines += [f"Measured at revision ({'; '.join(parts)}).", ""]
-    for part in ("layer", "equivalence", "resume"):
+    layers = run.get("layer", [])
+    for found in [layers] if isinstance(layers, dict) else layers:
+        lines += named("layer", {key: x for key, x in found.items() if key != "measured"})
+    for part in ("equivalence", "resume", "meshes", "killed"):
         if part in run:
-            lines += [f"**{part}**", ""]
-            lines += [f"- {key}: {json.dumps(value)}" for key, value in run[part].items()]
-            lines.append("")
-    rows = [row for part in ("training", "short", "longest") for row in run.get(part, [])]
-    if rows:
-        lines += table_head(
-            ["stage", "GPUs", "N", "checkpointing", "tokens/s and GPU", "MFU", "GiB a GPU"]
-        )
-    for row in rows:
-        cells = [row["stage"], str(row["GPUs"]), f"{row['N']:,}", row["checkpointing"]]
-        cells += [f"{row['tps']:,.0f}", f"{row['mfu']:.1f}%"] if "tps" in row else ["", ""]
-        cells.append(f"{row['GiB']:.1f}" if "GiB" in row else "does not fit")
-        lines.append(table_row(cells))
+            lines += named(part, run[part])
+    timed = timed_rows(run)
+    if rows := timed + run.get("longest", []):
+        lines += [*table_head(COLUMNS), *(table_row(cells(row)) for row in rows)]
+    if compared := comparisons(timed):
+        lines += ["", *compared]
+    if rows := run.get("8b", []):
+        lines += ["", f"**{rows[0]['model']}**", "", *table_head([*COLUMNS, *ESTIMATES])]
+        lines += [
+            table_row([*cells(row), *(f"{row[x]:{f}}" if x in row else "" for x, f in
+                                      ESTIMATES.items())])
+            for row in rows
+        ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def plot(run: dict[str, Any], path: Path) -> None:
-    """Draw tokens/s for each GPU over the context length, if any part measured them."""
-    rows = run.get("training", []) + run.get("short", [])
-    longest = [row for row in run.get("longest", []) if "tps" in row]
-    if not rows and not longest:
-        return
-    figure = new_figure(8)
-    axis = figure.subplots()
-    for attention, colour in (("Lighthouse", LIGHTHOUSE), ("dense", DENSE)):
-        for gpus in sorted({row["GPUs"] for row in rows}):
-            points = sorted(
-                (row["N"], row["tps"])
-                for row in rows
-                if (row["stage"], row["GPUs"]) == (attention, gpus)
-            )
-            if points:
-                style, plural = ("o-", "") if gpus == 1 else ("s--", "s")
-                label = f"{attention}, {gpus} GPU{plural}"
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
-    axis.set(
-        yscale="log",
-        xlabel="context length N, tokens",
-        ylabel="tokens/s for each GPU",
-        title=f"Training 270M on {run['GPU']}",
-    )
-    if longest:
-        axis.plot(
-            [row["N"] for row in longest],
-            [row["tps"] for row in longest],
-            "*",
-            color=LIGHTHOUSE,
-            markersize=12,
-            label=f"Lighthouse, {longest[0]['GPUs']} GPUs, other levels and checkpointing",
-        )
-    length_axis(axis, [row["N"] for row in rows + longest])
-    plain_numbers(axis)
-    axis.legend()
-    axis.grid(alpha=0.3)
-    save(figure, path)
+def named(part: str, found: dict[str, Any]) -> list[str]:
+    """The lines of a part that has values with names."""
+    lines = [f"**{part}**", ""]
+    return [*lines, *(f"- {key}: {json.dumps(value)}" for key, value in found.items()), ""]
+
+
+def timed_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of 270M on W GPUs and on each of them alone."""
+    return [row for part in TIMING for row in run.get(part, [])]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    found = [row["stage"], str(row["GPUs"]), f"{row['N']:,}", row["checkpointing"]]
+    found.append(f"{row['tps']:,.0f}" if "tps" in row else "")
+    found.append(f"{row['mfu']:.1f}%" if "mfu" in row else "")
+    return [*found, f"{row['GiB']:.1f}" if "GiB" in row else "does not fit"]
+
+
+def comparisons(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of W GPUs against the slowest of them alone, at each length that has both.
+
+    "Less" is the share of the speed that is lost, and the last three columns are the speed over
+    that of dense attention, and the share of it that is lost.
+    """
+    speeds = {(row["N"], row["GPUs"], row["stage"]): row["tps"] for row in rows if "tps" in row}
+    lines = []
+    for (n, gpus, stage), speed in sorted(speeds.items()):
+        one = speeds.get((n, 1, stage))
+        if gpus == 1 or one is None:
+            continue
+        found = [f"{n:,}", str(gpus), stage, f"{1 - speed / one:.1%}"]
+        dense = speeds.get((n, gpus, "dense")), speeds.get((n, 1, "dense"))
+        if stage != "dense" and all(dense):
+            together, alone = speed / dense[0], one / dense[1]
+            found += [f"{together:.2f}x", f"{alone:.2f}x", f"{1 - together / alone:.1%}"]
+        lines.append(table_row(found + [""] * (7 - len(found))))
+    head = ["N", "GPUs", "stage", "less than alone", "over dense", "over dense alone", "less"]
+    return [*table_head(head), *lines] if lines else []

@@ -6,6 +6,8 @@ memory and work.
 """
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +21,7 @@ from .checkpoints.model_folder import model_arguments_of
 from .checks.configuration import check_launch
 from .checks.parallelism import parallel_dims_of
 from .checks.unread import warnings_of
-from .description import describe
+from .description import describe, memory_estimate
 from .errors import UserError, UserValueError
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
@@ -36,12 +38,39 @@ def dry_run(config: JobConfig, world_size: int) -> str:
     Raises:
         ValueError, TypeError, OSError: the run cannot work; the message names key, value and fix.
     """
+    with _fake_ranks(config, world_size) as dims:
+        args, parameters = _shared_model(config, dims)
+        lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
+    lines.append(_text_line(config))
+    warnings = (f"warning       {line}" for line in warnings_of(config, world_size))
+    return "\n".join([*lines, *warnings])
+
+
+def estimated_bytes(config: JobConfig, world_size: int) -> dict[str, float]:
+    """The memory of a rank that ``dry_run`` states, in bytes: "lighthouse" and "dense".
+
+    Raises:
+        ValueError, TypeError, OSError: as ``dry_run``.
+    """
+    with _fake_ranks(config, world_size) as dims:
+        args, parameters = _shared_model(config, dims)
+        tokens = config.training.local_batch_size * config.training.seq_len // dims.cp // dims.tp
+        found = memory_estimate(config, dims, args, tokens, parameters)
+    state = found.pop("state")
+    return {attention: state + kept for attention, kept in found.items()}
+
+
+@contextmanager
+def _fake_ranks(config: JobConfig, world_size: int) -> Generator[ParallelDims]:
+    """The checked configuration's mesh on a fake process group, in which this process is rank 0."""
     check_launch(config, flavors, world_size)
     # Later work in this process must not take itself for a rank.
     with patch.dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size)):
         dist_utils.init_fake_mode(world_size)
         try:
-            return _describe(config, world_size)
+            dims = parallel_dims_of(config.parallelism, world_size)
+            dims.build_mesh()
+            yield dims
         except UserError:
             raise
         except ValueError as error:
@@ -50,18 +79,13 @@ def dry_run(config: JobConfig, world_size: int) -> str:
             dist.destroy_process_group()
 
 
-def _describe(config: JobConfig, world_size: int) -> str:
-    dims = parallel_dims_of(config.parallelism, world_size)
-    dims.build_mesh()
+def _shared_model(config: JobConfig, dims: ParallelDims) -> tuple[LighthouseModelArgs, int]:
+    """Arguments of the model, and the parameters that rank 0 holds of it."""
     args = model_arguments_of(config)
     args.update_from_config(config)
     with torch.device("meta"):
         model = LighthouseTransformer(args)
-    parameters = sum(local_parameters(part) for part in _parts(model, dims, config, args))
-    lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
-    lines.append(_text_line(config))
-    warnings = (f"warning       {line}" for line in warnings_of(config, world_size))
-    return "\n".join([*lines, *warnings])
+    return args, sum(local_parameters(part) for part in _parts(model, dims, config, args))
 
 
 def _text_line(config: JobConfig) -> str:

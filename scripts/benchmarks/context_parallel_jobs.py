@@ -1,0 +1,183 @@
+"""Training runs of the context parallelism benchmark: their sizes, their meshes and their steps."""
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torchtitan.models.llama3_lighthouse.metrics import (
+    GRAD_NORM,
+    LOSS,
+    MEMORY,
+    METRICS_FILE,
+    MFU,
+    THROUGHPUT,
+)
+from torchtitan.models.llama3_lighthouse.processes import die_with_parent
+from torchtitan.models.llama3_lighthouse.studies.settings import command_line
+from torchtitan.models.llama3_lighthouse.studies.sweeps import read_metrics, trainer_command
+
+Steps = dict[int, dict[str, float]]
+Settings = dict[str, Any]
+
+OUT_OF_MEMORY = "out of memory"
+# Values in which runs are compared.
+COMPARED = ("loss", "grad_norm")
+# Names of values in a record, and those of the metrics that they are.
+VALUES = {
+    "loss": LOSS,
+    "grad_norm": GRAD_NORM,
+    "GiB": MEMORY,
+    "active GiB": "memory/max_active(GiB)",
+    "tps": THROUGHPUT,
+    "mfu": MFU,
+}
+LARGE = {
+    "training.dataset": "python_stdlib",
+    "training.global_batch_size": 1,
+    "checkpoint.enable": False,
+}
+SMALL = {
+    "model.flavor": "debugmodel",
+    "training.seq_len": 8192,
+    "training.local_batch_size": 1,
+    "lighthouse.top_k": 256,
+    "lighthouse.dense_from_step": 6,
+    "lr_scheduler.warmup_steps": 4,
+    "checkpoint.enable": True,
+    "checkpoint.interval": 1000,
+    "training.mixed_precision_param": "bfloat16",
+    "optimizer.lr": 2e-4,
+    "activation_checkpoint.mode": "none",
+    "compile.enable": True,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the runs.
+
+    Attributes:
+        per_gpu: tokens of each GPU in the parts that train 270M.
+        top_k: ``lighthouse.top_k`` for so many tokens.
+        small: settings of the parts that compare losses, in place of those in ``SMALL``.
+        large: settings of the other parts, in place of those of their recipes.
+    """
+
+    per_gpu: int = 98304
+    top_k: int = 1536
+    small: Settings = field(default_factory=dict)
+    large: Settings = field(default_factory=dict)
+
+    def of_small_runs(self, gpus: int) -> Settings:
+        """Settings of the runs whose losses are compared, on as many as ``gpus`` GPUs."""
+        found = {**SMALL, **self.small}
+        # Each of 2 W chunks needs one stratum of picks or more.
+        strata = max(8, 2 * gpus)
+        return {**found, "lighthouse.picks_per_stratum": found["lighthouse.top_k"] // strata}
+
+
+# Tiny strata have so few picks, because each of 2 W chunks needs a stratum.
+TINY_PICKS = 4
+# Everything at a size that two CPU cores train in seconds. Float32, because CPUs do bf16 slowly.
+TINY = Sizes(
+    per_gpu=512,
+    top_k=32,
+    small={
+        "training.seq_len": 512,
+        "training.mixed_precision_param": "float32",
+        "lighthouse.top_k": 32,
+        "compile.enable": False,
+    },
+    large={
+        "model.flavor": "debugmodel",
+        "training.mixed_precision_param": "float32",
+        "lighthouse.picks_per_stratum": TINY_PICKS,
+        "lighthouse.dense_layers": [],
+        "compile.enable": False,
+    },
+)
+
+
+class Mesh(NamedTuple):
+    """GPUs of a mesh: ``fsdp`` read different text, each of them ``context`` GPUs together."""
+
+    fsdp: int = 1
+    context: int = 1
+
+    def __str__(self) -> str:
+        degrees = {"FSDP": self.fsdp, "context": self.context}
+        return " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "one GPU"
+
+    def settings(self) -> Settings:
+        return {
+            "parallelism.data_parallel_shard_degree": self.fsdp,
+            "parallelism.context_parallel_degree": self.context,
+        }
+
+
+def meshes_of(gpus: int) -> list[Mesh]:
+    """Meshes of all GPUs with FSDP and context parallelism; where none has both, each alone."""
+    both = [Mesh(n, gpus // n) for n in range(2, gpus) if gpus % n == 0]
+    return both or [Mesh(fsdp=gpus), Mesh(context=gpus)]
+
+
+class Job:
+    """A training run on some of the GPUs, which starts at once. Without GPUs, their number counts.
+
+    Raises:
+        SystemExit: from its methods, if the run failed.
+    """
+
+    def __init__(self, folder: Path, gpus: list[int], settings: Settings, config: str) -> None:
+        line = ["--job.config_file", config, "--job.dump_folder", str(folder)]
+        line += [*command_line(settings), "--metrics.log_freq", "1"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.log_file = folder / "log.txt"
+        self.process = subprocess.Popen(
+            trainer_command(len(gpus), line),
+            stdout=self.log_file.open("a"),
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            },
+        )
+
+    def steps(self) -> Steps:
+        """Wait for the end of the run, and return the values that each step logged."""
+        if self.process.wait():
+            self.fail()
+        return self.logged()
+
+    def steps_if_it_fits(self) -> Steps | None:
+        """As ``steps``, but None if the run ran out of memory."""
+        if self.process.wait() and OUT_OF_MEMORY in self.log_file.read_text():
+            return None
+        return self.steps()
+
+    def fail(self) -> None:
+        raise SystemExit(f"a run failed:\n{self.log_file.read_text()[-5000:]}")
+
+    def logged(self) -> Steps:
+        """Values that each step has logged so far."""
+        if not (self.folder / METRICS_FILE).exists():
+            return {}
+        return {
+            step: {name: entry[metric] for name, metric in VALUES.items() if metric in entry}
+            for step, entry in read_metrics(self.folder).items()
+            if LOSS in entry
+        }
+
+
+def largest_difference(steps: Steps, expected: Steps, key: str) -> float:
+    """Largest relative difference of a logged value over the expected steps."""
+    return max(abs(steps[s][key] / expected[s][key] - 1) for s in expected)
+
+
+def losses(steps: Steps) -> list[float]:
+    return [steps[step]["loss"] for step in sorted(steps)]
