@@ -95,6 +95,7 @@ TINY = Sizes(
         "training.mixed_precision_param": "float32",
         "lighthouse.picks_per_stratum": TINY_PICKS,
         "lighthouse.dense_layers": [],
+        "lighthouse.window": 32,
         "compile.enable": False,
     },
 )

@@ -75,12 +75,15 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-def recorded(folder: Path) -> dict[str, int]:
-    """Collectives in each file of the flight recorder, which torch pickles."""
-    return {
-        file.name: len(pickle.loads(file.read_bytes())["entries"])
-        for file in sorted((folder / TRACES).glob("*"))
-    }
+def recorded(folder: Path) -> dict[str, int | None]:
+    """Collectives in each file of the flight recorder, which torch pickles; None in one cut off."""
+    found: dict[str, int | None] = {}
+    for file in sorted((folder / TRACES).glob("*")):
+        try:
+            found[file.name] = len(pickle.loads(file.read_bytes())["entries"])
+        except (EOFError, pickle.UnpicklingError, KeyError):
+            found[file.name] = None
+    return found
 
 
 def disturbed(

@@ -46,8 +46,18 @@ def table(run: dict[str, Any]) -> str:
 
 def named(part: str, found: dict[str, Any]) -> list[str]:
     """The lines of a part that has values with names."""
-    lines = [f"**{part}**", ""]
-    return [*lines, *(f"- {key}: {json.dumps(value)}" for key, value in found.items()), ""]
+    return [f"**{part}**", "", *items(found), ""]
+
+
+def items(found: dict[str, Any], indent: str = "") -> list[str]:
+    """List items, one for each value; a run's own values are items below it."""
+    lines = []
+    for key, value in found.items():
+        if isinstance(value, dict) and any(name.startswith("losses") for name in value):
+            lines += [f"{indent}- {key}:", *items(value, indent + "    ")]
+        else:
+            lines.append(f"{indent}- {key}: {json.dumps(value)}")
+    return lines
 
 
 def timed_rows(run: dict[str, Any]) -> list[dict[str, Any]]:

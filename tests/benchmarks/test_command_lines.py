@@ -14,6 +14,7 @@ import training
 import windows
 from arguments import run_benchmark
 from measuring import method_of
+from reporting import write_report
 
 NEED_CUDA = [attention, documents, parts, scorers, windows]
 
@@ -72,7 +73,9 @@ def test_cases_keep_the_rules_of_the_method() -> None:
     ("line", "message"),
     [
         ("--gpus 1", "two or more GPUs, got 1 of the 2"),
-        ("--gpus 3", "two or more GPUs, got 3 of the 2"),
+        ("--gpus 2 3", "two or more GPUs, got 3 of the 2"),
+        ("--8b-lengths 7", "--8b-lengths 7: "),
+        ("--tiny --parts layer", "--parts layer has no tiny size"),
         ("--lengths 7", "--lengths 7: "),
         ("--steps 0", "--steps 0 "),
         ("--output {file}", "--output {file} is no folder"),
@@ -92,12 +95,29 @@ def test_context_parallel_refuses(line: str, message: str, monkeypatch, tmp_path
 
 def test_lengths_of_earlier_calls_stay_in_the_record() -> None:
     run = {"measured": {}}
-    context_parallel.add(run, "layer", {"W": 2}, "r1, d1")
+    context_parallel.add(run, "layer", [{"W": 2}], "r1, d1")
     context_parallel.add(run, "longest", [{"case": "b", "N": 2}, {"case": "c", "N": 3}], "r1, d1")
     context_parallel.add(run, "longest", [{"case": "b", "N": 2}, {"case": "a", "N": 1}], "r2, d2")
-    assert run["layer"] == {"W": 2}
+    assert run["layer"] == [{"W": 2, "measured": "r1, d1"}]
     assert [row["case"] for row in run["longest"]] == ["a", "b", "c"]
     assert run["measured"] == {"layer": "r1, d1", "longest": "r2, d2 and r1, d1"}
+
+
+def test_a_part_has_each_number_of_gpus_once() -> None:
+    """A record of one W keeps it when another one is added."""
+    run = {"measured": {"layer": "r0, d0"}, "layer": {"W": 2, "ms": 1.0}}
+    context_parallel.add(run, "layer", [{"W": 4, "ms": 2.0}], "r1, d1")
+    context_parallel.add(run, "layer", [{"W": 4, "ms": 3.0}], "r2, d2")
+    assert [(found["W"], found["ms"]) for found in run["layer"]] == [(2, 1.0), (4, 3.0)]
+    assert run["measured"]["layer"] == "r0, d0 and r2, d2"
+
+
+def test_a_record_of_other_gpus_is_refused(monkeypatch, tmp_path: Path) -> None:
+    write_report({"GPU": "another", "GPUs": 2, "measured": {}}, tmp_path, "record")
+    line = ["context_parallel.py", "--tiny", "--output", str(tmp_path), "--name", "record"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit, match=r"record.json is of 2 x another, .*pass --name"):
+        run_benchmark(context_parallel.main)
 
 
 def test_interruptions_end_with_130(capsys) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import attention
+import context_parallel_plots
 import context_parallel_results
 import gpu_profile
 import parts
@@ -78,8 +79,8 @@ def test_plots_leave_out_what_was_not_measured(tmp_path: Path) -> None:
 
 def test_context_parallel_plot_needs_a_speed(tmp_path: Path) -> None:
     row = {"stage": "Lighthouse", "GPUs": 1, "N": 98304, "tps": 1.0}
-    context_parallel_results.plot({"GPU": "GPU", "layer": {}}, tmp_path / "none.png")
+    context_parallel_plots.plot({"GPU": "GPU", "layer": {}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     run = {"GPU": "GPU", "training": [row], "longest": [{**row, "N": 196608, "GPUs": 2}]}
-    context_parallel_results.plot(run, tmp_path / "some.png")
+    context_parallel_plots.plot(run, tmp_path / "some.png")
     assert (tmp_path / "some.png").stat().st_size > 0

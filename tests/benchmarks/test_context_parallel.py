@@ -1,0 +1,198 @@
+"""The benchmark of context parallelism: its meshes, its tables, and its parts on CPU processes."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import context_parallel_8b
+import context_parallel_plots
+import context_parallel_results
+import pytest
+import torch
+from context_parallel_8b import with_estimate
+from context_parallel_jobs import TINY, Job, Mesh, Sizes, meshes_of
+from context_parallel_training import medians, slowest, window_of
+
+from torchtitan.models.llama3_lighthouse.checks.configuration import check_launch
+from torchtitan.models.llama3_lighthouse.dry_run import dry_run, estimated_bytes
+from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.studies.settings import command_line
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "benchmarks" / "context_parallel.py"
+CONFIGS = ROOT / "train_configs"
+CONFIG_8B = str(CONFIGS / "8b_128k.toml")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "meshes"),
+    [
+        (2, [(2, 1), (1, 2)]),
+        (3, [(3, 1), (1, 3)]),
+        (4, [(2, 2)]),
+        (8, [(2, 4), (4, 2)]),
+    ],
+)
+def test_meshes_have_both_parallelisms_where_they_can(gpus: int, meshes: list) -> None:
+    assert meshes_of(gpus) == meshes
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+@pytest.mark.parametrize("sizes", [Sizes(), TINY])
+def test_small_runs_fit_every_mesh(gpus: int, sizes: Sizes) -> None:
+    """Each of the chunks of W GPUs has strata, and each rank a sequence."""
+    for mesh in [*meshes_of(gpus), Mesh(context=gpus), Mesh(fsdp=gpus), Mesh()]:
+        settings = {
+            **sizes.of_small_runs(gpus),
+            **mesh.settings(),
+            "training.global_batch_size": gpus,
+        }
+        line = ["--job.config_file", str(CONFIGS / "debug_cpu.toml"), *command_line(settings)]
+        config = LighthouseConfigManager().parse_args(line)
+        check_launch(config, flavors, mesh.fsdp * mesh.context)
+
+
+def test_window_is_the_recipes() -> None:
+    recipe = str(CONFIGS / "270m_98k.toml")
+    config = LighthouseConfigManager().parse_args(["--job.config_file", recipe])
+    assert window_of(recipe, Sizes()) == config.lighthouse.window > 0
+    assert window_of(recipe, TINY) == TINY.large["lighthouse.window"]
+
+
+def test_estimate_of_8b_is_that_of_the_dry_run() -> None:
+    line = ["--job.config_file", CONFIG_8B, "--parallelism.context_parallel_degree", "4"]
+    line += ["--lighthouse.tokenizer", "byte"]
+    config = LighthouseConfigManager().parse_args(line)
+    found = {name: size / 2**30 for name, size in estimated_bytes(config, 4).items()}
+    said = f"{found['lighthouse']:.1f} GiB Lighthouse, {found['dense']:.1f} GiB dense"
+    assert said in dry_run(config, 4)
+    peak = random.uniform(1, 100)
+    row = with_estimate({"GiB": 2 * peak, "active GiB": peak}, config, 4, "dense")
+    assert row["active GiB over estimate"] == pytest.approx(peak / found["dense"])
+    assert row["GiB over estimate"] == pytest.approx(2 * peak / found["dense"])
+    assert with_estimate(None, config, 4, "dense") == {
+        "fits": False, "estimated GiB": pytest.approx(found["dense"]),
+    }  # fmt: skip
+
+
+def test_peaks_of_8b_are_those_of_steps_that_count() -> None:
+    """The first step compiles, and the optimizer's moments are not there yet."""
+    steps = {
+        step: {"tps": float(step), "GiB": 10.0 - step, "active GiB": 5.0 - step}
+        for step in range(1, 5)
+    }
+    found = context_parallel_8b.values_of(steps, 2, 4)
+    assert found == {"tps": 3.0, "GiB": 8.0, "active GiB": 3.0}
+    assert medians(steps, 2, 4) == {"tps": 3.0, "GiB": 7.0}
+
+
+def test_the_slowest_gpu_counts() -> None:
+    runs = [{"tps": 3.0, "GiB": 1.0}, {"tps": 2.0, "GiB": 5.0}]
+    assert slowest(runs) == {"tps": 2.0, "GiB": 5.0, "tps of each": [3.0, 2.0]}
+    assert slowest([runs[0], None]) == {"fits": False}
+
+
+def rows_of(speeds: dict[tuple[int, str], float]) -> list[dict]:
+    return [
+        {"N": 1024, "GPUs": gpus, "stage": stage, "checkpointing": "", "tps": speed, "GiB": 1.0}
+        for (gpus, stage), speed in speeds.items()
+    ]
+
+
+def test_comparisons_are_against_one_gpu_and_dense_attention() -> None:
+    speeds = {(4, "Lighthouse"): 90.0, (1, "Lighthouse"): 100.0, (4, "dense"): 19.0}
+    speeds[1, "dense"] = 20.0
+    *_, lighthouse, dense = context_parallel_results.comparisons(rows_of(speeds))
+    assert lighthouse == "| 1,024 | 4 | Lighthouse | 10.0% | 4.74x | 5.00x | 5.3% |"
+    assert dense.startswith("| 1,024 | 4 | dense | 5.0% |")
+    assert context_parallel_results.comparisons(rows_of({(4, "dense"): 1.0})) == []
+
+
+def test_a_full_record_has_tables_and_a_plot(tmp_path: Path) -> None:
+    large = {
+        "model": "8B", "stage": "Lighthouse", "GPUs": 4, "N": 131072, "checkpointing": "lighthouse",
+        "tps": 1234.0, "mfu": 40.0, "GiB": 60.0, "active GiB": 50.0, "estimated GiB": 48.0,
+        "active GiB over estimate": 50 / 48, "GiB over estimate": 60 / 48,
+    }  # fmt: skip
+    too_long = {**large, "N": 262144, "fits": False}
+    for key in ("tps", "mfu", "GiB", "active GiB", "active GiB over estimate", "GiB over estimate"):
+        del too_long[key]
+    run = {
+        "GPU": "GPU", "GPUs": 4, "torch": "2", "NCCL": "2", "measured": {"8b": "r, d"},
+        "layer": [{"W": 2, "measured": "r, d"}, {"W": 4, "measured": "r, d"}],
+        "training": rows_of({(4, "Lighthouse, window 256"): 80.0, (4, "dense"): 20.0}),
+        "8b": [large, too_long],
+        "killed": {"GPUs": 4, "SIGKILL": {"losses": [1.0], "last step before": 7}},
+    }  # fmt: skip
+    text = context_parallel_results.table(run)
+    assert "- W: 2" in text and "- W: 4" in text and "    - last step before: 7" in text
+    assert "| 1,234 | 40.0% | 60.0 | 50.0 | 48.0 | 1.04 | 1.25 |" in text
+    assert "| does not fit |  | 48.0 |  |  |" in text
+    context_parallel_plots.plot(run, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_out_of_memory_is_told_from_other_failures(tmp_path: Path) -> None:
+    job = Job.__new__(Job)
+    job.folder, job.log_file = tmp_path, tmp_path / "log.txt"
+    job.process = subprocess.Popen(["false"])
+    job.log_file.write_text("a shape does not fit")
+    with pytest.raises(SystemExit, match="a shape does not fit"):
+        job.steps_if_it_fits()
+    job.log_file.write_text("CUDA out of memory. Tried to allocate")
+    assert job.steps_if_it_fits() is None
+
+
+def run_tiny(folder: Path, *line: str) -> dict:
+    """Run parts of the benchmark at tiny sizes on two processes, and return the record."""
+    command = [sys.executable, str(SCRIPT), "--tiny", "--gpus", "2", "--output", str(folder)]
+    subprocess.run([*command, "--name", "tiny", *line], check=True, cwd=ROOT, timeout=580)
+    assert (folder / "tiny.md").exists()
+    return json.loads((folder / "tiny.json").read_text())
+
+
+@pytest.mark.slow
+def test_meshes_agree(tmp_path: Path) -> None:
+    found = run_tiny(tmp_path, "--parts", "meshes", "--no-plots")["meshes"]
+    assert found["sequences a step"] == 2 and len(found["losses, FSDP 2"]) == 10
+    for key, bound in (("loss", 1e-4), ("grad_norm", 1e-2)):
+        spread = found[f"largest relative difference of {key} from one GPU"]
+        assert max(spread["FSDP 2"], spread["context 2"]) < bound
+    assert found["resumed"]["largest relative difference of loss"] < 1e-4
+    assert len(found["resumed"]["losses, changing"]) == 9
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_rank_ends_and_goes_on(tmp_path: Path) -> None:
+    found = run_tiny(tmp_path, "--parts", "killed", "--no-plots")["killed"]
+    limit = found["timeout of a collective, s"]
+    limit += found["time that torchrun gives the other processes, s"]
+    for name, seconds in (("SIGKILL", limit), ("SIGSTOP", limit + 20)):
+        case = found[name]
+        assert case["exit code of the launcher"] != 0
+        assert case["seconds until all processes had ended"] < seconds
+        assert case["first step after"] % 4 == 1 and case["first step after"] > 4
+        assert case["first step after"] <= case["last step before"] + 1
+        assert case["largest relative difference of loss"] == 0
+        assert case["losses"] == found["losses, undisturbed"]
+        if torch.cuda.is_available():
+            assert len(case["collectives in the recorder's files"]) >= 1
+
+
+@pytest.mark.slow
+def test_timing_parts_run_at_tiny_sizes(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, "--parts", "training", "alone", "8b")
+    stages = [(row["stage"], row["GPUs"], row["N"]) for row in run["training"] + run["alone"]]
+    window = f"Lighthouse, window {TINY.large['lighthouse.window']}"
+    assert stages == [
+        (stage, gpus, 2 * TINY.per_gpu)
+        for gpus in (2, 1) for stage in (window, "dense", "Lighthouse")
+    ]  # fmt: skip
+    own, dense, *longer = run["8b"]
+    assert (own["stage"], dense["stage"], own["N"]) == ("Lighthouse", "dense", 2 * TINY.per_gpu)
+    assert [row["N"] for row in longer] == [6144, 7168]
+    assert all(row["active GiB over estimate"] > 0 for row in run["8b"])
+    assert (tmp_path / "tiny.png").exists()
