@@ -22,11 +22,13 @@ the others for the largest:
     longest      Lighthouse attention at growing lengths (--lengths N,L,p,k) until memory runs out;
                  with --steps 1 memory alone, because the first step compiles
     8b           train_configs/8b_128k.toml on all GPUs: speed, and memory beside the dry run's
-                 estimate; then growing lengths (--8b-lengths N,L,p,k) until memory runs out
+                 estimate; then growing lengths (--8b-lengths N,L,p,k) until memory runs out, even
+                 with layer inputs offloaded
     killed       one rank is killed, in another run stopped: the time until all processes have
                  ended, the files of NCCL's flight recorder, and the losses of the run started again
 
-After each part, prints a table and writes it and a JSON record to the output folder. Parts that a
+After each part, prints a table and writes it and a JSON record to the output folder. A part that
+fails does not keep the others from running. Parts that a
 record of the same GPUs there already has stay in it, and so do rows of parts with several runs. At
 the end a plot shows tokens/s for each GPU over the length, and the memory of the part 8b. It needs
 matplotlib (pip install -e '.[plots]'); --no-plots leaves it out.
@@ -41,6 +43,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,13 +51,12 @@ from typing import Any
 import torch
 from arguments import benchmark_parser, run_benchmark
 from context_parallel_8b import large_model
-from context_parallel_jobs import TINY, TINY_PICKS, Sizes
+from context_parallel_jobs import TINY, Sizes, end_jobs
 from context_parallel_killed import killed
 from context_parallel_meshes import equivalence, meshes, resume
 from context_parallel_plots import plot
 from context_parallel_results import table
 from context_parallel_training import alone, longest, short, training
-from measuring import method_of
 from reporting import write_report
 
 from torchtitan.models.llama3_lighthouse.environment import environment
@@ -71,7 +73,7 @@ FOR_EACH_NUMBER = ("layer", "training", "alone")
 KEYS = dict.fromkeys((*TIMING, "longest", "8b"), ("stage", "GPUs", "N", "checkpointing"))
 KEYS["layer"] = ("W",)
 LENGTHS = ["524288,3,4,8192", "1048576,4,4,4096", "1572864,4,4,6144", "2097152,4,4,8192"]
-LENGTHS_8B = ["262144,3,4,4096", "393216,3,4,6144", "524288,3,4,8192", "786432,3,4,12288"]
+LENGTHS_8B = ["262144,3,4,4096", "524288,3,4,8192", "786432,3,4,12288", "1048576,3,4,16384"]
 TINY_LENGTHS = ["6144,3,4,64", "7168,3,4,64"]
 LAYER_SCRIPT = Path(__file__).with_name("context_parallel_layer.py")
 CONFIGS = Path(__file__).parents[2] / "train_configs"
@@ -117,17 +119,14 @@ def check(arguments: argparse.Namespace) -> None:
         arguments.parts = PARTS[1:]
     if arguments.tiny and "layer" in arguments.parts:
         raise UserValueError("--parts layer has no tiny size; leave it or --tiny out")
-    arguments.lengths_longest = arguments.lengths_longest or (
-        TINY_LENGTHS if arguments.tiny else LENGTHS
-    )
-    arguments.lengths_8b = arguments.lengths_8b or (TINY_LENGTHS if arguments.tiny else LENGTHS_8B)
-    picks = {"picks_per_stratum": TINY_PICKS} if arguments.tiny else {}
-    for flag, cases in (
-        ("--lengths", arguments.lengths_longest),
-        ("--8b-lengths", arguments.lengths_8b),
-    ):
+    arguments.sizes = TINY if arguments.tiny else Sizes()
+    for flag, part, default in (
+        ("--lengths", "lengths_longest", LENGTHS), ("--8b-lengths", "lengths_8b", LENGTHS_8B)
+    ):  # fmt: skip
+        cases = getattr(arguments, part) or (TINY_LENGTHS if arguments.tiny else default)
         for case in cases:
-            method_of(case, flag, **picks)
+            arguments.sizes.of_length(case, flag)
+        setattr(arguments, part, cases)
     if arguments.steps < 1:
         raise UserValueError(f"--steps {arguments.steps} trains nothing; use 1 or more")
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -146,8 +145,7 @@ def layer(folder: Path, gpus: int) -> dict[str, Any]:
 
 def measure(part: str, folder: Path, gpus: int, arguments: argparse.Namespace) -> Iterable[Any]:
     """Run one part; yields its results, as the record keeps them, as soon as there are some."""
-    sizes = TINY if arguments.tiny else Sizes()
-    used = list(range(gpus))
+    sizes, used = arguments.sizes, list(range(gpus))
     if part == "layer":
         return iter([[layer(folder, gpus)]])
     if part in COMPARING:
@@ -215,19 +213,30 @@ def main() -> None:
     check(arguments)
     output, name = arguments.output, arguments.name
     run, origin = begin(arguments)
+    failed = []
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:
             numbers = arguments.gpus if part in FOR_EACH_NUMBER else arguments.gpus[-1:]
             for gpus in numbers:
-                print(f"part {part}, {gpus} GPUs", flush=True)
+                name_of_part = f"{part}, {gpus} GPUs"
+                print(f"part {name_of_part}", flush=True)
                 work = Path(folder, f"{part} {gpus}")
-                for found in measure(part, work, gpus, arguments):
-                    add(run, part, found, origin)
-                    write_report(run, output, name, table(run))
+                try:
+                    for found in measure(part, work, gpus, arguments):
+                        add(run, part, found, origin)
+                        write_report(run, output, name, table(run))
+                # The machine may be lent for a short time: the other parts use it.
+                except (Exception, SystemExit):
+                    traceback.print_exc()
+                    failed.append(name_of_part)
+                finally:
+                    end_jobs()
                 shutil.rmtree(work, ignore_errors=True)
             print(table(run), flush=True)
     if not arguments.no_plots:
         plot(run, output / f"{name}.png")
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}; see above")
 
 
 if __name__ == "__main__":

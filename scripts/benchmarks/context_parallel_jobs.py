@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from context_parallel_layer import PER_GPU
+from measuring import method_of
+
 from torchtitan.models.llama3_lighthouse.metrics import (
     GRAD_NORM,
     LOSS,
@@ -21,7 +24,8 @@ from torchtitan.models.llama3_lighthouse.studies.sweeps import read_metrics, tra
 Steps = dict[int, dict[str, float]]
 Settings = dict[str, Any]
 
-OUT_OF_MEMORY = "out of memory"
+# The second is how torchrun says that the kernel ended a process when the host ran out of memory.
+OUT_OF_MEMORY = ("out of memory", "Signal 9 (SIGKILL)")
 # Values in which runs are compared.
 COMPARED = ("loss", "grad_norm")
 # Names of values in a record, and those of the metrics that they are.
@@ -65,7 +69,7 @@ class Sizes:
         large: settings of the other parts, in place of those of their recipes.
     """
 
-    per_gpu: int = 98304
+    per_gpu: int = PER_GPU
     top_k: int = 1536
     small: Settings = field(default_factory=dict)
     large: Settings = field(default_factory=dict)
@@ -77,9 +81,22 @@ class Sizes:
         strata = max(8, 2 * gpus)
         return {**found, "lighthouse.picks_per_stratum": found["lighthouse.top_k"] // strata}
 
+    def of_length(self, case: str, flag: str) -> Settings:
+        """Settings of a run of the length and the method that "N,L,p,k", a value of ``flag``, says.
 
-# Tiny strata have so few picks, because each of 2 W chunks needs a stratum.
-TINY_PICKS = 4
+        Raises:
+            ValueError: ``case`` is not four numbers, or a rule of the method forbids them.
+        """
+        picks = self.large.get("lighthouse.picks_per_stratum")
+        n, method = method_of(case, flag, **({"picks_per_stratum": picks} if picks else {}))
+        return {
+            "training.seq_len": n,
+            "lighthouse.levels": method.levels,
+            "lighthouse.pooling_factor": method.pooling_factor,
+            "lighthouse.top_k": method.top_k,
+        }
+
+
 # Everything at a size that two CPU cores train in seconds. Float32, because CPUs do bf16 slowly.
 TINY = Sizes(
     per_gpu=512,
@@ -93,12 +110,16 @@ TINY = Sizes(
     large={
         "model.flavor": "debugmodel",
         "training.mixed_precision_param": "float32",
-        "lighthouse.picks_per_stratum": TINY_PICKS,
+        # Few picks, because each of 2 W chunks needs a stratum.
+        "lighthouse.picks_per_stratum": 4,
         "lighthouse.dense_layers": [],
         "lighthouse.window": 32,
+        "activation_checkpoint.offload_inputs": False,
         "compile.enable": False,
     },
 )
+# Jobs that were started, so that a part that fails leaves none of its own behind.
+started: list["Job"] = []
 
 
 class Mesh(NamedTuple):
@@ -148,6 +169,7 @@ class Job:
                 "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             },
         )
+        started.append(self)
 
     def steps(self) -> Steps:
         """Wait for the end of the run, and return the values that each step logged."""
@@ -156,9 +178,11 @@ class Job:
         return self.logged()
 
     def steps_if_it_fits(self) -> Steps | None:
-        """As ``steps``, but None if the run ran out of memory."""
-        if self.process.wait() and OUT_OF_MEMORY in self.log_file.read_text():
-            return None
+        """As ``steps``, but None if the run ran out of memory, on a GPU or on the host."""
+        if self.process.wait():
+            log = self.log_file.read_text()
+            if any(words in log for words in OUT_OF_MEMORY):
+                return None
         return self.steps()
 
     def fail(self) -> None:
@@ -173,6 +197,15 @@ class Job:
             for step, entry in read_metrics(self.folder).items()
             if LOSS in entry
         }
+
+
+def end_jobs() -> None:
+    """End the jobs that still run; their training processes end with them."""
+    for job in started:
+        if job.process.poll() is None:
+            job.process.kill()
+            job.process.wait()
+    started.clear()
 
 
 def largest_difference(steps: Steps, expected: Steps, key: str) -> float:

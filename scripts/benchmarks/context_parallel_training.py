@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from context_parallel_jobs import LARGE, Job, Mesh, Settings, Sizes, Steps
-from measuring import method_of
 
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.studies.settings import command_line
@@ -123,7 +122,6 @@ def longest(
 ) -> Iterator[list[Row]]:
     """The part "longest": some steps with Lighthouse at each length, until one does not fit."""
     for case in lengths:
-        n, method = method_of(case, "--lengths")
         settings = {
             **LARGE,
             "lighthouse.stage": "lighthouse",
@@ -132,13 +130,10 @@ def longest(
             "activation_checkpoint.offload_inputs": True,
             "training.steps": steps,
             **sizes.large,
-            "lighthouse.levels": method.levels,
-            "lighthouse.pooling_factor": method.pooling_factor,
-            "lighthouse.top_k": method.top_k,
-            "training.seq_len": n,
+            **sizes.of_length(case, "--lengths"),
             **Mesh(context=len(gpus)).settings(),
         }
-        logged = Job(folder / str(n), gpus, settings, config).steps_if_it_fits()
+        logged = Job(folder / case, gpus, settings, config).steps_if_it_fits()
         measured = logged[steps] if logged else {}
         # The first step compiles, so its speed says nothing.
         shown = TIMED[-1:] if steps == 1 else TIMED
@@ -147,7 +142,7 @@ def longest(
                 "case": case,
                 "stage": "Lighthouse",
                 "GPUs": len(gpus),
-                "N": n,
+                "N": settings["training.seq_len"],
                 "fits": logged is not None,
                 "checkpointing": "lighthouse, inputs offloaded",
                 "steps": steps,

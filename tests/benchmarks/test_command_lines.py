@@ -1,5 +1,6 @@
 """The benchmarks' command lines: help, and mistakes that end before any measurement."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def test_a_record_of_other_gpus_is_refused(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit, match=r"record.json is of 2 x another, .*pass --name"):
         run_benchmark(context_parallel.main)
+
+
+def test_a_part_that_fails_keeps_no_other_from_running(monkeypatch, tmp_path: Path) -> None:
+    def measured(part: str, folder: Path, gpus: int, arguments) -> list:
+        if part == "resume":
+            raise SystemExit("a run failed")
+        return [{"losses": [1.0]}]
+
+    monkeypatch.setattr(context_parallel, "measure", measured)
+    line = ["context_parallel.py", "--tiny", "--gpus", "2", "--no-plots", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*line, "--parts", "resume", "killed"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="failed: resume, 2 GPUs"):
+        run_benchmark(context_parallel.main)
+    record = json.loads((tmp_path / "context_parallel.json").read_text())
+    assert record["killed"] == {"losses": [1.0]} and "resume" not in record
 
 
 def test_interruptions_end_with_130(capsys) -> None:
