@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import context_parallel
 import context_parallel_8b
 import context_parallel_plots
 import context_parallel_results
+import context_parallel_training
 import pytest
 import torch
 from context_parallel_8b import with_estimate
@@ -92,6 +94,52 @@ def test_the_slowest_gpu_counts() -> None:
     runs = [{"tps": 3.0, "GiB": 1.0}, {"tps": 2.0, "GiB": 5.0}]
     assert slowest(runs) == {"tps": 2.0, "GiB": 5.0, "tps of each": [3.0, 2.0]}
     assert slowest([runs[0], None]) == {"fits": False}
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+@pytest.mark.parametrize("tiny", [False, True])
+def test_configurations_of_long_runs_are_valid(gpus: int, tiny: bool, monkeypatch) -> None:
+    """At every length, with and without the window and the offloading; no run starts."""
+    checked = []
+
+    class Checked:
+        def __init__(self, folder: Path, used: list[int], settings: dict, config: str) -> None:
+            line = ["--job.config_file", config, *command_line(settings)]
+            self.config = LighthouseConfigManager().parse_args(line)
+            check_launch(self.config, flavors, len(used))
+            checked.append((self.config.training.seq_len, len(used), self.config.lighthouse.window))
+
+        def steps_if_it_fits(self) -> dict | None:
+            keeps_inputs = not self.config.activation_checkpoint.offload_inputs
+            if self.config.model.flavor == "8B" and keeps_inputs:
+                return None
+            return {step: {"tps": 1.0, "GiB": 1.0, "active GiB": 1.0} for step in range(1, 20)}
+
+    monkeypatch.setattr(context_parallel_training, "Job", Checked)
+    monkeypatch.setattr(context_parallel_8b, "Job", Checked)
+    estimated = {"lighthouse": 2.0, "dense": 4.0}
+    monkeypatch.setattr(context_parallel_8b, "estimates", lambda config, gpus: estimated)
+    line = ["--tiny"] if tiny else []
+    arguments = context_parallel.parse([*line, "--no-plots", "--gpus", str(gpus)])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    context_parallel.check(arguments)
+
+    def rows(part: str) -> list[dict]:
+        found = context_parallel.measure(part, Path("nowhere"), gpus, arguments)
+        return [row for some in found for row in some]
+
+    n = arguments.sizes.per_gpu * gpus
+    assert [row["stage"] for row in rows("training")][1:] == ["dense", "Lighthouse"]
+    assert [row["tps"] for row in rows("alone")] == [1.0] * 3 and len(rows("short")) == 3
+    window = max(window for *_, window in checked)
+    assert set(checked[: 2 * gpus + 2]) == {
+        (n, used, each) for used in (gpus, 1) for each in (0, window)
+    }  # fmt: skip
+    assert len(rows("longest")) == len(arguments.lengths_longest)
+    own, dense, *longer = rows("8b")
+    assert own["estimated GiB"] == 2.0 and dense["estimated GiB"] == 4.0
+    assert [row["fits"] for row in longer] == ([True] * 2 if tiny else [False, True] * 4)
+    assert tiny or {own["N"], dense["N"]} == {131072}
 
 
 def rows_of(speeds: dict[tuple[int, str], float]) -> list[dict]:
@@ -183,16 +231,25 @@ def test_a_run_that_loses_a_rank_ends_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_timing_parts_run_at_tiny_sizes(tmp_path: Path) -> None:
-    run = run_tiny(tmp_path, "--parts", "training", "alone", "8b")
+def test_timed_parts_have_a_row_for_each_attention(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, "--parts", "training", "alone")
     stages = [(row["stage"], row["GPUs"], row["N"]) for row in run["training"] + run["alone"]]
     window = f"Lighthouse, window {TINY.large['lighthouse.window']}"
     assert stages == [
         (stage, gpus, 2 * TINY.per_gpu)
         for gpus in (2, 1) for stage in (window, "dense", "Lighthouse")
     ]  # fmt: skip
+    assert all(len(row["tps of each"]) == 2 for row in run["alone"])
+    assert (tmp_path / "tiny.png").exists()
+
+
+@pytest.mark.slow
+def test_growing_lengths_are_measured_beside_the_estimate(tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, "--parts", "8b", "longest")
     own, dense, *longer = run["8b"]
     assert (own["stage"], dense["stage"], own["N"]) == ("Lighthouse", "dense", 2 * TINY.per_gpu)
-    assert [row["N"] for row in longer] == [6144, 7168]
-    assert all(row["active GiB over estimate"] > 0 for row in run["8b"])
+    assert [row["N"] for row in longer] == [row["N"] for row in run["longest"]] == [6144, 7168]
+    for row in run["8b"]:
+        ratio = row["active GiB"] / row["estimated GiB"]
+        assert row["active GiB over estimate"] == pytest.approx(ratio)
     assert (tmp_path / "tiny.png").exists()
