@@ -28,10 +28,10 @@ the others for the largest:
                  ended, the files of NCCL's flight recorder, and the losses of the run started again
 
 After each part, prints a table and writes it and a JSON record to the output folder. A part that
-fails does not keep the others from running. Parts that a
-record of the same GPUs there already has stay in it, and so do rows of parts with several runs. At
-the end a plot shows tokens/s for each GPU over the length, and the memory of the part 8b. It needs
-matplotlib (pip install -e '.[plots]'); --no-plots leaves it out.
+fails does not keep the others from running. Parts that a record of the same GPUs there already has
+stay in it, and so do rows of parts with several runs. At the end a plot shows tokens/s for each GPU
+over the length, and the memory of the part 8b. It needs matplotlib (pip install -e '.[plots]');
+--no-plots leaves it out.
 
 With --tiny all parts but layer run at sizes of seconds, on GPUs or through gloo on CPU processes,
 to try the code out. Their figures mean nothing.
