@@ -90,6 +90,9 @@ class Ring:
         def wait() -> list[torch.Tensor]:
             for work in works:
                 work.wait()
+            # Copies made above are read until here. Whether torch would keep them depends on how
+            # they are sent.
+            rows.clear()
             return [x.transpose(1, 2) for x in received]
 
         return wait
