@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "scripts/benchmarks"))
 
 import attention  # noqa: E402
-import context_parallel_results  # noqa: E402
+import context_parallel_plots  # noqa: E402
 import training_results  # noqa: E402
 
 from torchtitan.models.llama3_lighthouse.evaluation import (  # noqa: E402
@@ -370,7 +370,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "overview.png": overview,
     "benchmarks/attention.png": benchmark("attention", attention.plot),
     "benchmarks/training.png": benchmark("training", training_results.plot),
-    "benchmarks/context_parallel.png": benchmark("context_parallel", context_parallel_results.plot),
+    "benchmarks/context_parallel.png": benchmark("context_parallel", context_parallel_plots.plot),
     "studies/results/learning_rates/held_out.png": learning_rates,
     "studies/results/recovery_books_2400/minus_dense.png": minus_dense(
         "recovery_books_2400", 32768, LONG
