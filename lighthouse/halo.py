@@ -9,12 +9,14 @@ D head dimension, W positions of the window.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel
+from .flash import repeating_bits
 from .implementation import operations_by
 from .precision import accumulation_dtype
 
@@ -145,6 +147,19 @@ def _put(rows: torch.Tensor, into: torch.Tensor, part: slice, held: int, add: bo
 
 
 @torch.library.custom_op(
+    "lighthouse::add_to_last_rows",
+    mutates_args=("rows",),
+    schema="(Tensor(a!) rows, Tensor part) -> ()",
+)
+def add_to_last_rows(rows: torch.Tensor, part: torch.Tensor) -> None:
+    """Add ``part`` [B M, H, R, D] to the last R positions of ``rows`` [B M, H, C, D].
+
+    A compiler would make of the same sum in PyTorch a kernel that reads and writes all C positions.
+    """
+    rows[:, :, rows.shape[2] - part.shape[2] :] += part
+
+
+@torch.library.custom_op(
     "lighthouse::halo_window",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor k_before, Tensor v_before, "
@@ -217,9 +232,11 @@ def _backward(
         keys: torch.Tensor, values: torch.Tensor, own: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         dout, q, out, lse, *dlse = own
-        return backward(
-            dout, dlse[0] if dlse else None, q, keys, values, out, lse.contiguous(), window, scale
-        )
+        rows = dout, dlse[0] if dlse else None, q, keys, values, out, lse.contiguous()
+        # The window may hold all keys of a part, though not of the sequence. Such a part would be
+        # dense attention, which repeats its bits in torch's mode alone.
+        with nullcontext() if impl == "torch" else repeating_bits():
+            return backward(*rows, window, scale)
 
     dq = sequence_first(q)
     if reach < length:

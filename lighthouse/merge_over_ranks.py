@@ -142,7 +142,7 @@ class _MergedOverRanks(torch.autograd.Function):
         crossing = (*sums, *dhalo) if geometry.config.window > 1 else sums
         dout, delta, *dhalo = layout.send(*crossing, step=-1)
         for rows, part in zip((dk, dv), dhalo, strict=bool(dhalo)):
-            rows[:, :, length - part.shape[2] :] += part
+            torch.ops.lighthouse.add_to_last_rows(rows, part)
         included = ends_with_chunk(slot, geometry, far.shape[1])
         grad_far, out_far = torch.ops.lighthouse.collect_with_seam(
             grad, out, lse, far, far_lse, index, slot, dout, delta, included, *pyramid

@@ -4,12 +4,17 @@ import os
 import random
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from attention_cases import relative_error
+from flash_stand_ins import stand_in_backward, stand_in_forward
+from functorch.compile import make_boxed_func
 from launch import run_ranks
+from torch._dynamo.backends.common import aot_autograd
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lighthouse import (
     ContextParallel,
@@ -20,6 +25,7 @@ from lighthouse import (
     window_attention,
 )
 from lighthouse.context_parallel import check_halo
+from lighthouse.implementation import kernels
 
 RANKS = 4
 # A multiple of the chunks of every number of ranks, and of the coarsest span in each.
@@ -194,3 +200,69 @@ def test_a_window_beside_the_selection_needs_operations() -> None:
     module.context_parallel = ContextParallel(None, 0, 2)
     with pytest.raises(ValueError, match="window = 9 is merged by .* ContextParallel its oper"):
         module(*torch.randn(3, 1, 2, N // 2, 16))
+
+
+# Of a chunk of 8 positions: the first 4, the first 7, and all.
+@pytest.mark.skipif(kernels is None, reason="flash attention is called beside the kernels")
+@pytest.mark.parametrize("window", [5, 8, 9])
+@pytest.mark.parametrize("first", [-1, 0])
+def test_flash_attention_repeats_its_bits_in_every_part(
+    monkeypatch: pytest.MonkeyPatch, first: int, window: int
+) -> None:
+    """Also where a window holds all keys of a part, which would be dense attention by itself."""
+    modes = []
+
+    def backward(*rows, **options):
+        modes.append(torch.get_deterministic_debug_mode())
+        return stand_in_backward(*rows, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    monkeypatch.setattr(kernels.window, "_processors", lambda device: 1)
+    q, k, v, dout = torch.randn(4, 2, 2, 8, 16)
+    before = torch.randn(2, 2, 2, window - 1, 16)
+    found = []
+    for impl in ("torch", "flash"):
+        more = window, 0.3, impl, first, 2
+        out, lse = torch.ops.lighthouse.halo_window(q, k, v, *before, *more)
+        rows = dout, None, q, k, v, *before, out, lse
+        found.append([out, lse, *torch.ops.lighthouse.halo_window_backward(*rows, *more)])
+    for value, want in zip(*found, strict=True):
+        torch.testing.assert_close(value, want)
+    assert modes and set(modes) == {2}
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+def attend_here(q, k, v, scale):
+    return torch.ops.lighthouse.window(q, k, v, q.shape[2], scale)
+
+
+def attend_here_backward(dout, dlse, q, k, v, out, lse, scale):
+    rows = dout, dlse, q, k, v, out, lse
+    return torch.ops.lighthouse.window_backward(*rows, q.shape[2], scale)
+
+
+@pytest.mark.skipif(kernels is None, reason="the merge is by kernels")
+def test_compiled_backward_copies_no_gradient_to_add_the_halo() -> None:
+    """A compiler makes an assignment to a slice a new tensor, which is a pass over all of it."""
+    found = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        found.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        operations = attend_here, attend_here_backward
+        layout = ContextParallel(dist.group.WORLD, 0, 2, operations=operations)
+        torch.compiler.reset()
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        attention = partial(merged, SMALL[32], "triton", layout=layout)
+        compiled = torch.compile(attention, fullgraph=True, backend=backend)
+        leaves = [torch.randn(1, h, 16, 16, requires_grad=True) for h in (2, 1, 1)]
+        compiled(*leaves)[0].sum().backward()
+    finally:
+        dist.destroy_process_group()
+    _, backward = found
+    assert "lighthouse.halo_window_backward.default" in backward
+    assert not any("scatter" in target for target in backward)
