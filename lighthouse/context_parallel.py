@@ -185,7 +185,7 @@ class ContextParallel:
         return _Exchange.apply(self, None, None, *parts)
 
     def send(self, *parts: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
-        """As ``exchange``, without autograd. With a ``step`` of -1, as gradients go: back."""
+        """As ``exchange``, without autograd. A ``step`` of -1 sends to the chunk before."""
         assert self.group is not None
         ring = self.group.group_name, self.rank, self.world_size, self.balanced
         return torch.ops.lighthouse.exchange(parts, *ring, step)

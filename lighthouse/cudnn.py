@@ -61,11 +61,11 @@ def cudnn_backward(
 def _strided_like(q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """``rows``, or a copy, with strides that those of q determine.
 
-    torch builds a cuDNN plan for the strides of all tensors, and finds it again by the shapes and
-    strides of q, k and v alone. Where dout or out lay otherwise before, gradients would be wrong.
+    torch builds a cuDNN plan for the strides of all tensors, but looks it up by the shapes and
+    strides of q, k and v alone. A plan for other strides of dout or out gives wrong gradients.
     """
     if rows.stride() == q.stride():
         return rows
-    # Rows of an expanded q lie in one place, where no copy can be written.
+    # Rows of an expanded q share their memory, so no copy can lie as they do.
     like = q.contiguous() if 0 in q.stride() else q
     return q.new_empty_strided(q.shape, like.stride()).copy_(rows)

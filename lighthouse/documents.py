@@ -18,8 +18,7 @@ import torch
 from .geometry import PyramidGeometry
 
 INTEGERS = (torch.int32, torch.int64)
-# A GPU starts less than twice as many programs along the dimension that flash attention gives to
-# sequences.
+# Flash attention gives sequences a dimension of its grid that has less than twice as many places.
 MOST_DOCUMENTS = 2**15
 
 

@@ -1,8 +1,9 @@
 """Attention over a window in chunks: the first positions of a chunk see keys of the chunk before.
 
 The attention is one operation forward and one backward. The rank that holds the sequence's first
-chunk computes it in two parts. A compiler that saw them would make another graph for this rank, and
-might repeat an exchange in backward on the other ranks alone, which would wait for it in vain.
+chunk computes the first positions of its chunks one chunk at a time, because no keys come before
+that one. A compiler that saw this would make another graph for this rank. It might then repeat an
+exchange in backward on the other ranks alone, which would wait for it in vain.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, M chunks on this rank, C positions of a chunk,
 D head dimension, W positions of the window.
@@ -107,17 +108,18 @@ class _HaloWindow(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _heads_of_chunks(
+def _beginnings(
     rows: list[torch.Tensor], count: int, first: int, held: int
 ) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """The first ``count`` positions of chunks that can be computed at once, and which chunks.
+    """Chunks that can be computed at once, and the first ``count`` positions of these.
 
     Args:
         rows: k_before, v_before, k, v and others, [B M, ...] each.
 
     Yields:
-        Chunks, and their keys, their values and others, the keys and values with those before.
-        No keys come before the sequence's first chunk, whose halo is zeros.
+        A slice of the chunks on this rank, and the keys, values and others of their first
+        positions. Keys and values are joined with those before the chunk. None come before the
+        sequence's first chunk, whose halo is zeros.
     """
     parts = [slice(place, place + 1) for place in range(held)] if first >= 0 else [slice(0, held)]
     for part in parts:
@@ -181,7 +183,7 @@ def _forward(
     attend, _ = operations_by(impl)
     out, lse = attend(q, k, v, window, scale)
     out, reach = _laid_out(out), k_before.shape[2]
-    for part, (keys, values, queries) in _heads_of_chunks(
+    for part, (keys, values, queries) in _beginnings(
         [k_before, v_before, k, v, q], reach, first, held
     ):
         if reach and part.start != first:
@@ -222,7 +224,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients from queries that see no keys before their chunk, and then from the others.
 
-    This way no keys and values of a whole chunk are joined with those before it.
+    Only a chunk's first keys and values are then joined with those before it, and not all of them.
     """
     _, backward = operations_by(impl)
     reach, length = k_before.shape[2], q.shape[2]
@@ -247,7 +249,7 @@ def _backward(
     dk_before, dv_before = (sequence_first(x).zero_() for x in (k_before, v_before))
     if not reach:
         return dq, dk, dv, dk_before, dv_before
-    for part, (keys, values, *own) in _heads_of_chunks(
+    for part, (keys, values, *own) in _beginnings(
         [k_before, v_before, k, v, *rows], reach, first, held
     ):
         dq_here, *found = gradients(keys, values, own)

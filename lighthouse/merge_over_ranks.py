@@ -1,8 +1,8 @@
 """Lighthouse attention with a neighbourhood, when the sequence lies in chunks on several ranks.
 
 ``merge`` has the method, and ``context_parallel`` says what crosses from chunk to chunk: outputs of
-entries that end with a chunk (seam rows), with their logsumexps, and keys and values (the halo).
-Both cross in one collective, and so do their gradients.
+entries that end with a chunk (seam rows), here with their logsumexps, and the last keys and values
+(the halo). One collective carries all of it to the next chunk, and one carries the gradients back.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, M chunks on this rank, C positions of a chunk,
 D head dimension, S gathered length of a chunk, L levels, W positions of the window.
@@ -85,8 +85,8 @@ def merged_attention_over_ranks_by_kernels(
 class _MergedOverRanks(torch.autograd.Function):
     """``merge._Merged`` in chunks.
 
-    The kernels take a chunk for a whole sequence. What crosses a seam concerns the first
-    p^(L-1) - 1 positions of a chunk and L - 1 entries at its end, and PyTorch adds it there.
+    The kernels compute each chunk as if it were a whole sequence. PyTorch adds what crosses a seam:
+    forward to the first p^(L-1) - 1 positions of a chunk, backward to the L - 1 entries at its end.
     """
 
     @staticmethod
@@ -165,7 +165,7 @@ class _MergedOverRanks(torch.autograd.Function):
 
 
 def _taking_seam(slot: torch.Tensor, geometry: PyramidGeometry, group: int) -> torch.Tensor:
-    """Which of a chunk's first positions, p^(L-1) - 1, take the seam row of each level.
+    """Whether each of a chunk's first p^(L-1) - 1 positions takes the seam row of each level.
 
     Returns:
         bool [B M, Hq, L - 1, p^(L-1) - 1] for ``group`` = Hq / Hkv. A position takes one at most.
@@ -205,7 +205,7 @@ def _merge_with_seam(
     """
     out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, p, levels)
     first = slice(0, taken.shape[-1])
-    # Where a position takes no row, minus infinity leaves it as it is.
+    # A logsumexp of minus infinity leaves a position that takes no row as it is.
     found_lse = seam_lse.unsqueeze(-1).masked_fill(~taken, -math.inf).amax(dim=2)
     found = (seam.unsqueeze(3) * taken.unsqueeze(-1)).sum(dim=2)
     here, here_lse = out[:, :, first], lse[:, :, first]
@@ -276,7 +276,8 @@ def _collect_with_seam(
     grad_far, out_far = kernels.collect_merged(grad, out, lse, far, far_lse, index, slot, p, levels)
     sums = torch.cat((dout.to(delta.dtype), delta), dim=-1)
     by_level = list(sums.unbind(dim=2))
-    # The row of an absent entry was that of the next coarser one. The coarsest is never absent.
+    # An absent entry's seam row was that of the next coarser entry, to which its sums belong. The
+    # coarsest entry is never absent.
     for number in range(len(by_level) - 1):
         passed_on = by_level[number].masked_fill(included[:, :, number, None], 0.0)
         by_level[number + 1] = by_level[number + 1] + passed_on

@@ -99,7 +99,7 @@ def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry)
 
 
 def ends_with_chunk(slot: torch.Tensor, geometry: PyramidGeometry, heads: int) -> torch.Tensor:
-    """Whether the entry that ends with a chunk is included, for levels 1 to L - 1.
+    """Whether the entry that ends with a chunk is included, at each level from 1 to L - 1.
 
     Returns:
         bool [B, H, L - 1] for H ``heads``.

@@ -1,9 +1,9 @@
 """Select entries stratum by stratum, with each document's share of the picks.
 
-A program does what one in the file for selection does, and picks in another way. Among the
-candidates of its document, a candidate's rank is the number of those with a larger key. Those whose
-rank is below what the document picks by query are picked by query; then the others are ranked and
-picked by key. Keys and ranks are exact integers, so the order of counting changes nothing.
+A program does what one in the file for selection does, but picks in another way. A candidate's
+rank is the number of candidates of its document that have a larger key. A document that picks n by
+query takes those whose rank is below n. It then ranks the others by key, and picks among them in
+the same way. Keys and ranks are exact integers, so the order of counting changes nothing.
 
 A document's candidates are neighbours, and no others are compared. A stratum of C candidates of one
 document takes C^2 comparisons. Keys lie in memory between the steps.
@@ -44,8 +44,8 @@ def _part(
     parts, entry, valid, coarsest, batches,
     P: tl.constexpr, ABOVE: tl.constexpr, COARSEST: tl.constexpr,
 ):  # fmt: skip
-    """First candidate of each candidate's document, the first after it, and its picks by query and
-    by key.
+    """For each candidate, its document's first candidate, the first one after the document, and how
+    many the document picks by query and by key.
 
     Args:
         parts: those of one sequence, see ``launch_selection_by_documents``.

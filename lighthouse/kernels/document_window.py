@@ -1,16 +1,16 @@
 """Causal attention within documents, over a window or over all, by torch's flash attention.
 
 Documents become sequences of varying lengths in the joined rows of a batch. Without a window that
-is all. Under a window, the joined rows are cut into pieces too, as far as pieces are several times
-longer than the window, because
+is all. Under a window, the joined rows are also cut into pieces, where these can be several times
+longer than the window. There are two reasons:
 
-- flash attention starts programs for the longest length in every sequence, and no sequence is
-  longer than a piece then;
-- one of its programs sums the gradient of one sequence's queries in one head, in order, so that the
-  bits repeat; long documents would leave most of a GPU idle.
+- Flash attention starts as many programs for every sequence as the longest one needs. No sequence
+  is longer than a piece.
+- So that bits repeat, one of its programs sums the gradient of all queries that a sequence has in
+  one head. Long documents would leave most of a GPU idle.
 
-A piece takes its own keys and the W - 1 before it, which are copied. Those of them that the first
-document of the piece does not see become a sequence without queries.
+A piece takes its own keys and the W - 1 before it, which are copied. If the piece's first document
+does not see all of the latter, those that it does not see become a sequence without queries.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, W positions of
 the window, M documents at most, R = B N joined rows, C pieces.
@@ -30,7 +30,8 @@ from ..flash import (
     repeating_bits,
 )
 
-# With these and the most documents that there may be, sequences are as many as a GPU takes.
+# Each piece makes two sequences more. With ``documents.MOST_DOCUMENTS`` they are as many as a GPU
+# takes.
 MOST_PIECES = 2**13
 
 

@@ -135,9 +135,9 @@ def document_ends(
 ):  # fmt: skip
     """Whether a document ends with each coarsest entry, and another begins after it.
 
-    Entries of all levels that end with it then reach one position of their document, the first of
-    those that they reach. Collecting passes this on to the first of the p entries below, and the
-    others below lie in the next document.
+    If so, entries of all levels that end there reach only one position of their document: their own
+    last one, which is the first that they reach. Of the p entries below that collecting sums, the
+    first ends there too, and the others lie in the next document.
 
     Args:
         documents: for each position of one sequence, the first position of its document.

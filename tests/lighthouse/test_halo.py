@@ -33,7 +33,7 @@ N = 384
 METHOD = LighthouseConfig(
     3, 2, 48, picks_per_stratum=2, entry_score="first", combine="finest", window=9
 )
-# For Triton's interpreter, which is slow, with their numbers of positions.
+# By numbers of positions, few of them, because Triton's interpreter is slow.
 SMALL = {
     32: LighthouseConfig(2, 2, 8, picks_per_stratum=2, combine="finest", window=5),
     # Entries that end with a chunk are absent at some levels, and positions take seams of three.

@@ -143,7 +143,7 @@ def test_dense_attention_repeats_its_bits_in_deterministic_mode() -> None:
 
 
 def test_gradients_may_lie_in_memory_in_any_way() -> None:
-    """torch finds a plan of cuDNN's again by q, k and v, and the plan knows the gradient's strides.
+    """torch looks a cuDNN plan up by q, k and v, but it holds for the gradient's strides alone.
 
     Through the gradient of the logsumexp, the output of attention may lie in other ways too.
     """
