@@ -9,7 +9,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, M chunks on this rank, C p
 D head dimension, W positions of the window.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -45,9 +45,7 @@ def window_in_chunks(
     Returns:
         out [B M, Hq, C, D], lse [B M, Hq, C], and the rows that came for ``others``.
     """
-    seams, halo = seams_and_halo(others, k, v, window, layout.exchange)
-    results = _HaloWindow.apply(q, k, v, *halo, window, scale, impl, layout.first, len(layout.held))
-    return *results, *seams
+    return _HaloWindow.apply(q, k, v, window, scale, impl, layout, *others)
 
 
 def seams_and_halo(
@@ -55,14 +53,13 @@ def seams_and_halo(
     k: torch.Tensor,
     v: torch.Tensor,
     window: int,
-    exchange: Callable[..., Sequence[torch.Tensor]],
+    layout: ContextParallel,
 ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Exchange what each chunk needs of the one before it, in one collective.
+    """Send what each chunk needs of the one before it, in one collective, without autograd.
 
     Args:
         seams: rows [B M, ...].
         k, v: [B M, Hkv, C, D].
-        exchange: as ``ContextParallel.exchange``.
 
     Returns:
         The seams, and keys and values [B M, Hkv, W - 1, D], of the chunk before.
@@ -70,42 +67,62 @@ def seams_and_halo(
     # The windows of the next chunk reach these. If a position sees itself alone, there are none.
     halo = tuple(x[:, :, x.shape[2] - (window - 1) :] for x in (k, v))
     crossing = (*seams, *halo) if window > 1 else tuple(seams)
-    before = exchange(*crossing) if crossing else ()
+    before = layout.send(*crossing) if crossing else ()
     return before[: len(seams)], before[len(seams) :] or halo
 
 
+def gradients_of_seams(
+    dseams: Sequence[torch.Tensor],
+    dhalo: Sequence[torch.Tensor],
+    onto: Sequence[torch.Tensor],
+    layout: ContextParallel,
+) -> Sequence[torch.Tensor]:
+    """Send the gradients of ``seams_and_halo`` back to the chunks that its results came from.
+
+    Args:
+        dseams, dhalo: gradients of its results.
+        onto: gradients of k and v, which are given those of the halo besides.
+
+    Returns:
+        The gradients of the seams.
+    """
+    crossing = (*dseams, *dhalo) if dhalo[0].shape[2] else tuple(dseams)
+    came = layout.send(*crossing, step=-1) if crossing else ()
+    halo = came[len(dseams) :]
+    for rows, part in zip(onto, halo, strict=bool(halo)):
+        torch.ops.lighthouse.add_to_last_rows(rows, part)
+    return came[: len(dseams)]
+
+
 class _HaloWindow(torch.autograd.Function):
-    """One operation forward and one backward, which computes the probabilities again."""
+    """One exchange and one operation each way. Backward computes the probabilities again.
+
+    If autograd saw the halo, it would add its gradient to a whole tensor of zeros.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_before: torch.Tensor,
-        v_before: torch.Tensor,
-        window: int,
-        scale: float,
-        impl: str,
-        first: int,
-        held: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.constants = window, scale, impl, first, held
-        out, lse = torch.ops.lighthouse.halo_window(q, k, v, k_before, v_before, *ctx.constants)
-        ctx.save_for_backward(q, k, v, k_before, v_before, out, lse)
-        return out, lse
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        # As ``ContextParallel.exchange`` says, there may not be as many arguments as parameters.
+        q, k, v, window, scale, impl, layout, *others = arguments
+        came, halo = seams_and_halo(others, k, v, window, layout)
+        settings = window, scale, impl, layout.first, len(layout.held)
+        out, lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings)
+        ctx.save_for_backward(q, k, v, *halo, out, lse)
+        ctx.constants = settings, layout
+        return out, lse, *came
 
     @staticmethod
     @once_differentiable
-    # pyrefly: ignore[bad-override]  One gradient for each of the two outputs.
+    # pyrefly: ignore[bad-override]  One gradient for each of the outputs.
     def backward(
-        ctx: Any, dout: torch.Tensor, dlse: torch.Tensor
+        ctx: Any, dout: torch.Tensor, dlse: torch.Tensor, *dothers: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        grads = torch.ops.lighthouse.halo_window_backward(
-            dout, dlse, *ctx.saved_tensors, *ctx.constants
+        settings, layout = ctx.constants
+        dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
+            dout, dlse, *ctx.saved_tensors, *settings
         )
-        return *grads, None, None, None, None, None
+        sent_back = gradients_of_seams(dothers, dhalo, (dk, dv), layout)
+        return dq, dk, dv, None, None, None, None, *sent_back
 
 
 def _beginnings(

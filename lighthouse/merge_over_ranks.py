@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel, attention_over_ranks
 from .geometry import PyramidGeometry
-from .halo import seams_and_halo, sequence_first, window_in_chunks
+from .halo import gradients_of_seams, seams_and_halo, sequence_first, window_in_chunks
 from .implementation import choose_window_implementation, kernels
 from .logsumexp import fold_lse_gradient
 from .online_softmax import merged_output
@@ -112,7 +112,7 @@ class _MergedOverRanks(torch.autograd.Function):
         far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
         far_lse = far_lse.squeeze(-1)
-        (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout.send)
+        (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout)
         seam_lse = layout.fill_first(seam_lse.squeeze(-1), -math.inf)
         impl = choose_window_implementation(None, q)
         settings = geometry.config.window, scale, impl, layout.first, len(layout.held)
@@ -139,10 +139,7 @@ class _MergedOverRanks(torch.autograd.Function):
             grad, None, q, k, v, *halo, out, lse, *settings
         )
         sums = _seam_sums(grad, out, lse, seam_lse, taken)
-        crossing = (*sums, *dhalo) if geometry.config.window > 1 else sums
-        dout, delta, *dhalo = layout.send(*crossing, step=-1)
-        for rows, part in zip((dk, dv), dhalo, strict=bool(dhalo)):
-            torch.ops.lighthouse.add_to_last_rows(rows, part)
+        dout, delta = gradients_of_seams(sums, dhalo, (dk, dv), layout)
         included = ends_with_chunk(slot, geometry, far.shape[1])
         grad_far, out_far = torch.ops.lighthouse.collect_with_seam(
             grad, out, lse, far, far_lse, index, slot, dout, delta, included, *pyramid
