@@ -37,8 +37,8 @@ METHOD = LighthouseConfig(
 SMALL = {
     32: LighthouseConfig(2, 2, 8, picks_per_stratum=2, combine="finest", window=5),
     # Entries that end with a chunk are absent at some levels, and positions take seams of three.
-    96: LighthouseConfig(4, 2, 8, picks_per_stratum=2, combine="finest", window=1),
-    192: LighthouseConfig(3, 4, 8, picks_per_stratum=2, entry_score="first", combine="finest",
+    64: LighthouseConfig(4, 2, 8, picks_per_stratum=2, combine="finest", window=1),
+    128: LighthouseConfig(3, 4, 8, picks_per_stratum=2, entry_score="first", combine="finest",
                           window=13),
 }  # fmt: skip
 
