@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from .context_parallel import ContextParallel
 from .flash import repeating_bits
 from .implementation import operations_by
+from .memory_layout import sequence_first
 from .precision import accumulation_dtype
 
 SETTINGS = "SymInt window, float scale, str impl, int first, int held"
@@ -148,14 +149,9 @@ def _beginnings(
         yield part, [k, v, *others]
 
 
-def sequence_first(x: torch.Tensor) -> torch.Tensor:
-    """Memory for rows like ``x`` [B M, H, C, D] that lies as [B M, C, H, D]."""
-    return x.new_empty([x.shape[place] for place in (0, 2, 1, 3)]).transpose(1, 2)
-
-
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
     """``x`` as ``sequence_first`` lays it out, copied if need be."""
-    return x if x.transpose(1, 2).is_contiguous() else sequence_first(x).copy_(x)
+    return x if x.transpose(1, 2).is_contiguous() else sequence_first(x, x.shape[2]).copy_(x)
 
 
 def _put(rows: torch.Tensor, into: torch.Tensor, part: slice, held: int, add: bool = False) -> None:
@@ -200,20 +196,23 @@ def _forward(
     attend, _ = operations_by(impl)
     out, lse = attend(q, k, v, window, scale)
     out, reach = _laid_out(out), k_before.shape[2]
-    for part, (keys, values, queries) in _beginnings(
-        [k_before, v_before, k, v, q], reach, first, held
-    ):
-        if reach and part.start != first:
-            for into, rows in zip(
-                (out, lse), attend(queries, keys, values, window, scale), strict=True
-            ):
-                _put(rows, into, part, held)
+    if not reach:
+        return out, lse
+    rows = [k_before, v_before, k, v, q]
+    for part, (keys, values, queries) in _beginnings(rows, reach, first, held):
+        # No keys come before the sequence's first chunk.
+        if part.start == first:
+            continue
+        found = attend(queries, keys, values, window, scale)
+        for into, result in zip((out, lse), found, strict=True):
+            _put(result, into, part, held)
     return out, lse
 
 
 @_forward.register_fake
 def _(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return sequence_first(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return sequence_first(q, q.shape[2]), lse
 
 
 @torch.library.custom_op(
@@ -257,13 +256,13 @@ def _backward(
         with nullcontext() if impl == "torch" else repeating_bits():
             return backward(*rows, window, scale)
 
-    dq = sequence_first(q)
+    dq = sequence_first(q, q.shape[2])
     if reach < length:
         dq[:, :, reach:], dk, dv = gradients(k, v, [x[:, :, reach:] for x in rows])
         dk, dv = _laid_out(dk), _laid_out(dv)
     else:
-        dk, dv = (sequence_first(x).zero_() for x in (k, v))
-    dk_before, dv_before = (sequence_first(x).zero_() for x in (k_before, v_before))
+        dk, dv = (sequence_first(x, x.shape[2]).zero_() for x in (k, v))
+    dk_before, dv_before = (sequence_first(x, x.shape[2]).zero_() for x in (k_before, v_before))
     if not reach:
         return dq, dk, dv, dk_before, dv_before
     for part, (keys, values, *own) in _beginnings(
@@ -283,5 +282,5 @@ def _backward(
 def _(
     dout: torch.Tensor, dlse: torch.Tensor | None, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, k_before, v_before = (sequence_first(x) for x in others[:5])
+    q, k, v, k_before, v_before = (sequence_first(x, x.shape[2]) for x in others[:5])
     return q, k, v, k_before, v_before

@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel, attention_over_ranks
 from .geometry import PyramidGeometry
-from .halo import gradients_of_seams, seams_and_halo, sequence_first, window_in_chunks
+from .halo import gradients_of_seams, seams_and_halo, window_in_chunks
 from .implementation import choose_window_implementation, kernels
 from .logsumexp import fold_lse_gradient
+from .memory_layout import sequence_first
 from .online_softmax import merged_output
 from .reach import ends_with_chunk, reaching, seam_rows
 from .scatter import scatter_back
@@ -215,7 +216,7 @@ def _merge_with_seam(
 def _(
     far: torch.Tensor, far_lse: torch.Tensor, near: torch.Tensor, near_lse: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return sequence_first(near), near_lse.new_empty(near_lse.shape)
+    return sequence_first(near, near.shape[2]), near_lse.new_empty(near_lse.shape)
 
 
 def _seam_sums(
@@ -295,4 +296,4 @@ def _collect_with_seam(
 def _(
     grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, far: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return sequence_first(far), sequence_first(far)
+    return sequence_first(far, far.shape[2]), sequence_first(far, far.shape[2])

@@ -20,13 +20,13 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ..geometry import PyramidGeometry
+from ..memory_layout import sequence_first
 from .launch import (
     define,
     in_level,
     own_block,
     own_block_grid,
     row_strides,
-    sequence_first,
     unrolled,
 )
 

@@ -73,15 +73,6 @@ def row_strides(rows: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     return rows, rows.stride()[:3]
 
 
-def sequence_first(rows: torch.Tensor, length: int) -> torch.Tensor:
-    """Uninitialised [B, H, length, D] that lies in memory as [B, length, H, D].
-
-    A model's projections have this layout: the reshape to [B, length, H * D] then copies nothing.
-    """
-    batch, heads, _, d = rows.shape
-    return rows.new_empty((batch, length, heads, d)).transpose(1, 2)
-
-
 @triton.jit
 def own_block(heads, length, BLOCK: tl.constexpr):
     """Batch, head and block that this program owns, as int64; ``length`` rows fall into blocks.

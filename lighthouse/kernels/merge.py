@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..memory_layout import sequence_first
 from .launch import (
     define,
     document_ends,
@@ -38,7 +39,6 @@ from .launch import (
     own_block_grid,
     place_of,
     row_strides,
-    sequence_first,
 )
 
 # Elements of a program's tile, and its warps; on an H200 the fastest of those tried.

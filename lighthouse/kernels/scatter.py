@@ -38,6 +38,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ..geometry import PyramidGeometry
+from ..memory_layout import sequence_first
 from ..reach import seam_gradient
 from .launch import (
     define,
@@ -46,7 +47,6 @@ from .launch import (
     own_block_grid,
     place_of,
     row_strides,
-    sequence_first,
     unrolled,
 )
 

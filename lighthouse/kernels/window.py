@@ -14,8 +14,9 @@ import torch
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from ..flash import LEAST_GAIN, SHORTEST_SEGMENT, flash_backward, flash_forward, repeating_bits
 from ..logsumexp import fold_lse_gradient
+from ..memory_layout import sequence_first
 from .document_window import backward_within_documents, forward_within_documents
-from .launch import define, row_strides, sequence_first
+from .launch import define, row_strides
 
 # Backward runs about so many rounds of programs.
 ROUNDS = 2
