@@ -74,6 +74,7 @@ KEYS = dict.fromkeys((*TIMING, "longest", "8b"), ("stage", "GPUs", "N", "checkpo
 KEYS["layer"] = ("W",)
 LENGTHS = ["524288,3,4,8192", "1048576,4,4,4096", "1572864,4,4,6144", "2097152,4,4,8192"]
 LENGTHS_8B = ["262144,3,4,4096", "524288,3,4,8192", "786432,3,4,12288", "1048576,3,4,16384"]
+LENGTH_FLAGS = (("--lengths", "longest", LENGTHS), ("--8b-lengths", "8b", LENGTHS_8B))
 TINY_LENGTHS = ["6144,3,4,64", "7168,3,4,64"]
 LAYER_SCRIPT = Path(__file__).with_name("context_parallel_layer.py")
 CONFIGS = Path(__file__).parents[2] / "train_configs"
@@ -86,10 +87,7 @@ def parse(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: all")
     parser.add_argument("--gpus", type=int, nargs="+", metavar="W",
                         help="how many to use, one number or more; default: all")  # fmt: skip
-    for flag, part, default in (
-        ("--lengths", "longest", LENGTHS),
-        ("--8b-lengths", "8b", LENGTHS_8B),
-    ):
+    for flag, part, default in LENGTH_FLAGS:
         parser.add_argument(flag, nargs="+", metavar="N,L,p,k", dest=f"lengths_{part}",
                             help=f"lengths of the part {part}; default: "
                             f"{' '.join(default)}")  # fmt: skip
@@ -120,13 +118,12 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.tiny and "layer" in arguments.parts:
         raise UserValueError("--parts layer has no tiny size; leave it or --tiny out")
     arguments.sizes = TINY if arguments.tiny else Sizes()
-    for flag, part, default in (
-        ("--lengths", "lengths_longest", LENGTHS), ("--8b-lengths", "lengths_8b", LENGTHS_8B)
-    ):  # fmt: skip
-        cases = getattr(arguments, part) or (TINY_LENGTHS if arguments.tiny else default)
+    for flag, part, default in LENGTH_FLAGS:
+        given = getattr(arguments, f"lengths_{part}")
+        cases = given or (TINY_LENGTHS if arguments.tiny else default)
         for case in cases:
             arguments.sizes.of_length(case, flag)
-        setattr(arguments, part, cases)
+        setattr(arguments, f"lengths_{part}", cases)
     if arguments.steps < 1:
         raise UserValueError(f"--steps {arguments.steps} trains nothing; use 1 or more")
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -225,7 +222,7 @@ def main() -> None:
                     for found in measure(part, work, gpus, arguments):
                         add(run, part, found, origin)
                         write_report(run, output, name, table(run))
-                # The machine may be lent for a short time: the other parts use it.
+                # The other parts have results of their own.
                 except (Exception, SystemExit):
                     traceback.print_exc()
                     failed.append(name_of_part)
