@@ -90,8 +90,9 @@ def gradients_of_seams(
     crossing = (*dseams, *dhalo) if dhalo[0].shape[2] else tuple(dseams)
     came = layout.send(*crossing, step=-1) if crossing else ()
     halo = came[len(dseams) :]
-    for rows, part in zip(onto, halo, strict=bool(halo)):
-        torch.ops.lighthouse.add_to_last_rows(rows, part)
+    if halo:
+        for rows, part in zip(onto, halo, strict=True):
+            torch.ops.lighthouse.add_to_last_rows(rows, part)
     return came[: len(dseams)]
 
 
