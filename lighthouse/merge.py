@@ -84,16 +84,16 @@ def merged_attention_by_kernels(
         most_documents: documents that the batch has at most, as in ``window_attention``.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    layouts: tuple[torch.Tensor, ...] = ()
+    of_near = of_far = None
     if documents is not None:
         # A document has a coarsest entry, so the gathered sequence has as many documents.
         impl, places = window_by_documents(q), gathered_documents(documents, geometry)
-        layouts = documents, *layout_for(impl, places, most_documents)
+        (of_far,) = layout_for(impl, places, most_documents)
         # The compiler refuses the same tensor twice.
         if impl == "flash":
-            layouts += layout_for(impl, documents, most_documents)
+            (of_near,) = layout_for(impl, documents, most_documents)
     arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale
-    return _Merged.apply(*arguments, *layouts)
+    return _Merged.apply(*arguments, documents, of_near, of_far)
 
 
 def window_by_documents(q: torch.Tensor) -> str:
@@ -121,11 +121,14 @@ class _Merged(torch.autograd.Function):
         slot: torch.Tensor,
         geometry: PyramidGeometry,
         scale: float,
-        documents: torch.Tensor | None = None,
-        *layouts: torch.Tensor,
+        documents: torch.Tensor | None,
+        near_layout: torch.Tensor | None,
+        far_layout: torch.Tensor | None,
     ) -> torch.Tensor:
+        # Layouts have names, because torch's compiler counts arguments where no gradient is asked
+        # for: with two of them in *layouts, it would call this without ctx.
         attend, _ = _operations(q, documents)
-        of_near, of_far = _layouts(documents, layouts)
+        of_near, of_far = _layouts(documents, near_layout, far_layout)
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [kernels.gather_means(*pair, index, *pyramid) for pair in pairs]
@@ -133,7 +136,8 @@ class _Merged(torch.autograd.Function):
         far, far_lse = attend(*gathered, geometry.gathered_length, scale, *of_far)
         out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, *pyramid, documents)
         rows = q, k, v, *gathered
-        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, documents, *layouts)
+        layouts = documents, near_layout, far_layout
+        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, *layouts)
         ctx.constants = geometry.config.window, scale, pyramid
         return out
 
@@ -142,8 +146,9 @@ class _Merged(torch.autograd.Function):
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
-        rows, (index, slot, far, far_lse, out, lse, documents, *layouts) = saved[:6], saved[6:]
-        of_near, of_far = _layouts(documents, layouts)
+        rows, (index, slot, far, far_lse, out, lse, *layouts) = saved[:6], saved[6:]
+        documents = layouts[0]
+        of_near, of_far = _layouts(*layouts)
         window, scale, pyramid = ctx.constants
         _, backward = _operations(rows[0], documents)
         near = backward(grad, None, *rows[:3], out, lse, window, scale, *of_near)
@@ -159,8 +164,8 @@ class _Merged(torch.autograd.Function):
             kernels.spread_shares(part, slot, length, *pyramid, onto=own) if needed else None
             for part, own, needed in zip(selected, near, needs, strict=True)
         ]
-        # Arguments after the rows: seven, and the layouts if there are documents.
-        return *grads, *[None] * (7 if documents is None else 8 + len(layouts))
+        # Ten arguments come after the rows.
+        return *grads, *[None] * 10
 
 
 def _operations(
@@ -172,14 +177,16 @@ def _operations(
 
 
 def _layouts(
-    documents: torch.Tensor | None, layouts: Sequence[torch.Tensor]
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    documents: torch.Tensor | None,
+    near_layout: torch.Tensor | None,
+    far_layout: torch.Tensor | None,
+) -> tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]]:
     """What the operations take for the window and for the selected entries, besides the rows.
 
     Args:
-        layouts: that of the gathered sequence; and that of the base sequence, unless it is
-            ``documents`` itself.
+        near_layout: that of the base sequence, unless it is ``documents`` itself.
+        far_layout: that of the gathered sequence.
     """
     if documents is None:
         return (), ()
-    return layouts[1:] or (documents,), layouts[:1]
+    return (documents if near_layout is None else near_layout,), (far_layout,)

@@ -1,5 +1,6 @@
 """Kernels with documents, on a GPU or in Triton's interpreter, against vectorised PyTorch."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -251,6 +252,23 @@ def test_merged_attention_gives_flash_attention_the_lengths(
     )
     for value, want in zip(found, expected, strict=True):
         assert relative_error(value, want) < 1e-5
+
+
+def test_compiled_code_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in validation, where torch's compiler calls the forward of a function by itself."""
+    config, (*inputs, _), documents = whole("window", 4)
+    options: dict[str, Any] = {"documents": documents, "most_documents": documents.numel() // 2}
+    # Stand-ins do not come before the compiler's own table of operations is made.
+    importlib.import_module("torch.utils.flop_counter")
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in_forward)
+    monkeypatch.setattr(merge, "window_by_documents", lambda q: "flash")
+
+    def attend(*rows: torch.Tensor) -> torch.Tensor:
+        return lighthouse_attention(*rows, config, impl="triton", **options)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert relative_error(compiled(*inputs), attend(*inputs)) < 1e-6
 
 
 def test_another_shape_of_the_logsumexp_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
