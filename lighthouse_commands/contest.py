@@ -15,9 +15,9 @@ The same command goes on where it was interrupted, and repeats nothing that fini
 
 Writes a folder for each run; runs.csv, measures.csv, curves.csv and times.csv, after every run; and
 at the end comparisons.csv, results.md with the verdicts and, unless --no-plots, primary.png,
-loss_over_time.png, loss_by_position.png and retrieval_over_length.png. --report-only writes these
-again from the first four. --only-times writes times.csv alone: how long a step of each arm takes on
-this machine.
+loss_over_time.png, loss_by_position.png, loss_over_distance.png and retrieval_over_length.png.
+--report-only writes these again from the first four. --only-times writes times.csv alone: how long
+a step of each arm takes on this machine.
 """
 
 import argparse

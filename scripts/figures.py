@@ -395,6 +395,15 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "studies/results/contest_books_17m/loss_over_time.png": contest(
         "books_17m", contest_plots.over_time
     ),
+    "studies/results/contest_distance_17m/primary.png": contest(
+        "distance_17m", contest_plots.primary
+    ),
+    "studies/results/contest_distance_17m/loss_over_time.png": contest(
+        "distance_17m", contest_plots.over_time
+    ),
+    "studies/results/contest_distance_17m/loss_over_distance.png": contest(
+        "distance_17m", contest_plots.by_distance
+    ),
     "studies/results/copying_17m/training.png": copying,
     "studies/results/extension_17m/extension.png": extension,
     "studies/results/ablations_books_16k/loss_and_throughput.png": ablations,

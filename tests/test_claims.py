@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable
@@ -10,13 +9,11 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
+from contest_records import between, difference, results_of
 from pages import DOCS, ROOT, words
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
-from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
-from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
-from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
 # Steps of a run, those of its first stage, and tokens of a step, in all configurations for 98K.
 STEPS, FIRST_STAGE, TOKENS = 16000, 10000, 32 * 98304
@@ -181,32 +178,29 @@ def arms_of_a_window() -> dict[tuple[str, int], dict[str, str]]:
                 for row in csv.DictReader(file) if row["tail"] == "0.125"}  # fmt: skip
 
 
-@cache
-def contest_on_books() -> Results:
-    folder = DOCS / "studies/results/contest_books_17m"
-    return Results(read_contest(ROOT / "train_configs/contests/books_17m.toml"), folder)
-
-
-def in_contest(arm: str, control: str) -> tuple[float, float, float]:
-    """Loss of an arm less its control's in the contest on books: mean and interval."""
-    results = contest_on_books()
-    found = t_interval(results.differences(arm, control, "loss"), results.level("loss"))
-    assert found.low is not None and found.high is not None
-    return found.mean, found.low, found.high
-
-
 def short_to_long_below() -> str:
-    mean, low, high = in_contest("recommended", "short_to_long_30")
-    return f"ends {mean:.3f} nats ({low:.3f} to {high:.3f}) lower at equal tokens"
+    mean, low, high = difference("books_17m", "recommended", "short_to_long_30", "loss")
+    return f"ends {mean:.3f} nats {between(low, high)} lower at equal tokens"
 
 
 def below_dense_at_length() -> str:
-    mean, low, high = in_contest("recommended", "dense")
-    return f"ends {-mean:.3f} nats ({-high:.3f} to {-low:.3f}) below dense training"
+    mean, low, high = difference("books_17m", "recommended", "dense", "loss")
+    return f"ends {-mean:.3f} nats {between(low, high)} below dense training"
+
+
+def behind_at_distance() -> str:
+    mean, low, high = difference("distance_17m", "lighthouse", "dense", "repeated/16384/loss")
+    return f"{mean:.3f} nats {between(low, high)} above dense training"
+
+
+def half_beside_short_first() -> str:
+    arm, control = "lighthouse_half", "short_then_long"
+    mean, low, high = difference("distance_17m", arm, control, "loss")
+    return f"{-mean:.3f} nats {between(low, high)} lower than short sequences first"
 
 
 def nothing_from_afar() -> str:
-    results = contest_on_books()
+    results = results_of("books_17m")
     far = [name for name in results.measures if re.fullmatch(r"(repeated|beyond)/\d+", name)]
     means = {
         (arm, name): statistics.fmean(results.value(arm, s, name) for s in results.contest.seeds)
@@ -258,6 +252,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "short to long first": short_to_long_below,
     "below dense at full length": below_dense_at_length,
     "distant text": nothing_from_afar,
+    "behind at distance": behind_at_distance,
+    "half dense": half_beside_short_first,
     "merge and dense": merge_above_dense,
     "laptop": on_a_laptop,
     "270m_256k_cp8": lambda: estimate("270m_256k_cp8", 8),
@@ -274,33 +270,6 @@ def test_figure_stands_in_its_record(name: str) -> None:
     text = FIGURES[name]()
     assert text in README, f"the record says: {text}"
     assert text.replace(" | ", ", ") in CLAIMS, f"docs/claims.md has no row for: {text}"
-
-
-def test_page_of_the_contest_holds_its_record() -> None:
-    results, page = contest_on_books(), words(DOCS / "studies/recipes.md")
-    for arm in results.contest.arms:
-        values = [results.value(arm, seed, "loss") for seed in results.contest.seeds]
-        found = t_interval(values, 0.95)
-        assert found.high is not None
-        (row,) = re.findall(rf"\| `{arm}` \|(?:[^|]*\|){{2}} ([^|]*) \| ([^|]*)\|", page)
-        assert row[0] == f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
-        seconds = results.runs[results.runs.arm == arm]["GPU seconds"].mean()
-        assert row[1].strip() == ("" if math.isnan(seconds) else f"{seconds:.1f}")
-    for arm, control, words_before in (
-        ("recommended", "short_to_long_30", ""),
-        ("recommended", "dense", ""),
-        ("published", "random", "ends "),
-    ):
-        mean, low, high = in_contest(arm, control)
-        low, high = sorted((abs(low), abs(high)))
-        assert f"{words_before}{abs(mean):.3f} nats ({low:.3f} to {high:.3f})" in page
-    mean, low, high = in_contest("recommended", "window")
-    assert f"({-mean:.3f} below; {-low:.3f} below to {high:.3f} above)" in page
-    far = [name for name in results.measures if re.fullmatch(r"repeated/\d+", name)]
-    gains = [results.value(arm, seed, name) for name in far
-             for arm in results.contest.arms for seed in results.contest.seeds]  # fmt: skip
-    means = [statistics.fmean(gains[n : n + 6]) for n in range(0, len(gains), 6)]
-    assert len(means) == 36 and max(map(abs, means)) < 0.0015
 
 
 def test_log_in_the_readme_is_the_record() -> None:

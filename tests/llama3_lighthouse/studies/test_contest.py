@@ -31,6 +31,7 @@ from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
     write_numbers,
 )
 from torchtitan.models.llama3_lighthouse.studies.contest_plan import last_checkpoint
+from torchtitan.models.llama3_lighthouse.studies.contest_plots import PLOTS
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import (
@@ -707,6 +708,6 @@ def test_three_arms_train_and_are_judged(path, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     exit_code_of(main, monkeypatch, "lighthouse", "contest", path, "--output", out)
     assert "lighthouse against dense" in (out / "results.md").read_text()
-    for name in ("primary", "loss_over_time", "loss_by_position", "retrieval_over_length"):
-        assert (out / f"{name}.png").stat().st_size > 1000
+    for name in PLOTS:
+        assert (out / name).stat().st_size > 1000
     assert "against dense" in report(read_contest(path), out, plots=False)

@@ -55,29 +55,42 @@ def over_time(results: Results, path: Path) -> None:
 
 def by_position(results: Results, path: Path) -> None:
     """Draw the held-out loss by tokens of context."""
-    lines = _over_lengths(results, ["position/"])
+    lines = _over_lengths(results, ["position/*"])
     _draw(path, lines, ("tokens of context", LOSS), by_length=True)
+
+
+def by_distance(results: Results, path: Path) -> None:
+    """Draw the loss of passages that return, by the distance to where they stood before."""
+    lines = _over_lengths(results, ["repeated/*/loss"])
+    labels = "tokens back to where the passage stood", "loss of returning passages, nats per token"
+    _draw(path, lines, labels, by_length=True)
 
 
 def retrieval(results: Results, path: Path) -> None:
     """Draw the accuracy of each task over the length of the prompt."""
-    lines = _over_lengths(results, [f"{RETRIEVAL}{task}/" for task in results.contest.retrieval])
+    lines = _over_lengths(results, [f"{RETRIEVAL}{task}/*" for task in results.contest.retrieval])
     _draw(path, lines, ("tokens of the prompt", "share of answers right"), True, (-0.02, 1.02))
 
 
 def _over_lengths(results: Results, kinds: Sequence[str]) -> list[Line]:
-    """Measures whose names end in a length, a line for each arm and each beginning of a name."""
+    """A line for each arm and each kind of measure; a kind has "*" in the place of a length."""
     lines: list[Line] = []
     for arm in results.contest.arms:
         for kind in kinds:
-            found = [m for m in results.measures
-                     if m.rpartition("/")[0] + "/" == kind and results.seeds(arm, m)]  # fmt: skip
+            found = {m: length for m in results.measures
+                     if (length := _length(m, kind)) and results.seeds(arm, m)}  # fmt: skip
             y = [t_interval([results.value(arm, seed, m) for seed in results.seeds(arm, m)], 0.95)
                  for m in found]  # fmt: skip
             name = f"{arm}, {kind.split('/')[1]}" if len(kinds) > 1 else arm
             if found:
-                lines.append((name, [float(m.rpartition("/")[2]) for m in found], y))
+                lines.append((name, list(found.values()), y))
     return lines
+
+
+def _length(measure: str, kind: str) -> float | None:
+    before, after = kind.split("*")
+    length = measure.removeprefix(before).removesuffix(after)
+    return float(length) if length.isdigit() and measure == before + length + after else None
 
 
 def _draw(
@@ -113,5 +126,6 @@ PLOTS: dict[str, Callable[[Results, Path], None]] = {
     "primary.png": primary,
     "loss_over_time.png": over_time,
     "loss_by_position.png": by_position,
+    "loss_over_distance.png": by_distance,
     "retrieval_over_length.png": retrieval,
 }

@@ -1,0 +1,38 @@
+"""Records of contests in the docs."""
+
+from functools import cache
+
+from pages import DOCS, ROOT
+
+from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
+from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
+
+
+@cache
+def results_of(name: str) -> Results:
+    """The results of a contest in train_configs/contests."""
+    folder = DOCS / f"studies/results/contest_{name}"
+    return Results(read_contest(ROOT / f"train_configs/contests/{name}.toml"), folder)
+
+
+def difference(name: str, arm: str, control: str, measure: str) -> tuple[float, float, float]:
+    """A measure of an arm less its control's: mean and interval."""
+    results = results_of(name)
+    found = t_interval(results.differences(arm, control, measure), results.level(measure))
+    assert found.low is not None and found.high is not None
+    return found.mean, found.low, found.high
+
+
+def between(low: float, high: float) -> str:
+    """An interval on one side of zero, without the sign."""
+    assert low * high > 0
+    low, high = sorted((abs(low), abs(high)))
+    return f"({low:.3f} to {high:.3f})"
+
+
+def with_half(values: list[float]) -> str:
+    """The mean of seeds, and half of its interval."""
+    found = t_interval(values, 0.95)
+    assert found.high is not None
+    return f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
