@@ -6,7 +6,6 @@ for layer.json as its argument.
 Shapes: B batch, H heads, N positions, D head dimension.
 """
 
-import itertools
 import json
 import os
 import random
@@ -14,12 +13,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from context_parallel_results import PROFILES
+from gpu_profile import kernels_of
 from measuring import PAPERS, random_rows, relative_error
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -39,7 +41,9 @@ WINDOWED = {"window": WINDOW}
 # Variables of the environment that change how NCCL sends.
 SETTINGS = ("NCCL_", "TORCH_NCCL_HIGH_PRIORITY")
 NOTHING_SENT, NO_EXCHANGE, AGAIN = ", nothing sent", ", no exchange", ", again"
-HIGH_PRIORITY = ", high priority"
+ONE_GPU = ", one GPU, the whole sequence"
+# Kernels of a profile that the record keeps.
+KEPT_KERNELS = 30
 
 
 def time_in_turns(variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -182,15 +186,24 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def with_high_priority() -> DeviceMesh:
-    """All GPUs again, with transfers on a stream that multiprocessors serve first."""
-    options = dist.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = True
-    return DeviceMesh.from_group(dist.new_group(pg_options=options), "cuda")
+def profile_of(function: Callable[[], object]) -> dict[str, Any]:
+    """What this GPU runs in ``function``, as ``gpu_profile.kernels_of`` sums it up.
+
+    Every rank has to call it, as the ranks wait for one another.
+    """
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profile:
+        function()
+        torch.cuda.synchronize()
+    found = kernels_of(profile)
+    return {**found, "kernels": found["kernels"][:KEPT_KERNELS]}
 
 
 def sending(mesh: DeviceMesh) -> dict[str, Any]:
-    """Times of the layer on all GPUs of ``mesh``, with and without sending.
+    """Times of the layer on all GPUs of ``mesh``, with and without sending, and its kernels.
+
+    Without any loss the layer would take W times as long on one GPU that has the whole sequence.
 
     The time over that without exchange bounds the cost of the halo from above: the seam rows travel
     in the same collective. The layer with a window has the default settings and the others the
@@ -198,15 +211,12 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
     """
     world_size = mesh.size()
     size = 3, 4, 1536 * world_size
-    high = with_high_priority()
-    plain, beside_window, plain_high, beside_window_high = (
-        on_all_gpus(LighthouseConfig(*size, **method), each)
-        for each, method in itertools.product((mesh, high), (PAPERS, WINDOWED))
+    plain, beside_window = (
+        on_all_gpus(LighthouseConfig(*size, **method), mesh) for method in (PAPERS, WINDOWED)
     )
     layout = plain.context_parallel
-    whole = rows_and_gradient(PER_GPU * world_size, 3)
-    *rows, grad = (layout.take(x, 2).clone() for x in whole)
-    del whole
+    *whole, whole_grad = rows_and_gradient(PER_GPU * world_size, 3)
+    *rows, grad = (layout.take(x, 2).clone() for x in (*whole, whole_grad))
 
     def with_attention(attention: LighthouseAttention, enabled: bool) -> Callable[[], object]:
         def run() -> object:
@@ -220,13 +230,17 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
         f"Lighthouse, window {WINDOW}": with_attention(beside_window, True),
         "dense": with_attention(plain, False),
     }
-    variants = {}
+    alone = {
+        f"{name}{ONE_GPU}": partial(
+            with_gradients, on_one_gpu(LighthouseConfig(*size, **method)), whole, whole_grad
+        )
+        for name, method in zip(layers, (PAPERS, WINDOWED), strict=False)
+    }
+    variants: dict[str, Callable[[], object]] = dict(alone)
     for name, layer in layers.items():
         variants |= {name: layer, f"{name}{AGAIN}": layer, f"{name}{NOTHING_SENT}": silent(layer)}
         if name != "dense":
             variants[f"{name}{NO_EXCHANGE}"] = without_exchange(layer)
-    for name, attention in zip(layers, (plain_high, beside_window_high), strict=False):
-        variants[f"{name}{HIGH_PRIORITY}"] = with_attention(attention, True)
     durations = time_in_turns(variants)
 
     def ratios(left_out: str) -> dict[str, list[float]]:
@@ -244,7 +258,7 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
         "time with sending over without, quartiles": ratios(NOTHING_SENT),
         "time over that without exchange, quartiles": ratios(NO_EXCHANGE),
         "time over that of the same again, quartiles": ratios(AGAIN),
-        "time over that with transfers of high priority, quartiles": ratios(HIGH_PRIORITY),
+        PROFILES: {name: profile_of(function) for name, function in (layers | alone).items()},
     }
 
 

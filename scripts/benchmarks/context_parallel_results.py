@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+from gpu_profile import as_cell
 from reporting import table_head, table_row
 
+PROFILES = "profiles of rank 0"
 TIMING = ("training", "alone", "short")
 COLUMNS = ["stage", "GPUs", "N", "checkpointing", "tokens/s and GPU", "MFU", "GiB a GPU"]
 ESTIMATES = {
@@ -25,7 +27,10 @@ def table(run: dict[str, Any]) -> str:
     lines += [f"Measured at revision ({'; '.join(parts)}).", ""]
     layers = run.get("layer", [])
     for found in [layers] if isinstance(layers, dict) else layers:
-        lines += named("layer", {key: x for key, x in found.items() if key != "measured"})
+        hidden = ("measured", PROFILES)
+        lines += named("layer", {key: x for key, x in found.items() if key not in hidden})
+        for name, profile in found.get(PROFILES, {}).items():
+            lines += layer_profile(name, profile)
     for part in ("equivalence", "resume", "meshes", "killed"):
         if part in run:
             lines += named(part, run[part])
@@ -42,6 +47,16 @@ def table(run: dict[str, Any]) -> str:
             for row in rows
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def layer_profile(name: str, profile: dict[str, Any]) -> list[str]:
+    """The kernels of one layer on rank 0, forward and backward, as a table."""
+    rows = [
+        table_row([f"`{as_cell(row['name'], 120)}`", str(row["count"]), f"{row['ms']:.3f}"])
+        for row in profile["kernels"]
+    ]
+    heading = f"{name}: {profile['busy ms']:.2f} ms busy on rank 0"
+    return [heading, "", *table_head(["kernel", "launches", "ms"]), *rows, ""]
 
 
 def named(part: str, found: dict[str, Any]) -> list[str]:

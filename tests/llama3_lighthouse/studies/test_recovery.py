@@ -500,7 +500,8 @@ def test_whole_study(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "8 models in 12 runs: 46 steps, 60 if each model were trained alone" in done.stdout
     assert "12 runs, 4 of them finished earlier" in done.stdout
-    assert (branch / "log.txt").read_text().count("Training starts at step") == 2
+    log = (branch / "log.txt").read_text()
+    assert log.count("starting 1 training process") == log.count("Goes on from") == 2
     with (tmp_path / "out/results.csv").open() as file:
         rows = {(row["run"], row["seed"]): row for row in csv.DictReader(file)}
     assert len(rows) == 8
