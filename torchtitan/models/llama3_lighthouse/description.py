@@ -350,8 +350,12 @@ def what_runs(
         return runs
     dtype = TORCH_DTYPE_MAP[getattr(config.training, precision_key(config, world_size))]
     head = torch.empty(1, 1, 1, args.head_dim, dtype=dtype, device=device)
-    documents = config.training.document_mask
-    return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(None, head, documents)]}"
+    by = WINDOW_KERNELS[choose_window_implementation(None, head)]
+    if not config.training.document_mask:
+        return f"{runs}, by {by}"
+    masked = WINDOW_KERNELS[choose_window_implementation(None, head, with_documents=True)]
+    beside = f", and by {by} where each sequence is one document" if by != masked else ""
+    return f"{runs}, by {masked}{beside}"
 
 
 def _command() -> str:

@@ -25,13 +25,13 @@ from .checks.configuration import check_launch
 from .checks.parallelism import check_device
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
-from .data.documents import DOCUMENTS, model_options
+from .data.documents import DOCUMENTS, model_options, without_idle_masks
 from .data.staged import StagedDataloader
 from .description import describe, ending, output_line, what_runs
 from .document_statistics import Batch, DocumentStatistics
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
-from .infra.pass_graphs import PassGraphs, launch_line, why_no_graphs
+from .infra.pass_graphs import PassGraphs, kind_of_pass, launch_line, why_no_graphs
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
 from .metrics import UNDER_LIGHTHOUSE, LighthouseMetricsProcessor, whole_loss
@@ -191,6 +191,7 @@ class LighthouseTrainer(upstream.Trainer):
             self.checkpointer.last_lighthouse_step = self.step
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         self.documents.count(microbatches)
+        microbatches = [(without_idle_masks(inputs), labels) for inputs, labels in microbatches]
         if self._records_selections(self.step):
             self._train_between_selections(microbatches)
         else:
@@ -317,7 +318,9 @@ class LighthouseTrainer(upstream.Trainer):
         self, attention: str, microbatch: Batch, global_tokens: float
     ) -> torch.Tensor:
         if self.graphs is not None:
-            loss = self.graphs.run(attention, *microbatch, global_tokens)
+            loss = self.graphs.run(
+                kind_of_pass(attention, microbatch[0]), *microbatch, global_tokens
+            )
             self.metrics_processor.device_memory_monitor.in_graphs = self.graphs.held
             return loss
         if self.parallel_dims.pp_enabled:
