@@ -115,8 +115,8 @@ class PassGraphs:
         self._needed: dict[tuple[str, bool], int] = {}
         # Kinds of passes whose graph the memory has no room for.
         self._without: set[tuple[str, bool]] = set()
-        # Graphs share memory. A replay may write over what a graph captured later holds, so those of
-        # further passes are captured after the one that their step begins with.
+        # Graphs share memory. A replay may write over what a graph captured later holds, so the
+        # graph of a further pass is captured after the one that its step begins with.
         self._pool = self._new_pool()
         self._empty_cache()
 
