@@ -24,7 +24,6 @@ from torchtitan.models.llama3_lighthouse.data.documents import DOCUMENTS, model_
 from torchtitan.models.llama3_lighthouse.infra.pass_graphs import (
     EAGER_PASSES,
     PassGraphs,
-    kind_of_pass,
     launch_line,
     why_no_graphs,
 )
@@ -143,8 +142,7 @@ class Trained:
             if masked and masked[number]:
                 inputs[DOCUMENTS] = row[..., :-1] % 3
             if self.graphs is not None:
-                name = kind_of_pass(kind, inputs)
-                losses.append(self.graphs.run(name, inputs, label, tokens))
+                losses.append(self.graphs.run(kind, inputs, label, tokens))
                 continue
             divisor = torch.full((), tokens, device=self.device)
             losses.append(self.one_pass(inputs, label, divisor))

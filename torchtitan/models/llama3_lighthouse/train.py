@@ -31,7 +31,7 @@ from .description import describe, ending, output_line, what_runs
 from .document_statistics import Batch, DocumentStatistics
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
-from .infra.pass_graphs import PassGraphs, kind_of_pass, launch_line, why_no_graphs
+from .infra.pass_graphs import PassGraphs, launch_line, why_no_graphs
 from .job_config import JobConfig, LighthouseConfigManager
 from .memory_estimate import local_parameters
 from .metrics import UNDER_LIGHTHOUSE, LighthouseMetricsProcessor, whole_loss
@@ -318,9 +318,7 @@ class LighthouseTrainer(upstream.Trainer):
         self, attention: str, microbatch: Batch, global_tokens: float
     ) -> torch.Tensor:
         if self.graphs is not None:
-            loss = self.graphs.run(
-                kind_of_pass(attention, microbatch[0]), *microbatch, global_tokens
-            )
+            loss = self.graphs.run(attention, *microbatch, global_tokens)
             self.metrics_processor.device_memory_monitor.in_graphs = self.graphs.held
             return loss
         if self.parallel_dims.pp_enabled:

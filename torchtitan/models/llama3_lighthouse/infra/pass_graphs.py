@@ -58,11 +58,6 @@ def launch_line(config: JobConfig, world_size: int) -> str:
     return f"launches      each pass as one CUDA graph, after {EAGER_PASSES} passes without"
 
 
-def kind_of_pass(attention: str, inputs: Inputs) -> str:
-    """The kind of a pass under ``attention``: with documents it runs other kernels."""
-    return f"masked {attention}" if DOCUMENTS in inputs else attention
-
-
 @dataclass
 class _Captured:
     """A graph and the tensors at its fixed addresses."""
@@ -127,12 +122,14 @@ class PassGraphs:
         """
         self._begin()
 
-    def run(self, kind: str, inputs: Inputs, labels: torch.Tensor, tokens: float) -> torch.Tensor:
+    def run(
+        self, attention: str, inputs: Inputs, labels: torch.Tensor, tokens: float
+    ) -> torch.Tensor:
         """Run one pass and leave its gradients, added to those of the step's earlier passes.
 
         Args:
-            kind: tells passes apart that run different kernels or have other inputs, such as the
-                attention with documents or without.
+            attention: tells passes apart that run different kernels. Those with documents among
+                their inputs and those without are of different kinds too.
             inputs, labels: the microbatch, on any device, of one shape for each kind until
                 ``forget``.
             tokens: the number that the summed loss is divided by.
@@ -144,6 +141,7 @@ class PassGraphs:
             ValueError: the microbatch has another shape than that of the graph.
             RuntimeError: a pass cannot be captured.
         """
+        kind = f"masked {attention}" if DOCUMENTS in inputs else attention
         key = kind, all(parameter.grad is None for parameter in self._parameters)
         # A further pass adds to gradients at fixed addresses, which are those of a first graph.
         first = None if key[1] else self._writer()
