@@ -21,7 +21,7 @@ from .gather import pool_gather
 from .geometry import PyramidGeometry
 from .implementation import (
     IMPLEMENTATIONS,
-    choose_for_documents,
+    check_for_documents,
     choose_implementation,
     kernels,
 )
@@ -71,8 +71,7 @@ def lighthouse_attention(
             operations do so.
         documents: int32 or int64 [B, N], for each position the first position of its document, a
             multiple of p^(L-1) (``docs/documents.md``). No document sees another. ``sdpa`` must be
-            left out; ``selection`` must be one for these documents. "torch" is the default with
-            them so far, on GPUs too.
+            left out; ``selection`` must be one for these documents.
         most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
@@ -89,7 +88,7 @@ def lighthouse_attention(
     _check_window(config, sdpa, context_parallel)
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     chunks = context_parallel.chunks
-    impl = choose_for_documents(impl, documents, IMPLEMENTATIONS, chunks)
+    check_for_documents(impl, documents, IMPLEMENTATIONS, chunks)
     check_most_documents(most_documents)
     if documents is not None:
         check_documents(documents, q, config.coarsest_span)

@@ -18,9 +18,6 @@ except ModuleNotFoundError as missing:
 
 IMPLEMENTATIONS = ("triton", "torch")
 WINDOW_IMPLEMENTATIONS = ("flash4", "flash", "torch")
-# What runs with documents where ``impl`` is None. None would leave that to the tensors, as without
-# documents.
-DEFAULT_WITH_DOCUMENTS: str | None = "torch"
 
 
 def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
@@ -33,22 +30,22 @@ def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
         raise ValueError(f"impl must be one of {', '.join(known)}, got impl = {impl!r}")
 
 
-def choose_for_documents(
+def check_for_documents(
     impl: str | None, documents: torch.Tensor | None, known: tuple[str, ...], chunks: int
-) -> str | None:
-    """``impl``, or ``DEFAULT_WITH_DOCUMENTS`` where there are documents and ``impl`` is None.
+) -> None:
+    """Check that ``impl`` is known, and takes documents where there are some.
 
     Args:
         known: the names that ``impl`` may have.
         chunks: chunks that context parallelism cuts the sequence into.
 
     Raises:
-        ValueError: documents come with context parallelism or with an ``impl`` that does not know
-            them.
+        ValueError: ``impl`` is not known; or documents come with context parallelism or with an
+            ``impl`` that does not know them.
     """
     check_implementation(impl, known)
     if documents is None:
-        return impl
+        return
     if chunks > 1:
         raise ValueError(
             f"documents are not supported yet under context parallelism, got {chunks} chunks; "
@@ -59,7 +56,6 @@ def choose_for_documents(
             f'documents are not supported yet by impl = {impl!r}; pass impl="flash", or leave '
             "documents out"
         )
-    return impl or DEFAULT_WITH_DOCUMENTS
 
 
 def layout_for(

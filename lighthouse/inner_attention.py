@@ -10,7 +10,7 @@ from torch import nn
 
 from .context_parallel import ONE_DEVICE
 from .dense_attention import document_attention
-from .implementation import check_implementation, choose_for_documents
+from .implementation import check_for_documents, check_implementation
 
 
 class StockAttention(nn.Module):
@@ -106,7 +106,7 @@ class InnerAttention(nn.Module):
         check_call(self.name, q, k, enable_gqa, is_causal)
         if not self.enabled:
             assert documents is not None
-            choose_for_documents(None, documents, (), self.context_parallel.chunks)
+            check_for_documents(None, documents, (), self.context_parallel.chunks)
             return document_attention(
                 q, k, v, documents, scale=scale, most_documents=most_documents
             )

@@ -16,7 +16,7 @@ from .documents import Shares, check_documents, shares
 from .geometry import PyramidGeometry
 from .implementation import (
     IMPLEMENTATIONS,
-    choose_for_documents,
+    check_for_documents,
     choose_implementation,
     kernels,
 )
@@ -66,7 +66,7 @@ def select(
             ``documents`` are no layout, or come with context parallelism.
     """
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
-    impl = choose_for_documents(impl, documents, IMPLEMENTATIONS, context_parallel.chunks)
+    check_for_documents(impl, documents, IMPLEMENTATIONS, context_parallel.chunks)
     if documents is not None:
         check_documents(documents, q, config.coarsest_span)
     if choose_implementation(impl, q) == "triton":

@@ -22,7 +22,7 @@ from .documents import check_documents, check_most_documents
 from .halo import window_in_chunks
 from .implementation import (
     WINDOW_IMPLEMENTATIONS,
-    choose_for_documents,
+    check_for_documents,
     choose_window_implementation,
     layout_for,
     operations_by,
@@ -130,8 +130,8 @@ def window_attention(
         context_parallel: the chunks on this rank, when N is only its part of the sequence. The
             W - 1 keys and values before each chunk come from the rank that holds them.
         documents: int32 or int64 [B, N], for each position the first position of its document,
-            before which it sees nothing. "flash4" does not know documents. "torch" is the default
-            with them so far, on GPUs too.
+            before which it sees nothing. "flash4" does not know documents, and is not the default
+            with them.
         most_documents: documents that the batch has at most, as in ``document_attention``; only
             "flash" asks.
 
@@ -151,7 +151,7 @@ def window_attention(
     check_rows(q, k, v)
     check_window(window)
     chunks = context_parallel.chunks
-    impl = choose_for_documents(impl, documents, WINDOW_IMPLEMENTATIONS, chunks)
+    check_for_documents(impl, documents, WINDOW_IMPLEMENTATIONS, chunks)
     if documents is not None:
         check_documents(documents, q)
     check_most_documents(most_documents)

@@ -13,6 +13,9 @@ those of vectorised PyTorch by half; and the difference of a step's losses by bo
 forward, loss and backward of one sequence with checkpointing of mode "lighthouse", without an
 optimizer and without a loader.
 
+Documents are always given to attention here. Training leaves them out where each row of a
+microbatch is one document, and such a row takes the time of "no masks".
+
     TRITON_INTERPRET=1 python scripts/benchmarks/documents.py --on-cpu
 
 tries the script out without a GPU: its sizes are small, and its times mean nothing.

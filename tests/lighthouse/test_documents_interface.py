@@ -1,5 +1,6 @@
 """Documents under a compiler, in modules and on GPUs, and messages."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -161,6 +162,27 @@ def test_on_a_gpu_no_document_sees_another_and_nothing_waits(
     rounded = document_attention(*inputs, documents, most_documents=2 * n // span)
     bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
     assert relative_error(rounded.cpu(), exact) < bound
+
+
+@pytest.mark.parametrize("module", ["attention", "selection", "window"])
+def test_tensors_choose_the_implementation(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With documents as without: the kernels on GPUs, unless ``impl`` says otherwise."""
+    chooser = "choose_window_implementation" if module == "window" else "choose_implementation"
+    file, asked = sys.modules[f"lighthouse.{module}"], []
+    choose = getattr(file, chooser)
+    monkeypatch.setattr(file, chooser, lambda *x: asked.append(x) or choose(*x))
+    inputs = [torch.randn(1, 2, 64, 8) for _ in range(3)]
+    config = LighthouseConfig(3, 2, 8, picks_per_stratum=4)
+    attend = {
+        "attention": lambda **x: lighthouse_attention(*inputs, config, **x),
+        "selection": lambda **x: select(*inputs, config, **x),
+        "window": lambda **x: window_attention(*inputs, 5, **x),
+    }[module]
+    documents = random_layout(1, 64, 4, torch.Generator().manual_seed(0))
+    for options in ({}, {"documents": documents}, {"documents": documents, "impl": "torch"}):
+        attend(**options)
+    assert [impl for impl, *_ in asked] == [None, None, "torch"]
+    assert all(q is inputs[0] for _, q, *_ in asked)
 
 
 def test_messages() -> None:

@@ -1,11 +1,13 @@
 """A training process that tests can watch and disturb. ``launch.py`` starts it.
 
 Every step appends one JSON line to ``RECORD_FILE``-rank: the step, the stage, losses and gradient
-norm as exact hexadecimal floats, and a hash of each microbatch. Environment variables change what
-it does: ``TRAINER=upstream`` runs torchtitan's own trainer and model on the same data,
-``NAN_AT=step,rank`` makes one loss NaN, ``ANY_DEVICE=1`` skips the check for a GPU, and ``LATE=1``
-lets verdicts travel as they do from a GPU, so that the trainer reads them as late as it can. A step
-that logs nothing repeats the losses and the norm of the last one that did.
+norm as exact hexadecimal floats, and a hash of each microbatch. With documents, the line also says
+of each microbatch which rows hold several, and of each call of the model whether it was given them.
+Environment variables change what it does: ``TRAINER=upstream`` runs torchtitan's own trainer and
+model on the same data, ``NAN_AT=step,rank`` makes one loss NaN, ``ANY_DEVICE=1`` skips the check
+for a GPU, and ``LATE=1`` lets verdicts travel as they do from a GPU, so that the trainer reads them
+as late as it can. A step that logs nothing repeats the losses and the norm of the last one that
+did.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ import torch
 
 from torchtitan.models.llama3_lighthouse import baseline
 from torchtitan.models.llama3_lighthouse import train as lighthouse_train
+from torchtitan.models.llama3_lighthouse.data.documents import DOCUMENTS
 from torchtitan.models.llama3_lighthouse.errors import NonFiniteError
 from torchtitan.models.llama3_lighthouse.verdict import Verdict
 
@@ -39,10 +42,13 @@ class Recording:
         self, data_iterable: Iterable
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         self.batches: list[str] = []
+        self.rows: list[list[bool]] = []
         for input_dict, labels in super().batch_generator(data_iterable):
             digest = hashlib.sha256(input_dict["input"].numpy().tobytes())
             digest.update(labels.numpy().tobytes())
             self.batches.append(digest.hexdigest())
+            if DOCUMENTS in input_dict:
+                self.rows.append(input_dict[DOCUMENTS].bool().any(dim=1).tolist())
             yield input_dict, labels
 
     def forward_backward_step(self, **arguments: Any) -> torch.Tensor:
@@ -81,7 +87,8 @@ class Recording:
         self.metrics_processor.log = log
         stage = getattr(self, "stage", "upstream")
         record = {"step": self.step, "stage": stage, "batches": self.batches, **self.logged}
-        self.batches = []
+        record |= {"rows": self.rows, "masked": getattr(self, "masked", [])}
+        self.batches, self.rows, self.masked = [], [], []
         record["unread"] = getattr(getattr(self, "verdicts", None), "unread", None) is not None
         record["pid"] = os.getpid()
         with open(f"{os.environ['RECORD_FILE']}-{RANK}", "a") as file:
@@ -96,7 +103,12 @@ class Recording:
 
 
 class RecordingLighthouseTrainer(Recording, lighthouse_train.LighthouseTrainer):
-    pass
+    masked: list[bool] = []
+
+    def post_dataloading_process(self, *batch: Any) -> Any:
+        found = super().post_dataloading_process(*batch)
+        self.masked.append("attention_masks" in found[3])
+        return found
 
 
 class RecordingUpstreamTrainer(Recording, upstream_train.Trainer):

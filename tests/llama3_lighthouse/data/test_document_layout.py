@@ -19,12 +19,14 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from lighthouse.documents import check_layout
+from torchtitan.models.llama3_lighthouse import validate
 from torchtitan.models.llama3_lighthouse.data.documents import (
     DocumentLayout,
     document_span,
     layout_of,
     model_options,
     most_documents,
+    without_idle_masks,
 )
 from torchtitan.models.llama3_lighthouse.data.packing import (
     build_dataloader,
@@ -277,6 +279,41 @@ def test_validation_has_masks_and_evaluations_have_none(folder: Path) -> None:
 
     inputs, labels = next(iter(loader(job, build=whole)))
     assert list(inputs) == ["input"] and (labels != IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_has_no_masks_if_each_row_is_one_document(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 320, (2, 64), generator=generator)
+    one = torch.zeros(2, 64, dtype=torch.int32)
+    several = one.clone()
+    begin = int(torch.randint(1, 64, (), generator=generator))
+    several[seed % 2, begin:] = begin
+    found = without_idle_masks({"input": tokens, "documents": one})
+    assert list(found) == ["input"] and found["input"] is tokens
+    kept = {"input": tokens, "documents": several}
+    assert without_idle_masks(kept) is kept and list(kept) == ["input", "documents"]
+    without = {"input": tokens}
+    assert without_idle_masks(without) is without
+
+
+def test_validation_gives_masks_where_a_row_holds_several_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["x" * (150 if n % 3 else 20) for n in range(20)]
+    job = masked(write_jsonl(tmp_path, {"train.jsonl": texts, "validation.jsonl": texts}))
+    validator = validate.LighthouseValidator.__new__(validate.LighthouseValidator)
+    validator.job_config, validator.batch_mesh = job, None
+    job.validation.steps = 8
+    validator._build_dataloader = lambda: loader(job, build=build_validation_dataloader)
+    monkeypatch.setattr(validate, "device_type", "cpu")
+    several = [
+        bool(inputs["documents"].any())
+        for inputs, _ in itertools.islice(validator._build_dataloader(), job.validation.steps)
+    ]
+    given = [options for *_, options in validator._batches()]
+    assert ["attention_masks" in options for options in given] == several
+    assert set(several) == {False, True}
 
 
 def test_settings_of_a_layout() -> None:

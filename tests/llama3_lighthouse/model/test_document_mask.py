@@ -12,7 +12,11 @@ from torchtitan.components.loss import IGNORE_INDEX
 
 from lighthouse.documents import gathered_documents
 from lighthouse.geometry import PyramidGeometry
-from torchtitan.models.llama3_lighthouse.data.documents import DocumentLayout, model_options
+from torchtitan.models.llama3_lighthouse.data.documents import (
+    DocumentLayout,
+    model_options,
+    without_idle_masks,
+)
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
     DOCUMENTS,
     SELECTION,
@@ -130,12 +134,22 @@ def test_a_document_is_as_if_alone(stage: str) -> None:
                 torch.testing.assert_close(packed[row, place], alone[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("positions", ["run_on", "restart"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_document_changes_nothing(stage: str) -> None:
+def test_one_document_changes_nothing(stage: str, positions: str) -> None:
+    """Neither loss nor gradients, so training leaves the masks out."""
     tokens, model = drawn(5)[0], model_of(stage)
-    with torch.no_grad():
-        found = model(tokens, attention_masks=torch.zeros(2, N, dtype=torch.int32))
-        assert torch.equal(found, model(tokens))
+    given = {"input": tokens, "documents": torch.zeros(2, N, dtype=torch.int32)}
+    results = []
+    for inputs in (given, without_idle_masks(given)):
+        options = model_options(inputs.get("documents"), Lighthouse(document_positions=positions))
+        assert bool(options) == (inputs is given)
+        model.zero_grad()
+        logits = model(inputs["input"], **options)
+        cross_entropy(logits.flatten(0, 1)[:-1], tokens.flatten()[1:]).backward()
+        results.append([logits.detach(), *(x.grad.clone() for x in model.parameters())])
+    for with_masks, without in zip(*results, strict=True):
+        torch.testing.assert_close(with_masks, without, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -10,7 +10,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
 from lighthouse.geometry import PyramidGeometry
-from lighthouse.implementation import DEFAULT_WITH_DOCUMENTS, choose_window_implementation
+from lighthouse.implementation import choose_window_implementation
 from lighthouse.window import window_pairs
 
 from .checks.parallelism import layout_on_rank_0, precision_key
@@ -350,9 +350,12 @@ def what_runs(
         return runs
     dtype = TORCH_DTYPE_MAP[getattr(config.training, precision_key(config, world_size))]
     head = torch.empty(1, 1, 1, args.head_dim, dtype=dtype, device=device)
-    documents = config.training.document_mask
-    impl = DEFAULT_WITH_DOCUMENTS if documents else None
-    return f"{runs}, by {WINDOW_KERNELS[choose_window_implementation(impl, head, documents)]}"
+    by = WINDOW_KERNELS[choose_window_implementation(None, head)]
+    if not config.training.document_mask:
+        return f"{runs}, by {by}"
+    masked = WINDOW_KERNELS[choose_window_implementation(None, head, with_documents=True)]
+    beside = f", and by {by} where each sequence is one document" if by != masked else ""
+    return f"{runs}, by {masked}{beside}"
 
 
 def _command() -> str:

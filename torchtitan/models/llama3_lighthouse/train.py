@@ -25,7 +25,7 @@ from .checks.configuration import check_launch
 from .checks.parallelism import check_device
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
-from .data.documents import DOCUMENTS, model_options
+from .data.documents import DOCUMENTS, model_options, without_idle_masks
 from .data.staged import StagedDataloader
 from .description import describe, ending, output_line, what_runs
 from .document_statistics import Batch, DocumentStatistics
@@ -191,6 +191,7 @@ class LighthouseTrainer(upstream.Trainer):
             self.checkpointer.last_lighthouse_step = self.step
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         self.documents.count(microbatches)
+        microbatches = [(without_idle_masks(inputs), labels) for inputs, labels in microbatches]
         if self._records_selections(self.step):
             self._train_between_selections(microbatches)
         else:

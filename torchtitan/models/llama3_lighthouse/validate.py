@@ -17,7 +17,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from .console import duration
-from .data.documents import DOCUMENTS, model_options
+from .data.documents import DOCUMENTS, model_options, without_idle_masks
 from .data.packing import build_validation_dataloader
 from .errors import UserValueError
 from .infra.context_parallel import held_batch
@@ -88,7 +88,8 @@ class LighthouseValidator(BaseValidator):
             if dist_utils.dist_max(missing, self.batch_mesh) > 0:
                 return
             assert batch is not None
-            inputs = {name: x.to(device_type) for name, x in batch[0].items()}
+            found = without_idle_masks(batch[0])
+            inputs = {name: x.to(device_type) for name, x in found.items()}
             options = model_options(inputs.get(DOCUMENTS), self.job_config.lighthouse)
             yield inputs["input"], batch[1].to(device_type), options
             steps += 1

@@ -1,6 +1,4 @@
-"""Checks of ``training.document_mask`` with other keys, and the warnings that it brings."""
-
-from lighthouse.implementation import DEFAULT_WITH_DOCUMENTS
+"""Checks of ``training.document_mask`` with other keys."""
 
 from ..data.documents import document_span
 from ..errors import UserValueError
@@ -38,16 +36,3 @@ def check_documents(stage: Stage) -> None:
             f"up to {zeros:,} positions at the beginning of each document would attend over "
             f"nothing; pass --lighthouse.window 512 --lighthouse.combine finest, {OFF}"
         )
-
-
-def document_warnings(stage: Stage) -> list[str]:
-    """Warnings of what documents cost in a stage, one line each."""
-    if not stage.config.training.document_mask or stage.attention == "dense":
-        return []
-    if DEFAULT_WITH_DOCUMENTS != "torch":
-        return []
-    return [
-        f"{KEY} = true with lighthouse.attention = '{stage.config.lighthouse.attention}': on GPUs "
-        "vectorised PyTorch computes it, several times slower than the kernels, which are not "
-        "the choice with documents yet; dense attention has a fast kernel"
-    ]

@@ -12,7 +12,6 @@ from ..checkpoints.model_folder import model_arguments_of, model_folder
 from ..job_config import JobConfig, leaves
 from ..model.rope_scaling import LENGTH
 from ..stages import distinct_stages, named, stages_of
-from .documents import document_warnings
 from .parallelism import precision_key, running_window
 from .rules import shown
 
@@ -99,7 +98,6 @@ def warnings_of(config: JobConfig, world_size: int) -> list[str]:
     found = [*_unused(config), *_folder(config), *_yarn(config), *_stages(config)]
     for stage in distinct_stages(config):
         found += [f"{named(stage)}{line}" for line in _window(stage.config, world_size)]
-        found += [f"{named(stage)}{line}" for line in document_warnings(stage)]
     return found
 
 

@@ -29,9 +29,10 @@ from .cpu import use_sum_reductions
 from .offload import LayerInputOffload
 
 # One block compiles to six graphs: dense, Lighthouse, and Lighthouse switched to dense attention,
-# each in training and in validation, and to as many for each further stage of a schedule. Dynamo's
-# limit of 8 leaves too little room.
-RECOMPILE_LIMIT = 32
+# each in training and in validation, and to as many for each further stage of a schedule. With
+# ``training.document_mask`` these are twice as many, because sequences of one document run without
+# masks. Dynamo's limit of 8 leaves too little room.
+RECOMPILE_LIMIT = 64
 
 
 def parallelize_lighthouse(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torchtitan.tools.logging import logger
 
+from ..data.documents import DOCUMENTS
 from ..job_config import JobConfig
 
 GIB = 2**30
@@ -72,6 +73,8 @@ class PassGraphs:
     """Runs passes, each kind as a graph once it has run ``EAGER_PASSES`` times without one.
 
     The first pass of a step writes gradients and the others add to them, so these are two graphs.
+    The passes of a step may be of several kinds. Each kind's first graph writes to addresses of its
+    own, so a kind has a further graph for each kind that a step began with.
 
     Args:
         forward_backward: one pass, launched kernel by kernel.
@@ -90,7 +93,8 @@ class PassGraphs:
         # Autograd adds gradients on the stream of the pass that first met a parameter. Passes
         # before the capture therefore run on the stream of the capture.
         self._stream = self._new_stream()
-        self._graphs: dict[tuple[str, bool], _Captured] = {}
+        # By the kind of the pass, and by that of the step's first pass if this is a further one.
+        self._graphs: dict[tuple[str, str | None], _Captured] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -102,10 +106,12 @@ class PassGraphs:
             captured.graph.reset()
         self._graphs, self.held = {}, 0
         self._eager_passes: Counter[tuple[str, bool]] = Counter()
-        # Bytes that a pass without a graph takes at its peak.
+        # Bytes that a pass without a graph takes at its peak, gradients left out.
         self._needed: dict[tuple[str, bool], int] = {}
         # Kinds of passes whose graph the memory has no room for.
         self._without: set[tuple[str, bool]] = set()
+        # Graphs share memory. A replay may write over what a graph captured later holds, so the
+        # graph of a further pass is captured after the one that its step begins with.
         self._pool = self._new_pool()
         self._empty_cache()
 
@@ -116,12 +122,16 @@ class PassGraphs:
         """
         self._begin()
 
-    def run(self, kind: str, inputs: Inputs, labels: torch.Tensor, tokens: float) -> torch.Tensor:
+    def run(
+        self, attention: str, inputs: Inputs, labels: torch.Tensor, tokens: float
+    ) -> torch.Tensor:
         """Run one pass and leave its gradients, added to those of the step's earlier passes.
 
         Args:
-            kind: tells passes apart that run different kernels, such as the attention.
-            inputs, labels: the microbatch, on any device, of one shape until ``forget``.
+            attention: tells passes apart that run different kernels. Those with documents among
+                their inputs and those without are of different kinds too.
+            inputs, labels: the microbatch, on any device, of one shape for each kind until
+                ``forget``.
             tokens: the number that the summed loss is divided by.
 
         Returns:
@@ -131,12 +141,16 @@ class PassGraphs:
             ValueError: the microbatch has another shape than that of the graph.
             RuntimeError: a pass cannot be captured.
         """
+        kind = f"masked {attention}" if DOCUMENTS in inputs else attention
         key = kind, all(parameter.grad is None for parameter in self._parameters)
+        # A further pass adds to gradients at fixed addresses, which are those of a first graph.
+        first = None if key[1] else self._writer()
         self._tokens.fill_(tokens)
-        if key not in self._graphs and self._is_due(key):
-            self._capture(key, inputs, labels)
-        if key in self._graphs:
-            return self._replay(self._graphs[key], inputs, labels)
+        if key[1] or first is not None:
+            if (kind, first) not in self._graphs and self._is_due(key):
+                self._capture((kind, first), inputs, labels)
+            if (kind, first) in self._graphs:
+                return self._replay(self._graphs[kind, first], inputs, labels)
         self._eager_passes[key] += 1
         work = partial(self._forward_backward, inputs, labels, self._tokens)
         with self._on_stream():
@@ -145,15 +159,22 @@ class PassGraphs:
             loss, self._needed[key] = self._with_peak(work)
         return loss
 
+    def _writer(self) -> str | None:
+        """The kind whose first graph wrote the present gradients; None if it ran without one."""
+        for (kind, first), captured in self._graphs.items():
+            pairs = zip(self._parameters, captured.gradients, strict=True)
+            if first is None and all(parameter.grad is gradient for parameter, gradient in pairs):
+                return kind
+        return None
+
     def _is_due(self, key: tuple[str, bool]) -> bool:
         if key in self._without or self._eager_passes[key] < EAGER_PASSES:
             return False
-        kind, is_first = key
-        # A further pass adds to gradients at fixed addresses, which are those of the first graph.
-        if not is_first and (kind, True) not in self._graphs:
-            return False
-        needed = self._needed[key]
-        if self._free() >= needed + max(0, needed - self.held):
+        needed, gradients = self._needed[key], 0
+        # A first graph keeps gradients of its own, and those of a pass without a graph lie beside.
+        if key[1]:
+            gradients = 2 * sum(x.numel() * x.element_size() for x in self._parameters)
+        if self._free() >= needed + max(0, needed - self.held) + gradients:
             return True
         self._go_without(
             key,
@@ -187,8 +208,9 @@ class PassGraphs:
             parameter.grad = gradient
         return captured.loss.clone()
 
-    def _capture(self, key: tuple[str, bool], inputs: Inputs, labels: torch.Tensor) -> None:
+    def _capture(self, key: tuple[str, str | None], inputs: Inputs, labels: torch.Tensor) -> None:
         """Capture a pass, which runs nothing; without the memory for it, say so and go on."""
+        kind, first = key
         start, device = time.perf_counter(), self._tokens.device
         fixed = {name: x.to(device, copy=True) for name, x in inputs.items()}
         fixed_labels = labels.to(device, copy=True)
@@ -206,13 +228,12 @@ class PassGraphs:
                     "--lighthouse.no-cuda_graphs to launch their kernels one by one"
                 ) from error
             self._empty_cache()
-            self._go_without(key, "its capture ran out of memory")
+            self._go_without((kind, first is None), "its capture ran out of memory")
             return
         self.held = max(self.held, held)
         gradients = [parameter.grad for parameter in self._parameters]
         self._graphs[key] = _Captured(graph, fixed, fixed_labels, loss, gradients)
-        kind, is_first = key
-        if is_first:
+        if first is None:
             logger.info(
                 f"Steps under {kind} attention replay a CUDA graph from here on, captured in "
                 f"{time.perf_counter() - start:.1f} s"
