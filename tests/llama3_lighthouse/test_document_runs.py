@@ -161,11 +161,10 @@ def test_meshes_and_positions_train_alike(
     if "parallelism.data_parallel_shard_degree" not in mesh:
         expected = validation_losses(one_process)
         assert validation_losses(run) == pytest.approx(expected, rel=2e-5) and expected
-    # Some microbatches have masks and some have not, also at once on two ranks.
-    masked = [[line["masked"] for line in run.steps(rank).values()] for rank in range(processes)]
-    assert {x for line in sum(masked, []) for x in line} == {False, True}
-    if "parallelism.data_parallel_shard_degree" in mesh:
-        assert masked[0] != masked[1]
+    # Some microbatches have masks and some have not, unless ranks read other text.
+    lines = [line for rank in range(processes) for line in run.steps(rank).values()]
+    several = {True} if "parallelism.data_parallel_shard_degree" in mesh else {False, True}
+    assert {x for line in lines for x in line["masked"]} == several
     one, two = (list(read_metrics(x.log_file.parent / "dump").values()) for x in (one_process, run))
     for key in ("lighthouse/documents", "lighthouse/padding_share"):
         values = [x[key] for x in one]

@@ -289,12 +289,15 @@ def test_a_batch_has_no_masks_if_each_row_is_one_document(seed: int) -> None:
     several = one.clone()
     begin = int(torch.randint(1, 64, (), generator=generator))
     several[seed % 2, begin:] = begin
-    found = without_idle_masks({"input": tokens, "documents": one})
+    idle = {"input": tokens, "documents": one}
+    found = without_idle_masks(idle, None)
     assert list(found) == ["input"] and found["input"] is tokens
     kept = {"input": tokens, "documents": several}
-    assert without_idle_masks(kept) is kept and list(kept) == ["input", "documents"]
+    assert without_idle_masks(kept, None) is kept and list(kept) == ["input", "documents"]
     without = {"input": tokens}
-    assert without_idle_masks(without) is without
+    assert without_idle_masks(without, None) is without
+    other_ranks: Any = object()
+    assert without_idle_masks(idle, other_ranks) is idle and list(idle) == ["input", "documents"]
 
 
 def test_validation_gives_masks_where_a_row_holds_several_documents(

@@ -191,7 +191,8 @@ class LighthouseTrainer(upstream.Trainer):
             self.checkpointer.last_lighthouse_step = self.step
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         self.documents.count(microbatches)
-        microbatches = [(without_idle_masks(inputs), labels) for inputs, labels in microbatches]
+        mesh = self.parallel_dims.get_optional_mesh("batch")
+        microbatches = [(without_idle_masks(x, mesh), labels) for x, labels in microbatches]
         if self._records_selections(self.step):
             self._train_between_selections(microbatches)
         else:

@@ -88,7 +88,7 @@ class LighthouseValidator(BaseValidator):
             if dist_utils.dist_max(missing, self.batch_mesh) > 0:
                 return
             assert batch is not None
-            found = without_idle_masks(batch[0])
+            found = without_idle_masks(batch[0], self.batch_mesh)
             inputs = {name: x.to(device_type) for name, x in found.items()}
             options = model_options(inputs.get(DOCUMENTS), self.job_config.lighthouse)
             yield inputs["input"], batch[1].to(device_type), options

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.components.loss import IGNORE_INDEX
 
 from lighthouse.documents import check_layout
@@ -134,7 +135,9 @@ def layout_lines(config: JobConfig) -> list[str]:
     ]
 
 
-def without_idle_masks(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_idle_masks(
+    inputs: dict[str, torch.Tensor], batch_mesh: DeviceMesh | None
+) -> dict[str, torch.Tensor]:
     """``inputs`` without their documents if each row is one document, where masks change nothing.
 
     The kernels without masks are faster. Call it before the copy to the device: reading the layout
@@ -142,9 +145,11 @@ def without_idle_masks(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
     Args:
         inputs: a microbatch of a loader, on the CPU.
+        batch_mesh: the ranks that read other text. With such ranks the documents stay: a step is as
+            slow as the slowest of them, and one that compiles late in a run would let all wait.
     """
     # A row that is one document has 0 everywhere.
-    if DOCUMENTS not in inputs or inputs[DOCUMENTS].any():
+    if batch_mesh is not None or DOCUMENTS not in inputs or inputs[DOCUMENTS].any():
         return inputs
     return {name: x for name, x in inputs.items() if name != DOCUMENTS}
 
