@@ -44,7 +44,9 @@ class _ScatterBack(torch.autograd.Function):
                 reach = torch.where(takes_seam, seam[:, :, level - 1 : level].to(dtype), reach)
             total = reach if total is None else total + reach
         assert total is not None
-        return total.to(rows.dtype)
+        # Compiled by torch 2.11, a forward that returns another name of a tensor, as .to would
+        # here, has gradients of zero: https://github.com/pytorch/pytorch/issues/180642.
+        return total if total.dtype == rows.dtype else total.to(rows.dtype)
 
     @staticmethod
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.

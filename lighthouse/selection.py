@@ -5,7 +5,6 @@ length, P pyramid length, T strata, m picks per stratum, C candidates of a strat
 rank.
 """
 
-from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +108,9 @@ def select_entries(
     """
     # Selection has no gradient. Detached inputs keep it out of the autograd graph as well.
     rows = q.detach(), k.detach(), v.detach()
-    return Selection(*_select(*rows, documents, *astuple(geometry.config)))
+    # Not by dataclasses.astuple, which copies deeply on Python 3.11: torch 2.11 cannot trace that.
+    settings = [getattr(geometry.config, name) for name in TYPES]
+    return Selection(*_select(*rows, documents, *settings))
 
 
 # An operation cannot take a LighthouseConfig. It takes the settings one by one, in the order of
