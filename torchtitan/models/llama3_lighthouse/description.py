@@ -300,6 +300,7 @@ def memory_estimate(
             tokens // dims.pp,
             config.activation_checkpoint,
             attention,
+            dims.cp,
         )
     return found
 
