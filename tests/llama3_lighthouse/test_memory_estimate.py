@@ -103,7 +103,8 @@ def on_two_h200(attention: str, window: int, gpus: int, reserved: float) -> Peak
 
 
 LONGEST = "--lighthouse.levels 4 --activation_checkpoint.offload_inputs"
-# Measured on two H200 at revision da349ae, with torch's flash attention over the window.
+# Measured on two H200, with torch's flash attention over the window:
+# docs/benchmarks/history/context_parallel_ecd02e5.json.
 PEAKS = {
     "`270M`, 196,608 tokens, window of 256": on_two_h200("lighthouse", 256, 1, 51.98),
     "the same on two GPUs": on_two_h200("lighthouse", 256, 2, 27.70),
