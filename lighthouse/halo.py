@@ -90,6 +90,7 @@ def gradients_of_seams(
     crossing = (*dseams, *dhalo) if dhalo[0].shape[2] else tuple(dseams)
     came = layout.send(*crossing, step=-1) if crossing else ()
     halo = came[len(dseams) :]
+    # Not strict=bool(halo): torch 2.11 cannot trace bool of a list.
     if halo:
         for rows, part in zip(onto, halo, strict=True):
             torch.ops.lighthouse.add_to_last_rows(rows, part)

@@ -5,10 +5,14 @@ import math
 import re
 import statistics
 
+import pandas
 from contest_records import between, difference, results_of, with_half
 from pages import DOCS, words
 
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
+
 RETURNED = "repeated/16384/loss"
+FOLDER = DOCS / "studies/results/contest_distance_17m"
 
 
 def test_page_of_the_contest_on_books_is_its_record() -> None:
@@ -42,16 +46,19 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
     def values(arm: str, measure: str) -> list[float]:
         return [results.value(arm, seed, measure) for seed in seeds]
 
-    rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 7, page)
+    rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 8, page)
     assert len(rows) == len(results.contest.arms) == 6
     means = {arm: statistics.fmean(values(arm, RETURNED)) for arm, *_ in rows}
     assert list(means) == sorted(means, key=means.__getitem__)
-    for arm, trained, tokens, rate, returned, gain, loss, seconds in rows:
+    times = pandas.read_csv(FOLDER / "times.csv").set_index(["arm", "kind"])["GPU seconds"]
+    for arm, trained, tokens, rate, returned, gain, loss, seconds, dense in rows:
         own = runs[(runs.arm == arm) & (runs.stage == "seeds")]
         assert tokens == f"{own.tokens.iloc[0] / 1e6:.1f}M"
         assert float(rate) == own.rate.iloc[0]
-        steps = json.loads(own["steps by kind"].iloc[0]).values()
-        assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps)
+        steps = json.loads(own["steps by kind"].iloc[0])
+        assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
+        kind, number = list(steps.items())[-1]
+        assert kind.endswith("dense") and dense == f"{times[arm, kind] * number:.1f}"
         assert returned == with_half(values(arm, RETURNED))
         assert gain == f"{statistics.fmean(values(arm, 'repeated/16384')):.3f}"
         assert loss == with_half(values(arm, "loss"))
@@ -60,22 +67,38 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
         ("lighthouse", "dense", RETURNED, "is behind: "),
         ("lighthouse", "short_then_long", RETURNED, "dense training and "),
         ("lighthouse", "window", RETURNED, "It is "),
-        ("lighthouse", "published", RETURNED, "a window alone and "),
+        ("lighthouse", "published", RETURNED, "a window of 256 alone and "),
         ("lighthouse_half", "lighthouse", RETURNED, "lowers the measure by "),
-        ("lighthouse_half", "short_then_long", "loss", "Its held-out loss is "),
+        ("lighthouse_half", "short_then_long", "loss", "`lighthouse_half` ends "),
     ):
         mean, low, high = difference("distance_17m", arm, control, measure)
         assert f"{verb}{abs(mean):.3f} nats {between(low, high)}" in page
     mean, low, high = difference("distance_17m", "lighthouse_half", "short_then_long", RETURNED)
     assert f"({-mean:.3f} below; {-low:.3f} below to {high:.3f} above)" in page
-    ahead = results.differences("lighthouse_half", "short_then_long", "loss")
-    assert len(ahead) == 6 and max(ahead) < 0
-    half = "lighthouse_half"
-    mean, low, high = difference("distance_17m", half, "dense", "loss")
-    assert f"{-mean:.3f} below ({-low:.3f} below to {high:.3f} above)" in page
+    # Not among the comparisons of the file, so its interval stands by itself.
+    gaps = results.differences("lighthouse_half", "dense", RETURNED)
+    found = t_interval(gaps, 0.95)
+    assert found.low is not None and found.high is not None
+    assert f"{-found.mean:.3f} below ({-found.low:.3f} below to {found.high:.3f} above)" in page
+    assert f"{statistics.fmean(gaps[1:]):.3f} above without seed 1" in page
+    for control in ("dense", "short_then_long"):
+        gaps = results.differences("lighthouse", control, RETURNED)
+        assert f"{statistics.fmean([gaps[2], gaps[3], gaps[5]]):.3f} above `{control}`" in page
     chosen = runs[(runs.arm == "published") & (runs.stage == "seeds")].rate
     assert set(chosen) == {min(results.contest.arms["published"].rates)}
-    found = [statistics.fmean(values(arm, "retrieval/passkey/32768")) for arm in means]
+    shares = [statistics.fmean(values(arm, "retrieval/passkey/32768")) for arm in means]
     assert "`dense` finds 31%, `short_then_long` 25%, `lighthouse_half` 24%" in page
-    assert [f"{x:.0%}" for x in found] == ["24%", "31%", "25%", "13%", "12%", "12%"]
+    assert [f"{x:.0%}" for x in shares] == ["24%", "31%", "25%", "13%", "12%", "12%"]
     assert max(statistics.fmean(values(arm, "beyond/8192")) for arm in means) < 0.011
+    # Rates are those of the seeds that chose them.
+    rates = pandas.read_csv(FOLDER / "measures.csv").query("stage == 'rates' and measure == 'loss'")
+    losses = rates.groupby(["arm", "rate", "seed"]).value.mean()
+    gaps = losses["lighthouse_half"] - losses["short_then_long"]
+    assert f"from {-gaps.min():.3f} below to {gaps.max():.3f} above" in page
+    means = losses.groupby(["arm", "rate"]).mean().unstack()
+    rising = [arm for arm in means.index if means.loc[arm].is_monotonic_increasing]
+    assert set(means.index) - set(rising) == {"window"}
+    curves = pandas.read_csv(FOLDER / "curves.csv").query("stage == 'seeds' and seed == 2")
+    first = curves[curves.step == 1].set_index("arm").validation
+    assert f"`lighthouse` in seed 2 is {first['lighthouse']:.3f}" in page
+    assert f"that of `lighthouse_half` {first['lighthouse_half']:.3f}" in page

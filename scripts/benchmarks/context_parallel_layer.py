@@ -187,7 +187,7 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def profile_of(function: Callable[[], object]) -> dict[str, Any]:
-    """What this GPU runs in ``function``, as ``gpu_profile.kernels_of`` sums it up.
+    """The kernels that this GPU runs in ``function``, as ``gpu_profile.kernels_of`` sums them up.
 
     Every rank has to call it, as the ranks wait for one another.
     """
@@ -210,10 +210,12 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
     paper's, so their difference is not the cost of the window.
     """
     world_size = mesh.size()
-    size = 3, 4, 1536 * world_size
-    plain, beside_window = (
-        on_all_gpus(LighthouseConfig(*size, **method), mesh) for method in (PAPERS, WINDOWED)
-    )
+    configs = {
+        name: LighthouseConfig(3, 4, 1536 * world_size, **method)
+        for name, method in (("Lighthouse", PAPERS), (f"Lighthouse, window {WINDOW}", WINDOWED))
+    }
+    spread = {name: on_all_gpus(config, mesh) for name, config in configs.items()}
+    plain = spread["Lighthouse"]
     layout = plain.context_parallel
     *whole, whole_grad = rows_and_gradient(PER_GPU * world_size, 3)
     *rows, grad = (layout.take(x, 2).clone() for x in (*whole, whole_grad))
@@ -225,16 +227,11 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
 
         return run
 
-    layers = {
-        "Lighthouse": with_attention(plain, True),
-        f"Lighthouse, window {WINDOW}": with_attention(beside_window, True),
-        "dense": with_attention(plain, False),
-    }
+    layers = {name: with_attention(attention, True) for name, attention in spread.items()}
+    layers["dense"] = with_attention(plain, False)
     alone = {
-        f"{name}{ONE_GPU}": partial(
-            with_gradients, on_one_gpu(LighthouseConfig(*size, **method)), whole, whole_grad
-        )
-        for name, method in zip(layers, (PAPERS, WINDOWED), strict=False)
+        f"{name}{ONE_GPU}": partial(with_gradients, on_one_gpu(config), whole, whole_grad)
+        for name, config in configs.items()
     }
     variants: dict[str, Callable[[], object]] = dict(alone)
     for name, layer in layers.items():

@@ -171,15 +171,16 @@ class PassGraphs:
         if key in self._without or self._eager_passes[key] < EAGER_PASSES:
             return False
         needed, gradients = self._needed[key], 0
-        # A first graph keeps gradients of its own, and those of a pass without a graph lie beside.
-        if key[1]:
-            gradients = 2 * sum(x.numel() * x.element_size() for x in self._parameters)
-        if self._free() >= needed + max(0, needed - self.held) + gradients:
+        # Where passes are of several kinds, each first graph keeps gradients of its own, and those
+        # of a pass without a graph lie beside them.
+        if key[1] and len({kind for kind, _ in self._eager_passes}) > 1:
+            gradients = sum(x.numel() * x.element_size() for x in self._parameters)
+        if self._free() >= needed + max(0, needed - self.held) + 2 * gradients:
             return True
         self._go_without(
             key,
-            f"it would keep {needed / GIB:.1f} GiB, and leave too little for validation and for "
-            "passes without a graph",
+            f"it would keep {(needed + gradients) / GIB:.1f} GiB, and leave too little for "
+            "validation and for passes without a graph",
         )
         return False
 

@@ -17,6 +17,7 @@ import torch
 
 from ..checks.output import check_output
 from ..errors import UserFileError, UserValueError
+from ..evaluation.figures import check_plots
 from ..evaluation.progress import say, say_what_was_written
 from .contest_data import (
     CURVES,
@@ -363,8 +364,9 @@ def report_again(path: Path, output: Path, plots: bool) -> None:
     """Draw a contest's tables and plots again from its CSV files.
 
     Raises:
-        ValueError, OSError: there are none, or they are another contest's.
+        ValueError, OSError: there are none, they are another contest's, or plots cannot be drawn.
     """
+    check_plots(plots)
     contest = read_contest(path)
     missing = [name for name in (RUNS, MEASURES, CURVES) if not (output / name).is_file()]
     if missing:
