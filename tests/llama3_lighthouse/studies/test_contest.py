@@ -489,6 +489,17 @@ def test_a_start_whose_weights_are_gone_trains_again(call, faked, path, tmp_path
     out, code = call()
     assert not code and "start,seed=2 trains again, as its weights are gone; the new ones" in out
     assert faked.trained == ["start,seed=2", "window,lr=0.002,seed=2"]
+    runs = pandas.read_csv(tmp_path / "out/runs.csv").query("stage == 'seeds'")
+    assert runs.groupby("seed").start.nunique().to_dict() == {1: 1, 2: 2}
+    assert runs.start.nunique() == 3
+    apart = "Runs of seed 2 began from several trainings of their start"
+    assert apart in (tmp_path / "out/results.md").read_text()
+
+
+def test_runs_of_one_start_are_not_told_apart(call, faked, path, tmp_path) -> None:
+    with_start(path)
+    assert not call()[1]
+    assert "several trainings" not in (tmp_path / "out/results.md").read_text()
 
 
 def test_an_arm_that_only_has_to_be_measured_needs_no_start(call, faked, path, tmp_path) -> None:

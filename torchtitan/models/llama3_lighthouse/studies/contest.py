@@ -29,8 +29,10 @@ from .contest_data import (
     TIMES,
     Logs,
     is_trained,
+    mark_start,
     mark_trained,
     read_times,
+    start_id,
     write_data,
     write_times,
 )
@@ -133,6 +135,9 @@ class _Contestants:
         followed = {run.needs.folder for run in planned.values() if run.needs and run.is_finished}
         for folder, source in sources.items():
             renew(source, folder in followed)
+            # Before threads ask for it.
+            if source.is_finished:
+                start_id(source)
         self._sweep([*sources.values(), *runs.values()], self.options, stage, sources)
         return runs
 
@@ -172,6 +177,10 @@ class _Contestants:
                         return 0
                     return code
                 mark_trained(run, alone)
+                if run.folder in sources:
+                    start_id(run)
+                elif run.needs:
+                    mark_start(run, run.needs)
             if not stage or run.folder in sources or (run.folder / MEASURES_FILE).exists():
                 return 0
             say(f"{title}: measuring")
@@ -200,8 +209,8 @@ def renew(source: Run, had_followers: bool) -> None:
         return
     if source.is_finished or had_followers:
         say(
-            f"{source.name} trains again, as its weights are gone; the new ones may differ by "
-            "rounding from those that finished runs began from"
+            f"{source.name} trains again, as its weights are gone; the new ones may be another "
+            "model than the one that finished runs began from"
         )
     if source.is_finished:
         shutil.rmtree(source.folder)

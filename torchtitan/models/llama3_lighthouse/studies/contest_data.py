@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ PLACES = ("stage", "arm", "rate", "seed")
 # ALONE if the run shared no GPU, so that its times are a measure.
 TRAINED = "trained"
 ALONE = "alone"
+# This file in the folder of a run that others begin from, and of those, tells its trainings apart.
+START = "start_id"
 
 Entries = dict[int, dict[str, float]]
 # Seconds of a step by arm and kind. Steps of one kind take equal time: those of one stage that
@@ -42,6 +45,22 @@ def is_trained(run: Run) -> bool:
 
 def trained_alone(run: Run) -> bool:
     return is_trained(run) and (run.folder / TRAINED).read_text() == ALONE
+
+
+def start_id(source: Run) -> str:
+    """The name of one training of a run that others begin from, made when first asked for.
+
+    A training of its own is another model on GPUs, where thousands of steps do not repeat.
+    """
+    path = source.folder / START
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()
+
+
+def mark_start(run: Run, source: Run) -> None:
+    """Note which training of ``source`` a run began from."""
+    (run.folder / START).write_text(start_id(source))
 
 
 class Logs:
@@ -146,7 +165,9 @@ def write_data(placed: Sequence[tuple[Row, Run]], logs: Logs, output: Path) -> N
         curves += [place | row for row in rows if VALIDATION in row]
         # A run that diverged may have logged no step.
         last = rows[-1] if rows else {"step": 0, "tokens": 0, STEPS: "{}"}
-        runs.append(place | {key: value for key, value in last.items() if key != VALIDATION})
+        row = place | {key: value for key, value in last.items() if key != VALIDATION}
+        began = run.folder / START
+        runs.append(row | ({"start": began.read_text()} if began.exists() else {}))
         measures += [
             # Six digits are more than any of them is worth.
             place | {"measure": each.measure, "document": each.document,

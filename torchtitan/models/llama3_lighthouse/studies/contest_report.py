@@ -62,6 +62,7 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
         steps = start.settings["training.steps"]
         text += f"All arms begin from the weights of {steps:,} steps at rate {start.rate:g}. "
         text += "Tokens and seconds below leave these steps out.\n\n"
+        text += starts_apart(results)
     text += f"{verdict}\n\n{markdown(arms, columns)}{NOTES}\n"
     text += markdown(short, list(rows[0])) if rows else ""
     (output / RESULTS).write_text(text)
@@ -69,6 +70,19 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
         for name, plot in PLOTS.items():
             plot(results, output / name)
     return verdict
+
+
+def starts_apart(results: Results) -> str:
+    """A paragraph about seeds whose runs began from several trainings of their start, if any."""
+    if "start" not in results.runs:
+        return ""
+    counts = results.runs.groupby("seed").start.nunique()
+    if not (seeds := [str(seed) for seed, count in counts.items() if count > 1]):
+        return ""
+    return (
+        f"Runs of seed {', '.join(seeds)} began from several trainings of their start, which are "
+        "different models on GPUs. The column `start` of runs.csv tells them apart.\n\n"
+    )
 
 
 def _is_longest(results: Results, row: Row) -> bool:
