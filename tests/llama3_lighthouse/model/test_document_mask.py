@@ -141,7 +141,7 @@ def test_one_document_changes_nothing(stage: str, positions: str) -> None:
     tokens, model = drawn(5)[0], model_of(stage)
     given = {"input": tokens, "documents": torch.zeros(2, N, dtype=torch.int32)}
     results = []
-    for inputs in (given, without_idle_masks(given)):
+    for inputs in (given, without_idle_masks(given, None)):
         options = model_options(inputs.get("documents"), Lighthouse(document_positions=positions))
         assert bool(options) == (inputs is given)
         model.zero_grad()
