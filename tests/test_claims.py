@@ -178,24 +178,14 @@ def arms_of_a_window() -> dict[tuple[str, int], dict[str, str]]:
                 for row in csv.DictReader(file) if row["tail"] == "0.125"}  # fmt: skip
 
 
-def short_to_long_below() -> str:
-    mean, low, high = difference("books_17m", "recommended", "short_to_long_30", "loss")
-    return f"ends {mean:.3f} nats {between(low, high)} lower at equal tokens"
+def in_contest(name: str, measure: str, higher: str, lower: str, words: str) -> str:
+    """Words about how far one arm lies above another, by an interval on one side of zero."""
+    mean, low, high = difference(name, higher, lower, measure)
+    return words.format(f"{mean:.3f} nats {between(low, high)}")
 
 
-def below_dense_at_length() -> str:
-    mean, low, high = difference("books_17m", "recommended", "dense", "loss")
-    return f"ends {-mean:.3f} nats {between(low, high)} below dense training"
-
-
-def behind_at_distance() -> str:
-    mean, low, high = difference("distance_17m", "lighthouse", "dense", "repeated/16384/loss")
-    return f"{mean:.3f} nats {between(low, high)} above dense training"
-
-
-def below_a_window_at_distance() -> str:
-    mean, low, high = difference("distance_17m", "lighthouse", "window", "repeated/16384/loss")
-    return f"{-mean:.3f} nats {between(low, high)} below a window of 256 alone"
+on_books = partial(in_contest, "books_17m", "loss")
+at_distance = partial(in_contest, "distance_17m", "repeated/16384/loss")
 
 
 def half_beside_short_first() -> str:
@@ -255,11 +245,17 @@ FIGURES: dict[str, Callable[[], str]] = {
     "paired seeds": pairs,
     "shorter lengths": shorter,
     "merge and window": merge_below_window,
-    "short to long first": short_to_long_below,
-    "below dense at full length": below_dense_at_length,
+    "short to long first": partial(
+        on_books, "recommended", "short_to_long_30", "ends {} lower at equal tokens"
+    ),
+    "below dense at full length": partial(
+        on_books, "dense", "recommended", "ends {} below dense training"
+    ),
     "distant text": nothing_from_afar,
-    "behind at distance": behind_at_distance,
-    "window at distance": below_a_window_at_distance,
+    "behind at distance": partial(at_distance, "lighthouse", "dense", "{} above dense training"),
+    "window at distance": partial(
+        at_distance, "window", "lighthouse", "{} below a window of 256 alone"
+    ),
     "half dense": half_beside_short_first,
     "merge and dense": merge_above_dense,
     "laptop": on_a_laptop,

@@ -4,11 +4,11 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pages import DOCS, ROOT
 from small_model import FOUR_LAYERS, N
 from torch import nn
 from watched_memory import Watch
@@ -27,8 +27,7 @@ from torchtitan.models.llama3_lighthouse.memory_estimate import (
 )
 from torchtitan.models.llama3_lighthouse.model.linear_cross_entropy import linear_cross_entropy
 
-ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "docs/benchmarks"
+RECORDS = DOCS / "benchmarks"
 # Where a pass is shorter, the gradients that a step of one pass does not hold yet weigh more.
 SHORTEST = 98304
 # Settings of 270M in the records that were made before it had a window.
@@ -135,7 +134,7 @@ def test_measured_is_near_the_estimate(peak: Peak) -> None:
 
 
 def test_bounds_are_no_wider_than_what_was_measured() -> None:
-    text = (ROOT / "docs/claims.md").read_text()
+    text = (DOCS / "claims.md").read_text()
     ((less, more, count),) = re.findall(
         r"is from (\d+)% less to (\d+)% more than the estimates: (\d+) peaks", text
     )
@@ -147,7 +146,7 @@ def test_bounds_are_no_wider_than_what_was_measured() -> None:
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_guide_has_the_estimate_beside_the_peak(name: str) -> None:
     row = f"| {name} | {PEAKS[name].estimate:.1f} | {PEAKS[name].reserved:.1f} |\n"
-    assert row in (ROOT / "docs/guides/memory.md").read_text(), row
+    assert row in (DOCS / "guides/memory.md").read_text(), row
 
 
 class PeakOfWatch(Watch):
