@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then lint, check types, build the site and test: ten minutes on two cores.
+# Set up, then lint, check types and test: ten minutes on two cores.
 # Usage: scripts/test.sh [PYTEST ARGUMENTS]
 #
 # With arguments, set up and run pytest with them alone, for example scripts/test.sh -m gpu.
@@ -13,7 +13,5 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check
-# Material otherwise prints a notice about its successor. With --quiet, broken links would pass.
-NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 # Tests of a file share fixtures, and worksteal leaves most of a file's tests to one worker.
 exec .venv/bin/python -m pytest -n 2 --dist worksteal

@@ -1,6 +1,9 @@
-"""Links of the pages, and what is reached from docs/index.md. scripts/test.sh builds the site."""
+"""Links of the pages, what is reached from docs/index.md, and the site."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,18 @@ def test_claims_have_records() -> None:
         if "no record is kept" in " ".join(page.read_text().split())
     ]
     assert not without, f"record these measurements or drop them: {without}"
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """mkdocs.yml is strict: a page that the navigation leaves out fails."""
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        # Material otherwise prints a notice about its successor.
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "index.html").is_file()
