@@ -1,20 +1,19 @@
 """Dense causal attention within documents, as a function.
 
-On CPUs, torch's flash attention runs for one document after the other. On GPUs, it runs for all of
-them at once (torch's attention over sequences of varying lengths), and the vectorised window does
-where flash attention does not compute.
+On CPUs, torch's flash attention runs for one document after the other. On GPUs, a window of the
+whole sequence runs, by flash attention over sequences of varying lengths or by vectorised PyTorch
+where that does not compute.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, M documents.
 """
 
-import inspect
+import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from .cpu_flash import cpu_backward, cpu_forward
 from .documents import check_documents, check_most_documents, cumulative_lengths
@@ -22,10 +21,8 @@ from .flash import obstacle_to_flash
 from .inputs import check_rows, check_transforms
 from .precision import accumulation_dtype
 
-# Some versions of torch want to be told of shared key-value heads; others have no such argument.
-SHARES_HEADS: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+# flash attention's operations with documents lie beside the kernels.
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def document_attention(
@@ -49,9 +46,8 @@ def document_attention(
         documents: int32 or int64 [B, N], for each position the first position of its document.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
         most_documents: documents that the batch has at most. On GPUs, flash attention starts
-            programs for so many of length N, most of which end at once. By default B N, which is
-            slow for long sequences. More documents than that, or than 2**15, end in an error of
-            the device.
+            programs for so many, most of which end at once. By default B N, which is slow for long
+            sequences. More documents than that, or than 2**15, end in an error of the device.
 
     Returns:
         [B, Hq, N, D].
@@ -59,6 +55,7 @@ def document_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another, or on CPUs the
             numbers of ``documents`` are no such layout.
+        ImportError: on a GPU, Triton is not installed.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
     check_transforms()
@@ -66,31 +63,26 @@ def document_attention(
     check_documents(documents, q)
     check_most_documents(most_documents)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if not obstacle_to_flash(q):
-        return _by_lengths(q, k, v, documents, scale, most_documents)
-    return _DocumentAttention.apply(q, k, v, documents, scale)
+    layout = cumulative_lengths(documents, most_documents) if _by_flash(q) else documents
+    return _DocumentAttention.apply(q, k, v, layout, scale)
 
 
-def _by_lengths(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    documents: torch.Tensor,
-    scale: float,
-    most_documents: int | None,
-) -> torch.Tensor:
-    batch, _, length, _ = q.shape
-    bounds = cumulative_lengths(documents, most_documents)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    out = varlen_attn(
-        q, k, v, bounds, bounds, length, length, scale=scale, window_size=(-1, 0), **SHARES_HEADS
-    )
-    assert isinstance(out, torch.Tensor)
-    return out.unflatten(0, (batch, length)).transpose(1, 2)
+def _by_flash(q: torch.Tensor) -> bool:
+    """Whether flash attention over sequences of varying lengths attends on tensors like ``q``."""
+    if obstacle_to_flash(q):
+        return False
+    if not TRITON_IS_INSTALLED:
+        raise ImportError(
+            "documents on CUDA tensors need Triton, which is not installed: pip install triton"
+        )
+    return True
 
 
 class _DocumentAttention(torch.autograd.Function):
-    """One operation forward and one backward."""
+    """One operation forward and one backward.
+
+    ``layout`` is that of documents, or their cumulative lengths for flash attention.
+    """
 
     @staticmethod
     def forward(
@@ -98,15 +90,17 @@ class _DocumentAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        documents: torch.Tensor,
+        layout: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        if q.device.type == "cpu":
-            out, lse = torch.ops.lighthouse.document_attention(q, k, v, documents, scale)
+        operations = torch.ops.lighthouse
+        if _by_flash(q):
+            out, lse = operations.flash_window(q, k, v, q.shape[2], scale, layout)
+        elif q.device.type == "cpu":
+            out, lse = operations.document_attention(q, k, v, layout, scale)
         else:
-            # A window of the whole sequence.
-            out, lse = torch.ops.lighthouse.window(q, k, v, q.shape[2], scale, documents)
-        ctx.save_for_backward(q, k, v, documents, out, lse)
+            out, lse = operations.window(q, k, v, q.shape[2], scale, layout)
+        ctx.save_for_backward(q, k, v, layout, out, lse)
         ctx.scale = scale
         return out
 
@@ -114,13 +108,16 @@ class _DocumentAttention(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, documents, out, lse = ctx.saved_tensors
-        rows, scale = (q, k, v, out, lse), ctx.scale
-        if q.device.type == "cpu":
-            grads = torch.ops.lighthouse.document_attention_backward(dout, *rows, documents, scale)
+        q, k, v, layout, out, lse = ctx.saved_tensors
+        operations, rows = torch.ops.lighthouse, (q, k, v, out, lse)
+        if _by_flash(q):
+            backward = operations.flash_window_backward
+            grads = backward(dout, *rows, q.shape[2], ctx.scale, layout)
+        elif q.device.type == "cpu":
+            grads = operations.document_attention_backward(dout, *rows, layout, ctx.scale)
         else:
-            backward = torch.ops.lighthouse.window_backward
-            grads = backward(dout, None, *rows, q.shape[2], scale, documents)
+            backward = operations.window_backward
+            grads = backward(dout, None, *rows, q.shape[2], ctx.scale, layout)
         return *grads, None, None
 
 

@@ -1,8 +1,8 @@
 """Causal attention within documents, over a window or over all, by torch's flash attention.
 
-Documents become sequences of varying lengths in the joined rows of a batch. Without a window that
-is all. Under a window, the joined rows are also cut into pieces, where these can be several times
-longer than the window. There are two reasons:
+Documents become sequences of varying lengths in the joined rows of a batch. Without a window, long
+and short ones may get a call each (``document_dense``). Under a window, the joined rows are also
+cut into pieces, where these can be several times longer than the window. There are two reasons:
 
 - Flash attention starts as many programs for every sequence as the longest one needs. No sequence
   is longer than a piece.
@@ -16,7 +16,6 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimens
 the window, M documents at most, R = B N joined rows, C pieces.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from ..flash import (
     flash_forward_by_lengths,
     repeating_bits,
 )
+from .document_dense import dense_backward, dense_forward
 
 # Each piece makes two sequences more. With ``documents.MOST_DOCUMENTS`` they are as many as a GPU
 # takes.
@@ -105,10 +105,6 @@ def _split(rows: torch.Tensor, batch: int) -> torch.Tensor:
     return rows.contiguous().unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _whole(bounds: torch.Tensor, length: int) -> Lengths:
-    return Lengths(bounds, bounds, length, length)
-
-
 def forward_within_documents(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -128,13 +124,15 @@ def forward_within_documents(
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
     batch, _, length, _ = q.shape
-    limit = window if window < length else None
     q, k, v = map(_joined, (q, k, v))
-    lengths = _whole(bounds, length)
-    if limit and (found := pieces_of(bounds, len(q), limit)):
-        lengths, pieces = found
-        k, v = pieces.keys(k), pieces.keys(v)
-    out, lse = flash_forward_by_lengths(q, k, v, lengths, scale, limit)
+    if window >= length:
+        out, lse = dense_forward(q, k, v, length, scale, bounds)
+    else:
+        lengths = Lengths(bounds, bounds, length, length)
+        if found := pieces_of(bounds, len(q), window):
+            lengths, pieces = found
+            k, v = pieces.keys(k), pieces.keys(v)
+        out, lse = flash_forward_by_lengths(q, k, v, lengths, scale, window)
     return _split(out, batch), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
@@ -151,18 +149,18 @@ def backward_within_documents(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of that out, each lying in memory as rows [B, N, H, D] do."""
     batch, _, length, _ = q.shape
-    limit = window if window < length else None
     dout, q, k, v, out = map(_joined, (dout, q, k, v, out))
     lse = lse.transpose(0, 1).flatten(1).contiguous()
-    lengths, pieces, rows = _whole(bounds, length), None, len(q)
-    if limit and (found := pieces_of(bounds, rows, limit)):
-        lengths, pieces = found
-        k, v = pieces.keys(k), pieces.keys(v)
-    # All of the documents before a position are dense attention, which repeats its bits in torch's
-    # mode alone.
-    with repeating_bits() if limit else nullcontext():
-        dq, dk, dv = flash_backward_by_lengths(dout, q, k, v, out, lse, lengths, scale, limit)
-    if pieces is not None:
-        dk, dv = pieces.gradient(dk, rows), pieces.gradient(dv, rows)
-    dq, dk, dv = (_split(grad, batch) for grad in (dq, dk, dv))
+    if window >= length:
+        grads = dense_backward(dout, q, k, v, out, lse, length, scale, bounds)
+    else:
+        lengths, pieces, rows = Lengths(bounds, bounds, length, length), None, len(q)
+        if found := pieces_of(bounds, rows, window):
+            lengths, pieces = found
+            k, v = pieces.keys(k), pieces.keys(v)
+        with repeating_bits():
+            grads = flash_backward_by_lengths(dout, q, k, v, out, lse, lengths, scale, window)
+        if pieces is not None:
+            grads = grads[0], pieces.gradient(grads[1], rows), pieces.gradient(grads[2], rows)
+    dq, dk, dv = (_split(grad, batch) for grad in grads)
     return dq, dk, dv

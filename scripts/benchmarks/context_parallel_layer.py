@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from context_parallel_results import PROFILES
-from gpu_profile import kernels_of
+from gpu_profile import profile_of
 from measuring import PAPERS, random_rows, relative_error
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -42,8 +42,6 @@ WINDOWED = {"window": WINDOW}
 SETTINGS = ("NCCL_", "TORCH_NCCL_HIGH_PRIORITY")
 NOTHING_SENT, NO_EXCHANGE, AGAIN = ", nothing sent", ", no exchange", ", again"
 ONE_GPU = ", one GPU, the whole sequence"
-# Kernels of a profile that the record keeps.
-KEPT_KERNELS = 30
 
 
 def time_in_turns(variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -184,20 +182,6 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
             return without_exchange(function)()
 
     return run
-
-
-def profile_of(function: Callable[[], object]) -> dict[str, Any]:
-    """The kernels that this GPU runs in ``function``, as ``gpu_profile.kernels_of`` sums them up.
-
-    Every rank has to call it, as the ranks wait for one another.
-    """
-    function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile() as profile:
-        function()
-        torch.cuda.synchronize()
-    found = kernels_of(profile)
-    return {**found, "kernels": found["kernels"][:KEPT_KERNELS]}
 
 
 def sending(mesh: DeviceMesh) -> dict[str, Any]:

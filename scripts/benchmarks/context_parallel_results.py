@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from gpu_profile import as_cell
+from gpu_profile import function_table
 from reporting import table_head, table_row
 
 PROFILES = "profiles of rank 0"
@@ -30,7 +30,7 @@ def table(run: dict[str, Any]) -> str:
         hidden = ("measured", PROFILES)
         lines += named("layer", {key: x for key, x in found.items() if key not in hidden})
         for name, profile in found.get(PROFILES, {}).items():
-            lines += layer_profile(name, profile)
+            lines += function_table(f"{name}, on rank 0", profile)
     for part in ("equivalence", "resume", "meshes", "killed"):
         if part in run:
             lines += named(part, run[part])
@@ -47,16 +47,6 @@ def table(run: dict[str, Any]) -> str:
             for row in rows
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def layer_profile(name: str, profile: dict[str, Any]) -> list[str]:
-    """The kernels of one layer on rank 0, forward and backward, as a table."""
-    rows = [
-        table_row([f"`{as_cell(row['name'], 120)}`", str(row["count"]), f"{row['ms']:.3f}"])
-        for row in profile["kernels"]
-    ]
-    heading = f"{name}: {profile['busy ms']:.2f} ms busy on rank 0"
-    return [heading, "", *table_head(["kernel", "launches", "ms"]), *rows, ""]
 
 
 def named(part: str, found: dict[str, Any]) -> list[str]:

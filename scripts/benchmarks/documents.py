@@ -13,8 +13,9 @@ those of vectorised PyTorch by half; and the difference of a step's losses by bo
 forward, loss and backward of one sequence with checkpointing of mode "lighthouse", without an
 optimizer and without a loader.
 
-Documents are always given to attention here. Training leaves them out where each row of a
-microbatch is one document, and such a row takes the time of "no masks".
+Documents are always given to attention here. Training with rows of one sequence leaves them out
+where that is one document, and it takes the time of "no masks". The table says how many sequences
+that are, in a stream of such documents, and what the mean is then. A layer is also profiled.
 
     TRITON_INTERPRET=1 python scripts/benchmarks/documents.py --on-cpu
 
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 from arguments import add_layer_arguments, benchmark_parser, run_benchmark
+from gpu_profile import function_table, profile_of
 from measuring import dense, forward_and_backward, measure, relative_error, require_cuda
 from reporting import origin, table_head, table_row, write_report
 
@@ -64,6 +66,8 @@ Attention = Callable[..., torch.Tensor]
 TEXTS = {"no masks": None, "books": 300_000, "web pages": 1000}
 ATTENTIONS = ("dense", "window", "lighthouse")
 KERNELS, PYTORCH = "kernels", "PyTorch"
+# Sequences of the stream in which those of one document are counted.
+COUNTED = 10_000
 # What kernels may err beside vectorised PyTorch, and at least: neighbours in bf16.
 FACTOR, LEAST_ERROR = 1.5, 2**-8
 LARGEST_DIFFERENCE_OF_LOSSES = 1e-2
@@ -117,13 +121,31 @@ def layout(text: str, sizes: Sizes) -> torch.Tensor | None:
     median, n, span = TEXTS[text], sizes.length, sizes.method.coarsest_span
     if median is None:
         return None
-    generator = torch.Generator().manual_seed(0)
     # As in training, the last document that there is room for takes the rest.
-    room = most_documents(n)
-    lengths = median * torch.randn(room, generator=generator, dtype=torch.float64).exp()
-    begins = (lengths / span).ceil().long().cumsum(0)[:-1]
+    begins = spans_of_documents(median, span, most_documents(n)).cumsum(0)[:-1]
     number = torch.bucketize(torch.arange(n // span), begins, right=True)
     return first_positions(number.repeat_interleave(span)[None]).to(sizes.device)
+
+
+def spans_of_documents(median: int, span: int, count: int) -> torch.Tensor:
+    """Lengths of documents around a median, in spans that are begun."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = median * torch.randn(count, generator=generator, dtype=torch.float64).exp()
+    return (lengths / span).ceil().long()
+
+
+def share_of_one_document(text: str, length: int, span: int) -> float:
+    """The share of a stream's sequences that lie in one document."""
+    median = TEXTS[text]
+    if median is None:
+        return 1.0
+    number = COUNTED * length // span
+    # Twice as many documents as fill the sequences if all are of the median's length.
+    begins = spans_of_documents(median, span, 2 * COUNTED * length // median + 1).cumsum(0)
+    assert begins[-1] >= number
+    # A document that begins with a sequence cuts none.
+    cut = begins[(begins < number) & (begins % (length // span) != 0)] // (length // span)
+    return 1 - len(cut.unique()) / COUNTED
 
 
 def attention_by(
@@ -252,8 +274,11 @@ def benchmark_layer(name: str, sizes: Sizes, seconds: float) -> dict[str, Any]:
         for by in variants_of(text):
             attend = attention_by(name, by, documents, sizes)
             timed[f"{text}, {by}"] = forward_and_backward(attend, rows)[1]
-    run = measure if sizes.device == "cuda" else measure_on_cpu
-    return {"part": "layer", "attention": name, "error": errors, "results": run(timed, seconds)}
+    record: dict[str, Any] = {"part": "layer", "attention": name, "error": errors}
+    if sizes.device == "cpu":
+        return record | {"results": measure_on_cpu(timed, seconds)}
+    profiles = {key: profile_of(run) for key, run in timed.items() if key.endswith(KERNELS)}
+    return record | {"results": measure(timed, seconds), "profiles": profiles}
 
 
 def benchmark_step(flavor: str, name: str, sizes: Sizes, seconds: float) -> dict[str, Any]:
@@ -310,7 +335,25 @@ def table(run: dict[str, Any]) -> str:
         cells = [line[key] for key in ("part", "attention", "text", "by")]
         cells += [f"{line['ms']:.4g} ± {line['spread']:.1g}", f"{line['over no masks']:.2f}x"]
         lines.append(table_row([*cells, f"{line['GiB']:.2f}"]))
-    return "\n".join(lines) + "\n"
+    lines += ["", *means_of_streams(run), ""]
+    for record in run["records"]:
+        for key, profile in record.get("profiles", {}).items():
+            lines += function_table(f"A layer, {record['attention']}, {key}", profile)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def means_of_streams(run: dict[str, Any]) -> list[str]:
+    """What a stream of each text takes over no masks, where sequences of one document have none."""
+    lines = []
+    for line in lines_of(run):
+        if line["text"] in run["one document"] and line["by"] == KERNELS:
+            share = run["one document"][line["text"]]
+            mean = share + (1 - share) * line["over no masks"]
+            lines.append(
+                f"- {line['part']}, {line['attention']}, {line['text']}: {share:.0%} of sequences "
+                f"are one document; all take {mean:.2f}x on average."
+            )
+    return lines
 
 
 def write(run: dict[str, Any], folder: Path, name: str) -> None:
@@ -346,6 +389,9 @@ def main() -> None:
         raise UserValueError("--on-cpu needs Triton's interpreter; set TRITON_INTERPRET=1")
     sizes = sizes_of(options)
     run = environment(options.revision) | {"N": sizes.length, "method": str(sizes.method)}
+    texts = [text for text, median in TEXTS.items() if median is not None]
+    span = sizes.method.coarsest_span
+    run["one document"] = {x: share_of_one_document(x, sizes.length, span) for x in texts}
     run["records"] = []
     for name in options.attention:
         for part in ("layer", *sizes.flavors):

@@ -1,10 +1,28 @@
-"""One training step as the GPU ran it: read from torch's profiler, and written as a table."""
+"""What the GPU ran in a training step or a function: read from torch's profiler, as a table."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from reporting import table_head, table_row
 
 LISTED_KERNELS, LISTED_GAPS = 40, 8
+# Kernels of a function that a record keeps.
+KEPT_KERNELS = 30
+
+
+def profile_of(function: Callable[[], object]) -> dict[str, Any]:
+    """The kernels that this GPU runs in ``function``, as ``kernels_of`` sums them up.
+
+    Every rank has to call it where the ranks of ``function`` wait for one another.
+    """
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profile:
+        function()
+        torch.cuda.synchronize()
+    found = kernels_of(profile)
+    return {**found, "kernels": found["kernels"][:KEPT_KERNELS]}
 
 
 def kernels_of(profile: Any) -> dict[str, Any]:
@@ -67,6 +85,16 @@ def profile_table(run: dict[str, Any]) -> str:
             after, before = (as_cell(gap[key], 60) for key in ("after", "before"))
             lines.append(f"- {gap['ms']:.1f} ms between `{after}` and `{before}`")
     return "\n".join(lines) + "\n"
+
+
+def function_table(name: str, profile: dict[str, Any]) -> list[str]:
+    """Lines with the kernels of a function, of which ``profile`` is the ``profile_of``."""
+    rows = [
+        table_row([f"`{as_cell(row['name'], 120)}`", str(row["count"]), f"{row['ms']:.3f}"])
+        for row in profile["kernels"]
+    ]
+    heading = f"{name}: {profile['busy ms']:.2f} ms busy"
+    return [heading, "", *table_head(["kernel", "launches", "ms"]), *rows, ""]
 
 
 def as_cell(name: str, length: int) -> str:

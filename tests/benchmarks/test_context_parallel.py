@@ -180,7 +180,7 @@ def test_a_full_record_has_tables_and_a_plot(tmp_path: Path) -> None:
         "killed": {"GPUs": 4, "SIGKILL": {"losses": [1.0], "last step before": 7}},
     }  # fmt: skip
     text = context_parallel_results.table(run)
-    assert "Lighthouse: 9.50 ms busy on rank 0" in text and "| `a<b/c>` | 3 | 1.250 |" in text
+    assert "Lighthouse, on rank 0: 9.50 ms busy" in text and "| `a<b/c>` | 3 | 1.250 |" in text
     assert "- W: 2" in text and "- W: 4" in text and "    - last step before: 7" in text
     assert "| 1,234 | 40.0% | 60.0 | 50.0 | 48.0 | 1.04 | 1.25 |" in text
     assert "| does not fit |  | 48.0 |  |  |" in text

@@ -13,7 +13,7 @@ from attention_cases import (
     vectorised_selection,
 )
 from document_cases import positions_of, random_layout
-from flash_stand_ins import stand_in_backward, stand_in_forward
+from flash_stand_ins import replace_flash_attention
 
 from lighthouse import LighthouseConfig, lighthouse_attention, merge, select, window
 from lighthouse.documents import cumulative_lengths
@@ -198,8 +198,7 @@ def test_compiles_to_one_graph_for_all_layouts() -> None:
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put PyTorch in the place of flash attention, which does not run on a CPU."""
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in_forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in_backward)
+    replace_flash_attention(monkeypatch)
 
 
 def with_lse(attend: Any, inputs: Any, grad: torch.Tensor, grad_lse: torch.Tensor) -> list[Any]:
@@ -260,7 +259,7 @@ def test_compiled_code_without_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
     options: dict[str, Any] = {"documents": documents, "most_documents": documents.numel() // 2}
     # Stand-ins do not come before the compiler's own table of operations is made.
     importlib.import_module("torch.utils.flop_counter")
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in_forward)
+    replace_flash_attention(monkeypatch)
     monkeypatch.setattr(merge, "window_by_documents", lambda q: "flash")
 
     def attend(*rows: torch.Tensor) -> torch.Tensor:

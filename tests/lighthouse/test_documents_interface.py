@@ -16,15 +16,13 @@ from lighthouse import (
     LighthouseConfig,
     WindowAttention,
     check_layout,
-    dense_attention,
     document_attention,
     first_positions,
     lighthouse_attention,
-    reference,
     select,
     window_attention,
 )
-from lighthouse.dense_attention import cumulative_lengths
+from lighthouse.documents import cumulative_lengths
 
 
 def test_compiles_to_one_graph() -> None:
@@ -94,32 +92,6 @@ def test_lengths_for_flash_attention() -> None:
     bounds = cumulative_lengths(first_positions(numbers), 6)
     assert bounds.tolist() == [0, 2, 5, 6, 12, 12, 12] and bounds.dtype == torch.int32
     assert cumulative_lengths(first_positions(numbers), 4).tolist() == [0, 2, 5, 6, 12]
-
-
-def test_flash_attention_is_given_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPUs alone have it; a stand-in attends as its description says."""
-    case = dict(n=24, batch=3, heads=4, kv_heads=2, tied=False, seed=4)
-    inputs = random_inputs(case)
-    documents = random_layout(3, 24, 1, torch.Generator().manual_seed(8))
-    grad = torch.randn(inputs[0].shape, dtype=torch.float64)
-
-    def by_lengths(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any, **options: Any
-    ) -> torch.Tensor:
-        bounds, same, longest, _ = others
-        assert bounds is same and longest == 24 and options["window_size"] == (-1, 0)
-        joined = first_positions(torch.bucketize(torch.arange(len(q)), bounds, right=True)[None])
-        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return reference.dense_attention(*rows, joined, scale=options["scale"])[0].transpose(0, 1)
-
-    options: dict[str, Any] = {"documents": documents, "most_documents": 80, "scale": 0.3}
-    dense = attentions(LighthouseConfig())["dense"]
-    expected = output_and_gradients(dense, inputs, grad, LighthouseConfig(), **options)
-    monkeypatch.setattr(dense_attention, "obstacle_to_flash", lambda q: None)
-    monkeypatch.setattr(dense_attention, "varlen_attn", by_lengths)
-    found = output_and_gradients(dense, inputs, grad, LighthouseConfig(), **options)
-    for value, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.gpu

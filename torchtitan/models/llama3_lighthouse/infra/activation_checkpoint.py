@@ -42,11 +42,8 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-# Dense attention within documents, on GPUs and on CPUs.
-DOCUMENTS = {
-    torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.lighthouse.document_attention.default,
-}
+# Dense attention within documents on CPUs. On GPUs it is a window of the whole sequence.
+DOCUMENTS = {torch.ops.lighthouse.document_attention.default}
 # The same over several ranks.
 RING = {ring_operations.ATTENTION}
 WINDOW = {torch.ops.lighthouse.window.default, torch.ops.lighthouse.halo_window.default}
