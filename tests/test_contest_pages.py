@@ -37,6 +37,10 @@ def test_page_of_the_contest_on_books_is_its_record() -> None:
              for arm in results.contest.arms for seed in results.contest.seeds]  # fmt: skip
     means = [statistics.fmean(gains[n : n + 6]) for n in range(0, len(gains), 6)]
     assert len(means) == 36 and max(map(abs, means)) < 0.0015
+    context = [name for name in results.measures if re.fullmatch(r"beyond/\d+", name)]
+    means += [statistics.fmean(results.value(arm, seed, name) for seed in results.contest.seeds)
+              for name in context for arm in results.contest.arms]  # fmt: skip
+    assert len(means) == 54 and max(means) < 0.01 and "No arm gains 0.01 nats" in page
 
 
 def test_page_of_the_contest_of_distance_is_its_record() -> None:

@@ -2,8 +2,10 @@
 
 import re
 import tomllib
+from decimal import ROUND_HALF_UP, Decimal
 
 import pandas
+from contest_records import between, difference, with_half
 from pages import DOCS, ROOT, words
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
@@ -171,3 +173,87 @@ def test_a_model_that_cannot_copy_gains_nothing_from_afar_when_extended() -> Non
     assert f"within {training.tokens.max() / 1e6:.0f} million tokens" in page
     # Its training loss falls without the jump of a quarter of a nat that copying brings.
     assert (training.loss.iloc[10:].diff(4).dropna() > -0.12).all()
+
+
+def at_the_end(name: str) -> pandas.Series:
+    """Held-out losses at step 2,400 by arm, learning rate and seed, of a record of recovery."""
+    rows = pandas.read_csv(DOCS / f"studies/results/{name}/held_out.csv").query("step == 2400")
+    return rows.set_index(["arm", "learning_rate", "seed"]).held_out_loss.sort_index()
+
+
+def test_page_on_recovery_is_its_records() -> None:
+    page = words(DOCS / "studies/recovery.md")
+    arms = ["dense", "Lighthouse to 1,500, then dense"]
+    ends = at_the_end("learning_rates")
+    for rate in ("5e-4", "1e-3", "2e-3", "4e-3"):
+        (row,) = re.findall(rf"\| \**{rate}\** \| ([^|]*) \| ([^|]*) \|", page)
+        shown = [cell.strip("* ") for cell in row]
+        assert shown == [f"{ends[arm, float(rate), 0]:.3f}" for arm in arms]
+    dense, lighthouse = (ends[arm].xs(0, level="seed") for arm in arms)
+    assert dense.idxmin() == lighthouse.idxmin() == 1e-3
+    assert f"dense ends {lighthouse.min() - dense.min():.3f} lower" in page
+    assert f"another seed ends at {ends['dense', 1e-3, 1]:.3f}" in page
+    pairs = at_the_end("paired_seeds")
+    dense, lighthouse = (pairs[arm, 1e-3] for arm in arms)
+    gaps = lighthouse - dense
+    for name, values in (
+        ("dense", dense),
+        ("Lighthouse to step 1,500, then dense", lighthouse),
+        ("Lighthouse less dense", gaps),
+    ):
+        (row,) = re.findall(rf"\| {name} \|((?: [^|]+ \|){{7}})", page)
+        *seeds, mean = (cell.strip() for cell in row.split("|")[:-1])
+        assert seeds == [f"{value:.3f}" for value in values]
+        expected = f"{values.mean():.3f}" if values is not gaps else f"**{with_half(list(gaps))}**"
+        assert mean == expected
+    assert f"dense throughout, ended {with_half(list(-gaps))} nats below" in page
+    finer = pairs["dense"].unstack()[[1, 2]]
+    assert "end at {:.3f} and {:.3f}, at 1.4e-3".format(*finer.loc[7e-4]) in page
+    assert "at 1.4e-3 at {:.3f} and {:.3f}".format(*finer.loc[1.4e-3]) in page
+    above = finer.min() - lighthouse[[1, 2]]
+    assert "rates is {:.3f} and {:.3f} above Lighthouse".format(*above) in page
+    mean, low, high = difference("books_17m", "dense", "short_to_long_30", "loss")
+    assert f"by {mean:.3f} nats {between(low, high)}" in page
+    steps = pandas.read_csv(DOCS / "studies/results/learning_rates/held_out.csv")
+    after = steps.query("step == 1650 and learning_rate == 1e-3 and seed == 0")
+    after = after.set_index("arm").held_out_loss
+    assert f"Lighthouse is {after[arms[1]] - after['dense']:.3f} higher" in page
+    summary = pandas.read_csv(DOCS / "studies/results/recovery_books_2400/summary.csv")
+    speeds = summary.set_index("run")["speed-up"]
+    assert f"it is [{speeds['split 0.625']:.2f} times as fast]" in page
+    log = words(DOCS / "log/recovery.md")
+    faster = f"{speeds['split 0.625']:.2f} and {speeds['split 0.75']:.2f} times as fast"
+    assert f"the whole run is {faster}" in log
+
+
+def half_up(value: float, digits: int) -> str:
+    """A number with so many digits after the point, halves rounded up."""
+    exact = Decimal(f"{value:.6f}")
+    return str(exact.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def test_page_on_the_neighbourhood_is_its_records() -> None:
+    page = words(DOCS / "studies/neighbourhood.md")
+    rows = pandas.read_csv(DOCS / "studies/results/neighbourhood/seeds.csv").query("tail == 0.125")
+    runs = rows.set_index(["arm", "seed"]).sort_index()
+    table = re.findall(r"\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", page)
+    tested = set()
+    for name, *cells in table:
+        arm = re.sub(r"window alone, W = |merged, W = ", lambda m: m[0].split(",")[0] + " ", name)
+        arm = arm.replace("window alone", "window")
+        if (arm, 2) not in runs.index or len(cells[0].split(", ")) != 3:
+            continue
+        tested.add(arm)
+        kinds = (("books", 3, 1, ""), ("repeats", 2, 1, ""), ("keys 4096", 0, 100, "%"),
+                 ("keys 32768", 0, 100, "%"))  # fmt: skip
+        for cell, (column, digits, factor, unit) in zip(cells, kinds, strict=True):
+            shown = [part.strip("* ") for part in cell.split(",")]
+            values = [half_up(value * factor, digits) for value in runs.loc[arm][column]]
+            assert shown == [f"{value}{unit}" for value in values]
+    assert len(tested) == 8
+    arms = {name: runs.loc[name].books for name in ("merged 256", "window 256", "dense")}
+    gaps = arms["window 256"] - arms["merged 256"]
+    assert f"arrangement, {with_half(list(gaps))} nats ahead of the window alone" in page
+    behind = arms["merged 256"] - arms["dense"]
+    least, most = (half_up(value, 3) for value in (behind.min(), behind.max()))
+    assert f"is {least} to {most} behind dense training in books" in page
