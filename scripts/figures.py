@@ -57,6 +57,16 @@ ARMS = (
     ("Lighthouse to 1,500, then dense", "Lighthouse, then dense", LIGHTHOUSE, "s"),
 )
 
+# Arms of the contest of distance as the README names them, by the colour of their first attention.
+RECIPES = {
+    "dense": ("dense", DENSE),
+    "short_then_long": ("short sequences first", DENSE),
+    "lighthouse_half": ("Lighthouse, half dense", LIGHTHOUSE),
+    "lighthouse": ("Lighthouse, an eighth dense", LIGHTHOUSE),
+    "window": ("window of 256", WINDOW),
+    "published": ("published selection", LIGHTHOUSE),
+}
+
 
 def read_json(name: str) -> Any:
     return json.loads((DOCS / "benchmarks" / name).read_text())
@@ -125,7 +135,7 @@ def learning_rates(path: Path) -> None:
 
 
 def overview(path: Path) -> None:
-    """The README's figure: speed over the length, and loss over the learning rate."""
+    """The README's figure: speed over the length, and loss of returning passages by recipe."""
     (run,) = [run for run in read_json("training_98k.json") if run["config"] == "270m_98k.toml"]
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
@@ -156,7 +166,9 @@ def overview(path: Path) -> None:
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.grid(alpha=0.3)
     left.legend(fontsize=8, loc="upper left")
-    at_rates(right)
+    contest_plots.by_arm(right, contest_results("distance_17m"), RECIPES)
+    right.set(xlabel="loss of passages that return after 16,384 tokens,\n"
+                     "nats per token; lower is better; 17M model")  # fmt: skip
     save(figure, path)
 
 
@@ -305,10 +317,15 @@ def neighbourhood(path: Path) -> None:
     save(figure, path)
 
 
+def contest_results(name: str) -> Results:
+    """The records of a contest in train_configs/contests."""
+    file = ROOT / f"train_configs/contests/{name}.toml"
+    return Results(read_contest(file), STUDIES / f"contest_{name}")
+
+
 def contest(name: str, plot: Callable[[Results, Path], None]) -> Callable[[Path], None]:
     """A figure of a contest's records."""
-    file = ROOT / f"train_configs/contests/{name}.toml"
-    return lambda path: plot(Results(read_contest(file), STUDIES / f"contest_{name}"), path)
+    return lambda path: plot(contest_results(name), path)
 
 
 def copying(path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,19 +26,29 @@ def primary(results: Results, path: Path) -> None:
     arms = [arm for arm in results.contest.arms if results.seeds(arm, measure)]
     figure = new_figure(9, 1 + 0.4 * len(arms))
     axis = figure.subplots()
-    for place, (arm, colour) in enumerate(zip(arms, colours(len(arms)), strict=True)):
+    by_arm(axis, results, {arm: (arm, c) for arm, c in zip(arms, colours(len(arms)), strict=True)})
+    shown = LOSS if measure in ("loss", VALIDATION) else measure
+    axis.set(xlabel=f"{shown}; {results.contest.direction} is better")
+    save(figure, path)
+
+
+def by_arm(axis: Any, results: Results, arms: dict[str, tuple[str, Any]]) -> None:
+    """Draw the primary measure into axes of matplotlib, a row for each arm.
+
+    Args:
+        arms: the name that is shown of each arm, and its colour, from top to bottom.
+    """
+    measure = results.contest.primary
+    for place, (arm, (_, colour)) in enumerate(arms.items()):
         values = [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
         found = t_interval(values, 0.95)
         axis.plot(values, [place] * len(values), "o", color=colour, markerfacecolor="none")
         axis.plot(found.mean, place, "|", color=colour, markersize=16)
         if found.low is not None and found.high is not None:
             axis.plot([found.low, found.high], [place, place], "-", color=colour, linewidth=1)
-    axis.set_yticks(range(len(arms)), arms)
+    axis.set_yticks(range(len(arms)), [name for name, _ in arms.values()])
     axis.invert_yaxis()
-    shown = LOSS if measure in ("loss", VALIDATION) else measure
-    axis.set(xlabel=f"{shown}; {results.contest.direction} is better")
     axis.grid(alpha=0.3)
-    save(figure, path)
 
 
 def over_time(results: Results, path: Path) -> None:
