@@ -86,7 +86,7 @@ class ContextParallel:
         operations: causal attention over the parts of all ranks, without autograd, for
             ``attention_over_ranks``. forward(q, k, v, scale) returns out and the logsumexp of the
             scores. backward(dout, dlse, q, k, v, out, lse, scale) returns dq, dk and dv; dlse may
-            be None.
+            be None. With documents both are given documents and most_documents besides.
     """
 
     group: dist.ProcessGroup | None
@@ -205,6 +205,8 @@ def attention_over_ranks(
     scale: float,
     layout: ContextParallel,
     return_lse: Literal[False] = False,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -216,6 +218,8 @@ def attention_over_ranks(
     scale: float,
     layout: ContextParallel,
     return_lse: Literal[True],
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -226,6 +230,8 @@ def attention_over_ranks(
     scale: float,
     layout: ContextParallel,
     return_lse: bool = False,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Dense causal attention over the parts of all ranks, by the operations of ``layout``.
 
@@ -236,11 +242,14 @@ def attention_over_ranks(
         k, v: this rank's parts, [B, Hkv, M C, D].
         scale: factor of the scores.
         return_lse: also return the logsumexp of each position's scores.
+        documents: int32 or int64 [B, W M C], for each position of the whole sequence the first
+            position of its document, before which it sees nothing.
+        most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
         out [B, Hq, M C, D] in q's dtype; with ``return_lse`` also lse [B, Hq, M C].
     """
-    return _OverRanks.apply(q, k, v, scale, layout, return_lse)
+    return _OverRanks.apply(q, k, v, scale, layout, return_lse, documents, most_documents)
 
 
 class _OverRanks(torch.autograd.Function):
@@ -255,11 +264,14 @@ class _OverRanks(torch.autograd.Function):
         scale: float,
         layout: ContextParallel,
         return_lse: bool,
+        documents: torch.Tensor | None,
+        most_documents: int | None,
     ) -> Any:
         assert layout.operations is not None
-        out, lse = layout.operations[0](q, k, v, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.constants = scale, layout
+        within = () if documents is None else (documents, most_documents)
+        out, lse = layout.operations[0](q, k, v, scale, *within)
+        ctx.save_for_backward(q, k, v, out, lse, documents)
+        ctx.constants = scale, layout, most_documents
         return (out, lse) if return_lse else out
 
     @staticmethod
@@ -268,9 +280,11 @@ class _OverRanks(torch.autograd.Function):
     def backward(
         ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
-        scale, layout = ctx.constants
-        grads = layout.operations[1](dout, dlse, *ctx.saved_tensors, scale)
-        return *grads, None, None, None
+        *rows, documents = ctx.saved_tensors
+        scale, layout, most_documents = ctx.constants
+        within = () if documents is None else (documents, most_documents)
+        grads = layout.operations[1](dout, dlse, *rows, scale, *within)
+        return *grads, None, None, None, None, None
 
 
 class _Exchange(torch.autograd.Function):

@@ -135,12 +135,15 @@ def flash_forward_by_lengths(
     lengths: Lengths,
     scale: float,
     window: int | None = None,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend within sequences of varying lengths. Each one's last query is at its last key.
+    """Attend within sequences of varying lengths.
 
     Args:
         q: [R, Hq, D], D being a multiple of ``STEP_OF_D``.
         k, v: [C, Hkv, D].
+        causal: each sequence's last query is at the place of its last key, and a query sees no
+            later key. Otherwise it sees every key of its sequence.
         window: keys that a query sees at most, itself included; by default all before it.
 
     Returns:
@@ -150,8 +153,8 @@ def flash_forward_by_lengths(
         RuntimeError: this version of torch returns lse in another shape.
     """
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *map(_dense_columns, (q, k, v)), *lengths, 0.0, True, False,
-        **_options(scale, True, window),
+        *map(_dense_columns, (q, k, v)), *lengths, 0.0, causal, False,
+        **_options(scale, causal, window),
     )  # fmt: skip
     if lse.shape != (q.shape[1], q.shape[0]):
         raise RuntimeError(
@@ -172,6 +175,7 @@ def flash_backward_by_lengths(
     lengths: Lengths,
     scale: float,
     window: int | None = None,
+    causal: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of ``flash_forward_by_lengths``'s out with respect to q, k and v.
 
@@ -182,8 +186,8 @@ def flash_backward_by_lengths(
     """
     state, unused = (lse.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
     return torch.ops.aten._flash_attention_backward(
-        *map(_dense_columns, (dout, q, k, v, out)), lse, *lengths, 0.0, True, state, unused,
-        **_options(scale, True, window),
+        *map(_dense_columns, (dout, q, k, v, out)), lse, *lengths, 0.0, causal, state, unused,
+        **_options(scale, causal, window),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from .context_parallel import ONE_DEVICE
 from .dense_attention import document_attention
-from .implementation import check_for_documents, check_implementation
+from .implementation import check_implementation
 
 
 class StockAttention(nn.Module):
@@ -59,7 +59,8 @@ class InnerAttention(nn.Module):
 
     Attributes:
         context_parallel: the chunks on this rank, when sequences are spread over several. Set it
-            together with an ``sdpa`` that attends over all ranks.
+            together with an ``sdpa`` that attends over all ranks, within ``documents`` if it is
+            given some.
         enabled: whether this attention runs; otherwise ``sdpa`` runs alone.
         name: what messages call it.
         implementations: the names that ``impl`` may have.
@@ -92,24 +93,30 @@ class InnerAttention(nn.Module):
 
         Args:
             documents: int32 or int64 [B, N], for each position the first position of its document,
-                within which it attends. ``sdpa`` does not run then: dense attention is that of
-                ``document_attention``.
+                within which it attends. Dense attention is that of ``document_attention`` then, and
+                ``sdpa`` runs under context parallelism alone, where it has to take documents, of
+                the whole sequence.
             most_documents: documents that the batch has at most, as in ``document_attention``.
 
         Raises:
             ValueError: the attention is enabled or there are documents, and ``is_causal`` is false
                 or the heads differ without ``enable_gqa``; or there are documents under context
-                parallelism.
+                parallelism and torch's attention as ``sdpa``.
         """
         if not self.enabled and documents is None:
             return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)
         check_call(self.name, q, k, enable_gqa, is_causal)
         if not self.enabled:
             assert documents is not None
-            check_for_documents(None, documents, (), self.context_parallel.chunks)
-            return document_attention(
-                q, k, v, documents, scale=scale, most_documents=most_documents
-            )
+            options: dict[str, Any] = {"scale": scale, "most_documents": most_documents}
+            if self.context_parallel.chunks > 1:
+                if isinstance(self.sdpa, StockAttention):
+                    raise ValueError(
+                        "under context parallelism, documents need an sdpa that attends over all "
+                        "ranks within documents, and torch's does not; give one to sdpa"
+                    )
+                return self.sdpa(q, k, v, enable_gqa=enable_gqa, documents=documents, **options)
+            return document_attention(q, k, v, documents, **options)
         return self.attend(q, k, v, scale, documents, most_documents)
 
     def attend(

@@ -230,7 +230,7 @@ def parsed(text: Path, folder: Path, **settings: Any) -> JobConfig:
         ),
         (
             {"parallelism.context_parallel_degree": 2, "lighthouse.picks_per_stratum": 4},
-            "is not supported with parallelism.context_parallel_degree = 2, whose ring",
+            "is not supported with parallelism.context_parallel_degree = 2 in a Lighthouse stage",
         ),
         ({"lighthouse.repeat_mix": 0.1, "training.seq_len": 4096}, "lighthouse.repeat_mix = 0.1"),
     ],

@@ -347,12 +347,12 @@ class LighthouseTrainer(upstream.Trainer):
         """As upstream, but with documents, and ``held_batch`` takes this rank's part."""
         extra_inputs = dict(input_dict)
         inputs, documents = extra_inputs.pop("input"), extra_inputs.pop(DOCUMENTS, None)
-        if not self.parallel_dims.cp_enabled:
-            options = model_options(documents, self.job_config.lighthouse)
-            return inputs, labels, extra_inputs, options
-        mesh = self.parallel_dims.get_mesh("cp")
-        inputs, labels, positions = held_batch(inputs, labels, mesh, self.job_config.parallelism)
-        return inputs, labels, extra_inputs, {"positions": positions}
+        options = model_options(documents, self.job_config.lighthouse)
+        if self.parallel_dims.cp_enabled:
+            mesh = self.parallel_dims.get_mesh("cp")
+            batch = inputs, labels, options
+            inputs, labels, options = held_batch(*batch, mesh, self.job_config.parallelism)
+        return inputs, labels, extra_inputs, options
 
     def _on_device(self, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> Batch:
         # Batches in pinned memory (training.dataloader.pin_memory) do not hold up the host.

@@ -113,9 +113,8 @@ class LighthouseValidator(BaseValidator):
         for inputs, labels, options in self._batches():
             self.metrics_processor.ntokens_since_last_log += labels.numel()
             if self.context_parallel_mesh is not None:
-                inputs, labels, options["positions"] = held_batch(
-                    inputs, labels, self.context_parallel_mesh, self.job_config.parallelism
-                )
+                batch, mesh = (inputs, labels, options), self.context_parallel_mesh
+                inputs, labels, options = held_batch(*batch, mesh, self.job_config.parallelism)
             loss_sum += self._loss_sum(model_parts, inputs, labels, options)
             tokens += (labels != IGNORE_INDEX).sum()
         for model in model_parts:

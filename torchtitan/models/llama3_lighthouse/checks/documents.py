@@ -18,10 +18,11 @@ def check_documents(stage: Stage) -> None:
     if not config.training.document_mask:
         return
     section, degree = config.lighthouse, config.parallelism.context_parallel_degree
-    if degree > 1:
+    if degree > 1 and stage.attention == "lighthouse":
         raise UserValueError(
-            f"{KEY} = true is not supported with parallelism.context_parallel_degree = {degree}, "
-            f"whose ring and halo do not know documents yet; set the degree to 1, {OFF}"
+            f"{KEY} = true is not supported with parallelism.context_parallel_degree = {degree} "
+            f"in a Lighthouse stage or a window's, whose halo does not know documents yet; set the "
+            f"degree to 1, {OFF}"
         )
     if section.repeat_mix:
         raise UserValueError(

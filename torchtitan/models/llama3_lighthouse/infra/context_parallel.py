@@ -42,15 +42,21 @@ class RingAttention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
         is_causal: bool = True,
+        documents: torch.Tensor | None = None,
+        most_documents: int | None = None,
     ) -> torch.Tensor:
         """Output [B, Hq, S, D] for this rank's q [B, Hq, S, D] and k, v [B, Hkv, S, D].
+
+        Args:
+            documents, most_documents: as in ``attention_over_ranks``.
 
         Raises:
             ValueError: ``is_causal`` is false, or the heads differ without ``enable_gqa``.
         """
         check_call("ring attention", q, k, enable_gqa, is_causal)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return attention_over_ranks(q, k, v, scale, self.layout)
+        layout = documents, most_documents
+        return attention_over_ranks(q, k, v, scale, self.layout, False, *layout)
 
 
 def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
@@ -64,8 +70,12 @@ def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
 
 
 def held_batch(
-    inputs: torch.Tensor, labels: torch.Tensor, mesh: DeviceMesh, config: Parallelism
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    options: dict[str, torch.Tensor],
+    mesh: DeviceMesh,
+    config: Parallelism,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Cut this rank's part out of a batch.
 
     torchtitan's own function would have torch 2.11 list every position of the sequence on the host,
@@ -73,16 +83,21 @@ def held_batch(
 
     Args:
         inputs, labels: [B, N] each.
+        options: what the model takes besides. A layout of documents stays whole: ranks need to know
+            where documents lie on the others.
 
     Returns:
-        Inputs, labels and their positions in the sequence, [B, N / W] each.
+        Inputs and labels [B, N / W], and the options with their positions in the sequence or, if
+        they were given, in their documents.
     """
     layout = layout_of(mesh, config)
-    positions = torch.arange(inputs.shape[1], dtype=torch.int32, device=inputs.device)
+    positions = options.get("positions")
+    if positions is None:
+        positions = torch.arange(inputs.shape[1], dtype=torch.int32, device=inputs.device)
     inputs, labels, positions = (
         layout.take(rows, dim=1) for rows in (inputs, labels, positions.expand(inputs.shape))
     )
-    return inputs, labels, positions
+    return inputs, labels, {**options, "positions": positions}
 
 
 def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, config: Parallelism) -> None:

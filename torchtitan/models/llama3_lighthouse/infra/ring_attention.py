@@ -11,6 +11,7 @@ Shapes: B batch, H heads, W ranks, S positions on a rank, D head dimension.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,15 @@ SEQUENCE_DIM = 2
 
 # Attention over the keys and values of one rank; ``is_causal`` is a keyword argument.
 Attend = Callable[..., tuple[torch.Tensor, ...]]
+# What it is given besides for a hop's number, queries and keys.
+Within = Callable[[int, slice, slice], dict[str, Any]]
 # Waits for tensors to arrive and returns them.
 Arrival = Callable[[], list[torch.Tensor]]
+
+
+def nothing_more(hop: int, queries: slice, keys: slice) -> dict[str, Any]:
+    """Without documents, attention needs to know no more."""
+    return {}
 
 
 def sum_dtype(dtype: torch.dtype, world_size: int) -> torch.dtype:
@@ -128,13 +136,19 @@ class Ring:
 
 
 def ring_forward(
-    attend: Attend, ring: Ring, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    attend: Attend,
+    ring: Ring,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    within: Within = nothing_more,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of this rank's queries over the keys and values of all ranks.
 
     Args:
         attend: returns output [B, H, S, D] and logsumexp [B, H, S] for one rank's keys and values.
         query, key, value: this rank's, [B, H, S, D] each.
+        within: what ``attend`` is given besides at a hop.
 
     Returns:
         Output [B, H, S, D] and logsumexp [B, H, S].
@@ -148,6 +162,7 @@ def ring_forward(
             keys[:, :, keys_here],
             values[:, :, keys_here],
             is_causal=hop == 0,
+            **within(hop, queries_here, keys_here),
         )
         if hop == 0:
             out = found.to(sum_dtype(found.dtype, ring.size))
@@ -167,6 +182,7 @@ def ring_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     logsumexp: torch.Tensor,
+    within: Within = nothing_more,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of ``ring_forward`` with respect to this rank's query, key and value.
 
@@ -179,6 +195,7 @@ def ring_backward(
         attend: the backward of the ``attend`` that forward was called with.
         grad: gradient of ``out``, [B, H, S, D].
         out, logsumexp: what forward returned.
+        within: what ``attend`` is given besides at a hop.
     """
     dtype = sum_dtype(key.dtype, ring.size)
     length, key_heads = key.shape[SEQUENCE_DIM], key.shape[1]
@@ -189,7 +206,7 @@ def ring_backward(
         heads: slice,
         queries_here: slice,
         keys_here: slice,
-        causal: bool,
+        hop: int,
     ) -> Sequence[torch.Tensor]:
         """Gradients of query, key and value for the part that attends at a hop.
 
@@ -209,13 +226,14 @@ def ring_backward(
             out[query_part],
             # Kernels assume that the logsumexp is contiguous.
             logsumexp[query_part].contiguous(),
-            is_causal=causal,
+            is_causal=hop == 0,
+            **within(hop, queries_here, keys_here),
         )
 
     def at_home(heads: slice) -> Sequence[torch.Tensor]:
         """Gradients from this rank's queries attending to its own keys and values."""
         everything = slice(0, length)
-        return gradients(key, value, heads, everything, everything, True)
+        return gradients(key, value, heads, everything, everything, 0)
 
     middle = (key_heads + 1) // 2
     query_total = arriving = None
@@ -228,7 +246,7 @@ def ring_backward(
         if (attending := ring.attending(hop, length)) is not None:
             queries_here, keys_here = attending
             all_heads = slice(0, key_heads)
-            found, *pair = gradients(keys, values, all_heads, queries_here, keys_here, False)
+            found, *pair = gradients(keys, values, all_heads, queries_here, keys_here, hop)
             query_total = _add(query_total, found, queries_here, query, dtype)
             held_totals = [
                 _add(*both, keys_here, key, dtype) for both in zip(held_totals, pair, strict=True)

@@ -6,9 +6,11 @@ some would then wait for transfers that others never start. It would also keep k
 everything received from forward to backward.
 
 The operations decide when they run which of torch's attentions computes at each hop: cuDNN's where
-torch takes it, otherwise flash attention, and on a CPU flash attention for CPUs.
+torch takes it, otherwise flash attention, and on a CPU flash attention for CPUs. With documents it
+is flash attention.
 
-Shapes: B batch, Hq query heads, Hkv key-value heads, S positions on a rank, D head dimension.
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions of the sequence, S positions on a
+rank, D head dimension.
 """
 
 from collections.abc import Callable
@@ -20,11 +22,12 @@ import torch
 from lighthouse.context_parallel import GROUPS, ContextParallel
 from lighthouse.cpu_flash import cpu_backward, cpu_forward
 from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
-from lighthouse.flash import flash_backward, flash_forward, takes_flash
+from lighthouse.flash import flash_backward, flash_forward, obstacle_to_flash, takes_flash
 from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.precision import accumulation_dtype
 
-from .ring_attention import Attend, Ring, ring_backward, ring_forward
+from .ring_attention import Attend, Ring, nothing_more, ring_backward, ring_forward
+from .ring_documents import RingDocuments, Seen, backward_to_seen, forward_to_seen
 
 NAMESPACE = "lighthouse_ring"
 
@@ -37,9 +40,16 @@ def operations_of(layout: ContextParallel) -> tuple[Callable[..., Any], Callable
 
 
 def _forward(
-    ring: tuple[str, bool], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ring: tuple[str, bool],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.lighthouse_ring.attention(q, k, v, scale, *ring)
+    layout = documents, most_documents
+    return torch.ops.lighthouse_ring.attention(q, k, v, scale, *ring, *layout)
 
 
 def _backward(
@@ -52,10 +62,13 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if dlse is not None:
         dout, out = fold_lse_gradient(dout, dlse, out)
-    return torch.ops.lighthouse_ring.attention_backward(dout, q, k, v, out, lse, scale, *ring)
+    rows, layout = (dout, q, k, v, out, lse), (documents, most_documents)
+    return torch.ops.lighthouse_ring.attention_backward(*rows, scale, *ring, *layout)
 
 
 def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Attend, Attend]:
@@ -77,6 +90,60 @@ def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[At
     )
 
 
+def _check_flash(q: torch.Tensor) -> None:
+    """Check that flash attention attends within documents on tensors like ``q``.
+
+    Raises:
+        NotImplementedError: it does not.
+    """
+    if q.is_cuda and (obstacle := obstacle_to_flash(q)):
+        raise NotImplementedError(
+            f"ring attention within documents runs flash attention, which {obstacle}"
+        )
+
+
+def _forward_within(
+    documents: RingDocuments,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    seen: Seen | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``Attend`` of forward within documents; ``seen`` is None at the first hop."""
+    if seen is not None:
+        return forward_to_seen(q, k, v, scale, seen)
+    rows, operations = (q, k, v), torch.ops.lighthouse
+    if q.is_cuda:
+        return operations.flash_window(*rows, q.shape[2], scale, documents.lengths_at_home())
+    return operations.document_attention(*rows, documents.at_home(), scale)
+
+
+def _backward_within(
+    documents: RingDocuments,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    seen: Seen | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The ``Attend`` of backward within documents."""
+    rows, operations = (dout, q, k, v, out, lse), torch.ops.lighthouse
+    if seen is not None:
+        return backward_to_seen(*rows, scale, seen)
+    if q.is_cuda:
+        lengths = documents.lengths_at_home()
+        return operations.flash_window_backward(*rows, q.shape[2], scale, lengths)
+    return operations.document_attention_backward(*rows, documents.at_home(), scale)
+
+
 def _run_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -84,13 +151,20 @@ def _run_forward(
     scale: float,
     group_name: str,
     balanced: bool,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    attend = partial(_attention_of(q, k, v)[0], scale=scale)
-    ring = Ring(GROUPS[group_name], balanced)
+    ring, within = Ring(GROUPS[group_name], balanced), nothing_more
+    if documents is None:
+        attend = partial(_attention_of(q, k, v)[0], scale=scale)
+    else:
+        _check_flash(q)
+        found = RingDocuments(documents, ring, q.shape[2], most_documents)
+        attend, within = partial(_forward_within, found, scale=scale), found.within
     if ring.size == 1:
         out, lse = attend(q, k, v, is_causal=True)
     else:
-        out, lse = ring_forward(attend, ring, q, k, v)
+        out, lse = ring_forward(attend, ring, q, k, v, within)
     return _laid_out(out, q), lse.contiguous()
 
 
@@ -104,13 +178,19 @@ def _run_backward(
     scale: float,
     group_name: str,
     balanced: bool,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    attend = partial(_attention_of(q, k, v)[1], scale=scale)
-    ring = Ring(GROUPS[group_name], balanced)
+    ring, within = Ring(GROUPS[group_name], balanced), nothing_more
+    if documents is None:
+        attend = partial(_attention_of(q, k, v)[1], scale=scale)
+    else:
+        found = RingDocuments(documents, ring, q.shape[2], most_documents)
+        attend, within = partial(_backward_within, found, scale=scale), found.within
     if ring.size == 1:
         grads = attend(dout, q, k, v, out, lse, is_causal=True)
     else:
-        grads = ring_backward(attend, ring, dout, q, k, v, out, lse)
+        grads = ring_backward(attend, ring, dout, q, k, v, out, lse, within)
     return tuple(_laid_out(*pair) for pair in zip(grads, (q, k, v), strict=True))
 
 
@@ -122,7 +202,7 @@ def _laid_out(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *ring: str | bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
@@ -133,7 +213,7 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-RING = "str group_name, bool balanced"
+RING = "str group_name, bool balanced, Tensor? documents=None, int? most_documents=None"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _name, _schema, _run, _fake in (
     (

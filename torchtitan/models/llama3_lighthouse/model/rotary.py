@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.model.model import Attention
 
 from lighthouse import document_attention
-from lighthouse.inner_attention import InnerAttention
 
 from ..data.documents import most_documents
 
@@ -146,6 +146,6 @@ class RotaryAttention(Attention):
             options["documents"] = documents
             options["most_documents"] = len(documents) * most_documents(documents.shape[1])
             # Upstream's dense attention knows no documents.
-            if not isinstance(self.inner_attention, InnerAttention):
+            if isinstance(self.inner_attention, ScaledDotProductAttentionWrapper):
                 return document_attention(q, k, v, **options)
         return self.inner_attention(q, k, v, enable_gqa=self.enable_gqa, **options)

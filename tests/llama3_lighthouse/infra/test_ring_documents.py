@@ -1,0 +1,129 @@
+"""Documents that do not see each other in the ring, and the lengths that flash attention gets."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from document_cases import random_layout
+from flash_stand_ins import replace_flash_attention
+from launch import run_ranks
+from ring_ranks import Layer, join_ranks, with_gradients
+from torch.distributed.device_mesh import DeviceMesh
+
+from lighthouse import document_attention, first_positions
+from torchtitan.models.llama3_lighthouse.infra import ring_documents
+from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
+    apply_context_parallel,
+    layout_of,
+)
+from torchtitan.models.llama3_lighthouse.infra.ring_documents import Seen
+from torchtitan.models.llama3_lighthouse.job_config import Parallelism
+
+BATCH, N, D = 2, 96, 8
+BALANCES = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
+
+
+def rows_of(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """q, k, v and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(BATCH, heads, N, D, generator=generator, dtype=dtype) for heads in (4, 2, 2, 4)
+    ]
+
+
+def documents_of(*begins: int) -> torch.Tensor:
+    """The layout [B, N] of documents that begin at these positions and at 0."""
+    marks = torch.zeros(N, dtype=torch.int64)
+    marks[list(begins)] = 1
+    return first_positions(marks.cumsum(0).expand(BATCH, -1))
+
+
+def layouts() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        documents_of(),
+        documents_of(*range(N)),
+        # At the chunks of two, three and four ranks, beside them, and over several of them.
+        documents_of(8, 12, 16, 24, 32, 48, 64, 72),
+        documents_of(13, 47, 49, 95),
+        *(random_layout(BATCH, N, 1, generator) for _ in range(3)),
+    ]
+
+
+def worker(rank: int, world_size: int, port: int) -> None:
+    mesh = join_ranks(rank, world_size, port)
+    for config, (number, documents) in itertools.product(BALANCES, enumerate(layouts())):
+        check_against_one_device(mesh, config, documents, torch.float64, number)
+    check_against_one_device(mesh, Parallelism(), layouts()[-1], torch.float32, 9)
+    for config in BALANCES:
+        check_that_no_document_sees_another(mesh, config)
+    dist.destroy_process_group()
+
+
+def attend(
+    mesh: DeviceMesh, config: Parallelism, rows: list[torch.Tensor], documents: torch.Tensor
+) -> list[torch.Tensor]:
+    """Output and gradients of this rank's part of ``rows``."""
+    module = Layer()
+    apply_context_parallel(module, mesh, config)
+    *inputs, grad = (layout_of(mesh, config).take(x, dim=2) for x in rows)
+    options = {"enable_gqa": True, "scale": 0.3, "documents": documents}
+    return with_gradients(module, inputs, grad, **options)
+
+
+def check_against_one_device(
+    mesh: DeviceMesh, config: Parallelism, documents: torch.Tensor, dtype: torch.dtype, seed: int
+) -> None:
+    rows = rows_of(seed, dtype)
+    *inputs, grad = rows
+    wanted = with_gradients(document_attention, inputs, grad, documents=documents, scale=0.3)
+    found = attend(mesh, config, rows, documents)
+    bound = 1e-6 if dtype == torch.float32 else 1e-12
+    for value, want in zip(found, wanted, strict=True):
+        want = layout_of(mesh, config).take(want, dim=2)
+        assert value.dtype == dtype
+        assert ((value - want).norm(dim=-1) <= bound * (1 + want.norm(dim=-1))).all()
+
+
+def check_that_no_document_sees_another(mesh: DeviceMesh, config: Parallelism) -> None:
+    """Other tokens in the second document, which lies on several ranks, change no other bit."""
+    documents = documents_of(13, 71)
+    rows, others = rows_of(1), rows_of(2)
+    second = ((documents == 13).unsqueeze(1).unsqueeze(-1)).expand(-1, 1, -1, 1)
+    changed = [torch.where(second, y, x) for x, y in zip(rows, others, strict=True)]
+    kept = ~layout_of(mesh, config).take(second, dim=2)
+    before, after = (attend(mesh, config, x, documents) for x in (rows, changed))
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x.masked_fill(~kept, 0), y.masked_fill(~kept, 0))
+    # On a rank that holds some of it, it does change.
+    assert kept.all() or not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_documents_over_ranks_equal_those_on_one_device(world_size: int, free_port: int) -> None:
+    run_ranks(worker, world_size, free_port, processes=world_size)
+
+
+def test_flash_attention_gets_what_is_seen_as_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs. Queries that see nothing, and keys that nobody sees, lie between."""
+    replace_flash_attention(monkeypatch)
+    queries, keys = 12, 10
+    seen = Seen(torch.tensor([5, 0, 12, 1]), torch.tensor([4, 10, 0, 9]))
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((4, queries), (2, keys), (2, keys), (4, queries))
+    q, k, v, dout = (torch.randn(4, *x, D, generator=generator) for x in shapes)
+    out, lse = ring_documents.forward_to_seen(q, k, v, 0.5, seen)
+    by_flash = ring_documents._forward_by_flash(q, k, v, 0.5, seen)
+    for found, want in zip(by_flash, (out, lse), strict=True):
+        torch.testing.assert_close(found, want)
+    sees = torch.arange(queries) < seen.queries[:, None]
+    assert (lse.isfinite() == sees[:, None]).all() and (out[1] == 0).all()
+    # In the ring the logsumexp is over more keys, and always finite.
+    lse = torch.logaddexp(lse, torch.zeros(())) + math.log(2)
+    rows = dout, q, k, v, out, lse, 0.5, seen
+    wanted = ring_documents.backward_to_seen(*rows)
+    for found, want in zip(ring_documents._backward_by_flash(*rows), wanted, strict=True):
+        torch.testing.assert_close(found, want)
+    assert all(grad[1].eq(0).all() and grad[0].ne(0).any() for grad in wanted)

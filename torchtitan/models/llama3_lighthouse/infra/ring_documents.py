@@ -1,0 +1,212 @@
+"""The ring's attention if documents do not see each other: which keys a hop's queries see.
+
+A rank's own rows, joined, are a sequence with a layout of documents of its own. Of the rows that
+arrive at a later hop, only those before the queries here are ever attended to. One document at most
+goes on from before such keys' end to the queries. So the first few queries see the last few keys,
+and nothing else is seen.
+
+Shapes: B batch, Hq query heads, Hkv key-value heads, N positions of the sequence, S positions on a
+rank, R queries and C keys of a hop, D head dimension.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from lighthouse.context_parallel import ContextParallel
+from lighthouse.cpu_flash import cpu_backward, cpu_forward
+from lighthouse.documents import cumulative_lengths
+from lighthouse.flash import Lengths, flash_backward_by_lengths, flash_forward_by_lengths
+from lighthouse.precision import accumulation_dtype
+
+from .ring_attention import Ring
+
+
+class Seen(NamedTuple):
+    """What is seen at a hop after the first: the first queries see the last keys.
+
+    Attributes:
+        queries: how many queries see keys, int64 [B].
+        hidden: how many of the keys, the first ones, they do not see, int64 [B]. All of them where
+            no query sees any.
+    """
+
+    queries: torch.Tensor
+    hidden: torch.Tensor
+
+
+class RingDocuments:
+    """Documents as the ring of one rank sees them.
+
+    Args:
+        documents: [B, N], for each position of the whole sequence the first position of its
+            document.
+        length: S.
+        most_documents: documents that the batch has at most.
+    """
+
+    def __init__(
+        self, documents: torch.Tensor, ring: Ring, length: int, most_documents: int | None
+    ) -> None:
+        self.ring, self.length, self.most_documents = ring, length, most_documents
+        self.device = documents.device
+        self.own = self._positions(ring.rank)
+        self.documents = documents[:, self.own]
+
+    def _positions(self, rank: int) -> torch.Tensor:
+        """Places in the whole sequence of the rows on a rank, int64 [S], ascending."""
+        held = ContextParallel(None, rank, self.ring.size, self.ring.balanced).held
+        chunk = self.length // len(held)
+        place = torch.arange(chunk, device=self.device)
+        return torch.cat([number * chunk + place for number in held])
+
+    def at_home(self) -> torch.Tensor:
+        """The layout of this rank's own rows, joined, int64 [B, S].
+
+        All positions between two of a document are of that document. So its rows here are
+        neighbours.
+        """
+        return torch.searchsorted(self.own, self.documents.long())
+
+    def lengths_at_home(self) -> torch.Tensor:
+        """``cumulative_lengths`` of ``at_home``, int32 [M + 1]."""
+        return cumulative_lengths(self.at_home(), self.most_documents)
+
+    def within(self, hop: int, queries_here: slice, keys_here: slice) -> dict[str, Any]:
+        """What attention is given besides at a hop."""
+        return {"seen": self.seen(hop, queries_here, keys_here)} if hop else {}
+
+    def seen(self, hop: int, queries_here: slice, keys_here: slice) -> Seen:
+        """What is seen at a hop after the first.
+
+        Args:
+            queries_here, keys_here: from ``Ring.attending``.
+        """
+        keys = self._positions((self.ring.rank - hop) % self.ring.size)[keys_here]
+        begins = self.documents[:, queries_here].long()
+        queries = (begins <= keys[-1]).sum(dim=1)
+        # Where a query sees keys, the first one does.
+        hidden = torch.searchsorted(keys, begins[:, :1]).squeeze(1)
+        return Seen(queries, torch.where(queries > 0, hidden, len(keys)))
+
+
+def forward_to_seen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend at a hop after the first.
+
+    Args:
+        q: [B, Hq, R, D].
+        k, v: [B, Hkv, C, D].
+
+    Returns:
+        out [B, Hq, R, D] and lse [B, Hq, R], zero and minus infinity for queries that see no key.
+    """
+    if q.is_cuda:
+        return _forward_by_flash(q, k, v, scale, seen)
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q.dtype))
+    for row, queries, keys in _parts(seen):
+        found = cpu_forward(q[row, :, queries], k[row, :, keys], v[row, :, keys], scale, False)
+        out[row, :, queries], lse[row, :, queries] = found
+    return out, lse
+
+
+def backward_to_seen(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    seen: Seen,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v through what ``forward_to_seen`` attends to.
+
+    Args:
+        out, lse: those over all keys of the ring.
+    """
+    if q.is_cuda:
+        return _backward_by_flash(dout, q, k, v, out, lse, scale, seen)
+    grads = tuple(torch.zeros_like(x) for x in (q, k, v))
+    for row, queries, keys in _parts(seen):
+        places = (queries, queries, keys, keys, queries, queries)
+        rows = (x[row, :, here] for x, here in zip((dout, q, k, v, out, lse), places, strict=True))
+        dout_here, q_here, k_here, v_here, out_here, lse_here = rows
+        found = cpu_backward(
+            dout_here, q_here, k_here, v_here, out_here, lse_here.contiguous(), scale, False
+        )
+        for grad, here, part in zip(grads, (queries, keys, keys), found, strict=True):
+            grad[row, :, here] = part
+    dq, dk, dv = grads
+    return dq, dk, dv
+
+
+def _forward_by_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths, sees = _lengths(seen, q.shape[2], k.shape[2]), _first(seen.queries, q.shape[2])
+    out, lse = flash_forward_by_lengths(
+        _joined(q), _joined(k), _joined(v), lengths, scale, causal=False
+    )
+    out, lse = _split(out, q), lse.unflatten(1, (len(q), -1)).transpose(0, 1)
+    return out.masked_fill(~sees[..., None], 0), lse.masked_fill(~sees, -math.inf)
+
+
+def _backward_by_flash(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    seen: Seen,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lengths, sees = _lengths(seen, q.shape[2], k.shape[2]), _first(seen.queries, q.shape[2])
+    dout, joined_q, joined_k, joined_v, out = map(_joined, (dout, q, k, v, out))
+    lse = lse.transpose(0, 1).flatten(1).contiguous()
+    dq, dk, dv = flash_backward_by_lengths(
+        dout, joined_q, joined_k, joined_v, out, lse, lengths, scale, causal=False
+    )
+    # Flash attention does not write the gradients of keys that no query sees.
+    hidden = _first(seen.hidden, k.shape[2])[..., None]
+    dk, dv = (_split(grad, k).masked_fill(hidden, 0) for grad in (dk, dv))
+    return _split(dq, q).masked_fill(~sees[..., None], 0), dk, dv
+
+
+def _first(count: torch.Tensor, length: int) -> torch.Tensor:
+    """Whether places are among the first ``count`` [B], bool [B, 1, ``length``]."""
+    return (torch.arange(length, device=count.device) < count[:, None]).unsqueeze(1)
+
+
+def _parts(seen: Seen) -> Iterator[tuple[slice, slice, slice]]:
+    """Row of the batch, queries and keys of what is seen. The host reads the numbers."""
+    for row, (queries, hidden) in enumerate(zip(*(x.tolist() for x in seen), strict=True)):
+        if queries:
+            yield slice(row, row + 1), slice(0, queries), slice(hidden, None)
+
+
+def _lengths(seen: Seen, queries: int, keys: int) -> Lengths:
+    """Three sequences for each row of the batch: hidden keys, what is seen, and other queries."""
+    row = torch.arange(len(seen.queries), device=seen.queries.device)
+    first, first_key = row * queries, row * keys
+    starts = torch.stack([first, first, first + seen.queries], dim=1).flatten()
+    key_starts = torch.stack([first_key, first_key + seen.hidden, first_key + keys], dim=1)
+    ends = (x.new_full((1,), len(row) * length) for x, length in ((row, queries), (row, keys)))
+    both = zip((starts, key_starts.flatten()), ends, strict=True)
+    of_queries, of_keys = (torch.cat(pair).int() for pair in both)
+    return Lengths(of_queries, of_keys, queries, keys)
+
+
+def _joined(rows: torch.Tensor) -> torch.Tensor:
+    """[B, H, S, D] as [B S, H, D]."""
+    return rows.transpose(1, 2).flatten(0, 1)
+
+
+def _split(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[B S, H, D] as [B, H, S, D]."""
+    return rows.unflatten(0, (len(like), -1)).transpose(1, 2)
