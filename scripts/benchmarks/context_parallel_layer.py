@@ -28,6 +28,7 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel, LighthouseAttention, LighthouseConfig, select
 from lighthouse.attention import lighthouse_attention
+from lighthouse.implementation import choose_window_implementation, operations_by
 from lighthouse.precision import SDPA_BACKENDS
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import apply_context_parallel
 from torchtitan.models.llama3_lighthouse.infra.ring_attention import Ring
@@ -40,7 +41,9 @@ WINDOW = 512
 WINDOWED = {"window": WINDOW}
 # Variables of the environment that change how NCCL sends.
 SETTINGS = ("NCCL_", "TORCH_NCCL_HIGH_PRIORITY")
+OF_WINDOW, OF_SEAM, WITH_HALO = "the window alone", "an exchange of seam rows", " and the halo"
 NOTHING_SENT, NO_EXCHANGE, AGAIN = ", nothing sent", ", no exchange", ", again"
+HALO_OVER_LAYER = "the halo by itself over the layer with a window, quartiles"
 ONE_GPU = ", one GPU, the whole sequence"
 
 
@@ -184,14 +187,55 @@ def silent(function: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def parts_of_halo(
+    rows: list[torch.Tensor], grad: torch.Tensor, layout: ContextParallel
+) -> dict[str, Callable[[], object]]:
+    """What a layer with a window does for its halo, forward and backward, and the same without.
+
+    Args:
+        rows: q, k and v of this rank, [1, H, N, D].
+    """
+    q, k, v, dout = map(layout.split, (*rows, grad))
+    scale, impl = HEAD_DIM**-0.5, choose_window_implementation(None, q)
+    forward, backward = operations_by(impl)
+    settings = WINDOW, scale, impl, layout.first, len(layout.held)
+    before = [x[:, :, -(WINDOW - 1) :] for x in (k, v)]
+    # As many seam rows as levels above the base, each with its logsumexp.
+    seams = [q[:, :, :2], q[:, :, :2, :1].float()]
+
+    def attend() -> object:
+        out, lse = forward(q, k, v, WINDOW, scale)
+        return backward(dout, None, q, k, v, out, lse, WINDOW, scale)
+
+    def attend_with_halo() -> object:
+        out, lse = torch.ops.lighthouse.halo_window(q, k, v, *before, *settings)
+        _, *into, dk, dv = torch.ops.lighthouse.halo_window_backward(
+            dout, None, q, k, v, *before, out, lse, *settings
+        )
+        for x, part in zip(into, (dk, dv), strict=True):
+            torch.ops.lighthouse.add_to_last_rows(x, part)
+        return into
+
+    def exchange(*parts: torch.Tensor) -> object:
+        return [layout.send(*parts, step=step) for step in (1, -1)]
+
+    return {
+        OF_WINDOW: attend,
+        f"{OF_WINDOW}{WITH_HALO}": attend_with_halo,
+        OF_SEAM: partial(exchange, *seams),
+        f"{OF_SEAM}{WITH_HALO}": partial(exchange, *seams, *before),
+    }
+
+
 def sending(mesh: DeviceMesh) -> dict[str, Any]:
     """Times of the layer on all GPUs of ``mesh``, with and without sending, and its kernels.
 
     Without any loss the layer would take W times as long on one GPU that has the whole sequence.
 
     The time over that without exchange bounds the cost of the halo from above: the seam rows travel
-    in the same collective. The layer with a window has the default settings and the others the
-    paper's, so their difference is not the cost of the window.
+    in the same collective. What the halo takes by itself is far less than two runs of a layer
+    differ by, so its parts are timed alone. The layer with a window has the default settings and
+    the others the paper's, so their difference is not the cost of the window.
     """
     world_size = mesh.size()
     configs = {
@@ -222,7 +266,7 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
         variants |= {name: layer, f"{name}{AGAIN}": layer, f"{name}{NOTHING_SENT}": silent(layer)}
         if name != "dense":
             variants[f"{name}{NO_EXCHANGE}"] = without_exchange(layer)
-    durations = time_in_turns(variants)
+    durations = time_in_turns(variants | parts_of_halo(rows, grad, layout))
 
     def ratios(left_out: str) -> dict[str, list[float]]:
         # Both times come from the same turn, when the GPU has the same temperature and clock.
@@ -234,8 +278,17 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
             if f"{name}{left_out}" in durations
         }
 
+    def more_with_halo(part: str) -> list[float]:
+        pairs = zip(durations[f"{part}{WITH_HALO}"], durations[part], strict=True)
+        return [a - b for a, b in pairs]
+
+    windowed = durations[f"Lighthouse, window {WINDOW}"]
+    parts = zip(more_with_halo(OF_WINDOW), more_with_halo(OF_SEAM), windowed, strict=True)
     return {
         f"W GPUs, {PER_GPU:,} tokens each, ms": median_of_each(durations),
+        HALO_OVER_LAYER: statistics.quantiles(
+            (attending + sent) / layer for attending, sent, layer in parts
+        ),
         "time with sending over without, quartiles": ratios(NOTHING_SENT),
         "time over that without exchange, quartiles": ratios(NO_EXCHANGE),
         "time over that of the same again, quartiles": ratios(AGAIN),

@@ -1,5 +1,6 @@
 """What the GPU ran in a training step or a function: read from torch's profiler, as a table."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from reporting import table_head, table_row
 LISTED_KERNELS, LISTED_GAPS = 40, 8
 # Kernels of a function that a record keeps.
 KEPT_KERNELS = 30
+# How the names of NCCL's kernels begin.
+SENDING = "nccl"
 
 
 def profile_of(function: Callable[[], object]) -> dict[str, Any]:
@@ -29,9 +32,10 @@ def kernels_of(profile: Any) -> dict[str, Any]:
     """Summarise a profile of torch's profiler.
 
     Returns:
-        "busy ms", the time in which at least one kernel or copy ran; "kernels", each with name,
-        count and ms, the longest first; and "gaps", the longest times in which nothing ran, in ms,
-        with the kernels before and after.
+        "busy ms", the time in which at least one kernel or copy ran; "sending alone ms", the part
+        of it in which nothing but NCCL's kernels ran; "kernels", each with name, count and ms, the
+        longest first; and "gaps", the longest times in which nothing ran, in ms, with the kernels
+        before and after.
     """
     from torch.autograd import DeviceType
 
@@ -43,22 +47,33 @@ def kernels_of(profile: Any) -> dict[str, Any]:
     ]
     events.sort(key=lambda e: e.time_range.start)
     kernels: dict[str, list[float]] = {}
-    busy, reached, before = 0.0, events[0].time_range.start if events else 0.0, ""
+    reached, before = events[0].time_range.start if events else 0.0, ""
     gaps = []
     for event in events:
         start, end = event.time_range.start, event.time_range.end
         kernels.setdefault(event.name, []).append((end - start) / 1e3)
-        busy += max(0.0, end - max(start, reached)) / 1e3
         if start > reached:
             gaps.append({"ms": (start - reached) / 1e3, "after": before, "before": event.name})
         if end > reached:
             reached, before = end, event.name
     rows = [{"name": name, "count": len(ms), "ms": sum(ms)} for name, ms in kernels.items()]
+    busy = _busy(events)
     return {
         "busy ms": busy,
+        "sending alone ms": busy - _busy([e for e in events if not e.name.startswith(SENDING)]),
         "kernels": sorted(rows, key=lambda row: -row["ms"]),
         "gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:LISTED_GAPS],
     }
+
+
+def _busy(events: list[Any]) -> float:
+    """ms in which at least one of ``events`` ran, given in the order in which they started."""
+    busy, reached = 0.0, -math.inf
+    for event in events:
+        start, end = event.time_range.start, event.time_range.end
+        busy += max(0.0, end - max(start, reached)) / 1e3
+        reached = max(reached, end)
+    return busy
 
 
 def profile_table(run: dict[str, Any]) -> str:
@@ -94,6 +109,8 @@ def function_table(name: str, profile: dict[str, Any]) -> list[str]:
         for row in profile["kernels"]
     ]
     heading = f"{name}: {profile['busy ms']:.2f} ms busy"
+    if profile["sending alone ms"]:
+        heading += f", {profile['sending alone ms']:.2f} of them with sending alone"
     return [heading, "", *table_head(["kernel", "launches", "ms"]), *rows, ""]
 
 

@@ -167,7 +167,11 @@ def test_a_full_record_has_tables_and_a_plot(tmp_path: Path) -> None:
     too_long = {**large, "N": 262144, "fits": False}
     for key in ("tps", "mfu", "GiB", "active GiB", "active GiB over estimate", "GiB over estimate"):
         del too_long[key]
-    profile = {"busy ms": 9.5, "kernels": [{"name": "a<b|c>", "count": 3, "ms": 1.25}]}
+    profile = {
+        "busy ms": 9.5,
+        "sending alone ms": 0.25,
+        "kernels": [{"name": "a<b|c>", "count": 3, "ms": 1.25}],
+    }
     profiles = {"Lighthouse": profile}
     run = {
         "GPU": "GPU", "GPUs": 4, "torch": "2", "NCCL": "2", "measured": {"8b": "r, d"},
@@ -180,7 +184,10 @@ def test_a_full_record_has_tables_and_a_plot(tmp_path: Path) -> None:
         "killed": {"GPUs": 4, "SIGKILL": {"losses": [1.0], "last step before": 7}},
     }  # fmt: skip
     text = context_parallel_results.table(run)
-    assert "Lighthouse, on rank 0: 9.50 ms busy" in text and "| `a<b/c>` | 3 | 1.250 |" in text
+    assert (
+        "Lighthouse, on rank 0: 9.50 ms busy, 0.25 of them with sending alone" in text
+        and "| `a<b/c>` | 3 | 1.250 |" in text
+    )
     assert "- W: 2" in text and "- W: 4" in text and "    - last step before: 7" in text
     assert "| 1,234 | 40.0% | 60.0 | 50.0 | 48.0 | 1.04 | 1.25 |" in text
     assert "| does not fit |  | 48.0 |  |  |" in text

@@ -1,0 +1,41 @@
+"""Summaries of what a GPU ran."""
+
+from types import SimpleNamespace
+
+import pytest
+from gpu_profile import function_table, kernels_of
+from torch.autograd import DeviceType
+
+
+def event(name: str, start: float, end: float, **more: object) -> SimpleNamespace:
+    """A kernel from ``start`` to ``end`` in microseconds."""
+    time_range = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, time_range=time_range, device_type=DeviceType.CUDA, **more)
+
+
+def test_kernels_that_overlap_count_once() -> None:
+    events = [
+        event("matmul", 0, 4000),
+        event("ncclDevKernel_SendRecv", 3000, 6000),
+        event("add", 5500, 7000),
+        event("matmul", 9000, 9500),
+        event("ncclDevKernel_SendRecv", 9100, 9200),
+        event("a step", 0, 10_000, is_user_annotation=True),
+    ]
+    profile = SimpleNamespace(events=lambda: list(reversed(events)))
+    found = kernels_of(profile)
+    assert found["busy ms"] == pytest.approx(7.5)
+    # From the end of the first product to the sum.
+    assert found["sending alone ms"] == pytest.approx(1.5)
+    assert [(row["name"], row["count"], row["ms"]) for row in found["kernels"]] == [
+        ("matmul", 2, 4.5), ("ncclDevKernel_SendRecv", 2, 3.1), ("add", 1, 1.5)
+    ]  # fmt: skip
+    assert found["gaps"] == [{"ms": 2.0, "after": "add", "before": "matmul"}]
+    assert function_table("layer", found)[0] == (
+        "layer: 7.50 ms busy, 1.50 of them with sending alone"
+    )
+
+
+def test_nothing_ran() -> None:
+    found = kernels_of(SimpleNamespace(events=list))
+    assert found == {"busy ms": 0.0, "sending alone ms": 0.0, "kernels": [], "gaps": []}
