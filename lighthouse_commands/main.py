@@ -25,6 +25,15 @@ COMMANDS = {
     "contest": "contest",
 }
 OWN_PACKAGES = ("lighthouse", "lighthouse_commands", "torchtitan.models.llama3_lighthouse")
+# The extra that installs a package which is not the trainer's.
+EXTRAS = {
+    "flash_attn": "flash4",
+    "huggingface_hub": "export",
+    "matplotlib": "plots",
+    "safetensors": "export",
+    "transformers": "export",
+    "wandb": "wandb",
+}
 
 
 def build_parser() -> CommandParser:
@@ -107,10 +116,11 @@ def require_trainer() -> None:
 
 
 def needs(package: str) -> str:
-    """Message for a missing package of the extra that brings the trainer."""
+    """Message for a missing package of the trainer, or of a further extra."""
+    extra = EXTRAS.get(package.partition(".")[0], "trainer")
     return (
-        f"this command needs the trainer, and its package {package} is missing; run pip install "
-        "'lighthouse-attention[trainer]', or pip install -e '.[trainer]' in a clone"
+        f"this command needs the package {package}, which is missing; run pip install "
+        f"'lighthouse-attention[{extra}]', or pip install -e '.[{extra}]' in a clone"
     )
 
 

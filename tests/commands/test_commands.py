@@ -4,6 +4,7 @@ import re
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from lighthouse_commands import launch
 from lighthouse_commands.arguments import split_overrides
 from lighthouse_commands.launch import Machines, torchrun_arguments, training_environment
-from lighthouse_commands.main import COMMANDS, main, needs
+from lighthouse_commands.main import COMMANDS, EXTRAS, main, needs
 
 ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "train_configs/debug_cpu.toml")
@@ -166,6 +167,17 @@ def test_how_commands_end(monkeypatch, capsys) -> None:
         end_with(KeyboardInterrupt(), monkeypatch)
     assert caught.value.code == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+def test_the_extra_of_a_missing_package_is_named() -> None:
+    """Every one that is named is there, and has the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert "'lighthouse-attention[trainer]'" in needs("torchtitan")
+    assert "pip install -e '.[export]' in a clone" in needs("transformers.models")
+    for package, extra in EXTRAS.items():
+        names = [name.replace("-", "_") for name in extras[extra]]
+        assert any(name.startswith(package) for name in names), package
 
 
 @pytest.mark.parametrize(
