@@ -57,20 +57,29 @@ def worker(rank: int, world_size: int, port: int) -> None:
     for config, (number, documents) in itertools.product(BALANCES, enumerate(layouts())):
         check_against_one_device(mesh, config, documents, torch.float64, number)
     check_against_one_device(mesh, Parallelism(), layouts()[-1], torch.float32, 9)
+    rows, documents = rows_of(5), layouts()[-2]
+    eager, compiled = (attend(mesh, Parallelism(), rows, documents, x) for x in (False, True))
+    assert all(map(torch.equal, eager, compiled))
     for config in BALANCES:
         check_that_no_document_sees_another(mesh, config)
     dist.destroy_process_group()
 
 
 def attend(
-    mesh: DeviceMesh, config: Parallelism, rows: list[torch.Tensor], documents: torch.Tensor
+    mesh: DeviceMesh,
+    config: Parallelism,
+    rows: list[torch.Tensor],
+    documents: torch.Tensor,
+    compiled: bool = False,
+    **more: int,
 ) -> list[torch.Tensor]:
     """Output and gradients of this rank's part of ``rows``."""
     module = Layer()
     apply_context_parallel(module, mesh, config)
     *inputs, grad = (layout_of(mesh, config).take(x, dim=2) for x in rows)
-    options = {"enable_gqa": True, "scale": 0.3, "documents": documents}
-    return with_gradients(module, inputs, grad, **options)
+    options = {"enable_gqa": True, "scale": 0.3, "documents": documents, **more}
+    run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    return with_gradients(run, inputs, grad, **options)
 
 
 def check_against_one_device(
@@ -99,6 +108,36 @@ def check_that_no_document_sees_another(mesh: DeviceMesh, config: Parallelism) -
         assert torch.equal(x.masked_fill(~kept, 0), y.masked_fill(~kept, 0))
     # On a rank that holds some of it, it does change.
     assert kept.all() or not torch.equal(before[0], after[0])
+
+
+def worker_on_gpus(rank: int, world_size: int, port: int) -> None:
+    """Flash attention over ranks against that of one GPU, both in bf16, and compiled."""
+    mesh = join_ranks(rank, world_size, port, "cuda")
+    n, generator = 3072, torch.Generator().manual_seed(0)
+    layouts = [*(random_layout(BATCH, n, 1, generator) for _ in range(2)), first_positions(
+        torch.arange(n).div(700, rounding_mode="floor").expand(BATCH, -1)
+    )]  # fmt: skip
+    shapes = [(BATCH, heads, n, 64) for heads in (4, 2, 2, 4)]
+    rows = [torch.randn(x, generator=generator).cuda().bfloat16() for x in shapes]
+    for config, layout, mode in itertools.product(BALANCES, layouts, (False, True)):
+        torch.compiler.reset()
+        documents, (*inputs, grad) = layout.cuda(), rows
+        options = {"documents": documents, "scale": 0.3, "most_documents": BATCH * n}
+        wanted = with_gradients(document_attention, inputs, grad, **options)
+        found = attend(mesh, config, rows, documents, compiled=mode, most_documents=BATCH * n)
+        for value, want in zip(found, wanted, strict=True):
+            want = layout_of(mesh, config).take(want, dim=2)
+            assert (value - want).norm() < 2e-2 * want.norm(), (config, mode)
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_documents_over_gpus_equal_those_on_one(free_port: int) -> None:
+    world_size = min(3, torch.cuda.device_count())
+    if world_size < 2:
+        # The other gpu tests need only one.
+        pytest.skip(f"context parallelism needs two or more GPUs, found {world_size}")
+    run_ranks(worker_on_gpus, world_size, free_port, processes=world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
