@@ -2,13 +2,13 @@ import os
 
 import pytest
 import torch
-from interpreter import prepare_language_once
+from interpreter import speed_up_interpreter
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 # Without a GPU, Triton's interpreter runs the kernels. Set this before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-prepare_language_once()
+speed_up_interpreter()
 # Processes that share the cores would wait for each other's threads.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,27 +1,45 @@
-"""Triton's interpreter without work that it repeats, which was nearly half of its time.
+"""Triton's interpreter without work that it repeats, which was most of its time.
 
 The interpreter puts its own versions of the language's functions in place when a kernel starts, and
 again each time a kernel calls another function. Once a kernel is enough for each set of modules.
+
+It also describes the type and the shape of every value anew, although few differ, and computes
+whether integers overflow for an assertion that it makes only when it debugs.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 
-def prepare_language_once() -> None:
-    """Let the interpreter of this process prepare the language once for each launch."""
+def speed_up_interpreter() -> None:
+    """Let the interpreter of this process leave out what it repeats or does not use."""
     # There is no Triton for macOS.
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         return
-    from triton import language
     from triton.runtime import interpreter
 
     if hasattr(interpreter._patch_lang, "__wrapped__"):
         return
+    prepare_language_once(interpreter)
+    describe_types_once(interpreter)
+    describe_shapes_once()
+    options = interpreter.interpreter_builder.options
+    # Without ``debug``, nothing reads whether integers overflowed.
+    if not options.debug:
+        options = dataclasses.replace(options, sanitize_overflow=False)
+        interpreter.interpreter_builder.options = options
+
+
+def prepare_language_once(interpreter: ModuleType) -> None:
+    """Prepare the language once for each launch."""
+    from triton import language
+
     prepare, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
     prepared: set[str] = set()
 
@@ -51,3 +69,58 @@ def prepare_language_once() -> None:
 
     interpreter._patch_lang = prepare_once
     interpreter.GridExecutor.__call__ = execute_afresh
+
+
+def describe_types_once(interpreter: ModuleType) -> None:
+    """Remember the types of numpy, and the types of blocks by their elements and shapes."""
+    from triton.language import core
+
+    numpy_type, describe = interpreter._get_np_dtype, core.block_type.__init__
+    numpy_types: dict[str, Any] = {}
+    blocks: dict[tuple[str, str], dict[str, Any]] = {}
+
+    @functools.wraps(numpy_type)
+    def remembered_numpy_type(each: Any) -> Any:
+        if type(each) is core.block_type:
+            each = each.element_ty
+        # The name says all about a type, unless that is a pointer.
+        if type(each) is not core.dtype:
+            return numpy_type(each)
+        if each.name not in numpy_types:
+            numpy_types[each.name] = numpy_type(each)
+        return numpy_types[each.name]
+
+    @functools.wraps(describe)
+    def describe_once(self: Any, element_ty: Any, shape: Any) -> None:
+        if type(element_ty) is not core.dtype:
+            describe(self, element_ty, shape)
+            return
+        # The text tells 2.0 from 2: only one of them is a length.
+        key = element_ty.name, repr(list(shape))
+        if key not in blocks:
+            describe(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    interpreter._get_np_dtype = remembered_numpy_type
+    core.block_type.__init__ = describe_once
+
+
+def describe_shapes_once() -> None:
+    """Let values of one shape share what describes it; kernels cannot change it."""
+    from triton.language import core
+
+    describe = core.tensor.__init__
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    @functools.wraps(describe)
+    def describe_once(self: Any, handle: Any, type: Any) -> None:
+        lengths = tuple(type.shape) if type.is_block() else ()
+        if lengths not in shapes:
+            describe(self, handle, type)
+            shapes[lengths] = self.numel, self.shape
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = shapes[lengths]
+
+    core.tensor.__init__ = describe_once

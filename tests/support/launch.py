@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from interpreter import prepare_language_once
+from interpreter import speed_up_interpreter
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run_ranks(worker: Callable[..., None], *arguments: object, processes: int) -
 
 
 def _rank(rank: int, worker: Callable[..., None], *arguments: object) -> None:
-    prepare_language_once()
+    speed_up_interpreter()
     worker(rank, *arguments)
 
 
