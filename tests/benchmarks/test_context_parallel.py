@@ -1,6 +1,8 @@
 """The benchmark of context parallelism: its meshes, its tables, and its parts on CPU processes."""
 
+import functools
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -16,10 +18,11 @@ import torch
 from context_parallel_8b import with_estimate
 from context_parallel_jobs import TINY, Job, Mesh, Sizes, meshes_of
 from context_parallel_training import medians, slowest, window_of
+from launch import CAN_FORK, FORKS, start_server
 
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_launch
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run, estimated_bytes
-from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.studies.settings import command_line
 
@@ -64,7 +67,7 @@ def test_window_is_the_recipes() -> None:
     assert window_of(recipe, TINY) == TINY.large["lighthouse.window"]
 
 
-def test_estimate_of_8b_is_that_of_the_dry_run() -> None:
+def test_estimate_of_8b_is_that_of_the_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["--job.config_file", CONFIG_8B, "--parallelism.context_parallel_degree", "4"]
     line += ["--lighthouse.tokenizer", "byte"]
     config = LighthouseConfigManager().parse_args(line)
@@ -72,6 +75,11 @@ def test_estimate_of_8b_is_that_of_the_dry_run() -> None:
     said = f"{found['lighthouse']:.1f} GiB Lighthouse, {found['dense']:.1f} GiB dense"
     assert said in dry_run(config, 4)
     peak = random.uniform(1, 100)
+    if CAN_FORK:
+        # The process of its own takes no seconds to import the trainer.
+        start_server()
+        servers = {"spawn": FORKS}
+        monkeypatch.setattr(multiprocessing, "get_context", servers.__getitem__)
     assert context_parallel_8b.estimates(config, 4) == pytest.approx(found)
     row = with_estimate({"GiB": 2 * peak, "active GiB": peak}, found["dense"])
     assert row["active GiB over estimate"] == pytest.approx(peak / found["dense"])
@@ -96,6 +104,14 @@ def test_the_slowest_gpu_counts() -> None:
     assert slowest([runs[0], None]) == {"fits": False}
 
 
+@functools.cache
+def valid_configuration(gpus: int, *line: str) -> JobConfig:
+    """The configuration of a command line, once for all runs that share it."""
+    config = LighthouseConfigManager().parse_args(list(line))
+    check_launch(config, flavors, gpus)
+    return config
+
+
 @pytest.mark.parametrize("gpus", [2, 4, 8])
 @pytest.mark.parametrize("tiny", [False, True])
 def test_configurations_of_long_runs_are_valid(gpus: int, tiny: bool, monkeypatch) -> None:
@@ -105,8 +121,7 @@ def test_configurations_of_long_runs_are_valid(gpus: int, tiny: bool, monkeypatc
     class Checked:
         def __init__(self, folder: Path, used: list[int], settings: dict, config: str) -> None:
             line = ["--job.config_file", config, *command_line(settings)]
-            self.config = LighthouseConfigManager().parse_args(line)
-            check_launch(self.config, flavors, len(used))
+            self.config = valid_configuration(len(used), *line)
             checked.append((self.config.training.seq_len, len(used), self.config.lighthouse.window))
 
         def steps_if_it_fits(self) -> dict | None:

@@ -1,5 +1,6 @@
 """The dry run's estimate of memory is near the peaks that were measured."""
 
+import functools
 import json
 import math
 import re
@@ -51,21 +52,26 @@ class Peak(NamedTuple):
 
     @property
     def estimate(self) -> float:
-        """What the dry run says of these settings, in GiB."""
-        mode, _, products = self.mode.partition(":")
-        line = (
-            f"--job.config_file {ROOT}/train_configs/{self.config} --model.hf_assets_path {ROOT} "
-            f"--training.seq_len {self.seq_len} --lighthouse.top_k {self.top_k} "
-            f"--training.global_batch_size 1 --activation_checkpoint.mode {mode} "
-            f"--activation_checkpoint.keep_products {products.replace(',', ' ')} {self.line} "
-            f"--parallelism.context_parallel_degree {self.gpus}"
-        )
-        config = LighthouseConfigManager().parse_args(line.split())
-        return estimated_bytes(config, self.gpus)[self.attention] / 2**30
+        return estimate(self)
 
     @property
     def over_estimate(self) -> float:
         return self.reserved / self.estimate
+
+
+@functools.cache
+def estimate(peak: Peak) -> float:
+    """What the dry run says of a peak's settings, in GiB."""
+    mode, _, products = peak.mode.partition(":")
+    line = (
+        f"--job.config_file {ROOT}/train_configs/{peak.config} --model.hf_assets_path {ROOT} "
+        f"--training.seq_len {peak.seq_len} --lighthouse.top_k {peak.top_k} "
+        f"--training.global_batch_size 1 --activation_checkpoint.mode {mode} "
+        f"--activation_checkpoint.keep_products {products.replace(',', ' ')} {peak.line} "
+        f"--parallelism.context_parallel_degree {peak.gpus}"
+    )
+    config = LighthouseConfigManager().parse_args(line.split())
+    return estimated_bytes(config, peak.gpus)[peak.attention] / 2**30
 
 
 def recorded(file: str, line: str = "") -> list[Peak]:

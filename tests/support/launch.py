@@ -10,22 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytest
 import torch
 from interpreter import speed_up_interpreter
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-if TYPE_CHECKING:
-    import pytest
-
-# Importing the trainer takes longer than most tests train. One process imports it, and every rank
-# is a fork of that process. With a GPU that fails: once used, its driver does not work in forks.
+# Importing the trainer takes longer than most tests train. One server imports it, and every rank is
+# a fork of that server. With a GPU that fails: once used, its driver does not work in forks.
 CAN_FORK = not torch.cuda.is_available()
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torchtitan.models.llama3_lighthouse.train", "torchtitan.train"])
+FORKS.set_forkserver_preload(["preloaded_trainer"])
 SCRIPT = Path(__file__).with_name("training_process.py")
 
 # Both stages, at the smallest size at which all parts of the method do something. S is half of N.
@@ -78,9 +77,18 @@ def arguments(settings: dict[str, Any]) -> list[str]:
     return command_line(settings)
 
 
+def start_server() -> None:
+    """Start the process that forks the others, unless it runs. It looks in this folder too."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
 def run_ranks(worker: Callable[..., None], *arguments: object, processes: int) -> None:
     """Run ``worker(rank, *arguments)`` in a process for each rank, and wait for all of them."""
     method = "forkserver" if CAN_FORK else "spawn"
+    if CAN_FORK:
+        start_server()
     arguments = (worker, *arguments)
     torch.multiprocessing.start_processes(_rank, arguments, processes, start_method=method)
 
@@ -91,7 +99,7 @@ def _rank(rank: int, worker: Callable[..., None], *arguments: object) -> None:
 
 
 def exit_code_of(
-    main: Callable[[], None], monkeypatch: "pytest.MonkeyPatch", *line: object
+    main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *line: object
 ) -> int | str | None:
     """Run a command's ``main`` on the command line ``line``; return its exit code or message."""
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
@@ -126,6 +134,7 @@ class Forks:
             **environment, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port()),
         }  # fmt: skip
+        start_server()
         self.ranks = []
         for rank in map(str, range(processes)):
             arguments = (line, log_file, {**environment, "RANK": rank, "LOCAL_RANK": rank})
