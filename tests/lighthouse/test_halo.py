@@ -3,7 +3,7 @@
 import os
 import random
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -111,15 +111,24 @@ def merged(config, impl, q, k, v, layout):
     return [lighthouse_attention(q, k, v, config, impl=impl, context_parallel=layout)]
 
 
-def check(layout, attention, n, heads, window, dtype) -> None:
+@cache
+def on_one_device(function, arguments, batch, n, heads, dtype, seed):
+    """Inputs, gradients and what comes of them, once for all layouts that they are cut into."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = partial(torch.randn, dtype=dtype, generator=generator)
+    leaves = [drawn(batch, n, h, 16).transpose(1, 2) for h in heads]
+    grads = [drawn(batch, n, heads[0], 16).transpose(1, 2)]
+    if function is alone:
+        grads.append(drawn(batch, heads[0], n))
+    attention = partial(function, *arguments, layout=ContextParallel(None, 0, 1))
+    return leaves, grads, results_of(attention, leaves, grads)
+
+
+def check(layout, attention, n, heads, window, dtype, seed, batch=2) -> None:
     """``attention(q, k, v, layout)`` gives outputs, and on several ranks what it gives on one."""
-    leaves = [torch.randn(2, n, h, 16, dtype=dtype).transpose(1, 2) for h in heads]
-    grads = [torch.randn(2, n, heads[0], 16, dtype=dtype).transpose(1, 2)]
-    if attention.func is alone:
-        grads.append(torch.randn(2, heads[0], n, dtype=dtype))
+    inputs = attention.func, attention.args, batch, n, heads, dtype, seed
+    leaves, grads, expected = on_one_device(*inputs)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
-    one = ContextParallel(None, 0, 1)
-    expected = results_of(partial(attention, layout=one), leaves, grads)
     take = partial(layout.take, dim=2)
     found = results_of(partial(attention, layout=layout), [*map(take, leaves)], [*map(take, grads)])
     length, reach = n // layout.chunks, max(1, window - 1)
@@ -137,7 +146,7 @@ def check(layout, attention, n, heads, window, dtype) -> None:
                 assert error < 5 * tolerance * scale, (first, count, error / scale)
 
 
-def check_all(layout: ContextParallel, dtype: torch.dtype) -> None:
+def check_all(layout: ContextParallel, dtype: torch.dtype, seed: int) -> None:
     length = N // layout.chunks
     for heads, window in (
         ((2, 2, 2), 1),
@@ -145,9 +154,9 @@ def check_all(layout: ContextParallel, dtype: torch.dtype) -> None:
         ((4, 2, 2), random.randint(3, length)),
         ((4, 1, 1), length + 1),
     ):
-        check(layout, partial(alone, window), N, heads, window, dtype)
+        check(layout, partial(alone, window), N, heads, window, dtype, seed)
         config = replace(METHOD, window=window)
-        check(layout, partial(merged, config, "torch"), N, heads, window, dtype)
+        check(layout, partial(merged, config, "torch"), N, heads, window, dtype, seed)
 
 
 def worker(rank: int, port: int, seed: int) -> None:
@@ -161,13 +170,14 @@ def worker(rank: int, port: int, seed: int) -> None:
             # Float64 shows errors best; two ranks are enough to show that float32 stays float32.
             for dtype in (torch.float32, torch.float64)[world_size > 2 :]:
                 # All ranks draw the same.
-                torch.manual_seed(seed)
                 random.seed(seed)
-                check_all(layout, dtype)
+                check_all(layout, dtype, seed)
             if world_size == 2:
                 for n, config in SMALL.items():
                     attention = partial(merged, config, "triton")
-                    check(layout, attention, n, (2, 1, 1), config.window, torch.float32)
+                    # The shortest has several sequences.
+                    rows = n, (2, 1, 1), config.window, torch.float32, seed
+                    check(layout, attention, *rows, batch=2 if n == min(SMALL) else 1)
     dist.destroy_process_group()
 
 
