@@ -11,6 +11,7 @@ from torch import nn
 from .config import LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
 from .dense_attention import document_attention
+from .document_chunks import documents_of_chunks
 from .documents import (
     check_documents,
     check_most_documents,
@@ -71,7 +72,8 @@ def lighthouse_attention(
             operations do so.
         documents: int32 or int64 [B, N], for each position the first position of its document, a
             multiple of p^(L-1) (``docs/documents.md``). No document sees another. ``sdpa`` must be
-            left out; ``selection`` must be one for these documents.
+            left out; ``selection`` must be one for these documents. Under context parallelism this
+            is the layout of the whole sequence, the same on every rank, and a window is needed.
         most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
@@ -80,49 +82,51 @@ def lighthouse_attention(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
-            ``documents`` are no layout, or come with ``sdpa`` or context parallelism, or on CPUs
-            with a selection for other documents.
+            ``documents`` are no layout, or come with ``sdpa``, or with context parallelism and no
+            window, or on CPUs with a selection for other documents.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
     check_transforms()
     _check_window(config, sdpa, context_parallel)
+    given = q
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     chunks = context_parallel.chunks
-    check_for_documents(impl, documents, IMPLEMENTATIONS, chunks)
+    check_for_documents(impl, documents, IMPLEMENTATIONS)
     check_most_documents(most_documents)
+    own = documents
     if documents is not None:
-        check_documents(documents, q, config.coarsest_span)
-        if sdpa is not None:
-            raise ValueError(
-                "sdpa does not know documents; leave it out, so that document_attention runs"
-            )
+        check_documents(documents, given, config.coarsest_span, context_parallel.world_size)
+        _check_for_documents(config, sdpa, chunks)
+        if chunks > 1:
+            own = documents_of_chunks(documents, context_parallel).own
     check_halo(config.window, geometry.sequence_length * chunks, chunks)
     if selection is not None:
         selection = Selection(*checked_selection(selection, k, geometry))
-        if documents is not None:
-            check_selected(selection.index, documents, geometry)
+        if own is not None:
+            check_selected(selection.index, own, geometry)
     impl = choose_implementation(impl, q)
     parallel = chunks > 1
     if impl == "triton":
-        selection, coarsest = _select_with_kernels(q, k, v, selection, geometry, documents)
+        selection, coarsest = _select_with_kernels(q, k, v, selection, geometry, own)
         if config.window:
             merged = q, k, v, coarsest, selection, geometry, scale
             if not parallel:
                 return merged_attention_by_kernels(*merged, documents, most_documents)
-            out = merged_attention_over_ranks_by_kernels(*merged, context_parallel)
-            return context_parallel.join(out)
+            merged = *merged, context_parallel, documents, most_documents
+            return context_parallel.join(merged_attention_over_ranks_by_kernels(*merged))
         pairs = zip((q, k, v), coarsest, strict=True)
         gathered = [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
         scatter = kernels.scatter_back
     else:
         if selection is None:
-            selection = select_entries(q, k, v, geometry, documents)
+            selection = select_entries(q, k, v, geometry, own)
         gathered = [pool_gather(rows, selection, geometry) for rows in (q, k, v)]
         if config.window:
             merged = q, k, v, gathered, selection, geometry, scale
             if not parallel:
                 return merged_attention(*merged, documents)
-            return context_parallel.join(merged_attention_over_ranks(*merged, context_parallel))
+            out = merged_attention_over_ranks(*merged, context_parallel, documents)
+            return context_parallel.join(out)
         scatter = scatter_back
     if documents is not None:
         places = gathered_documents(documents, geometry)
@@ -161,6 +165,22 @@ def _check_window(
             f"window = {config.window} is merged by logsumexps, which under context parallelism "
             "come from attention over all ranks; give ContextParallel its operations, or set "
             "window = 0"
+        )
+
+
+def _check_for_documents(
+    config: LighthouseConfig, sdpa: Callable[..., torch.Tensor] | None, chunks: int
+) -> None:
+    """Check that there is attention over the selected entries that knows documents."""
+    if sdpa is not None:
+        raise ValueError(
+            "sdpa does not know documents; leave it out, so that document_attention runs"
+        )
+    if chunks > 1 and not config.window:
+        raise ValueError(
+            "documents need a window under context parallelism, because the first positions of "
+            f"each have no output without one, got window = 0 and {chunks} chunks; set window, or "
+            "use one rank for each sequence"
         )
 
 

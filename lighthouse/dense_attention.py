@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .context_parallel import ContextParallel, attention_over_ranks
 from .cpu_flash import cpu_backward, cpu_forward
 from .documents import check_documents, check_most_documents, cumulative_lengths
 from .flash import obstacle_to_flash
@@ -65,6 +66,37 @@ def document_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     layout = cumulative_lengths(documents, most_documents) if _by_flash(q) else documents
     return _DocumentAttention.apply(q, k, v, layout, scale)
+
+
+def document_attention_over_ranks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: torch.Tensor,
+    layout: ContextParallel,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """As ``document_attention``, of the chunks on this rank, by the operations of ``layout``.
+
+    Args:
+        q: [B, Hq, N, D], N being this rank's part of the sequence.
+        k, v: [B, Hkv, N, D].
+        documents: layout of the whole sequence, the same on every rank.
+
+    Raises:
+        TypeError, ValueError: as there; or ``layout`` has no operations.
+    """
+    check_transforms()
+    check_rows(q, k, v)
+    check_documents(documents, q, ranks=layout.world_size)
+    if layout.operations is None:
+        raise ValueError(
+            "dense attention within documents is by operations over all ranks under context "
+            "parallelism; give ContextParallel its operations, or use one rank for each sequence"
+        )
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return attention_over_ranks(q, k, v, scale, layout, documents=documents)
 
 
 def _by_flash(q: torch.Tensor) -> bool:

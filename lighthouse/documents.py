@@ -65,22 +65,31 @@ def first_positions(numbers: torch.Tensor) -> torch.Tensor:
     return torch.where(begins, position, 0).cummax(dim=1).values
 
 
-def check_documents(documents: torch.Tensor, q: torch.Tensor, span: int = 1) -> None:
+def check_documents(
+    documents: torch.Tensor, q: torch.Tensor, span: int = 1, ranks: int = 1
+) -> None:
     """Check that ``documents`` is a layout for tensors like ``q``.
 
     The numbers are read on CPUs alone, and not in compiled code. On other devices this would make
     the host wait. There a wrong layout lets documents see each other.
 
     Args:
-        documents: int32 or int64 [B, N].
+        documents: int32 or int64 [B, N], or [B, N times ``ranks``] for the whole sequence.
         q: [B, H, N, D].
         span: positions that each document's first position must be a multiple of.
+        ranks: ranks that share the sequence under context parallelism.
 
     Raises:
         TypeError, ValueError: its dtype, shape or device is another, or it is no such layout.
     """
     _check_dtype(documents)
-    shape = (q.shape[0], q.shape[2])
+    shape = (q.shape[0], q.shape[2] * ranks)
+    if ranks > 1 and tuple(documents.shape) != shape:
+        raise ValueError(
+            f"under context parallelism documents must be the layout of the whole sequence, of "
+            f"shape {shape} for {ranks} ranks that hold {q.shape[2]} positions each, got "
+            f"{tuple(documents.shape)}"
+        )
     if tuple(documents.shape) != shape or documents.device != q.device:
         raise ValueError(
             f"documents must give each position's first position, of shape {shape} on {q.device}, "

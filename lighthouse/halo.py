@@ -17,12 +17,39 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel
+from .document_chunks import ChunkDocuments
 from .flash import repeating_bits
-from .implementation import operations_by
+from .implementation import layout_for, operations_by
 from .memory_layout import sequence_first
 from .precision import accumulation_dtype
 
-SETTINGS = "SymInt window, float scale, str impl, int first, int held"
+SETTINGS = (
+    "SymInt window, float scale, str impl, int first, int held, Tensor? own=None, Tensor? seen=None"
+)
+# What the operations take of documents, from ``layouts_in_chunks``.
+Layouts = tuple[torch.Tensor | None, torch.Tensor | None]
+NO_DOCUMENTS: Layouts = None, None
+
+
+def layouts_in_chunks(
+    impl: str, documents: ChunkDocuments | None, window: int, most_documents: int | None
+) -> Layouts:
+    """What the operations take of documents.
+
+    Args:
+        most_documents: documents that the batch has at most, as in ``window_attention``.
+
+    Returns:
+        What ``layout_for`` gives for the chunks, and how many of the W - 1 keys before a chunk its
+        first document sees, [B M]; twice None without documents.
+    """
+    if documents is None:
+        return NO_DOCUMENTS
+    if most_documents is not None:
+        # Each chunk may begin with a document that began before it.
+        most_documents += len(documents.before)
+    (own,) = layout_for(impl, documents.own, most_documents)
+    return own, documents.before.clamp(max=window - 1)
 
 
 def window_in_chunks(
@@ -33,6 +60,7 @@ def window_in_chunks(
     scale: float,
     impl: str,
     layout: ContextParallel,
+    layouts: Layouts = NO_DOCUMENTS,
     *others: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """Attend over the window of each position, in its own chunk and in the one before.
@@ -41,12 +69,13 @@ def window_in_chunks(
         q: [B M, Hq, C, D].
         k, v: [B M, Hkv, C, D].
         window, scale, impl: as in ``lighthouse.window_attention``.
+        layouts: from ``layouts_in_chunks``.
         others: rows [B M, ...] that cross from chunk to chunk in the same collective.
 
     Returns:
         out [B M, Hq, C, D], lse [B M, Hq, C], and the rows that came for ``others``.
     """
-    return _HaloWindow.apply(q, k, v, window, scale, impl, layout, *others)
+    return _HaloWindow.apply(q, k, v, window, scale, impl, layout, *layouts, *others)
 
 
 def seams_and_halo(
@@ -106,11 +135,11 @@ class _HaloWindow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
         # As ``ContextParallel.exchange`` says, there may not be as many arguments as parameters.
-        q, k, v, window, scale, impl, layout, *others = arguments
+        q, k, v, window, scale, impl, layout, own, seen, *others = arguments
         came, halo = seams_and_halo(others, k, v, window, layout)
         settings = window, scale, impl, layout.first, len(layout.held)
-        out, lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings)
-        ctx.save_for_backward(q, k, v, *halo, out, lse)
+        out, lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings, own, seen)
+        ctx.save_for_backward(q, k, v, *halo, out, lse, own, seen)
         ctx.constants = settings, layout
         return out, lse, *came
 
@@ -121,11 +150,13 @@ class _HaloWindow(torch.autograd.Function):
         ctx: Any, dout: torch.Tensor, dlse: torch.Tensor, *dothers: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         settings, layout = ctx.constants
+        *rows, own, seen = ctx.saved_tensors
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
-            dout, dlse, *ctx.saved_tensors, *settings
+            dout, dlse, *rows, *settings, own, seen
         )
         sent_back = gradients_of_seams(dothers, dhalo, (dk, dv), layout)
-        return dq, dk, dv, None, None, None, None, *sent_back
+        # Arguments between the rows.
+        return dq, dk, dv, *[None] * 6, *sent_back
 
 
 def _beginnings(
@@ -149,6 +180,20 @@ def _beginnings(
         if part.start != first:
             k, v = torch.cat([k_before, k], dim=2), torch.cat([v_before, v], dim=2)
         yield part, [k, v, *others]
+
+
+def _of_beginnings(
+    impl: str, own: torch.Tensor | None, seen: torch.Tensor | None, reach: int, length: int
+) -> tuple[torch.Tensor, ...]:
+    """What the operations take of documents for the first ``reach`` positions of all chunks."""
+    if own is None or seen is None:
+        return ()
+    if impl == "flash":
+        # Documents that begin later become empty.
+        return own // length * reach + (own % length).clamp(max=reach), seen
+    first = own[:, :reach]
+    # The first key that a query may see, if ``reach`` keys come before the chunk.
+    return (reach + first - torch.where(first == 0, seen[:, None], 0),)
 
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
@@ -193,19 +238,25 @@ def _forward(
     impl: str,
     first: int,
     held: int,
+    own: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend within all chunks, then again at their first positions, with the keys before."""
+    """Attend within all chunks, then again at their first positions, with the keys before.
+
+    With documents, nothing of the first chunk's halo is seen, so it needs no call of its own.
+    """
     attend, _ = operations_by(impl)
-    out, lse = attend(q, k, v, window, scale)
+    out, lse = attend(q, k, v, window, scale, *(() if own is None else (own,)))
     out, reach = _laid_out(out), k_before.shape[2]
     if not reach:
         return out, lse
-    rows = [k_before, v_before, k, v, q]
+    rows, first = [k_before, v_before, k, v, q], first if own is None else -1
+    of_documents = _of_beginnings(impl, own, seen, reach, q.shape[2])
     for part, (keys, values, queries) in _beginnings(rows, reach, first, held):
         # No keys come before the sequence's first chunk.
         if part.start == first:
             continue
-        found = attend(queries, keys, values, window, scale)
+        found = attend(queries, keys, values, window, scale, *of_documents)
         for into, result in zip((out, lse), found, strict=True):
             _put(result, into, part, held)
     return out, lse
@@ -239,27 +290,37 @@ def _backward(
     impl: str,
     first: int,
     held: int,
+    own: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients from queries that see no keys before their chunk, and then from the others.
 
     Only a chunk's first keys and values are then joined with those before it, and not all of them.
+    With documents, the operations take as many queries as keys. The first call then takes all
+    queries, and gradients of zero at those that the second one takes.
     """
     _, backward = operations_by(impl)
     reach, length = k_before.shape[2], q.shape[2]
     rows = [dout, q, out, lse, *([] if dlse is None else [dlse])]
 
     def gradients(
-        keys: torch.Tensor, values: torch.Tensor, own: list[torch.Tensor]
+        keys: torch.Tensor, values: torch.Tensor, rows: list[torch.Tensor], *layouts: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        dout, q, out, lse, *dlse = own
-        rows = dout, dlse[0] if dlse else None, q, keys, values, out, lse.contiguous()
+        dout, q, out, lse, *dlse = rows
+        tensors = dout, dlse[0] if dlse else None, q, keys, values, out, lse.contiguous()
         # The window may hold all keys of a part, though not of the sequence. Such a part would be
         # dense attention, which repeats its bits in torch's mode alone.
         with nullcontext() if impl == "torch" else repeating_bits():
-            return backward(*rows, window, scale)
+            return backward(*tensors, window, scale, *layouts)
 
     dq = sequence_first(q, q.shape[2])
-    if reach < length:
+    if reach < length and own is not None:
+        # Gradients come first and last.
+        within = [rows[0].clone(), *rows[1:4], *(x.clone() for x in rows[4:])]
+        for grad in (within[0], *within[4:]):
+            grad[:, :, :reach] = 0
+        dq, dk, dv = map(_laid_out, gradients(k, v, within, own))
+    elif reach < length:
         dq[:, :, reach:], dk, dv = gradients(k, v, [x[:, :, reach:] for x in rows])
         dk, dv = _laid_out(dk), _laid_out(dv)
     else:
@@ -267,10 +328,12 @@ def _backward(
     dk_before, dv_before = (sequence_first(x, x.shape[2]).zero_() for x in (k_before, v_before))
     if not reach:
         return dq, dk, dv, dk_before, dv_before
-    for part, (keys, values, *own) in _beginnings(
+    first = first if own is None else -1
+    of_documents = _of_beginnings(impl, own, seen, reach, length)
+    for part, (keys, values, *here) in _beginnings(
         [k_before, v_before, k, v, *rows], reach, first, held
     ):
-        dq_here, *found = gradients(keys, values, own)
+        dq_here, *found = gradients(keys, values, here, *of_documents)
         _put(dq_here, dq, part, held)
         wholes = (dk, dk_before), (dv, dv_before)
         for (into, into_before), grad in zip(wholes, found, strict=True):

@@ -31,27 +31,18 @@ def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
 
 
 def check_for_documents(
-    impl: str | None, documents: torch.Tensor | None, known: tuple[str, ...], chunks: int
+    impl: str | None, documents: torch.Tensor | None, known: tuple[str, ...]
 ) -> None:
     """Check that ``impl`` is known, and takes documents where there are some.
 
     Args:
         known: the names that ``impl`` may have.
-        chunks: chunks that context parallelism cuts the sequence into.
 
     Raises:
-        ValueError: ``impl`` is not known; or documents come with context parallelism or with an
-            ``impl`` that does not know them.
+        ValueError: ``impl`` is not known, or does not know documents and there are some.
     """
     check_implementation(impl, known)
-    if documents is None:
-        return
-    if chunks > 1:
-        raise ValueError(
-            f"documents are not supported yet under context parallelism, got {chunks} chunks; "
-            "use one rank for each sequence, or leave documents out"
-        )
-    if impl == "flash4":
+    if documents is not None and impl == "flash4":
         raise ValueError(
             f'documents are not supported yet by impl = {impl!r}; pass impl="flash", or leave '
             "documents out"
@@ -121,7 +112,10 @@ def choose_window_implementation(
 def operations_by(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and backward of attention over a window by an implementation, without autograd.
 
-    With documents, they take what ``layout_for`` returns besides.
+    With documents, they take what ``layout_for`` returns besides. If there are more keys than
+    queries then, "torch" takes the first key that each query may see, [B, N], in the place of a
+    layout. "flash" takes, after the lengths, how many of the keys before the queries the first
+    document of each row sees, [B].
     """
     if impl == "flash4":
         # pyrefly: ignore[missing-attribute]  Choosing it has made sure that there are kernels.

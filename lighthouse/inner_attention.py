@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .context_parallel import ONE_DEVICE
-from .dense_attention import document_attention
+from .dense_attention import document_attention, document_attention_over_ranks
 from .implementation import check_implementation
 
 
@@ -93,30 +93,27 @@ class InnerAttention(nn.Module):
 
         Args:
             documents: int32 or int64 [B, N], for each position the first position of its document,
-                within which it attends. Dense attention is that of ``document_attention`` then, and
-                ``sdpa`` runs under context parallelism alone, where it has to take documents, of
-                the whole sequence.
+                within which it attends. ``sdpa`` does not run then: dense attention is that of
+                ``document_attention``, or by the operations of ``context_parallel``. With several
+                chunks this is the layout of the whole sequence.
             most_documents: documents that the batch has at most, as in ``document_attention``.
 
         Raises:
             ValueError: the attention is enabled or there are documents, and ``is_causal`` is false
                 or the heads differ without ``enable_gqa``; or there are documents under context
-                parallelism and torch's attention as ``sdpa``.
+                parallelism without its operations.
         """
         if not self.enabled and documents is None:
             return self.sdpa(q, k, v, scale=scale, enable_gqa=enable_gqa, is_causal=is_causal)
         check_call(self.name, q, k, enable_gqa, is_causal)
         if not self.enabled:
             assert documents is not None
-            options: dict[str, Any] = {"scale": scale, "most_documents": most_documents}
             if self.context_parallel.chunks > 1:
-                if isinstance(self.sdpa, StockAttention):
-                    raise ValueError(
-                        "under context parallelism, documents need an sdpa that attends over all "
-                        "ranks within documents, and torch's does not; give one to sdpa"
-                    )
-                return self.sdpa(q, k, v, enable_gqa=enable_gqa, documents=documents, **options)
-            return document_attention(q, k, v, documents, **options)
+                rows = q, k, v, documents, self.context_parallel
+                return document_attention_over_ranks(*rows, scale=scale)
+            return document_attention(
+                q, k, v, documents, scale=scale, most_documents=most_documents
+            )
         return self.attend(q, k, v, scale, documents, most_documents)
 
     def attend(

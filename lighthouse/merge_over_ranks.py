@@ -16,14 +16,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel, attention_over_ranks
+from .document_chunks import documents_of_chunks, gathered_documents_of_chunks
 from .geometry import PyramidGeometry
-from .halo import gradients_of_seams, seams_and_halo, window_in_chunks
+from .halo import gradients_of_seams, layouts_in_chunks, seams_and_halo, window_in_chunks
 from .implementation import choose_window_implementation, kernels
 from .logsumexp import fold_lse_gradient
 from .memory_layout import sequence_first
 from .online_softmax import merged_output
-from .reach import ends_with_chunk, reaching, seam_rows
-from .scatter import scatter_back
+from .reach import ends_with_chunk, reaching_first, seam_rows
+from .scatter import reaching_all, scatter_back
 from .selection import Selection
 
 
@@ -36,6 +37,7 @@ def merged_attention_over_ranks(
     geometry: PyramidGeometry,
     scale: float | None,
     layout: ContextParallel,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``merge.merged_attention``, of the chunks on this rank.
 
@@ -43,23 +45,38 @@ def merged_attention_over_ranks(
         q: [B M, Hq, C, D].
         k, v: [B M, Hkv, C, D].
         gathered: pooled q, k and v of the selected entries, [B M, H, S, D].
+        documents: layout of the whole sequence, [B, W M C], the same on every rank.
 
     Returns:
         [B M, Hq, C, D].
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     joined = [layout.join(rows) for rows in gathered]
-    far, far_lse = attention_over_ranks(*joined, scale=scale, layout=layout, return_lse=True)
+    own = continues = own_documents = places = None
+    if documents is not None:
+        own_documents = documents_of_chunks(documents, layout)
+        own, continues = own_documents.own, own_documents.continues
+        places = gathered_documents_of_chunks(documents, geometry, layout)
+    far, far_lse = attention_over_ranks(
+        *joined, scale=scale, layout=layout, return_lse=True, documents=places
+    )
     far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
     seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
     window = geometry.config.window
+    layouts = layouts_in_chunks("torch", own_documents, window, None)
     near, near_lse, seam, seam_lse = window_in_chunks(
-        q, k, v, window, scale, "torch", layout, *seams
+        q, k, v, window, scale, "torch", layout, layouts, *seams
     )
     # No entry reaches the first positions of the sequence, where the window stands alone.
     seam_lse = layout.fill_first(seam_lse, -math.inf)
-    far = scatter_back(far, selection, geometry, seam)
-    far_lse = scatter_back(far_lse, selection, geometry, seam_lse).squeeze(-1)
+    far = scatter_back(far, selection, geometry, seam, own, continues)
+    far_lse = scatter_back(far_lse, selection, geometry, seam_lse, own, continues).squeeze(-1)
+    if documents is not None:
+        # No entry reaches the first positions of other documents either.
+        found = reaching_all(selection.slot, geometry, True, own, continues)
+        reached = torch.stack([each.taken for each in found]).any(dim=0)
+        reached = reached.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        far_lse = far_lse.masked_fill(~reached, -math.inf)
     return merged_output(near, near_lse, far, far_lse)
 
 
@@ -72,15 +89,27 @@ def merged_attention_over_ranks_by_kernels(
     geometry: PyramidGeometry,
     scale: float | None,
     layout: ContextParallel,
+    documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``merged_attention_over_ranks``; gathers the selected entries too.
 
     Args:
         coarsest: means of the coarsest entries of q, k and v, [B M, H, C / p^(L - 1), D].
+        most_documents: documents that the batch has at most, as in ``window_attention``.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale, layout
-    return _MergedOverRanks.apply(*arguments)
+    impl = choose_window_implementation(None, q, documents is not None)
+    of_documents: tuple[torch.Tensor | None, ...] = (None,) * 5
+    if documents is not None:
+        own = documents_of_chunks(documents, layout)
+        near_layout, seen = layouts_in_chunks(impl, own, geometry.config.window, most_documents)
+        places = gathered_documents_of_chunks(documents, geometry, layout)
+        # The compiler refuses the same tensor twice.
+        near_layout = near_layout if impl == "flash" else None
+        of_documents = own.own, near_layout, seen, own.continues, places
+    arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale, impl, layout
+    return _MergedOverRanks.apply(*arguments, *of_documents)
 
 
 class _MergedOverRanks(torch.autograd.Function):
@@ -103,27 +132,38 @@ class _MergedOverRanks(torch.autograd.Function):
         slot: torch.Tensor,
         geometry: PyramidGeometry,
         scale: float,
+        impl: str,
         layout: ContextParallel,
+        documents: torch.Tensor | None,
+        near_layout: torch.Tensor | None,
+        seen: torch.Tensor | None,
+        continues: torch.Tensor | None,
+        places: torch.Tensor | None,
     ) -> torch.Tensor:
+        # ``documents`` is the layout of the chunks, ``places`` that of the gathered sequence.
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [layout.join(kernels.gather_means(*pair, index, *pyramid)) for pair in pairs]
         assert layout.operations is not None
-        far, far_lse = layout.operations[0](*gathered, scale)
+        of_far = () if places is None else (places,)
+        far, far_lse = layout.operations[0](*gathered, scale, *of_far)
         far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
         far_lse = far_lse.squeeze(-1)
         (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout)
         seam_lse = layout.fill_first(seam_lse.squeeze(-1), -math.inf)
-        impl = choose_window_implementation(None, q)
         settings = geometry.config.window, scale, impl, layout.first, len(layout.held)
-        near, near_lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings)
-        taken = _taking_seam(slot, geometry, q.shape[1] // slot.shape[1])
+        of_near = documents if near_layout is None else near_layout, seen
+        near, near_lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings, *of_near)
+        taken = _taking_seam(slot, geometry, q.shape[1] // slot.shape[1], documents, continues)
         out, lse = torch.ops.lighthouse.merge_with_seam(
-            far, far_lse, near, near_lse, slot, seam, seam_lse, taken, *pyramid
+            far, far_lse, near, near_lse, slot, seam, seam_lse, taken, *pyramid, documents
         )
         rows = q, k, v, *halo, *gathered
-        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, seam_lse, taken)
+        of_documents = documents, near_layout, seen, *of_far
+        ctx.save_for_backward(
+            *rows, index, slot, far, far_lse, out, lse, seam_lse, taken, *of_documents
+        )
         ctx.constants = geometry, scale, layout, settings
         return out
 
@@ -133,23 +173,24 @@ class _MergedOverRanks(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
         (q, k, v, *halo), gathered = saved[:5], saved[5:8]
-        index, slot, far, far_lse, out, lse, seam_lse, taken = saved[8:]
+        index, slot, far, far_lse, out, lse, seam_lse, taken = saved[8:16]
+        documents, near_layout, seen, *of_far = saved[16:]
+        of_near = documents if near_layout is None else near_layout, seen
         geometry, scale, layout, settings = ctx.constants
         pyramid, length = (geometry.config.pooling_factor, geometry.config.levels), q.shape[2]
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
-            grad, None, q, k, v, *halo, out, lse, *settings
+            grad, None, q, k, v, *halo, out, lse, *settings, *of_near
         )
         sums = _seam_sums(grad, out, lse, seam_lse, taken)
         dout, delta = gradients_of_seams(sums, dhalo, (dk, dv), layout)
         included = ends_with_chunk(slot, geometry, far.shape[1])
         grad_far, out_far = torch.ops.lighthouse.collect_with_seam(
-            grad, out, lse, far, far_lse, index, slot, dout, delta, included, *pyramid
+            grad, out, lse, far, far_lse, index, slot, dout, delta, included, *pyramid, documents
         )
         assert layout.operations is not None
         far_lse = layout.join(far_lse.unsqueeze(-1)).squeeze(-1).contiguous()
-        selected = layout.operations[1](
-            layout.join(grad_far), None, *gathered, layout.join(out_far), far_lse, scale
-        )
+        grad_far, out_far = layout.join(grad_far), layout.join(out_far)
+        selected = layout.operations[1](grad_far, None, *gathered, out_far, far_lse, scale, *of_far)
         grads = [
             kernels.spread_shares(layout.split(part), slot, length, *pyramid, onto=own)
             if needed
@@ -159,18 +200,27 @@ class _MergedOverRanks(torch.autograd.Function):
             )
         ]
         # Arguments after the rows.
-        return *grads, *[None] * 8
+        return *grads, *[None] * 14
 
 
-def _taking_seam(slot: torch.Tensor, geometry: PyramidGeometry, group: int) -> torch.Tensor:
+def _taking_seam(
+    slot: torch.Tensor,
+    geometry: PyramidGeometry,
+    group: int,
+    documents: torch.Tensor | None,
+    continues: torch.Tensor | None,
+) -> torch.Tensor:
     """Whether each of a chunk's first p^(L-1) - 1 positions takes the seam row of each level.
+
+    Args:
+        documents: layout of the chunks, [B M, C].
+        continues: as in ``reach.reaching``.
 
     Returns:
         bool [B M, Hq, L - 1, p^(L-1) - 1] for ``group`` = Hq / Hkv. A position takes one at most.
     """
-    positions = torch.arange(geometry.spans[-1] - 1, device=slot.device)
-    found = reaching(slot, positions, geometry, with_seam=True)[1:]
-    shape = *slot.shape[:2], len(positions)
+    found = reaching_first(slot, geometry, documents, continues)[1:]
+    shape = *slot.shape[:2], geometry.spans[-1] - 1
     # pyrefly: ignore[missing-attribute]  Above the base level there are seams.
     taken = torch.stack([each.seam.expand(shape) for each in found], dim=2)
     return taken.repeat_interleave(group, dim=1)
@@ -180,7 +230,8 @@ def _taking_seam(slot: torch.Tensor, geometry: PyramidGeometry, group: int) -> t
     "lighthouse::merge_with_seam",
     mutates_args=(),
     schema="(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, Tensor seam, "
-    "Tensor seam_lse, Tensor taken, int p, int levels) -> (Tensor, Tensor)",
+    "Tensor seam_lse, Tensor taken, int p, int levels, Tensor? documents=None) "
+    "-> (Tensor, Tensor)",
 )
 def _merge_with_seam(
     far: torch.Tensor,
@@ -193,6 +244,7 @@ def _merge_with_seam(
     taken: torch.Tensor,
     p: int,
     levels: int,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``kernels.merge_outputs`` of chunks.
 
@@ -200,8 +252,9 @@ def _merge_with_seam(
         seam: [B M, Hq, L - 1, D].
         seam_lse: [B M, Hq, L - 1], minus infinity where there is no chunk before.
         taken: from ``_taking_seam``.
+        documents: layout of the chunks, [B M, C].
     """
-    out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, p, levels)
+    out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, p, levels, documents)
     first = slice(0, taken.shape[-1])
     # A logsumexp of minus infinity leaves a position that takes no row as it is.
     found_lse = seam_lse.unsqueeze(-1).masked_fill(~taken, -math.inf).amax(dim=2)
@@ -248,8 +301,8 @@ def _seam_sums(
     "lighthouse::collect_with_seam",
     mutates_args=(),
     schema="(Tensor grad, Tensor out, Tensor lse, Tensor far, Tensor far_lse, Tensor index, "
-    "Tensor slot, Tensor dout, Tensor delta, Tensor included, int p, int levels) "
-    "-> (Tensor, Tensor)",
+    "Tensor slot, Tensor dout, Tensor delta, Tensor included, int p, int levels, "
+    "Tensor? documents=None) -> (Tensor, Tensor)",
 )
 def _collect_with_seam(
     grad: torch.Tensor,
@@ -264,14 +317,18 @@ def _collect_with_seam(
     included: torch.Tensor,
     p: int,
     levels: int,
+    documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``kernels.collect_merged`` of chunks.
 
     Args:
         dout, delta: ``_seam_sums`` of the next chunk.
         included: from ``ends_with_chunk``.
+        documents: layout of the chunks, [B M, C].
     """
-    grad_far, out_far = kernels.collect_merged(grad, out, lse, far, far_lse, index, slot, p, levels)
+    grad_far, out_far = kernels.collect_merged(
+        grad, out, lse, far, far_lse, index, slot, p, levels, documents
+    )
     sums = torch.cat((dout.to(delta.dtype), delta), dim=-1)
     by_level = list(sums.unbind(dim=2))
     # An absent entry's seam row was that of the next coarser entry, to which its sums belong. The

@@ -22,12 +22,18 @@ class Reach(NamedTuple):
     Attributes:
         place: place of the entry whose output each position takes, int [B, Hkv, N]; -1 if it takes
             none.
-        seam: whether each position takes the level's seam row, bool, [N] or [B, Hkv, N]; None
-            without a chunk before this one.
+        seam: whether each position takes the level's seam row, bool, [N], [B, 1, N] or [B, Hkv, N];
+            None without a chunk before this one.
     """
 
     place: torch.Tensor
     seam: torch.Tensor | None
+
+    @property
+    def taken(self) -> torch.Tensor:
+        """Whether each position takes an output of the level, bool [B, Hkv, N]."""
+        here = self.place >= 0
+        return here if self.seam is None else here | self.seam
 
 
 def reaching(
@@ -36,6 +42,7 @@ def reaching(
     geometry: PyramidGeometry,
     with_seam: bool,
     documents: torch.Tensor | None = None,
+    continues: torch.Tensor | None = None,
 ) -> list[Reach]:
     """Outputs that ``positions`` take of each level, from the base up.
 
@@ -45,29 +52,34 @@ def reaching(
         slot: the selection's slot, int32 [B, Hkv, P].
         positions: int64, ascending.
         geometry: the geometry of the whole chunk.
-        with_seam: whether there is a chunk before this one. There are no documents then.
+        with_seam: whether there is a chunk before this one.
         documents: [B, N], for each of N ``positions`` the first position of its document, a
             multiple of p^(L-1). No output reaches it from before.
+        continues: whether the first document of the chunk began in an earlier chunk, bool [B]. It
+            alone takes seam rows. Given if there are documents ``with_seam``.
     """
-    assert documents is None or not with_seam
+    assert documents is None or continues is not None or not with_seam
     finest = geometry.config.combine == "finest"
     found: list[Reach] = []
     covered: torch.Tensor | None = None
     for level, (span, offset) in enumerate(zip(geometry.spans, geometry.offsets, strict=True)):
         inside = positions >= span - 1
+        seam = ~inside if with_seam and level > 0 else None
+        if seam is not None and continues is not None:
+            # These positions are of the first document, because documents are not shorter.
+            seam = seam & continues[:, None, None]
         if documents is not None:
             # Entries lie in a document as they lie in a sequence, because it begins with one.
             inside = (positions - documents >= span - 1).unsqueeze(1)
         entry = ((positions - span + 1) // span).clamp(min=0)
         place = slot[..., offset + entry].masked_fill(~inside, -1)
-        seam = ~inside if with_seam and level > 0 else None
-        if finest:
-            if covered is not None:
-                place = place.masked_fill(covered, -1)
-                seam = None if seam is None else seam & ~covered
-            here = place >= 0 if seam is None else (place >= 0) | seam
-            covered = here if covered is None else covered | here
+        if finest and covered is not None:
+            place = place.masked_fill(covered, -1)
+            seam = None if seam is None else seam & ~covered
         found.append(Reach(place, seam))
+        if finest:
+            here = found[-1].taken
+            covered = here if covered is None else covered | here
     return found
 
 
@@ -111,24 +123,45 @@ def ends_with_chunk(slot: torch.Tensor, geometry: PyramidGeometry, heads: int) -
     return torch.stack(ends, dim=-1).repeat_interleave(heads // slot.shape[1], dim=1)
 
 
+def reaching_first(
+    slot: torch.Tensor,
+    geometry: PyramidGeometry,
+    documents: torch.Tensor | None,
+    continues: torch.Tensor | None,
+) -> list[Reach]:
+    """``reaching`` of the first p^(L-1) - 1 positions of a chunk, which alone may take seam rows.
+
+    Args:
+        documents: of the whole chunk, [B, N].
+    """
+    positions = torch.arange(geometry.spans[-1] - 1, device=slot.device)
+    documents = None if documents is None else documents[:, : len(positions)]
+    return reaching(slot, positions, geometry, True, documents, continues)
+
+
 def seam_gradient(
-    grad: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry
+    grad: torch.Tensor,
+    slot: torch.Tensor,
+    geometry: PyramidGeometry,
+    documents: torch.Tensor | None = None,
+    continues: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of a chunk's seam rows: for each row, the sum over the positions that took it.
 
     Args:
         grad: gradient of the scattered outputs, [B, H, N, D].
         slot: slot of the chunk's selection, int32 [B, Hkv, P].
+        documents: layout of the chunk, [B, N].
+        continues: as in ``reaching``.
 
     Returns:
         [B, H, L - 1, D].
     """
-    positions = torch.arange(geometry.spans[-1] - 1, device=grad.device)
-    first = grad[:, :, : len(positions)].to(accumulation_dtype(grad.dtype))
+    first = grad[:, :, : geometry.spans[-1] - 1].to(accumulation_dtype(grad.dtype))
     sums = []
-    for _, seam in reaching(slot, positions, geometry, with_seam=True)[1:]:
+    for _, seam in reaching_first(slot, geometry, documents, continues)[1:]:
         assert seam is not None
         if seam.ndim > 1:
-            seam = seam.repeat_interleave(grad.shape[1] // slot.shape[1], dim=1)
+            seam = seam.repeat_interleave(grad.shape[1] // seam.shape[1], dim=1)
         sums.append((first * seam.unsqueeze(-1)).sum(dim=2))
     return torch.stack(sums, dim=2).to(grad.dtype)

@@ -30,12 +30,13 @@ class _ScatterBack(torch.autograd.Function):
         slot: torch.Tensor,
         geometry: PyramidGeometry,
         documents: torch.Tensor | None,
+        continues: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(index, slot, documents)
+        ctx.save_for_backward(index, slot, documents, continues)
         ctx.geometry, ctx.with_seam = geometry, seam is not None
         dtype = accumulation_dtype(rows.dtype)
         total = None
-        reached = _reaching(slot, geometry, ctx.with_seam, documents)
+        reached = reaching_all(slot, geometry, ctx.with_seam, documents, continues)
         for level, (place, takes_seam) in enumerate(reached):
             reach = take_included(rows, place).to(dtype)
             if takes_seam is not None:
@@ -52,33 +53,37 @@ class _ScatterBack(torch.autograd.Function):
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(
         ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
-        index, slot, documents = ctx.saved_tensors
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None, None]:
+        index, slot, documents, continues = ctx.saved_tensors
         geometry = ctx.geometry
         dtype = accumulation_dtype(grad.dtype)
         pyramid = []
-        found = _reaching(slot, geometry, ctx.with_seam, documents)
+        found = reaching_all(slot, geometry, ctx.with_seam, documents, continues)
         for (place, _), length, span in zip(found, geometry.lengths, geometry.spans, strict=True):
             took = grad.masked_fill(~_for_heads(place >= 0, grad.shape[1]), 0)
             reached = torch.nn.functional.pad(took[:, :, span - 1 :], (0, 0, 0, span - 1))
             reached = reached.unflatten(2, (length, span)).sum(dim=3, dtype=dtype)
             pyramid.append(reached.to(grad.dtype))
-        seam = seam_gradient(grad, slot, geometry) if ctx.needs_input_grad[1] else None
-        return take_rows(torch.cat(pyramid, dim=2), index), seam, None, None, None, None
+        seam = None
+        if ctx.needs_input_grad[1]:
+            seam = seam_gradient(grad, slot, geometry, documents, continues)
+        return take_rows(torch.cat(pyramid, dim=2), index), seam, None, None, None, None, None
 
 
-def _reaching(
+def reaching_all(
     slot: torch.Tensor,
     geometry: PyramidGeometry,
     with_seam: bool,
     documents: torch.Tensor | None,
+    continues: torch.Tensor | None = None,
 ) -> list[Reach]:
+    """``reaching`` of all positions."""
     positions = torch.arange(geometry.sequence_length, device=slot.device)
-    return reaching(slot, positions, geometry, with_seam, documents)
+    return reaching(slot, positions, geometry, with_seam, documents, continues)
 
 
 def _for_heads(mask: torch.Tensor, heads: int) -> torch.Tensor:
-    """A mask [N] or [B, Hkv, N] as [1 or B, 1 or H, N, 1]."""
+    """A mask [N], [B, 1, N] or [B, Hkv, N] as [1 or B, 1 or H, N, 1]."""
     if mask.ndim == 1:
         return mask.view(1, 1, -1, 1)
     return mask.repeat_interleave(heads // mask.shape[1], dim=1).unsqueeze(-1)
@@ -90,6 +95,7 @@ def scatter_back(
     geometry: PyramidGeometry,
     seam: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+    continues: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give every position the outputs that reach it (arXiv 2605.06554, section 3.3).
 
@@ -103,9 +109,12 @@ def scatter_back(
         seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
             [B, H, L - 1, D]; without them the sequence starts here.
         documents: [B, N], for each position the first position of its document, which outputs do
-            not leave; not together with ``seam``.
+            not leave.
+        continues: whether the first document began before the first position, bool [B]. It alone
+            takes of ``seam``. Given if there are documents and a seam.
 
     Returns:
         [B, H, N, D].
     """
-    return _ScatterBack.apply(rows, seam, selection.index, selection.slot, geometry, documents)
+    maps = selection.index, selection.slot
+    return _ScatterBack.apply(rows, seam, *maps, geometry, documents, continues)

@@ -11,6 +11,7 @@ import torch
 
 from .config import TYPES, LighthouseConfig
 from .context_parallel import ONE_DEVICE, ContextParallel
+from .document_chunks import documents_of_chunks
 from .documents import Shares, check_documents, shares
 from .geometry import PyramidGeometry
 from .implementation import (
@@ -54,7 +55,8 @@ def select(
         context_parallel: the chunks on this rank, when N is only its part of the sequence.
         documents: int32 or int64 [B, N], for each position the first position of its document, a
             multiple of p^(L-1). Documents share the picks of a stratum by their lengths, and what
-            one of them picks depends on no other's tokens.
+            one of them picks depends on no other's tokens. Under context parallelism this is the
+            layout of the whole sequence, the same on every rank.
 
     Returns:
         The selection. Under context parallelism there is one for each chunk on this rank, with
@@ -62,12 +64,15 @@ def select(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
-            ``documents`` are no layout, or come with context parallelism.
+            ``documents`` are no layout.
     """
+    given = q
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
-    check_for_documents(impl, documents, IMPLEMENTATIONS, context_parallel.chunks)
+    check_for_documents(impl, documents, IMPLEMENTATIONS)
     if documents is not None:
-        check_documents(documents, q, config.coarsest_span)
+        check_documents(documents, given, config.coarsest_span, context_parallel.world_size)
+        if context_parallel.chunks > 1:
+            documents = documents_of_chunks(documents, context_parallel).own
     if choose_implementation(impl, q) == "triton":
         a, b = kernels.score(q, k, v, geometry, documents)
         return select_by_kernels(a, b, geometry, documents)

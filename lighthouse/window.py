@@ -5,7 +5,9 @@ Position t attends over positions t - W + 1 to t, with the softmax of all causal
 Shapes: B batch, Hq query heads, Hkv key-value heads, G = Hq / Hkv, N positions, D head dimension,
 W positions of the window, R rows of a piece, C keys that these rows reach.
 
-The operations take more keys than queries too. The last query is then at the place of the last key.
+The operations take more keys than queries too. The last query is then at the place of the last key,
+and ``documents`` is the first key that each query may see. With as many keys as queries this is the
+layout.
 """
 
 import math
@@ -18,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from .config import check_largest_window
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
+from .document_chunks import documents_of_chunks
 from .documents import check_documents, check_most_documents
-from .halo import window_in_chunks
+from .halo import layouts_in_chunks, window_in_chunks
 from .implementation import (
     WINDOW_IMPLEMENTATIONS,
     check_for_documents,
@@ -130,8 +133,9 @@ def window_attention(
         context_parallel: the chunks on this rank, when N is only its part of the sequence. The
             W - 1 keys and values before each chunk come from the rank that holds them.
         documents: int32 or int64 [B, N], for each position the first position of its document,
-            before which it sees nothing. "flash4" does not know documents, and is not the default
-            with them.
+            before which it sees nothing. Under context parallelism it is the layout of the whole
+            sequence, the same on every rank. "flash4" does not know documents, and is not the
+            default with them.
         most_documents: documents that the batch has at most, as in ``document_attention``; only
             "flash" asks.
 
@@ -142,7 +146,7 @@ def window_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another, the window or
             ``impl`` is none, or the window reaches over more than one chunk; or ``documents`` are
-            no layout, or come with "flash4" or with context parallelism.
+            no layout, or come with "flash4".
         ImportError: ``impl`` needs a package that is not installed, or the installed flash-attn-4
             is too old or broken.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
@@ -151,9 +155,9 @@ def window_attention(
     check_rows(q, k, v)
     check_window(window)
     chunks = context_parallel.chunks
-    check_for_documents(impl, documents, WINDOW_IMPLEMENTATIONS, chunks)
+    check_for_documents(impl, documents, WINDOW_IMPLEMENTATIONS)
     if documents is not None:
-        check_documents(documents, q)
+        check_documents(documents, q, ranks=context_parallel.world_size)
     check_most_documents(most_documents)
     impl = choose_window_implementation(impl, q, documents is not None)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -162,7 +166,9 @@ def window_attention(
         return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse, *layout)
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
-    out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel)
+    own = None if documents is None else documents_of_chunks(documents, context_parallel)
+    layouts = layouts_in_chunks(impl, own, window, most_documents)
+    out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel, layouts)
     out = context_parallel.join(out)
     return (out, context_parallel.join(lse.unsqueeze(-1)).squeeze(-1)) if return_lse else out
 

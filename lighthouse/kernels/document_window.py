@@ -80,19 +80,31 @@ def pieces_of(bounds: torch.Tensor, rows: int, window: int) -> tuple[Lengths, Pi
         return None
     length = -(-rows // count)
     count = -(-rows // length)
-    number = torch.arange(count, dtype=torch.int32, device=bounds.device)
-    first = number * length
+    first = torch.arange(count, dtype=torch.int32, device=bounds.device) * length
     document = bounds[torch.searchsorted(bounds, first, right=True) - 1]
     seen = (first - document).clamp(max=before)
+    return lengths_in_pieces(bounds, length, before, seen), Pieces(length, before, seen)
+
+
+def lengths_in_pieces(
+    bounds: torch.Tensor, length: int, before: int, seen: torch.Tensor
+) -> Lengths:
+    """The sequences in pieces of ``length`` rows, each of which has ``before`` keys more.
+
+    Args:
+        bounds: int32 [M + 1], first rows of documents and the end of the last. A piece's first
+            document may begin with the piece here and yet see keys before it.
+        seen: how many of the keys before its own the first document of each piece sees, [C].
+    """
+    number = torch.arange(len(seen), dtype=torch.int32, device=bounds.device)
+    first, key = number * length, number * (before + length)
     # In each piece: the keys that it does not see, those that it sees with its first document, and
     # its further documents. A document that begins with the piece gets an empty sequence more.
-    key = number * (before + length)
-    own = (bounds // length).clamp(max=count - 1)
-    of_bounds = bounds + (own + 1) * before
+    own = (bounds // length).clamp(max=len(seen) - 1)
+    of_bounds = bounds + (own + 1) * before - torch.where(bounds == own * length, seen[own], 0)
     queries = torch.cat([first, first, bounds]).sort().values
     keys = torch.cat([key, key + before - seen, of_bounds]).sort().values
-    lengths = Lengths(queries.int(), keys.int(), length, before + length)
-    return lengths, Pieces(length, before, seen)
+    return Lengths(queries.int(), keys.int(), length, before + length)
 
 
 def _joined(rows: torch.Tensor) -> torch.Tensor:
@@ -112,20 +124,25 @@ def forward_within_documents(
     window: int,
     scale: float,
     bounds: torch.Tensor,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the window within documents.
 
     Args:
         q: [B, Hq, N, D].
-        k, v: [B, Hkv, N, D].
-        bounds: int32 [M + 1], the ``cumulative_lengths`` of the layout.
+        k, v: [B, Hkv, N, D]; with ``seen``, keys and values before the first position come first.
+        bounds: int32 [M + 1], the ``cumulative_lengths`` of the layout of the queries.
+        seen: how many of the keys before them the first document of each row sees, [B].
 
     Returns:
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
-    batch, _, length, _ = q.shape
+    (batch, _, length, _), before = q.shape, k.shape[2] - q.shape[2]
     q, k, v = map(_joined, (q, k, v))
-    if window >= length:
+    if seen is not None:
+        lengths = lengths_in_pieces(bounds, length, before, seen)
+        out, lse = flash_forward_by_lengths(q, k, v, lengths, scale, window)
+    elif window >= length:
         out, lse = dense_forward(q, k, v, length, scale, bounds)
     else:
         lengths = Lengths(bounds, bounds, length, length)
@@ -146,11 +163,21 @@ def backward_within_documents(
     window: int,
     scale: float,
     bounds: torch.Tensor,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of that out, each lying in memory as rows [B, N, H, D] do."""
-    batch, _, length, _ = q.shape
+    (batch, _, length, _), before = q.shape, k.shape[2] - q.shape[2]
     dout, q, k, v, out = map(_joined, (dout, q, k, v, out))
     lse = lse.transpose(0, 1).flatten(1).contiguous()
+    if seen is not None:
+        lengths = lengths_in_pieces(bounds, length, before, seen)
+        with repeating_bits():
+            grads = flash_backward_by_lengths(dout, q, k, v, out, lse, lengths, scale, window)
+        dq, dk, dv = (_split(grad, batch) for grad in grads)
+        # Flash attention writes no gradient of keys that no query sees.
+        place = torch.arange(before + length, device=seen.device)
+        unseen = (place < before - seen[:, None])[:, None, :, None]
+        return dq, dk.masked_fill_(unseen, 0), dv.masked_fill_(unseen, 0)
     if window >= length:
         grads = dense_backward(dout, q, k, v, out, lse, length, scale, bounds)
     else:

@@ -39,6 +39,7 @@ def launch_forward(
     window: int,
     scale: float,
     bounds: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the window.
 
@@ -46,13 +47,15 @@ def launch_forward(
         q: [B, Hq, N, D].
         k, v: [B, Hkv, M, D], M being N or more. The last of the queries is at the place of the
             last of the keys.
-        bounds: int32, the ``cumulative_lengths`` of a layout of documents; M is N then.
+        bounds: int32, the ``cumulative_lengths`` of a layout of documents of the queries.
+        seen: with ``bounds``, how many of the M - N keys before the first query the first document
+            of each row sees, [B]; left out, M is N.
 
     Returns:
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
     if bounds is not None:
-        return forward_within_documents(q, k, v, window, scale, bounds)
+        return forward_within_documents(q, k, v, window, scale, bounds, seen)
     queries, keys = q.shape[2], k.shape[2]
     if window >= keys == queries and takes_cudnn(q, k, v):
         out, lse = cudnn_forward(q, k, v, scale)
@@ -71,6 +74,7 @@ def launch_backward(
     window: int,
     scale: float,
     bounds: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do.
 
@@ -80,7 +84,8 @@ def launch_backward(
     is then cut into segments instead, which flash attention takes as a batch.
     """
     if bounds is not None:
-        return backward_within_documents(dout, q, k, v, out, lse, window, scale, bounds)
+        rows = dout, q, k, v, out, lse
+        return backward_within_documents(*rows, window, scale, bounds, seen)
     (batch, heads, n, _), keys = q.shape, k.shape[2]
     if window >= keys == n and takes_cudnn(q, k, v):
         grads = cudnn_backward(dout, q, k, v, out, lse, scale)
@@ -197,14 +202,14 @@ def fake_backward(
 
 
 define(
-    "flash_window(Tensor q, Tensor k, Tensor v, int window, float scale, Tensor? bounds=None)"
-    " -> (Tensor, Tensor)",
+    "flash_window(Tensor q, Tensor k, Tensor v, int window, float scale, Tensor? bounds=None,"
+    " Tensor? seen=None) -> (Tensor, Tensor)",
     launch_forward,
     fake_forward,
 )
 define(
     "flash_window_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " int window, float scale, Tensor? bounds=None) -> (Tensor, Tensor, Tensor)",
+    " int window, float scale, Tensor? bounds=None, Tensor? seen=None) -> (Tensor, Tensor, Tensor)",
     launch_backward,
     fake_backward,
 )
@@ -217,13 +222,14 @@ def window_forward(
     window: int,
     scale: float,
     bounds: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``lighthouse.window.window_attention``: out [B, Hq, N, D] and lse [B, Hq, N].
 
     Args:
-        bounds: int32, the ``cumulative_lengths`` of a layout of documents.
+        bounds, seen: as in ``launch_forward``.
     """
-    return torch.ops.lighthouse.flash_window(q, k, v, window, scale, bounds)
+    return torch.ops.lighthouse.flash_window(q, k, v, window, scale, bounds, seen)
 
 
 def window_backward(
@@ -237,9 +243,10 @@ def window_backward(
     window: int,
     scale: float,
     bounds: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from those of out [B, Hq, N, D] and of lse [B, Hq, N]."""
     if dlse is not None:
         dout, out = fold_lse_gradient(dout, dlse, out)
     rows = dout, q, k, v, out, lse
-    return torch.ops.lighthouse.flash_window_backward(*rows, window, scale, bounds)
+    return torch.ops.lighthouse.flash_window_backward(*rows, window, scale, bounds, seen)

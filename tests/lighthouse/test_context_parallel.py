@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from attention_cases import output_and_gradients, relative_error
+from gathering_ranks import slot_of_chunk
 from launch import run_ranks
 
 from lighthouse import ContextParallel, LighthouseConfig, lighthouse_attention, select
@@ -65,14 +66,8 @@ def check(rank, world_size, balanced, levels, heads, impl, **options) -> None:
     mine = select(*local, config, impl=impl, context_parallel=layout)
     geometry = PyramidGeometry(config, n)
     chunk_slots = mine.slot.unflatten(0, (batch, -1))
-    places = geometry.gathered_length // layout.chunks
     for number, chunk in enumerate(layout.held):
-        parts = [
-            whole.slot[..., offset : offset + length].unflatten(-1, (layout.chunks, -1))
-            for offset, length in zip(geometry.offsets, geometry.lengths, strict=True)
-        ]
-        expected = torch.cat([part[..., chunk, :] for part in parts], dim=-1)
-        expected = torch.where(expected >= 0, expected - chunk * places, -1)
+        expected = slot_of_chunk(whole.slot, geometry, layout.chunks, chunk)
         assert torch.equal(chunk_slots[:, number], expected)
 
     expected = output_and_gradients(lighthouse_attention, leaves, grad, config, impl=impl)

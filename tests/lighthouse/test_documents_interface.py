@@ -83,8 +83,8 @@ def test_modules_take_documents() -> None:
         with pytest.raises(ValueError, match="enable_gqa"):
             module(*inputs, **options)
         module.context_parallel = ContextParallel(None, 0, 2)
-        with pytest.raises(ValueError, match="context parallelism"):
-            module(*inputs, enable_gqa=True, **options)
+        with pytest.raises(ValueError, match="give ContextParallel its operations"):
+            module(*inputs, enable_gqa=True, documents=torch.zeros(1, 32, dtype=torch.int32))
 
 
 def test_lengths_for_flash_attention() -> None:
@@ -181,8 +181,14 @@ def test_messages() -> None:
         window_attention(*inputs, 3, documents=good, most_documents=-3)
     with pytest.raises(ValueError, match="not supported yet by impl = 'flash4'; pass impl=.flash"):
         window_attention(*inputs, 3, documents=good, impl="flash4")
-    with pytest.raises(ValueError, match="context parallelism"):
-        window_attention(*inputs, 3, documents=good, context_parallel=ContextParallel(None, 0, 2))
+    ranks = ContextParallel(None, 0, 2, balanced=False)
+    whole = torch.zeros(1, 32, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"whole sequence.* \(1, 32\) for 2 ranks.* \(1, 16\)"):
+        window_attention(*inputs, 3, documents=good, context_parallel=ranks)
+    with pytest.raises(ValueError, match="must hold, for each position"):
+        window_attention(*inputs, 3, documents=whole + 1, context_parallel=ranks)
+    refused(ValueError, "need a window under context parallelism.* window = 0 and 2 chunks",
+            whole, context_parallel=ranks)  # fmt: skip
     with pytest.raises(ValueError, match="at least 1"):
         document_attention(*inputs, good, most_documents=0)
     with pytest.raises(ValueError, match="got 1 at position 0"):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from attention_cases import relative_error
 from flash_stand_ins import stand_in_backward, stand_in_forward
 from functorch.compile import make_boxed_func
+from gathering_ranks import gathered
 from launch import run_ranks
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -49,17 +50,6 @@ def attended(q, k, v, mask, scale):
     scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp() @ v, lse
-
-
-def gathered(rows, layout):
-    """[B, H, N, D] of all ranks in the order of the sequence."""
-    parts = [torch.empty_like(rows) for _ in range(layout.world_size)]
-    dist.all_gather(parts, rows.contiguous(), group=layout.group)
-    chunks = {}
-    for rank, part in enumerate(parts):
-        held = layout.held_by(rank)
-        chunks |= dict(zip(held, part.chunk(len(held), dim=2), strict=True))
-    return torch.cat([chunks[number] for number in range(layout.chunks)], dim=2)
 
 
 def mask_of(layout, length):

@@ -1,0 +1,233 @@
+"""Documents of a sequence that lies in chunks on several ranks, against the whole on one."""
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from document_cases import positions_of, random_layout
+from gathering_ranks import slot_of_chunk, with_operations
+from launch import run_ranks
+
+from lighthouse import (
+    ContextParallel,
+    LighthouseConfig,
+    WindowAttention,
+    document_attention,
+    first_positions,
+    lighthouse_attention,
+    select,
+    window_attention,
+)
+from lighthouse.context_parallel import ONE_DEVICE
+from lighthouse.geometry import PyramidGeometry
+from lighthouse.implementation import kernels
+
+RANKS = 3
+# A multiple of the chunks of every number of ranks, and of the coarsest span in each.
+N = 144
+METHOD = LighthouseConfig(3, 2, 24, picks_per_stratum=2, combine="finest", window=5)
+# Few positions, because Triton's interpreter is slow.
+SMALL = {
+    48: LighthouseConfig(3, 2, 8, picks_per_stratum=2, combine="finest", window=5),
+    64: LighthouseConfig(4, 2, 8, picks_per_stratum=2, combine="finest", window=1),
+}
+
+
+def layout_of(begins: list[int], n: int) -> torch.Tensor:
+    """The layout [N] of documents that begin at these positions."""
+    position = torch.arange(n)
+    return first_positions(torch.bucketize(position, torch.tensor(begins), right=True)[None])[0]
+
+
+def layouts(n: int, chunks: int, span: int) -> dict[str, torch.Tensor]:
+    """Layouts [2, N] of documents that begin at multiples of ``span``."""
+    length = n // chunks
+    some = layout_of([span, length, 3 * length - span], n)
+    many = layout_of(list(range(0, n, span)), n)
+    one, two = torch.zeros_like(some), layout_of([0, n // 2 + span], n)
+    generator = torch.Generator().manual_seed(random.getrandbits(32))
+    return {
+        "one, and many": torch.stack([one, many]),
+        "over several chunks, and from chunk to chunk": torch.stack(
+            [two, layout_of(list(range(0, n, length)), n)]
+        ),
+        "over a chunk, at its end": torch.stack([some, one]).long(),
+        "random": random_layout(2, n, span, generator),
+    }
+
+
+def results_of(
+    attention: Callable[..., Any], leaves: list[torch.Tensor], grads: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Outputs, and the gradients of q, k and v."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    found = attention(*leaves)
+    torch.autograd.backward(found, grads)
+    return [*(x.detach() for x in found), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def alone(window, q, k, v, layout, documents):
+    options = {"scale": 0.3, "return_lse": True}
+    return window_attention(
+        q, k, v, window, **options, context_parallel=layout, documents=documents
+    )
+
+
+def merged(config, impl, q, k, v, layout, documents):
+    options = {"impl": impl, "context_parallel": layout, "documents": documents}
+    return [lighthouse_attention(q, k, v, config, **options)]
+
+
+def dense(q, k, v, layout, documents):
+    """The dense stage of a module, whose ``sdpa`` does not run with documents."""
+    if layout.chunks == 1:
+        return [document_attention(q, k, v, documents)]
+    module = WindowAttention(1)
+    module.enabled, module.context_parallel = False, layout
+    return [module(q, k, v, enable_gqa=True, documents=documents)]
+
+
+def drawn(attention, n, heads, dtype):
+    """Leaves, and gradients of the outputs."""
+    leaves = [torch.randn(2, n, h, 16, dtype=dtype).transpose(1, 2) for h in heads]
+    grads = [torch.randn(2, n, heads[0], 16, dtype=dtype).transpose(1, 2)]
+    if getattr(attention, "func", None) is alone:
+        grads.append(torch.randn(2, heads[0], n, dtype=dtype))
+    return leaves, grads
+
+
+def check_same(layout, attention, n, heads, dtype, documents) -> None:
+    """Several ranks give what one gives, at each position."""
+    leaves, grads = drawn(attention, n, heads, dtype)
+    one = partial(attention, layout=ONE_DEVICE, documents=documents)
+    expected = results_of(one, leaves, grads)
+    take = partial(layout.take, dim=2)
+    here = partial(attention, layout=layout, documents=documents)
+    found = results_of(here, [*map(take, leaves)], [*map(take, grads)])
+    bound = 1e-10 if dtype == torch.float64 else 1e-6
+    for value, want in zip(found, map(take, expected), strict=True):
+        assert value.isfinite().all()
+        assert (value - want).abs().max() < 20 * bound
+        # Gradients of q are zero where there is one key, save for rounding.
+        assert (value - want).norm() < bound * max(want.norm(), want.numel() ** 0.5)
+
+
+def check_apart(layout, attention, n, heads, dtype, documents) -> None:
+    """Other tokens in one document change no bit of another, on any rank."""
+    leaves, grads = drawn(attention, n, heads, dtype)
+    others, _ = drawn(attention, n, heads, dtype)
+    row = random.randrange(2)
+    there = random.choice(positions_of(documents, row))
+    kept = torch.ones(2, n, dtype=torch.bool)
+    kept[row, there] = False
+    changed = [
+        torch.where(kept[:, None, :, None], *pair) for pair in zip(leaves, others, strict=True)
+    ]
+    take = partial(layout.take, dim=2)
+    here = partial(attention, layout=layout, documents=documents)
+    kept = layout.take(kept, dim=1)
+    results = [
+        results_of(here, [*map(take, each)], [*map(take, grads)]) for each in (leaves, changed)
+    ]
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before.transpose(1, 2)[kept], after.transpose(1, 2)[kept])
+    before, after = (each[0].transpose(1, 2)[~kept] for each in results)
+    assert (before != after).all()
+
+
+def check_selected(layout, config, n, impl, dtype, documents) -> None:
+    """Each chunk selects what one device selects there."""
+    leaves, _ = drawn(None, n, (4, 2, 2), dtype)
+    whole = select(*leaves, config, impl=impl, documents=documents)
+    here = [layout.take(x, dim=2) for x in leaves]
+    options: dict[str, Any] = {"documents": documents, "context_parallel": layout}
+    mine = select(*here, config, impl=impl, **options)
+    slots, geometry = mine.slot.unflatten(0, (2, -1)), PyramidGeometry(config, n)
+    for place, number in enumerate(layout.held):
+        expected = slot_of_chunk(whole.slot, geometry, layout.chunks, number)
+        assert torch.equal(slots[:, place], expected)
+    if layout.operations is not None:
+        chosen, free = (
+            lighthouse_attention(*here, config, impl=impl, **options, **more)
+            for more in ({"selection": mine}, {})
+        )
+        assert torch.equal(chosen, free)
+
+
+def check_all(layout: ContextParallel) -> None:
+    length = N // layout.chunks
+    for number, documents in enumerate(layouts(N, layout.chunks, METHOD.coarsest_span).values()):
+        heads = ((2, 2, 2), (4, 2, 2), (4, 1, 1))[number % 3]
+        check_selected(layout, METHOD, N, "torch", torch.float64, documents)
+        rest = N, heads, torch.float64, documents
+        check_same(layout, dense, *rest)
+        for window in (1, 2, 5, length + 1):
+            attentions = (
+                partial(alone, window),
+                partial(merged, replace(METHOD, window=window), "torch"),
+            )
+            for attention in attentions:
+                check_same(layout, attention, *rest)
+                check_apart(layout, attention, *rest)
+
+
+def check_kernels(layout: ContextParallel) -> None:
+    for n, config in SMALL.items():
+        attention = partial(merged, config, "triton")
+        cases = layouts(n, layout.chunks, config.coarsest_span)
+        for name in ("random", "over a chunk, at its end"):
+            rest = n, (2, 1, 1), torch.float32, cases[name]
+            check_same(layout, attention, *rest)
+        check_apart(layout, attention, *rest)
+        check_selected(layout, config, n, "triton", torch.float32, cases["random"])
+
+
+def check_compiled(layout: ContextParallel) -> None:
+    """To one graph, which other documents take too."""
+    for name, attention in {
+        "window": partial(alone, 5),
+        "vectorised": partial(merged, METHOD, "torch"),
+        "kernels": partial(merged, METHOD, "triton"),
+    }.items():
+        if name == "kernels" and kernels is None:
+            continue
+        torch.compiler.reset()
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+        for documents in list(layouts(N, layout.chunks, METHOD.coarsest_span).values())[:2]:
+            leaves, grads = drawn(attention, N, (2, 1, 1), torch.float32)
+            leaves, grads = ([layout.take(x, dim=2) for x in each] for each in (leaves, grads))
+            plain, found = (
+                results_of(partial(each, layout=layout, documents=documents), leaves, grads)
+                for each in (attention, compiled)
+            )
+            for value, want in zip(found, plain, strict=True):
+                torch.testing.assert_close(value, want)
+
+
+def worker(rank: int, port: int, seed: int) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    for world_size in range(2, RANKS + 1):
+        group = dist.new_group(list(range(world_size)))
+        for balanced in (True, False) if rank < world_size else ():
+            layout = with_operations(ContextParallel(group, rank, world_size, balanced))
+            # All ranks draw the same.
+            torch.manual_seed(seed)
+            random.seed(seed)
+            check_all(layout)
+            if world_size == 2 and kernels is not None:
+                check_kernels(layout)
+    dist.destroy_process_group()
+
+
+def test_ranks_together_give_what_one_device_gives(free_port: int) -> None:
+    """On 2 and 3 ranks, in one launch."""
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed {seed}")
+    run_ranks(worker, free_port, seed, processes=RANKS)
