@@ -1,5 +1,6 @@
 """Documents of a sequence that lies in chunks on several ranks, against the whole on one."""
 
+import itertools
 import os
 import random
 from collections.abc import Callable
@@ -7,9 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from document_cases import positions_of, random_layout
+from flash_stand_ins import replace_flash_attention
 from gathering_ranks import slot_of_chunk, with_operations
 from launch import run_ranks
 
@@ -24,7 +27,10 @@ from lighthouse import (
     window_attention,
 )
 from lighthouse.context_parallel import ONE_DEVICE
+from lighthouse.document_chunks import documents_of_chunks, gathered_documents_of_chunks
+from lighthouse.documents import check_layout, gathered_documents
 from lighthouse.geometry import PyramidGeometry
+from lighthouse.halo import layouts_in_chunks
 from lighthouse.implementation import kernels
 
 RANKS = 3
@@ -177,36 +183,41 @@ def check_all(layout: ContextParallel) -> None:
 
 
 def check_kernels(layout: ContextParallel) -> None:
-    for n, config in SMALL.items():
-        attention = partial(merged, config, "triton")
-        cases = layouts(n, layout.chunks, config.coarsest_span)
-        for name in ("random", "over a chunk, at its end"):
-            rest = n, (2, 1, 1), torch.float32, cases[name]
-            check_same(layout, attention, *rest)
-        check_apart(layout, attention, *rest)
-        check_selected(layout, config, n, "triton", torch.float32, cases["random"])
+    for (n, config), name in zip(
+        SMALL.items(), ("random", "over a chunk, at its end"), strict=True
+    ):
+        documents = layouts(n, layout.chunks, config.coarsest_span)[name]
+        rest = n, (2, 1, 1), torch.float32, documents
+        check_same(layout, partial(merged, config, "triton"), *rest)
+        check_selected(layout, config, n, "triton", torch.float32, documents)
+    if layout.balanced:
+        check_apart(layout, partial(merged, config, "triton"), *rest)
 
 
 def check_compiled(layout: ContextParallel) -> None:
     """To one graph, which other documents take too."""
-    for name, attention in {
+    attentions = {
         "window": partial(alone, 5),
-        "vectorised": partial(merged, METHOD, "torch"),
-        "kernels": partial(merged, METHOD, "triton"),
-    }.items():
-        if name == "kernels" and kernels is None:
-            continue
+        "vectorised": partial(merged, SMALL[48], "torch"),
+        "kernels": partial(merged, SMALL[48], "triton"),
+    }
+    if kernels is None:
+        del attentions["kernels"]
+    first, other = list(layouts(48, layout.chunks, 4).values())[:2]
+    for name, attention in attentions.items():
+        leaves, grads = drawn(attention, 48, (2, 1, 1), torch.float32)
+        leaves, grads = ([layout.take(x, dim=2) for x in each] for each in (leaves, grads))
         torch.compiler.reset()
         compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
-        for documents in list(layouts(N, layout.chunks, METHOD.coarsest_span).values())[:2]:
-            leaves, grads = drawn(attention, N, (2, 1, 1), torch.float32)
-            leaves, grads = ([layout.take(x, dim=2) for x in each] for each in (leaves, grads))
-            plain, found = (
-                results_of(partial(each, layout=layout, documents=documents), leaves, grads)
-                for each in (attention, compiled)
-            )
-            for value, want in zip(found, plain, strict=True):
-                torch.testing.assert_close(value, want)
+        # Triton's interpreter is slow.
+        for documents in (first,) if name == "kernels" else (first, other):
+            both = [partial(x, layout=layout, documents=documents) for x in (attention, compiled)]
+            # A graph with other documents would be another one.
+            with torch._dynamo.config.patch(error_on_recompile=documents is other):
+                plain, found = (results_of(each, leaves, grads) for each in both)
+            torch.testing.assert_close(found, plain)
+        # Where nothing needs a gradient, Dynamo calls functions in another way.
+        torch.testing.assert_close(both[1](*leaves), both[0](*leaves))
 
 
 def worker(rank: int, port: int, seed: int) -> None:
@@ -223,6 +234,8 @@ def worker(rank: int, port: int, seed: int) -> None:
             check_all(layout)
             if world_size == 2 and kernels is not None:
                 check_kernels(layout)
+            if world_size == 2 and balanced:
+                check_compiled(layout)
     dist.destroy_process_group()
 
 
@@ -231,3 +244,68 @@ def test_ranks_together_give_what_one_device_gives(free_port: int) -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
     run_ranks(worker, free_port, seed, processes=RANKS)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_chunks_take_their_documents(world_size: int, balanced: bool) -> None:
+    """By definition, position by position; and the joined layouts of gathered sequences."""
+    ranks = [ContextParallel(None, rank, world_size, balanced) for rank in range(world_size)]
+    chunks, span = ranks[0].chunks, METHOD.coarsest_span
+    length = N // chunks
+    config = replace(METHOD, top_k=METHOD.top_k // chunks)
+    for documents in layouts(N, chunks, span).values():
+        for layout in ranks:
+            own, before = found = documents_of_chunks(documents, layout)
+            assert own.dtype == before.dtype == documents.dtype
+            check_layout(own, span)
+            rows = own.unflatten(0, (2, -1)), before.unflatten(0, (2, -1))
+            for row, (place, chunk) in itertools.product(range(2), enumerate(layout.held)):
+                first = chunk * length
+                there = documents[row, first : first + length].tolist()
+                assert rows[0][row, place].tolist() == [max(x - first, 0) for x in there]
+                assert rows[1][row, place] == first - min(there[0], first)
+            assert torch.equal(found.continues, before != 0)
+        whole = gathered_documents(documents, PyramidGeometry(METHOD, N))
+        parts = gathered_documents_of_chunks(documents, PyramidGeometry(config, length), ranks[0])
+        assert torch.equal(parts, whole) and parts.dtype == torch.int32
+
+
+def test_the_operation_is_registered() -> None:
+    documents = layouts(N, 4, 1)["random"]
+    operation = torch.ops.lighthouse.documents_of_chunks.default
+    torch.library.opcheck(
+        operation, (documents, 1, 2, True), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+# Of a chunk of 8 positions: the first, the first 4, the first 7, and all.
+@pytest.mark.skipif(kernels is None, reason="flash attention is called beside the kernels")
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("window", [2, 5, 8, 9])
+@pytest.mark.parametrize("first", [-1, 0])
+def test_flash_attention_sees_the_halo_of_a_document(
+    monkeypatch: pytest.MonkeyPatch, first: int, window: int, counted: bool
+) -> None:
+    """By one call for the beginnings of all chunks, and without a gradient of keys unseen."""
+    replace_flash_attention(monkeypatch)
+    q, dout = torch.randn(2, 4, 4, 8, 16)
+    k, v = torch.randn(2, 4, 2, 8, 16)
+    before = torch.randn(2, 4, 2, window - 1, 16)
+    layout = ContextParallel(None, 0 if first == 0 else 1, 3)
+    for documents in layouts(48, 6, 1).values():
+        own = documents_of_chunks(documents, layout)
+        most_documents = int((documents == torch.arange(48)).sum()) if counted else None
+        found = []
+        for impl in ("torch", "flash"):
+            layouts_here = layouts_in_chunks(impl, own, window, most_documents)
+            more = window, 0.3, impl, first, 2, *layouts_here
+            out, lse = torch.ops.lighthouse.halo_window(q, k, v, *before, *more)
+            for dlse in (None, torch.linspace(-1, 1, lse.numel()).view_as(lse)):
+                rows = dout, dlse, q, k, v, *before, out, lse
+                grads = torch.ops.lighthouse.halo_window_backward(*rows, *more)
+                found.append([out, lse, *grads])
+        torch.testing.assert_close(found[2:], found[:2])
+        unseen = torch.arange(window - 1) < window - 1 - layouts_here[1][:, None]
+        for grad in found[-1][-2:]:
+            assert not grad.transpose(1, 2)[unseen].any()
