@@ -125,8 +125,8 @@ def lighthouse_attention(
             merged = q, k, v, gathered, selection, geometry, scale
             if not parallel:
                 return merged_attention(*merged, documents)
-            out = merged_attention_over_ranks(*merged, context_parallel, documents)
-            return context_parallel.join(out)
+            merged = *merged, context_parallel, documents, most_documents
+            return context_parallel.join(merged_attention_over_ranks(*merged))
         scatter = scatter_back
     if documents is not None:
         places = gathered_documents(documents, geometry)

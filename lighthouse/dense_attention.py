@@ -74,8 +74,8 @@ def document_attention_over_ranks(
     v: torch.Tensor,
     documents: torch.Tensor,
     layout: ContextParallel,
-    *,
     scale: float | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``document_attention``, of the chunks on this rank, by the operations of ``layout``.
 
@@ -90,13 +90,14 @@ def document_attention_over_ranks(
     check_transforms()
     check_rows(q, k, v)
     check_documents(documents, q, ranks=layout.world_size)
+    check_most_documents(most_documents)
     if layout.operations is None:
         raise ValueError(
             "dense attention within documents is by operations over all ranks under context "
             "parallelism; give ContextParallel its operations, or use one rank for each sequence"
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return attention_over_ranks(q, k, v, scale, layout, documents=documents)
+    return attention_over_ranks(q, k, v, scale, layout, False, documents, most_documents)
 
 
 def _by_flash(q: torch.Tensor) -> bool:

@@ -59,8 +59,7 @@ class InnerAttention(nn.Module):
 
     Attributes:
         context_parallel: the chunks on this rank, when sequences are spread over several. Set it
-            together with an ``sdpa`` that attends over all ranks, within ``documents`` if it is
-            given some.
+            together with an ``sdpa`` that attends over all ranks.
         enabled: whether this attention runs; otherwise ``sdpa`` runs alone.
         name: what messages call it.
         implementations: the names that ``impl`` may have.
@@ -110,7 +109,7 @@ class InnerAttention(nn.Module):
             assert documents is not None
             if self.context_parallel.chunks > 1:
                 rows = q, k, v, documents, self.context_parallel
-                return document_attention_over_ranks(*rows, scale=scale)
+                return document_attention_over_ranks(*rows, scale, most_documents)
             return document_attention(
                 q, k, v, documents, scale=scale, most_documents=most_documents
             )

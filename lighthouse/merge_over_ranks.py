@@ -38,6 +38,7 @@ def merged_attention_over_ranks(
     scale: float | None,
     layout: ContextParallel,
     documents: torch.Tensor | None = None,
+    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``merge.merged_attention``, of the chunks on this rank.
 
@@ -46,19 +47,20 @@ def merged_attention_over_ranks(
         k, v: [B M, Hkv, C, D].
         gathered: pooled q, k and v of the selected entries, [B M, H, S, D].
         documents: layout of the whole sequence, [B, W M C], the same on every rank.
+        most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
         [B M, Hq, C, D].
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    joined = [layout.join(rows) for rows in gathered]
+    joined_q, joined_k, joined_v = (layout.join(rows) for rows in gathered)
     own = continues = own_documents = places = None
     if documents is not None:
         own_documents = documents_of_chunks(documents, layout)
         own, continues = own_documents.own, own_documents.continues
         places = gathered_documents_of_chunks(documents, geometry, layout)
     far, far_lse = attention_over_ranks(
-        *joined, scale=scale, layout=layout, return_lse=True, documents=places
+        joined_q, joined_k, joined_v, scale, layout, True, places, most_documents
     )
     far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
     seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
@@ -96,7 +98,6 @@ def merged_attention_over_ranks_by_kernels(
 
     Args:
         coarsest: means of the coarsest entries of q, k and v, [B M, H, C / p^(L - 1), D].
-        most_documents: documents that the batch has at most, as in ``window_attention``.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     impl = choose_window_implementation(None, q, documents is not None)
@@ -109,7 +110,7 @@ def merged_attention_over_ranks_by_kernels(
         near_layout = near_layout if impl == "flash" else None
         of_documents = own.own, near_layout, seen, own.continues, places
     arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale, impl, layout
-    return _MergedOverRanks.apply(*arguments, *of_documents)
+    return _MergedOverRanks.apply(*arguments, *of_documents, most_documents)
 
 
 class _MergedOverRanks(torch.autograd.Function):
@@ -139,13 +140,14 @@ class _MergedOverRanks(torch.autograd.Function):
         seen: torch.Tensor | None,
         continues: torch.Tensor | None,
         places: torch.Tensor | None,
+        most_documents: int | None,
     ) -> torch.Tensor:
         # ``documents`` is the layout of the chunks, ``places`` that of the gathered sequence.
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [layout.join(kernels.gather_means(*pair, index, *pyramid)) for pair in pairs]
         assert layout.operations is not None
-        of_far = () if places is None else (places,)
+        of_far = () if places is None else (places, most_documents)
         far, far_lse = layout.operations[0](*gathered, scale, *of_far)
         far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
@@ -160,11 +162,11 @@ class _MergedOverRanks(torch.autograd.Function):
             far, far_lse, near, near_lse, slot, seam, seam_lse, taken, *pyramid, documents
         )
         rows = q, k, v, *halo, *gathered
-        of_documents = documents, near_layout, seen, *of_far
+        of_documents = documents, near_layout, seen, places
         ctx.save_for_backward(
             *rows, index, slot, far, far_lse, out, lse, seam_lse, taken, *of_documents
         )
-        ctx.constants = geometry, scale, layout, settings
+        ctx.constants = geometry, scale, layout, settings, most_documents
         return out
 
     @staticmethod
@@ -174,9 +176,10 @@ class _MergedOverRanks(torch.autograd.Function):
         saved = ctx.saved_tensors
         (q, k, v, *halo), gathered = saved[:5], saved[5:8]
         index, slot, far, far_lse, out, lse, seam_lse, taken = saved[8:16]
-        documents, near_layout, seen, *of_far = saved[16:]
+        documents, near_layout, seen, places = saved[16:]
         of_near = documents if near_layout is None else near_layout, seen
-        geometry, scale, layout, settings = ctx.constants
+        geometry, scale, layout, settings, most_documents = ctx.constants
+        of_far = () if places is None else (places, most_documents)
         pyramid, length = (geometry.config.pooling_factor, geometry.config.levels), q.shape[2]
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
             grad, None, q, k, v, *halo, out, lse, *settings, *of_near
@@ -200,7 +203,7 @@ class _MergedOverRanks(torch.autograd.Function):
             )
         ]
         # Arguments after the rows.
-        return *grads, *[None] * 14
+        return *grads, *[None] * 15
 
 
 def _taking_seam(

@@ -46,7 +46,8 @@ def text(tmp_path_factory) -> Path:
 def settings_of(text: Path, **settings: Any) -> dict[str, Any]:
     return {
         **MASKED, "training.dataset_path": text, "training.seq_len": 128,
-        "lighthouse.top_k": 16, "lighthouse.picks_per_stratum": 8, **settings,
+        # Four strata, for the chunks of two ranks.
+        "lighthouse.top_k": 16, "lighthouse.picks_per_stratum": 4, **settings,
     }  # fmt: skip
 
 
@@ -142,12 +143,18 @@ def one_process(text: Path, tmp_path_factory) -> Run:
         {"lighthouse.document_positions": "restart"},
         {"parallelism.data_parallel_shard_degree": 2},
         {"parallelism.tensor_parallel_degree": 2, "lighthouse.document_positions": "restart"},
+        {"parallelism.context_parallel_degree": 2},
+        {
+            "parallelism.context_parallel_degree": 2, "lighthouse.document_positions": "restart",
+            "parallelism.context_parallel_load_balancer": "None",
+            "activation_checkpoint.mode": "lighthouse",
+        },
         {
             "parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 2,
             "validation.local_batch_size": 2, "lighthouse.document_positions": "restart",
         },
     ],
-    ids=["restart", "fsdp", "tensor", "pipeline"],
+    ids=["restart", "fsdp", "tensor", "context", "contiguous", "pipeline"],
 )  # fmt: skip
 def test_meshes_and_positions_train_alike(
     one_process: Run, tmp_path: Path, mesh: dict[str, Any]
@@ -227,10 +234,6 @@ def parsed(text: Path, folder: Path, **settings: Any) -> JobConfig:
             "positions at the beginning of each document would attend over nothing; pass "
             "--lighthouse.window 512 --lighthouse.combine finest, or pass "
             "--training.no-document_mask",
-        ),
-        (
-            {"parallelism.context_parallel_degree": 2, "lighthouse.picks_per_stratum": 4},
-            "is not supported with parallelism.context_parallel_degree = 2 in a Lighthouse stage",
         ),
         ({"lighthouse.repeat_mix": 0.1, "training.seq_len": 4096}, "lighthouse.repeat_mix = 0.1"),
     ],

@@ -17,13 +17,7 @@ def check_documents(stage: Stage) -> None:
     config = stage.config
     if not config.training.document_mask:
         return
-    section, degree = config.lighthouse, config.parallelism.context_parallel_degree
-    if degree > 1 and stage.attention == "lighthouse":
-        raise UserValueError(
-            f"{KEY} = true is not supported with parallelism.context_parallel_degree = {degree} "
-            f"in a Lighthouse stage or a window's, whose halo does not know documents yet; set the "
-            f"degree to 1, {OFF}"
-        )
+    section = config.lighthouse
     if section.repeat_mix:
         raise UserValueError(
             f"{KEY} = true is not supported with lighthouse.repeat_mix = {section.repeat_mix}, "

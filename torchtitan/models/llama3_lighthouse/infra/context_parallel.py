@@ -13,6 +13,7 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse import ContextParallel
 from lighthouse.context_parallel import attention_over_ranks
+from lighthouse.dense_attention import document_attention_over_ranks
 from lighthouse.inner_attention import InnerAttention, check_call
 from lighthouse.precision import accumulation_dtype
 
@@ -48,15 +49,17 @@ class RingAttention(nn.Module):
         """Output [B, Hq, S, D] for this rank's q [B, Hq, S, D] and k, v [B, Hkv, S, D].
 
         Args:
-            documents, most_documents: as in ``attention_over_ranks``.
+            documents, most_documents: as in ``document_attention_over_ranks``.
 
         Raises:
             ValueError: ``is_causal`` is false, or the heads differ without ``enable_gqa``.
         """
         check_call("ring attention", q, k, enable_gqa, is_causal)
+        if documents is not None:
+            rows = q, k, v, documents, self.layout
+            return document_attention_over_ranks(*rows, scale, most_documents)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        layout = documents, most_documents
-        return attention_over_ranks(q, k, v, scale, self.layout, False, *layout)
+        return attention_over_ranks(q, k, v, scale, self.layout)
 
 
 def layout_of(mesh: DeviceMesh, config: Parallelism) -> ContextParallel:
