@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from document_cases import random_layout
 from emulated_attention import ATTENTIONS, emulate_attention_of_gpus
 from launch import run_ranks
 from ring_ranks import Calls
@@ -79,13 +80,21 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
     policy = [*RING, *WINDOW, *SELECTION, *EXCHANGE]
     contexts = partial(create_selective_checkpoint_contexts, policy)
     layouts = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
-    cases = list(itertools.product((BESIDE, ALONE), layouts, [None], [N]))
+    cases = list(itertools.product((BESIDE, ALONE), layouts, [None], [N], [False]))
+    # With documents, which on GPUs are flash attention's lengths.
+    cases.append((BESIDE, layouts[0], None, N, True))
+    if device == "cuda":
+        cases.append((ALONE, layouts[1], None, N, True))
     if device == "cpu":
         check_operations_of_gpus(mesh)
     if device == "cpu" and world_size == 2:
         # By kernels, which are the default on GPUs.
-        cases.append((SMALL, layouts[0], "triton", SMALL_N))
-    for args, config, impl, n in cases:
+        cases.append((SMALL, layouts[0], "triton", SMALL_N, False))
+    for args, config, impl, n, masked in cases:
+        options = {}
+        if masked:
+            documents = random_layout(1, n, 4, torch.Generator().manual_seed(1)).to(device)
+            options = {"documents": documents, "most_documents": n}
         plain, ring = (
             args.stage_one_attention(ScaledDotProductAttentionWrapper()) for _ in range(2)
         )
@@ -94,8 +103,10 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
         # All cases compile one function, more often than Dynamo allows.
         torch.compiler.reset()
 
-        def block(attention: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-            return attention(*(x.sin() for x in inputs)).cos()
+        def block(
+            attention: torch.nn.Module, *inputs: torch.Tensor, options: dict = options
+        ) -> torch.Tensor:
+            return attention(*(x.sin() for x in inputs), **options).cos()
 
         def checkpointed(*inputs: torch.Tensor, block=block) -> torch.Tensor:
             return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
@@ -124,7 +135,8 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
             for name, value, whole in zip(("out", "dq", "dk", "dv"), found, want, strict=True):
                 whole = whole[:, :, here]
                 error = float((value - whole).norm() / whole.norm())
-                assert error < tolerance, (mode, name, error, args.window, config, impl)
+                case = mode, name, args.window, config, impl, masked
+                assert error < tolerance, (error, case)
         # Validation and inference take no gradients.
         with torch.no_grad():
             found = torch.compile(block, **compiled)(ring, *(x[:, :, here] for x in leaves))
