@@ -33,10 +33,9 @@ from lighthouse.geometry import PyramidGeometry
 from lighthouse.halo import layouts_in_chunks
 from lighthouse.implementation import kernels
 
-RANKS = 3
-# A multiple of the chunks of every number of ranks, and of the coarsest span in each.
-N = 144
 METHOD = LighthouseConfig(3, 2, 24, picks_per_stratum=2, combine="finest", window=5)
+# By the most ranks: positions and picks that the chunks of every number of ranks divide.
+SIZES = {3: (144, METHOD), 4: (384, replace(METHOD, top_k=48))}
 # Few positions, because Triton's interpreter is slow.
 SMALL = {
     48: LighthouseConfig(3, 2, 8, picks_per_stratum=2, combine="finest", window=5),
@@ -165,17 +164,17 @@ def check_selected(layout, config, n, impl, dtype, documents) -> None:
         assert torch.equal(chosen, free)
 
 
-def check_all(layout: ContextParallel) -> None:
-    length = N // layout.chunks
-    for number, documents in enumerate(layouts(N, layout.chunks, METHOD.coarsest_span).values()):
+def check_all(layout: ContextParallel, n: int, method: LighthouseConfig) -> None:
+    length = n // layout.chunks
+    for number, documents in enumerate(layouts(n, layout.chunks, method.coarsest_span).values()):
         heads = ((2, 2, 2), (4, 2, 2), (4, 1, 1))[number % 3]
-        check_selected(layout, METHOD, N, "torch", torch.float64, documents)
-        rest = N, heads, torch.float64, documents
+        check_selected(layout, method, n, "torch", torch.float64, documents)
+        rest = n, heads, torch.float64, documents
         check_same(layout, dense, *rest)
         for window in (1, 2, 5, length + 1):
             attentions = (
                 partial(alone, window),
-                partial(merged, replace(METHOD, window=window), "torch"),
+                partial(merged, replace(method, window=window), "torch"),
             )
             for attention in attentions:
                 check_same(layout, attention, *rest)
@@ -220,18 +219,18 @@ def check_compiled(layout: ContextParallel) -> None:
         torch.testing.assert_close(both[1](*leaves), both[0](*leaves))
 
 
-def worker(rank: int, port: int, seed: int) -> None:
+def worker(rank: int, ranks: int, port: int, seed: int) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    for world_size in range(2, RANKS + 1):
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    for world_size in range(1, ranks + 1):
         group = dist.new_group(list(range(world_size)))
         for balanced in (True, False) if rank < world_size else ():
             layout = with_operations(ContextParallel(group, rank, world_size, balanced))
             # All ranks draw the same.
             torch.manual_seed(seed)
             random.seed(seed)
-            check_all(layout)
+            check_all(layout, *SIZES[ranks])
             if world_size == 2 and kernels is not None:
                 check_kernels(layout)
             if world_size == 2 and balanced:
@@ -239,11 +238,12 @@ def worker(rank: int, port: int, seed: int) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_together_give_what_one_device_gives(free_port: int) -> None:
-    """On 2 and 3 ranks, in one launch."""
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_together_give_what_one_device_gives(ranks: int, free_port: int) -> None:
+    """On every number of ranks up to this one, in one launch."""
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")
-    run_ranks(worker, free_port, seed, processes=RANKS)
+    run_ranks(worker, ranks, free_port, seed, processes=ranks)
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -252,9 +252,9 @@ def test_chunks_take_their_documents(world_size: int, balanced: bool) -> None:
     """By definition, position by position; and the joined layouts of gathered sequences."""
     ranks = [ContextParallel(None, rank, world_size, balanced) for rank in range(world_size)]
     chunks, span = ranks[0].chunks, METHOD.coarsest_span
-    length = N // chunks
+    length = 144 // chunks
     config = replace(METHOD, top_k=METHOD.top_k // chunks)
-    for documents in layouts(N, chunks, span).values():
+    for documents in layouts(144, chunks, span).values():
         for layout in ranks:
             own, before = found = documents_of_chunks(documents, layout)
             assert own.dtype == before.dtype == documents.dtype
@@ -266,13 +266,13 @@ def test_chunks_take_their_documents(world_size: int, balanced: bool) -> None:
                 assert rows[0][row, place].tolist() == [max(x - first, 0) for x in there]
                 assert rows[1][row, place] == first - min(there[0], first)
             assert torch.equal(found.continues, before != 0)
-        whole = gathered_documents(documents, PyramidGeometry(METHOD, N))
+        whole = gathered_documents(documents, PyramidGeometry(METHOD, 144))
         parts = gathered_documents_of_chunks(documents, PyramidGeometry(config, length), ranks[0])
         assert torch.equal(parts, whole) and parts.dtype == torch.int32
 
 
 def test_the_operation_is_registered() -> None:
-    documents = layouts(N, 4, 1)["random"]
+    documents = layouts(144, 4, 1)["random"]
     operation = torch.ops.lighthouse.documents_of_chunks.default
     torch.library.opcheck(
         operation, (documents, 1, 2, True), test_utils=("test_schema", "test_faketensor")
