@@ -96,7 +96,7 @@ def lighthouse_attention(
     own = documents
     if documents is not None:
         check_documents(documents, given, config.coarsest_span, context_parallel.world_size)
-        _check_for_documents(config, sdpa, chunks)
+        _check_far_attention(config, sdpa, chunks)
         if chunks > 1:
             own = documents_of_chunks(documents, context_parallel).own
     check_halo(config.window, geometry.sequence_length * chunks, chunks)
@@ -168,7 +168,7 @@ def _check_window(
         )
 
 
-def _check_for_documents(
+def _check_far_attention(
     config: LighthouseConfig, sdpa: Callable[..., torch.Tensor] | None, chunks: int
 ) -> None:
     """Check that there is attention over the selected entries that knows documents."""
@@ -178,9 +178,9 @@ def _check_for_documents(
         )
     if chunks > 1 and not config.window:
         raise ValueError(
-            "documents need a window under context parallelism, because the first positions of "
-            f"each have no output without one, got window = 0 and {chunks} chunks; set window, or "
-            "use one rank for each sequence"
+            "documents are not supported yet under context parallelism without a window, got "
+            f"window = 0 and {chunks} chunks; set window to a few hundred positions, or use one "
+            "rank for each sequence"
         )
 
 

@@ -10,7 +10,9 @@ cut into pieces, where these can be several times longer than the window. There 
   one head. Long documents would leave most of a GPU idle.
 
 A piece takes its own keys and the W - 1 before it, which are copied. If the piece's first document
-does not see all of the latter, those that it does not see become a sequence without queries.
+does not see all of the latter, those that it does not see become a sequence without queries. The
+first positions of chunks under context parallelism are such pieces too, with keys that came from
+the chunk before.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, W positions of
 the window, M documents at most, R = B N joined rows, C pieces.

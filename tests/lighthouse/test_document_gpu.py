@@ -9,6 +9,7 @@ from attention_cases import output_and_gradients, relative_error
 from document_cases import length_layout
 
 from lighthouse import (
+    ContextParallel,
     LighthouseAttention,
     LighthouseConfig,
     WindowAttention,
@@ -16,6 +17,8 @@ from lighthouse import (
     select,
     window_attention,
 )
+from lighthouse.document_chunks import documents_of_chunks
+from lighthouse.halo import layouts_in_chunks
 
 pytestmark = pytest.mark.gpu
 
@@ -205,3 +208,35 @@ def test_compiles_whole_for_all_layouts(module: str) -> None:
                 found.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
         for value, want in zip(*found, strict=True):
             assert relative_error(value, want) < 1e-2
+
+
+@pytest.mark.parametrize("size", [2, 512, N // 8 + 1])
+@pytest.mark.parametrize("text", MEDIANS)
+def test_the_halo_of_chunks_is_seen_within_documents(text: str, size: int) -> None:
+    """By flash attention as by vectorised PyTorch; bits repeat, and nothing waits."""
+    _, _, documents = case(MEDIANS[text])
+    own = documents_of_chunks(documents, ContextParallel(None, 1, 4))
+    shapes = [(N // 8, h) for h in (4, 2, 2, 4)] + [(size - 1, 2)] * 2
+    q, k, v, grad, *before = (
+        torch.randn(2, *shape, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for shape in shapes
+    )
+
+    def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        more = size, 0.125, impl, -1, 2, *layouts_in_chunks(impl, own, size, MOST)
+        rows = [x.to(dtype) for x in (q, k, v, *before)]
+        found = torch.ops.lighthouse.halo_window(*rows, *more)
+        rows = [grad.to(dtype), None, *rows, *found]
+        return [*found, *torch.ops.lighthouse.halo_window_backward(*rows, *more)]
+
+    exact, rounded = run("torch", torch.float32), run("torch", torch.bfloat16)
+    first = run("flash", torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run("flash", torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, first, again))
+    for value, other, want in zip(first, rounded, exact, strict=True):
+        least = torch.finfo(torch.bfloat16).eps
+        assert relative_error(value, want) <= max(1.5 * relative_error(other, want), least)
