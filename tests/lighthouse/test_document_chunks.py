@@ -35,7 +35,7 @@ from lighthouse.implementation import kernels
 
 METHOD = LighthouseConfig(3, 2, 24, picks_per_stratum=2, combine="finest", window=5)
 # By the most ranks: positions and picks that the chunks of every number of ranks divide.
-SIZES = {3: (144, METHOD), 4: (384, replace(METHOD, top_k=48))}
+SIZES = {2: (96, replace(METHOD, top_k=16)), 3: (144, METHOD), 4: (384, replace(METHOD, top_k=48))}
 # Few positions, because Triton's interpreter is slow.
 SMALL = {
     48: LighthouseConfig(3, 2, 8, picks_per_stratum=2, combine="finest", window=5),
@@ -238,7 +238,7 @@ def worker(rank: int, ranks: int, port: int, seed: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_ranks_together_give_what_one_device_gives(ranks: int, free_port: int) -> None:
     """On every number of ranks up to this one, in one launch."""
     seed = int.from_bytes(os.urandom(4))
