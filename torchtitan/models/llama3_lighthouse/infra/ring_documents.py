@@ -88,7 +88,7 @@ class RingDocuments:
         begins = self.documents[:, queries_here].long()
         queries = (begins <= keys[-1]).sum(dim=1)
         # Where a query sees keys, the first one does.
-        hidden = torch.searchsorted(keys, begins[:, :1]).squeeze(1)
+        hidden = torch.searchsorted(keys, begins[:, 0].contiguous())
         return Seen(queries, torch.where(queries > 0, hidden, len(keys)))
 
 
