@@ -186,13 +186,11 @@ def cumulative_lengths(documents: torch.Tensor, most_documents: int | None = Non
     position = torch.arange(documents.shape[1], device=documents.device)
     begins = (documents == position).flatten()
     number = begins.cumsum(0) - 1
-    bounds = torch.full(
-        (most_documents + 1,), documents.numel(), dtype=torch.int32, device=documents.device
-    )
-    # Positions within documents write to the last number, which is set again below.
-    bounds.scatter_(0, torch.where(begins, number, most_documents), place)
-    bounds[-1:].fill_(documents.numel())
-    return bounds
+    bounds = place.new_full((most_documents,), documents.numel())
+    # Positions within documents write the first document's 0 again. One document too many has no
+    # place here. The end's would hide it, and two documents would be one.
+    bounds.scatter_(0, torch.where(begins, number, 0), torch.where(begins, place, 0))
+    return torch.nn.functional.pad(bounds, (0, 1), value=documents.numel())
 
 
 def _check_dtype(documents: torch.Tensor) -> None:

@@ -92,6 +92,10 @@ def test_lengths_for_flash_attention() -> None:
     bounds = cumulative_lengths(first_positions(numbers), 6)
     assert bounds.tolist() == [0, 2, 5, 6, 12, 12, 12] and bounds.dtype == torch.int32
     assert cumulative_lengths(first_positions(numbers), 4).tolist() == [0, 2, 5, 6, 12]
+    # Two documents would otherwise be one, and see each other.
+    for too_few in (3, 2, 1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            cumulative_lengths(first_positions(numbers), too_few)
 
 
 @pytest.mark.gpu
