@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -54,6 +55,8 @@ def layouts() -> list[torch.Tensor]:
 
 def worker(rank: int, world_size: int, port: int) -> None:
     mesh = join_ranks(rank, world_size, port)
+    # torch warns of rows that it has to copy.
+    warnings.filterwarnings("error", message=".*non-contiguous")
     for config, (number, documents) in itertools.product(BALANCES, enumerate(layouts())):
         check_against_one_device(mesh, config, documents, torch.float64, number)
     check_against_one_device(mesh, Parallelism(), layouts()[-1], torch.float32, 9)

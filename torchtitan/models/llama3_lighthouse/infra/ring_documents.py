@@ -43,24 +43,19 @@ class RingDocuments:
     Args:
         documents: [B, N], for each position of the whole sequence the first position of its
             document.
-        length: S.
         most_documents: documents that the batch has at most.
     """
 
-    def __init__(
-        self, documents: torch.Tensor, ring: Ring, length: int, most_documents: int | None
-    ) -> None:
-        self.ring, self.length, self.most_documents = ring, length, most_documents
-        self.device = documents.device
-        self.own = self._positions(ring.rank)
-        self.documents = documents[:, self.own]
+    def __init__(self, documents: torch.Tensor, ring: Ring, most_documents: int | None) -> None:
+        self.ring, self.most_documents = ring, most_documents
+        self.places = torch.arange(documents.shape[1], device=documents.device)
+        self.own = self._on(ring.rank, self.places)
+        self.documents = self._on(ring.rank, documents).long()
 
-    def _positions(self, rank: int) -> torch.Tensor:
-        """Places in the whole sequence of the rows on a rank, int64 [S], ascending."""
-        held = ContextParallel(None, rank, self.ring.size, self.ring.balanced).held
-        chunk = self.length // len(held)
-        place = torch.arange(chunk, device=self.device)
-        return torch.cat([number * chunk + place for number in held])
+    def _on(self, rank: int, rows: torch.Tensor) -> torch.Tensor:
+        """The part of ``rows`` [..., N] that a rank holds, [..., S]."""
+        layout = ContextParallel(None, rank, self.ring.size, self.ring.balanced)
+        return layout.take(rows, dim=-1)
 
     def at_home(self) -> torch.Tensor:
         """The layout of this rank's own rows, joined, int64 [B, S].
@@ -68,7 +63,7 @@ class RingDocuments:
         All positions between two of a document are of that document. So its rows here are
         neighbours.
         """
-        return torch.searchsorted(self.own, self.documents.long())
+        return torch.searchsorted(self.own, self.documents)
 
     def lengths_at_home(self) -> torch.Tensor:
         """``cumulative_lengths`` of ``at_home``, int32 [M + 1]."""
@@ -84,8 +79,8 @@ class RingDocuments:
         Args:
             queries_here, keys_here: from ``Ring.attending``.
         """
-        keys = self._positions((self.ring.rank - hop) % self.ring.size)[keys_here]
-        begins = self.documents[:, queries_here].long()
+        keys = self._on((self.ring.rank - hop) % self.ring.size, self.places)[keys_here]
+        begins = self.documents[:, queries_here]
         queries = (begins <= keys[-1]).sum(dim=1)
         # Where a query sees keys, the first one does.
         hidden = torch.searchsorted(keys, begins[:, 0].contiguous())

@@ -159,7 +159,7 @@ def _run_forward(
         attend = partial(_attention_of(q, k, v)[0], scale=scale)
     else:
         _check_flash(q)
-        found = RingDocuments(documents, ring, q.shape[2], most_documents)
+        found = RingDocuments(documents, ring, most_documents)
         attend, within = partial(_forward_within, found, scale=scale), found.within
     if ring.size == 1:
         out, lse = attend(q, k, v, is_causal=True)
@@ -185,7 +185,7 @@ def _run_backward(
     if documents is None:
         attend = partial(_attention_of(q, k, v)[1], scale=scale)
     else:
-        found = RingDocuments(documents, ring, q.shape[2], most_documents)
+        found = RingDocuments(documents, ring, most_documents)
         attend, within = partial(_backward_within, found, scale=scale), found.within
     if ring.size == 1:
         grads = attend(dout, q, k, v, out, lse, is_causal=True)
