@@ -121,6 +121,8 @@ def dense_forward(
     q, k, v = (order.order(x) for x in (q, k, v))
     out, lse = flash_forward_by_lengths(q, k, v, order.long, scale)
     short_out, short_lse = flash_forward_by_lengths(q, k, v, order.short, scale)
+    # Putting the results in order takes memory too.
+    del q, k, v
     return order.chosen(out, short_out), order.chosen(lse.t(), short_lse.t()).t()
 
 
@@ -147,6 +149,7 @@ def dense_backward(
     lse = lse[:, order.place].contiguous()
     grads = flash_backward_by_lengths(dout, q, k, v, out, lse, order.long, scale)
     of_short = flash_backward_by_lengths(dout, q, k, v, out, lse, order.short, scale)
+    del dout, q, k, v, out
     return tuple(order.chosen(*pair) for pair in zip(grads, of_short, strict=True))
 
 

@@ -8,6 +8,7 @@ import torch
 from attention_cases import random_inputs, relative_error
 from document_cases import random_layout
 from flash_stand_ins import replace_flash_attention
+from watched_memory import Watch
 
 from lighthouse import (
     dense_attention,
@@ -82,6 +83,44 @@ def test_few_documents_get_one_call() -> None:
         bounds = cumulative_lengths(layout_of([length]), most)
         assert (order.long_first(bounds, length, length) is not None) == two
     assert order.longest_short(256, 18432, 18432) == 1152
+
+
+class Peak(Watch):
+    """Keeps the most memory that operations have held at once."""
+
+    most = 0
+
+    def __torch_dispatch__(self, *call: Any) -> Any:
+        found = super().__torch_dispatch__(*call)
+        self.most = max(self.most, self.living_bytes())
+        return found
+
+
+def test_copies_take_as_much_memory_as_the_docs_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what one call takes: four outputs forward, and eight backward."""
+
+    def forward(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[1::-1])
+
+    def backward(dout: torch.Tensor, *rows: Any) -> list[torch.Tensor]:
+        return [x.new_empty(x.shape) for x in rows[:3]]
+
+    monkeypatch.setattr(order, "flash_forward_by_lengths", forward)
+    monkeypatch.setattr(order, "flash_backward_by_lengths", backward)
+    n, (heads, d) = 18432, (2, 64)
+    q, k, v, dout, out = torch.empty(5, n, heads, d)
+    lse, size = torch.empty(heads, n), q.nbytes
+    calls = (order.dense_forward, (q, k, v)), (order.dense_backward, (dout, q, k, v, out, lse))
+    taken = []
+    for most_documents in (16, 256):
+        bounds = cumulative_lengths(layout_of([9000, n - 9000]), most_documents)
+        for function, rows in calls:
+            with Peak() as peak:
+                function(*rows, n, 0.5, bounds)
+            taken.append(peak.most / size)
+    forward_alone, backward_alone, forward_both, backward_both = taken
+    assert forward_both - forward_alone == pytest.approx(4, abs=0.2)
+    assert backward_both - backward_alone == pytest.approx(8, abs=0.2)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
