@@ -30,6 +30,7 @@ from ..flash import (
     flash_forward_by_lengths,
     repeating_bits,
 )
+from ..memory_layout import joined, split
 from .document_dense import dense_backward, dense_forward
 
 # Each piece makes two sequences more. With ``documents.MOST_DOCUMENTS`` they are as many as a GPU
@@ -109,16 +110,6 @@ def lengths_in_pieces(
     return Lengths(queries.int(), keys.int(), length, before + length)
 
 
-def _joined(rows: torch.Tensor) -> torch.Tensor:
-    """[B, H, N, D] as [B N, H, D]."""
-    return rows.transpose(1, 2).flatten(0, 1)
-
-
-def _split(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """[B N, H, D] as [B, H, N, D], lying in memory as [B, N, H, D]."""
-    return rows.contiguous().unflatten(0, (batch, -1)).transpose(1, 2)
-
-
 def forward_within_documents(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -140,7 +131,7 @@ def forward_within_documents(
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
     """
     (batch, _, length, _), before = q.shape, k.shape[2] - q.shape[2]
-    q, k, v = map(_joined, (q, k, v))
+    q, k, v = map(joined, (q, k, v))
     if seen is not None:
         lengths = lengths_in_pieces(bounds, length, before, seen)
         out, lse = flash_forward_by_lengths(q, k, v, lengths, scale, window)
@@ -152,7 +143,7 @@ def forward_within_documents(
             lengths, pieces = found
             k, v = pieces.keys(k), pieces.keys(v)
         out, lse = flash_forward_by_lengths(q, k, v, lengths, scale, window)
-    return _split(out, batch), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    return split(out, batch), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
 def backward_within_documents(
@@ -169,13 +160,13 @@ def backward_within_documents(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of that out, each lying in memory as rows [B, N, H, D] do."""
     (batch, _, length, _), before = q.shape, k.shape[2] - q.shape[2]
-    dout, q, k, v, out = map(_joined, (dout, q, k, v, out))
+    dout, q, k, v, out = map(joined, (dout, q, k, v, out))
     lse = lse.transpose(0, 1).flatten(1).contiguous()
     if seen is not None:
         lengths = lengths_in_pieces(bounds, length, before, seen)
         with repeating_bits():
             grads = flash_backward_by_lengths(dout, q, k, v, out, lse, lengths, scale, window)
-        dq, dk, dv = (_split(grad, batch) for grad in grads)
+        dq, dk, dv = (split(grad, batch) for grad in grads)
         # Flash attention writes no gradient of keys that no query sees.
         place = torch.arange(before + length, device=seen.device)
         unseen = (place < before - seen[:, None])[:, None, :, None]
@@ -191,5 +182,5 @@ def backward_within_documents(
             grads = flash_backward_by_lengths(dout, q, k, v, out, lse, lengths, scale, window)
         if pieces is not None:
             grads = grads[0], pieces.gradient(grads[1], rows), pieces.gradient(grads[2], rows)
-    dq, dk, dv = (_split(grad, batch) for grad in grads)
+    dq, dk, dv = (split(grad, batch) for grad in grads)
     return dq, dk, dv

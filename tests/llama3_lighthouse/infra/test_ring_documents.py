@@ -13,7 +13,7 @@ from launch import run_ranks
 from ring_ranks import Layer, join_ranks, with_gradients
 from torch.distributed.device_mesh import DeviceMesh
 
-from lighthouse import document_attention, first_positions
+from lighthouse import LighthouseAttention, LighthouseConfig, document_attention, first_positions
 from torchtitan.models.llama3_lighthouse.infra import ring_documents
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
@@ -23,14 +23,16 @@ from torchtitan.models.llama3_lighthouse.infra.ring_documents import Seen
 from torchtitan.models.llama3_lighthouse.job_config import Parallelism
 
 BATCH, N, D = 2, 96, 8
+# As many strata as the chunks of two, three and four ranks divide.
+METHOD = LighthouseConfig(3, 2, 48, picks_per_stratum=2, combine="finest", window=5)
 BALANCES = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
 
 
-def rows_of(seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def rows_of(seed: int, dtype: torch.dtype = torch.float64, n: int = N) -> list[torch.Tensor]:
     """q, k, v and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(BATCH, heads, N, D, generator=generator, dtype=dtype) for heads in (4, 2, 2, 4)
+        torch.randn(BATCH, heads, n, D, generator=generator, dtype=dtype) for heads in (4, 2, 2, 4)
     ]
 
 
@@ -64,6 +66,7 @@ def worker(rank: int, world_size: int, port: int) -> None:
     eager, compiled = (attend(mesh, Parallelism(), rows, documents, x) for x in (False, True))
     assert all(map(torch.equal, eager, compiled))
     for config in BALANCES:
+        check_lighthouse(mesh, config, 6)
         check_that_no_document_sees_another(mesh, config)
     dist.destroy_process_group()
 
@@ -97,6 +100,23 @@ def check_against_one_device(
         want = layout_of(mesh, config).take(want, dim=2)
         assert value.dtype == dtype
         assert ((value - want).norm(dim=-1) <= bound * (1 + want.norm(dim=-1))).all()
+
+
+def check_lighthouse(mesh: DeviceMesh, config: Parallelism, seed: int) -> None:
+    """The selection, the window, the seam and this ring together."""
+    n, generator = 4 * N, torch.Generator().manual_seed(seed)
+    rows = rows_of(seed, n=n)
+    documents = random_layout(BATCH, n, METHOD.coarsest_span, generator)
+    options = {"enable_gqa": True, "scale": 0.3, "documents": documents}
+    *inputs, grad = rows
+    wanted = with_gradients(LighthouseAttention(METHOD), inputs, grad, **options)
+    module = LighthouseAttention(METHOD)
+    apply_context_parallel(module, mesh, config)
+    layout = module.context_parallel
+    *inputs, grad = (layout.take(x, dim=2) for x in rows)
+    for value, want in zip(with_gradients(module, inputs, grad, **options), wanted, strict=True):
+        want = layout.take(want, dim=2)
+        assert ((value - want).norm(dim=-1) <= 1e-10 * (1 + want.norm(dim=-1))).all()
 
 
 def check_that_no_document_sees_another(mesh: DeviceMesh, config: Parallelism) -> None:

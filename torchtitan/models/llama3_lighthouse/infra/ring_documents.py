@@ -19,6 +19,7 @@ from lighthouse.context_parallel import ContextParallel
 from lighthouse.cpu_flash import cpu_backward, cpu_forward
 from lighthouse.documents import cumulative_lengths
 from lighthouse.flash import Lengths, flash_backward_by_lengths, flash_forward_by_lengths
+from lighthouse.memory_layout import joined, split
 from lighthouse.precision import accumulation_dtype
 
 from .ring_attention import Ring
@@ -144,10 +145,9 @@ def _forward_by_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lengths, sees = _lengths(seen, q.shape[2], k.shape[2]), _first(seen.queries, q.shape[2])
-    out, lse = flash_forward_by_lengths(
-        _joined(q), _joined(k), _joined(v), lengths, scale, causal=False
-    )
-    out, lse = _split(out, q), lse.unflatten(1, (len(q), -1)).transpose(0, 1)
+    rows = joined(q), joined(k), joined(v)
+    out, lse = flash_forward_by_lengths(*rows, lengths, scale, causal=False)
+    out, lse = split(out, len(q)), lse.unflatten(1, (len(q), -1)).transpose(0, 1)
     return out.masked_fill(~sees[..., None], 0), lse.masked_fill(~sees, -math.inf)
 
 
@@ -162,15 +162,15 @@ def _backward_by_flash(
     seen: Seen,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lengths, sees = _lengths(seen, q.shape[2], k.shape[2]), _first(seen.queries, q.shape[2])
-    dout, joined_q, joined_k, joined_v, out = map(_joined, (dout, q, k, v, out))
+    dout, joined_q, joined_k, joined_v, out = map(joined, (dout, q, k, v, out))
     lse = lse.transpose(0, 1).flatten(1).contiguous()
     dq, dk, dv = flash_backward_by_lengths(
         dout, joined_q, joined_k, joined_v, out, lse, lengths, scale, causal=False
     )
     # Flash attention does not write the gradients of keys that no query sees.
     hidden = _first(seen.hidden, k.shape[2])[..., None]
-    dk, dv = (_split(grad, k).masked_fill(hidden, 0) for grad in (dk, dv))
-    return _split(dq, q).masked_fill(~sees[..., None], 0), dk, dv
+    dk, dv = (split(grad, len(k)).masked_fill(hidden, 0) for grad in (dk, dv))
+    return split(dq, len(q)).masked_fill(~sees[..., None], 0), dk, dv
 
 
 def _first(count: torch.Tensor, length: int) -> torch.Tensor:
@@ -195,13 +195,3 @@ def _lengths(seen: Seen, queries: int, keys: int) -> Lengths:
     both = zip((starts, key_starts.flatten()), ends, strict=True)
     of_queries, of_keys = (torch.cat(pair).int() for pair in both)
     return Lengths(of_queries, of_keys, queries, keys)
-
-
-def _joined(rows: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, D] as [B S, H, D]."""
-    return rows.transpose(1, 2).flatten(0, 1)
-
-
-def _split(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[B S, H, D] as [B, H, S, D]."""
-    return rows.unflatten(0, (len(like), -1)).transpose(1, 2)
