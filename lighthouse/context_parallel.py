@@ -252,6 +252,11 @@ def attention_over_ranks(
     return _OverRanks.apply(q, k, v, scale, layout, return_lse, documents, most_documents)
 
 
+def within(documents: torch.Tensor | None, most_documents: int | None) -> tuple[Any, ...]:
+    """What the operations of a layout are given besides: nothing without documents."""
+    return () if documents is None else (documents, most_documents)
+
+
 class _OverRanks(torch.autograd.Function):
     """One operation forward and one backward, which computes the probabilities again."""
 
@@ -268,8 +273,7 @@ class _OverRanks(torch.autograd.Function):
         most_documents: int | None,
     ) -> Any:
         assert layout.operations is not None
-        within = () if documents is None else (documents, most_documents)
-        out, lse = layout.operations[0](q, k, v, scale, *within)
+        out, lse = layout.operations[0](q, k, v, scale, *within(documents, most_documents))
         ctx.save_for_backward(q, k, v, out, lse, documents)
         ctx.constants = scale, layout, most_documents
         return (out, lse) if return_lse else out
@@ -282,8 +286,8 @@ class _OverRanks(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         *rows, documents = ctx.saved_tensors
         scale, layout, most_documents = ctx.constants
-        within = () if documents is None else (documents, most_documents)
-        grads = layout.operations[1](dout, dlse, *rows, scale, *within)
+        of_documents = within(documents, most_documents)
+        grads = layout.operations[1](dout, dlse, *rows, scale, *of_documents)
         return *grads, None, None, None, None, None
 
 

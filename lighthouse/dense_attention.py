@@ -64,8 +64,7 @@ def document_attention(
     check_documents(documents, q)
     check_most_documents(most_documents)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    layout = cumulative_lengths(documents, most_documents) if _by_flash(q) else documents
-    return _DocumentAttention.apply(q, k, v, layout, scale)
+    return _DocumentAttention.apply(q, k, v, layout_within(documents, q, most_documents), scale)
 
 
 def document_attention_over_ranks(
@@ -111,11 +110,49 @@ def _by_flash(q: torch.Tensor) -> bool:
     return True
 
 
-class _DocumentAttention(torch.autograd.Function):
-    """One operation forward and one backward.
+def layout_within(
+    documents: torch.Tensor, q: torch.Tensor, most_documents: int | None
+) -> torch.Tensor:
+    """What ``forward_within`` takes of a layout [B, N]: cumulative lengths for flash attention."""
+    return cumulative_lengths(documents, most_documents) if _by_flash(q) else documents
 
-    ``layout`` is that of documents, or their cumulative lengths for flash attention.
+
+def forward_within(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and logsumexp of ``document_attention``, without autograd.
+
+    Args:
+        layout: from ``layout_within``.
     """
+    if _by_flash(q):
+        return torch.ops.lighthouse.flash_window(q, k, v, q.shape[2], scale, layout)
+    if q.device.type == "cpu":
+        return torch.ops.lighthouse.document_attention(q, k, v, layout, scale)
+    return torch.ops.lighthouse.window(q, k, v, q.shape[2], scale, layout)
+
+
+def backward_within(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``forward_within``'s out with respect to q, k and v."""
+    operations, rows = torch.ops.lighthouse, (q, k, v, out, lse)
+    if _by_flash(q):
+        return operations.flash_window_backward(dout, *rows, q.shape[2], scale, layout)
+    if q.device.type == "cpu":
+        return operations.document_attention_backward(dout, *rows, layout, scale)
+    return operations.window_backward(dout, None, *rows, q.shape[2], scale, layout)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """One operation forward and one backward."""
 
     @staticmethod
     def forward(
@@ -126,14 +163,8 @@ class _DocumentAttention(torch.autograd.Function):
         layout: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        operations = torch.ops.lighthouse
-        if _by_flash(q):
-            out, lse = operations.flash_window(q, k, v, q.shape[2], scale, layout)
-        elif q.device.type == "cpu":
-            out, lse = operations.document_attention(q, k, v, layout, scale)
-        else:
-            out, lse = operations.window(q, k, v, q.shape[2], scale, layout)
-        ctx.save_for_backward(q, k, v, layout, out, lse)
+        out, lse = forward_within(q, k, v, layout, scale)
+        ctx.save_for_backward(q, k, v, out, lse, layout)
         ctx.scale = scale
         return out
 
@@ -141,17 +172,8 @@ class _DocumentAttention(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, layout, out, lse = ctx.saved_tensors
-        operations, rows = torch.ops.lighthouse, (q, k, v, out, lse)
-        if _by_flash(q):
-            backward = operations.flash_window_backward
-            grads = backward(dout, *rows, q.shape[2], ctx.scale, layout)
-        elif q.device.type == "cpu":
-            grads = operations.document_attention_backward(dout, *rows, layout, ctx.scale)
-        else:
-            backward = operations.window_backward
-            grads = backward(dout, None, *rows, q.shape[2], ctx.scale, layout)
-        return *grads, None, None
+        q, k, v, out, lse, layout = ctx.saved_tensors
+        return *backward_within(dout, q, k, v, out, lse, layout, ctx.scale), None, None
 
 
 # The operations are for CPUs, where they may read the layout.

@@ -26,7 +26,7 @@ from .precision import accumulation_dtype
 SETTINGS = (
     "SymInt window, float scale, str impl, int first, int held, Tensor? own=None, Tensor? seen=None"
 )
-# What the operations take of documents, from ``layouts_in_chunks``.
+# The operations take these two of documents; ``layouts_in_chunks`` makes them.
 Layouts = tuple[torch.Tensor | None, torch.Tensor | None]
 NO_DOCUMENTS: Layouts = None, None
 

@@ -21,7 +21,7 @@ from .documents import gathered_documents
 from .geometry import PyramidGeometry
 from .implementation import choose_window_implementation, kernels, layout_for, operations_by
 from .online_softmax import merged_output
-from .scatter import reaching_all, scatter_back
+from .scatter import positions_reached, scatter_back
 from .selection import Selection
 from .window import window_attention, window_operations
 
@@ -55,12 +55,9 @@ def merged_attention(
     places_of_documents = None if documents is None else gathered_documents(documents, geometry)
     far, far_lse = attend(*gathered, window=geometry.gathered_length, documents=places_of_documents)
     near, near_lse = attend(q, k, v, window=geometry.config.window, documents=documents)
-    found = reaching_all(selection.slot, geometry, False, documents)
-    reached = torch.stack([each.taken for each in found]).any(dim=0)
-    reached = reached.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scatter = partial(scatter_back, selection=selection, geometry=geometry, documents=documents)
     far, far_lse = scatter(far), scatter(far_lse.unsqueeze(-1)).squeeze(-1)
-    far_lse = far_lse.masked_fill(~reached, -math.inf)
+    far_lse = far_lse.masked_fill(~positions_reached(selection, geometry, q, documents), -math.inf)
     return merged_output(near, near_lse, far, far_lse)
 
 

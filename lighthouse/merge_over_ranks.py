@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .context_parallel import ContextParallel, attention_over_ranks
+from .context_parallel import ContextParallel, attention_over_ranks, within
 from .document_chunks import documents_of_chunks, gathered_documents_of_chunks
 from .geometry import PyramidGeometry
 from .halo import gradients_of_seams, layouts_in_chunks, seams_and_halo, window_in_chunks
@@ -24,7 +24,7 @@ from .logsumexp import fold_lse_gradient
 from .memory_layout import sequence_first
 from .online_softmax import merged_output
 from .reach import ends_with_chunk, reaching_first, seam_rows
-from .scatter import reaching_all, scatter_back
+from .scatter import positions_reached, scatter_back
 from .selection import Selection
 
 
@@ -75,10 +75,9 @@ def merged_attention_over_ranks(
     far_lse = scatter_back(far_lse, selection, geometry, seam_lse, own, continues).squeeze(-1)
     if documents is not None:
         # No entry reaches the first positions of other documents either.
-        found = reaching_all(selection.slot, geometry, True, own, continues)
-        reached = torch.stack([each.taken for each in found]).any(dim=0)
-        reached = reached.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        far_lse = far_lse.masked_fill(~reached, -math.inf)
+        far_lse = far_lse.masked_fill(
+            ~positions_reached(selection, geometry, q, own, continues), -math.inf
+        )
     return merged_output(near, near_lse, far, far_lse)
 
 
@@ -147,7 +146,7 @@ class _MergedOverRanks(torch.autograd.Function):
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [layout.join(kernels.gather_means(*pair, index, *pyramid)) for pair in pairs]
         assert layout.operations is not None
-        of_far = () if places is None else (places, most_documents)
+        of_far = within(places, most_documents)
         far, far_lse = layout.operations[0](*gathered, scale, *of_far)
         far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
@@ -179,7 +178,7 @@ class _MergedOverRanks(torch.autograd.Function):
         documents, near_layout, seen, places = saved[16:]
         of_near = documents if near_layout is None else near_layout, seen
         geometry, scale, layout, settings, most_documents = ctx.constants
-        of_far = () if places is None else (places, most_documents)
+        of_far = within(places, most_documents)
         pyramid, length = (geometry.config.pooling_factor, geometry.config.levels), q.shape[2]
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
             grad, None, q, k, v, *halo, out, lse, *settings, *of_near

@@ -36,7 +36,7 @@ class _ScatterBack(torch.autograd.Function):
         ctx.geometry, ctx.with_seam = geometry, seam is not None
         dtype = accumulation_dtype(rows.dtype)
         total = None
-        reached = reaching_all(slot, geometry, ctx.with_seam, documents, continues)
+        reached = _reaching_all(slot, geometry, ctx.with_seam, documents, continues)
         for level, (place, takes_seam) in enumerate(reached):
             reach = take_included(rows, place).to(dtype)
             if takes_seam is not None:
@@ -58,7 +58,7 @@ class _ScatterBack(torch.autograd.Function):
         geometry = ctx.geometry
         dtype = accumulation_dtype(grad.dtype)
         pyramid = []
-        found = reaching_all(slot, geometry, ctx.with_seam, documents, continues)
+        found = _reaching_all(slot, geometry, ctx.with_seam, documents, continues)
         for (place, _), length, span in zip(found, geometry.lengths, geometry.spans, strict=True):
             took = grad.masked_fill(~_for_heads(place >= 0, grad.shape[1]), 0)
             reached = torch.nn.functional.pad(took[:, :, span - 1 :], (0, 0, 0, span - 1))
@@ -70,7 +70,7 @@ class _ScatterBack(torch.autograd.Function):
         return take_rows(torch.cat(pyramid, dim=2), index), seam, None, None, None, None, None
 
 
-def reaching_all(
+def _reaching_all(
     slot: torch.Tensor,
     geometry: PyramidGeometry,
     with_seam: bool,
@@ -80,6 +80,25 @@ def reaching_all(
     """``reaching`` of all positions."""
     positions = torch.arange(geometry.sequence_length, device=slot.device)
     return reaching(slot, positions, geometry, with_seam, documents, continues)
+
+
+def positions_reached(
+    selection: Selection,
+    geometry: PyramidGeometry,
+    q: torch.Tensor,
+    documents: torch.Tensor | None,
+    continues: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Whether each position takes any output, bool [B, Hq, N].
+
+    Args:
+        q: [B, Hq, N, D].
+        documents: as in ``scatter_back``.
+        continues: as there, and then there is a seam.
+    """
+    found = _reaching_all(selection.slot, geometry, continues is not None, documents, continues)
+    taken = torch.stack([each.taken for each in found]).any(dim=0)
+    return taken.repeat_interleave(q.shape[1] // taken.shape[1], dim=1)
 
 
 def _for_heads(mask: torch.Tensor, heads: int) -> torch.Tensor:

@@ -68,7 +68,7 @@ ATTENTIONS = ("dense", "window", "lighthouse")
 KERNELS, PYTORCH = "kernels", "PyTorch"
 # Sequences of the stream in which those of one document are counted.
 COUNTED = 10_000
-# What kernels may err beside vectorised PyTorch, and at least: neighbours in bf16.
+# Kernels may err so many times as much as vectorised PyTorch, or by a step of bf16.
 FACTOR, LEAST_ERROR = 1.5, 2**-8
 LARGEST_DIFFERENCE_OF_LOSSES = 1e-2
 

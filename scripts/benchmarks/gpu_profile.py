@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from reporting import table_head, table_row
+from torch.autograd import DeviceType
 
 LISTED_KERNELS, LISTED_GAPS = 40, 8
 # Kernels of a function that a record keeps.
@@ -37,8 +38,6 @@ def kernels_of(profile: Any) -> dict[str, Any]:
         longest first; and "gaps", the longest times in which nothing ran, in ms, with the kernels
         before and after.
     """
-    from torch.autograd import DeviceType
-
     # An annotation, such as the optimizer's step, spans kernels that are there themselves.
     events = [
         e

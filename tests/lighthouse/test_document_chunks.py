@@ -279,7 +279,7 @@ def test_the_operation_is_registered() -> None:
     )
 
 
-# Of a chunk of 8 positions: the first, the first 4, the first 7, and all.
+# These windows reach into the first, 4, 7 and all of a chunk's 8 positions.
 @pytest.mark.skipif(kernels is None, reason="flash attention is called beside the kernels")
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("window", [2, 5, 8, 9])

@@ -202,7 +202,7 @@ def test_a_window_beside_the_selection_needs_operations() -> None:
         module(*torch.randn(3, 1, 2, N // 2, 16))
 
 
-# Of a chunk of 8 positions: the first 4, the first 7, and all.
+# These windows reach into the first 4, 7 and all of a chunk's 8 positions.
 @pytest.mark.skipif(kernels is None, reason="flash attention is called beside the kernels")
 @pytest.mark.parametrize("window", [5, 8, 9])
 @pytest.mark.parametrize("first", [-1, 0])

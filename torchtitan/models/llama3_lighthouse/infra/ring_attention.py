@@ -23,7 +23,7 @@ SEQUENCE_DIM = 2
 
 # Attention over the keys and values of one rank; ``is_causal`` is a keyword argument.
 Attend = Callable[..., tuple[torch.Tensor, ...]]
-# What it is given besides for a hop's number, queries and keys.
+# It gives attention more arguments, by a hop's number, queries and keys.
 Within = Callable[[int, slice, slice], dict[str, Any]]
 # Waits for tensors to arrive and returns them.
 Arrival = Callable[[], list[torch.Tensor]]

@@ -17,7 +17,6 @@ import torch
 
 from lighthouse.context_parallel import ContextParallel
 from lighthouse.cpu_flash import cpu_backward, cpu_forward
-from lighthouse.documents import cumulative_lengths
 from lighthouse.flash import Lengths, flash_backward_by_lengths, flash_forward_by_lengths
 from lighthouse.memory_layout import joined, split
 from lighthouse.precision import accumulation_dtype
@@ -44,11 +43,10 @@ class RingDocuments:
     Args:
         documents: [B, N], for each position of the whole sequence the first position of its
             document.
-        most_documents: documents that the batch has at most.
     """
 
-    def __init__(self, documents: torch.Tensor, ring: Ring, most_documents: int | None) -> None:
-        self.ring, self.most_documents = ring, most_documents
+    def __init__(self, documents: torch.Tensor, ring: Ring) -> None:
+        self.ring = ring
         self.places = torch.arange(documents.shape[1], device=documents.device)
         self.own = self._on(ring.rank, self.places)
         self.documents = self._on(ring.rank, documents).long()
@@ -65,10 +63,6 @@ class RingDocuments:
         neighbours.
         """
         return torch.searchsorted(self.own, self.documents)
-
-    def lengths_at_home(self) -> torch.Tensor:
-        """``cumulative_lengths`` of ``at_home``, int32 [M + 1]."""
-        return cumulative_lengths(self.at_home(), self.most_documents)
 
     def within(self, hop: int, queries_here: slice, keys_here: slice) -> dict[str, Any]:
         """What attention is given besides at a hop."""
@@ -189,9 +183,10 @@ def _lengths(seen: Seen, queries: int, keys: int) -> Lengths:
     """Three sequences for each row of the batch: hidden keys, what is seen, and other queries."""
     row = torch.arange(len(seen.queries), device=seen.queries.device)
     first, first_key = row * queries, row * keys
-    starts = torch.stack([first, first, first + seen.queries], dim=1).flatten()
+    starts = torch.stack([first, first, first + seen.queries], dim=1)
     key_starts = torch.stack([first_key, first_key + seen.hidden, first_key + keys], dim=1)
-    ends = (x.new_full((1,), len(row) * length) for x, length in ((row, queries), (row, keys)))
-    both = zip((starts, key_starts.flatten()), ends, strict=True)
-    of_queries, of_keys = (torch.cat(pair).int() for pair in both)
+    of_queries, of_keys = (
+        torch.nn.functional.pad(x.flatten(), (0, 1), value=len(row) * length).int()
+        for x, length in ((starts, queries), (key_starts, keys))
+    )
     return Lengths(of_queries, of_keys, queries, keys)

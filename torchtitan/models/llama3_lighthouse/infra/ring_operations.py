@@ -22,6 +22,7 @@ import torch
 from lighthouse.context_parallel import GROUPS, ContextParallel
 from lighthouse.cpu_flash import cpu_backward, cpu_forward
 from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
+from lighthouse.dense_attention import backward_within, forward_within, layout_within
 from lighthouse.flash import flash_backward, flash_forward, obstacle_to_flash, takes_flash
 from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.precision import accumulation_dtype
@@ -103,7 +104,7 @@ def _check_flash(q: torch.Tensor) -> None:
 
 
 def _forward_within(
-    documents: RingDocuments,
+    home: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -112,36 +113,29 @@ def _forward_within(
     is_causal: bool,
     seen: Seen | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``Attend`` of forward within documents; ``seen`` is None at the first hop."""
-    if seen is not None:
-        return forward_to_seen(q, k, v, scale, seen)
-    rows, operations = (q, k, v), torch.ops.lighthouse
-    if q.is_cuda:
-        return operations.flash_window(*rows, q.shape[2], scale, documents.lengths_at_home())
-    return operations.document_attention(*rows, documents.at_home(), scale)
+    """The ``Attend`` of forward within documents.
+
+    Args:
+        home: the ``layout_within`` of this rank's own rows.
+        seen: None at the first hop, which attends to these rows.
+    """
+    if seen is None:
+        return forward_within(q, k, v, home, scale)
+    return forward_to_seen(q, k, v, scale, seen)
 
 
 def _backward_within(
-    documents: RingDocuments,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    *,
+    home: torch.Tensor,
+    *rows: torch.Tensor,
     scale: float,
     is_causal: bool,
     seen: Seen | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The ``Attend`` of backward within documents."""
-    rows, operations = (dout, q, k, v, out, lse), torch.ops.lighthouse
-    if seen is not None:
-        return backward_to_seen(*rows, scale, seen)
-    if q.is_cuda:
-        lengths = documents.lengths_at_home()
-        return operations.flash_window_backward(*rows, q.shape[2], scale, lengths)
-    return operations.document_attention_backward(*rows, documents.at_home(), scale)
+    """The ``Attend`` of backward within documents; ``rows`` are dout, q, k, v, out and lse."""
+    dout, q, k, v, out, lse = rows
+    if seen is None:
+        return backward_within(dout, q, k, v, out, lse, home, scale)
+    return backward_to_seen(dout, q, k, v, out, lse, scale, seen)
 
 
 def _run_forward(
@@ -159,8 +153,9 @@ def _run_forward(
         attend = partial(_attention_of(q, k, v)[0], scale=scale)
     else:
         _check_flash(q)
-        found = RingDocuments(documents, ring, most_documents)
-        attend, within = partial(_forward_within, found, scale=scale), found.within
+        found = RingDocuments(documents, ring)
+        home = layout_within(found.at_home(), q, most_documents)
+        attend, within = partial(_forward_within, home, scale=scale), found.within
     if ring.size == 1:
         out, lse = attend(q, k, v, is_causal=True)
     else:
@@ -185,8 +180,9 @@ def _run_backward(
     if documents is None:
         attend = partial(_attention_of(q, k, v)[1], scale=scale)
     else:
-        found = RingDocuments(documents, ring, most_documents)
-        attend, within = partial(_backward_within, found, scale=scale), found.within
+        found = RingDocuments(documents, ring)
+        home = layout_within(found.at_home(), q, most_documents)
+        attend, within = partial(_backward_within, home, scale=scale), found.within
     if ring.size == 1:
         grads = attend(dout, q, k, v, out, lse, is_causal=True)
     else:
