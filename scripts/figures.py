@@ -421,6 +421,12 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "studies/results/contest_distance_17m/loss_over_distance.png": contest(
         "distance_17m", contest_plots.by_distance
     ),
+    "studies/results/contest_documents_17m/primary.png": contest(
+        "documents_17m", contest_plots.primary
+    ),
+    "studies/results/contest_documents_17m/loss_by_position.png": contest(
+        "documents_17m", contest_plots.by_position
+    ),
     "studies/results/copying_17m/training.png": copying,
     "studies/results/extension_17m/extension.png": extension,
     "studies/results/ablations_books_16k/loss_and_throughput.png": ablations,
