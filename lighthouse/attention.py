@@ -14,7 +14,6 @@ from .dense_attention import document_attention
 from .document_chunks import documents_of_chunks
 from .documents import (
     check_documents,
-    check_most_documents,
     check_selected,
     gathered_documents,
 )
@@ -50,7 +49,6 @@ def lighthouse_attention(
     impl: str | None = None,
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor:
     """Causal attention over selected entries of a pooling pyramid (arXiv 2605.06554, section 3).
 
@@ -74,7 +72,6 @@ def lighthouse_attention(
             multiple of p^(L-1) (``docs/documents.md``). No document sees another. ``sdpa`` must be
             left out; ``selection`` must be one for these documents. Under context parallelism this
             is the layout of the whole sequence, the same on every rank, and a window is needed.
-        most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
         [B, Hq, N, D]. Without a window, zero at the first positions, of each document if there are
@@ -92,7 +89,6 @@ def lighthouse_attention(
     (q, k, v), geometry = chunked(q, k, v, config, context_parallel)
     chunks = context_parallel.chunks
     check_for_documents(impl, documents, IMPLEMENTATIONS)
-    check_most_documents(most_documents)
     own = documents
     if documents is not None:
         check_documents(documents, given, config.coarsest_span, context_parallel.world_size)
@@ -111,8 +107,8 @@ def lighthouse_attention(
         if config.window:
             merged = q, k, v, coarsest, selection, geometry, scale
             if not parallel:
-                return merged_attention_by_kernels(*merged, documents, most_documents)
-            merged = *merged, context_parallel, documents, most_documents
+                return merged_attention_by_kernels(*merged, documents)
+            merged = *merged, context_parallel, documents
             return context_parallel.join(merged_attention_over_ranks_by_kernels(*merged))
         pairs = zip((q, k, v), coarsest, strict=True)
         gathered = [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
@@ -125,15 +121,13 @@ def lighthouse_attention(
             merged = q, k, v, gathered, selection, geometry, scale
             if not parallel:
                 return merged_attention(*merged, documents)
-            merged = *merged, context_parallel, documents, most_documents
+            merged = *merged, context_parallel, documents
             return context_parallel.join(merged_attention_over_ranks(*merged))
         scatter = scatter_back
     if documents is not None:
         places = gathered_documents(documents, geometry)
         queries, keys, values = gathered
-        out = document_attention(
-            queries, keys, values, places, scale=scale, most_documents=most_documents
-        )
+        out = document_attention(queries, keys, values, places, scale=scale)
         return scatter(out, selection, geometry, documents=documents)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
@@ -233,7 +227,6 @@ class LighthouseAttention(InnerAttention):
         v: torch.Tensor,
         scale: float | None,
         documents: torch.Tensor | None = None,
-        most_documents: int | None = None,
     ) -> torch.Tensor:
         return lighthouse_attention(
             q,
@@ -245,7 +238,6 @@ class LighthouseAttention(InnerAttention):
             impl=self.impl,
             context_parallel=self.context_parallel,
             documents=documents,
-            most_documents=most_documents,
         )
 
     def settings(self) -> str:

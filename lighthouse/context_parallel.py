@@ -86,7 +86,7 @@ class ContextParallel:
         operations: causal attention over the parts of all ranks, without autograd, for
             ``attention_over_ranks``. forward(q, k, v, scale) returns out and the logsumexp of the
             scores. backward(dout, dlse, q, k, v, out, lse, scale) returns dq, dk and dv; dlse may
-            be None. With documents both are given documents and most_documents besides.
+            be None. With documents both are given the layout besides.
     """
 
     group: dist.ProcessGroup | None
@@ -206,7 +206,6 @@ def attention_over_ranks(
     layout: ContextParallel,
     return_lse: Literal[False] = False,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -219,7 +218,6 @@ def attention_over_ranks(
     layout: ContextParallel,
     return_lse: Literal[True],
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -231,7 +229,6 @@ def attention_over_ranks(
     layout: ContextParallel,
     return_lse: bool = False,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Dense causal attention over the parts of all ranks, by the operations of ``layout``.
 
@@ -244,17 +241,16 @@ def attention_over_ranks(
         return_lse: also return the logsumexp of each position's scores.
         documents: int32 or int64 [B, W M C], for each position of the whole sequence the first
             position of its document, before which it sees nothing.
-        most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
         out [B, Hq, M C, D] in q's dtype; with ``return_lse`` also lse [B, Hq, M C].
     """
-    return _OverRanks.apply(q, k, v, scale, layout, return_lse, documents, most_documents)
+    return _OverRanks.apply(q, k, v, scale, layout, return_lse, documents)
 
 
-def within(documents: torch.Tensor | None, most_documents: int | None) -> tuple[Any, ...]:
+def within(documents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """What the operations of a layout are given besides: nothing without documents."""
-    return () if documents is None else (documents, most_documents)
+    return () if documents is None else (documents,)
 
 
 class _OverRanks(torch.autograd.Function):
@@ -270,12 +266,11 @@ class _OverRanks(torch.autograd.Function):
         layout: ContextParallel,
         return_lse: bool,
         documents: torch.Tensor | None,
-        most_documents: int | None,
     ) -> Any:
         assert layout.operations is not None
-        out, lse = layout.operations[0](q, k, v, scale, *within(documents, most_documents))
+        out, lse = layout.operations[0](q, k, v, scale, *within(documents))
         ctx.save_for_backward(q, k, v, out, lse, documents)
-        ctx.constants = scale, layout, most_documents
+        ctx.constants = scale, layout
         return (out, lse) if return_lse else out
 
     @staticmethod
@@ -285,10 +280,9 @@ class _OverRanks(torch.autograd.Function):
         ctx: Any, dout: torch.Tensor, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
         *rows, documents = ctx.saved_tensors
-        scale, layout, most_documents = ctx.constants
-        of_documents = within(documents, most_documents)
-        grads = layout.operations[1](dout, dlse, *rows, scale, *of_documents)
-        return *grads, None, None, None, None, None
+        scale, layout = ctx.constants
+        grads = layout.operations[1](dout, dlse, *rows, scale, *within(documents))
+        return *grads, None, None, None, None
 
 
 class _Exchange(torch.autograd.Function):

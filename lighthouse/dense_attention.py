@@ -1,8 +1,7 @@
 """Dense causal attention within documents, as a function.
 
 On CPUs, torch's flash attention runs for one document after the other. On GPUs, a window of the
-whole sequence runs, by flash attention over sequences of varying lengths or by vectorised PyTorch
-where that does not compute.
+whole sequence runs, by a kernel or by vectorised PyTorch where that does not compute.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions, D head dimension, M documents.
 """
@@ -17,12 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel, attention_over_ranks
 from .cpu_flash import cpu_backward, cpu_forward
-from .documents import check_documents, check_most_documents, cumulative_lengths
-from .flash import obstacle_to_flash
+from .documents import check_documents
 from .inputs import check_rows, check_transforms
-from .precision import accumulation_dtype
+from .precision import KERNEL_DTYPES, LARGEST_D, accumulation_dtype
 
-# flash attention's operations with documents lie beside the kernels.
+# The operations of the kernel lie beside it.
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -33,22 +31,18 @@ def document_attention(
     documents: torch.Tensor,
     *,
     scale: float | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor:
     """Causal attention in which each position sees its own document alone.
 
     With one document in each row, the results on CPUs are those of torch's
-    ``scaled_dot_product_attention`` to the last bit. First gradients are exact. On GPUs the
-    gradient of q repeats its bits under ``torch.use_deterministic_algorithms(True)``.
+    ``scaled_dot_product_attention`` to the last bit. First gradients are exact, and on GPUs
+    repeat their bits.
 
     Args:
         q: [B, Hq, N, D].
         k, v: [B, Hkv, N, D]; Hkv divides Hq.
         documents: int32 or int64 [B, N], for each position the first position of its document.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
-        most_documents: documents that the batch has at most. On GPUs, flash attention starts
-            programs for so many, most of which end at once. By default B N, which is slow for long
-            sequences. More documents than that, or than 2**15, end in an error of the device.
 
     Returns:
         [B, Hq, N, D].
@@ -62,9 +56,8 @@ def document_attention(
     check_transforms()
     check_rows(q, k, v)
     check_documents(documents, q)
-    check_most_documents(most_documents)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _DocumentAttention.apply(q, k, v, layout_within(documents, q, most_documents), scale)
+    return _DocumentAttention.apply(q, k, v, documents, scale)
 
 
 def document_attention_over_ranks(
@@ -74,7 +67,6 @@ def document_attention_over_ranks(
     documents: torch.Tensor,
     layout: ContextParallel,
     scale: float | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``document_attention``, of the chunks on this rank, by the operations of ``layout``.
 
@@ -89,19 +81,18 @@ def document_attention_over_ranks(
     check_transforms()
     check_rows(q, k, v)
     check_documents(documents, q, ranks=layout.world_size)
-    check_most_documents(most_documents)
     if layout.operations is None:
         raise ValueError(
             "dense attention within documents is by operations over all ranks under context "
             "parallelism; give ContextParallel its operations, or use one rank for each sequence"
         )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return attention_over_ranks(q, k, v, scale, layout, False, documents, most_documents)
+    return attention_over_ranks(q, k, v, scale, layout, False, documents)
 
 
-def _by_flash(q: torch.Tensor) -> bool:
-    """Whether flash attention over sequences of varying lengths attends on tensors like ``q``."""
-    if obstacle_to_flash(q):
+def _by_kernel(q: torch.Tensor) -> bool:
+    """Whether the kernel for attention within documents computes on tensors like ``q``."""
+    if not q.is_cuda or q.dtype not in KERNEL_DTYPES or q.shape[-1] > LARGEST_D:
         return False
     if not TRITON_IS_INSTALLED:
         raise ImportError(
@@ -110,26 +101,15 @@ def _by_flash(q: torch.Tensor) -> bool:
     return True
 
 
-def layout_within(
-    documents: torch.Tensor, q: torch.Tensor, most_documents: int | None
-) -> torch.Tensor:
-    """What ``forward_within`` takes of a layout [B, N]: cumulative lengths for flash attention."""
-    return cumulative_lengths(documents, most_documents) if _by_flash(q) else documents
-
-
 def forward_within(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and logsumexp of ``document_attention``, without autograd.
-
-    Args:
-        layout: from ``layout_within``.
-    """
-    if _by_flash(q):
-        return torch.ops.lighthouse.flash_window(q, k, v, q.shape[2], scale, layout)
+    """Output and logsumexp of ``document_attention``, without autograd."""
+    if _by_kernel(q):
+        return torch.ops.lighthouse.window_by_kernel(q, k, v, q.shape[2], scale, documents)
     if q.device.type == "cpu":
-        return torch.ops.lighthouse.document_attention(q, k, v, layout, scale)
-    return torch.ops.lighthouse.window(q, k, v, q.shape[2], scale, layout)
+        return torch.ops.lighthouse.document_attention(q, k, v, documents, scale)
+    return torch.ops.lighthouse.window(q, k, v, q.shape[2], scale, documents)
 
 
 def backward_within(
@@ -139,16 +119,16 @@ def backward_within(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    layout: torch.Tensor,
+    documents: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``forward_within``'s out with respect to q, k and v."""
     operations, rows = torch.ops.lighthouse, (q, k, v, out, lse)
-    if _by_flash(q):
-        return operations.flash_window_backward(dout, *rows, q.shape[2], scale, layout)
+    if _by_kernel(q):
+        return operations.window_by_kernel_backward(dout, *rows, q.shape[2], scale, documents)
     if q.device.type == "cpu":
-        return operations.document_attention_backward(dout, *rows, layout, scale)
-    return operations.window_backward(dout, None, *rows, q.shape[2], scale, layout)
+        return operations.document_attention_backward(dout, *rows, documents, scale)
+    return operations.window_backward(dout, None, *rows, q.shape[2], scale, documents)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -160,11 +140,11 @@ class _DocumentAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layout: torch.Tensor,
+        documents: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        out, lse = forward_within(q, k, v, layout, scale)
-        ctx.save_for_backward(q, k, v, out, lse, layout)
+        out, lse = forward_within(q, k, v, documents, scale)
+        ctx.save_for_backward(q, k, v, out, lse, documents)
         ctx.scale = scale
         return out
 
@@ -172,8 +152,8 @@ class _DocumentAttention(torch.autograd.Function):
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, layout = ctx.saved_tensors
-        return *backward_within(dout, q, k, v, out, lse, layout, ctx.scale), None, None
+        q, k, v, out, lse, documents = ctx.saved_tensors
+        return *backward_within(dout, q, k, v, out, lse, documents, ctx.scale), None, None
 
 
 # The operations are for CPUs, where they may read the layout.

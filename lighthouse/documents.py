@@ -18,8 +18,6 @@ import torch
 from .geometry import PyramidGeometry
 
 INTEGERS = (torch.int32, torch.int64)
-# Flash attention gives sequences a dimension of its grid that has less than twice as many places.
-MOST_DOCUMENTS = 2**15
 
 
 class Shares(NamedTuple):
@@ -158,39 +156,6 @@ def check_layout(documents: torch.Tensor, span: int = 1) -> None:
             f"documents must begin at multiples of pooling_factor^(levels - 1) = {span}, got one "
             f"at {documents[row, position].item()} in row {row}; pad the document before it"
         )
-
-
-def check_most_documents(most_documents: int | None) -> None:
-    """Check that ``most_documents`` is a number of documents, or None.
-
-    Raises:
-        ValueError: it is below 1.
-    """
-    if most_documents is not None and most_documents < 1:
-        raise ValueError(f"most_documents must be at least 1, got {most_documents}")
-
-
-def cumulative_lengths(documents: torch.Tensor, most_documents: int | None = None) -> torch.Tensor:
-    """First positions of documents in the joined rows of a batch, and the end of the last.
-
-    Args:
-        documents: [B, N].
-        most_documents: documents that the batch has at most; by default B N.
-
-    Returns:
-        int32 [M + 1], M being ``most_documents`` or, if that is less, ``MOST_DOCUMENTS``. Documents
-        that there are not are empty and lie at the end. More than M end in an error of the device.
-    """
-    most_documents = min(most_documents or documents.numel(), MOST_DOCUMENTS)
-    place = torch.arange(documents.numel(), dtype=torch.int32, device=documents.device)
-    position = torch.arange(documents.shape[1], device=documents.device)
-    begins = (documents == position).flatten()
-    number = begins.cumsum(0) - 1
-    bounds = place.new_full((most_documents,), documents.numel())
-    # Positions within documents write the first document's 0 again. One document too many has no
-    # place here. The end's would hide it, and two documents would be one.
-    bounds.scatter_(0, torch.where(begins, number, 0), torch.where(begins, place, 0))
-    return torch.nn.functional.pad(bounds, (0, 1), value=documents.numel())
 
 
 def _check_dtype(documents: torch.Tensor) -> None:

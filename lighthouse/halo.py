@@ -1,16 +1,15 @@
 """Attention over a window in chunks: the first positions of a chunk see keys of the chunk before.
 
-The attention is one operation forward and one backward. The rank that holds the sequence's first
-chunk computes the first positions of its chunks one chunk at a time, because no keys come before
-that one. A compiler that saw this would make another graph for this rank. It might then repeat an
-exchange in backward on the other ranks alone, which would wait for it in vain.
+The attention is one operation forward and one backward. On the rank that holds the sequence's first
+chunk, no keys come before that one. A compiler that saw this would make another graph for this
+rank. It might then repeat an exchange in backward on the other ranks alone, which would wait for it
+in vain.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, M chunks on this rank, C positions of a chunk,
 D head dimension, W positions of the window.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel
 from .document_chunks import ChunkDocuments
-from .flash import repeating_bits
-from .implementation import layout_for, operations_by
+from .implementation import operations_by
 from .memory_layout import sequence_first
 from .precision import accumulation_dtype
 
@@ -29,27 +27,20 @@ SETTINGS = (
 # The operations take these two of documents; ``layouts_in_chunks`` makes them.
 Layouts = tuple[torch.Tensor | None, torch.Tensor | None]
 NO_DOCUMENTS: Layouts = None, None
+# The place of the sequence's first chunk among those on this rank or -1, and how many these are.
+Place = tuple[int, int]
 
 
-def layouts_in_chunks(
-    impl: str, documents: ChunkDocuments | None, window: int, most_documents: int | None
-) -> Layouts:
+def layouts_in_chunks(documents: ChunkDocuments | None, window: int) -> Layouts:
     """What the operations take of documents.
 
-    Args:
-        most_documents: documents that the batch has at most, as in ``window_attention``.
-
     Returns:
-        What ``layout_for`` gives for the chunks, and how many of the W - 1 keys before a chunk its
-        first document sees, [B M]; twice None without documents.
+        The layout of the chunks [B M, C], and how many of the W - 1 keys before a chunk its first
+        document sees, [B M]; twice None without documents.
     """
     if documents is None:
         return NO_DOCUMENTS
-    if most_documents is not None:
-        # Each chunk may begin with a document that began before it.
-        most_documents += len(documents.before)
-    (own,) = layout_for(impl, documents.own, most_documents)
-    return own, documents.before.clamp(max=window - 1)
+    return documents.own, documents.before.clamp(max=window - 1)
 
 
 def window_in_chunks(
@@ -159,53 +150,37 @@ class _HaloWindow(torch.autograd.Function):
         return dq, dk, dv, *[None] * 6, *sent_back
 
 
-def _beginnings(
-    rows: list[torch.Tensor], count: int, first: int, held: int
-) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-    """Chunks that can be computed at once, and the first ``count`` positions of these.
+def _first_keys(
+    own: torch.Tensor | None, seen: torch.Tensor | None, q: torch.Tensor, reach: int, place: Place
+) -> torch.Tensor:
+    """The first key that each of the first ``reach`` positions of all chunks may see, [B M, reach].
 
-    Args:
-        rows: k_before, v_before, k, v and others, [B M, ...] each.
-
-    Yields:
-        A slice of the chunks on this rank, and the keys, values and others of their first
-        positions. Keys and values are joined with those before the chunk. None come before the
-        sequence's first chunk, whose halo is zeros.
+    Before a chunk's own keys lie ``reach`` others, those of the chunk before it. Nothing sees the
+    zeros before the sequence's first chunk.
     """
-    parts = [slice(place, place + 1) for place in range(held)] if first >= 0 else [slice(0, held)]
-    for part in parts:
-        k_before, v_before, k, v, *others = (
-            x.unflatten(0, (-1, held))[:, part, :, :count].flatten(0, 1) for x in rows
-        )
-        if part.start != first:
-            k, v = torch.cat([k_before, k], dim=2), torch.cat([v_before, v], dim=2)
-        yield part, [k, v, *others]
+    if own is not None and seen is not None:
+        first = own[:, :reach]
+        return reach + first - torch.where(first == 0, seen[:, None], 0)
+    keys = torch.zeros(len(q), reach, dtype=torch.int32, device=q.device)
+    first, held = place
+    if first >= 0:
+        keys.unflatten(0, (-1, held))[:, first] = reach
+    return keys
 
 
-def _of_beginnings(
-    impl: str, own: torch.Tensor | None, seen: torch.Tensor | None, reach: int, length: int
-) -> tuple[torch.Tensor, ...]:
-    """What the operations take of documents for the first ``reach`` positions of all chunks."""
-    if own is None or seen is None:
-        return ()
-    if impl == "flash":
-        # Documents that begin later become empty.
-        return own // length * reach + (own % length).clamp(max=reach), seen
-    first = own[:, :reach]
-    # The first key that a query may see, if ``reach`` keys come before the chunk.
-    return (reach + first - torch.where(first == 0, seen[:, None], 0),)
+def _beginnings(
+    impl: str, k_before: torch.Tensor, v_before: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """How the first positions of chunks attend, and the keys and values that they see."""
+    reach = k_before.shape[2]
+    k, v = (torch.cat([x, y[:, :, :reach]], dim=2) for x, y in ((k_before, k), (v_before, v)))
+    # FlashAttention 4 cannot leave out the zeros before the first chunk.
+    return "triton" if impl == "flash4" else impl, k, v
 
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
     """``x`` as ``sequence_first`` lays it out, copied if need be."""
     return x if x.transpose(1, 2).is_contiguous() else sequence_first(x, x.shape[2]).copy_(x)
-
-
-def _put(rows: torch.Tensor, into: torch.Tensor, part: slice, held: int, add: bool = False) -> None:
-    """Write ``rows`` of some chunks to the first positions of ``into`` [B M, ...], or add them."""
-    into = into.unflatten(0, (-1, held))[:, part, :, : rows.shape[2]]
-    rows = rows.unflatten(0, (len(into), -1))
-    into.add_(rows) if add else into.copy_(rows)
 
 
 @torch.library.custom_op(
@@ -241,24 +216,17 @@ def _forward(
     own: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend within all chunks, then again at their first positions, with the keys before.
-
-    With documents, nothing of the first chunk's halo is seen, so it needs no call of its own.
-    """
+    """Attend within all chunks, then again at their first positions, with the keys before."""
     attend, _ = operations_by(impl)
     out, lse = attend(q, k, v, window, scale, *(() if own is None else (own,)))
     out, reach = _laid_out(out), k_before.shape[2]
     if not reach:
         return out, lse
-    rows, first = [k_before, v_before, k, v, q], first if own is None else -1
-    of_documents = _of_beginnings(impl, own, seen, reach, q.shape[2])
-    for part, (keys, values, queries) in _beginnings(rows, reach, first, held):
-        # No keys come before the sequence's first chunk.
-        if part.start == first:
-            continue
-        found = attend(queries, keys, values, window, scale, *of_documents)
-        for into, result in zip((out, lse), found, strict=True):
-            _put(result, into, part, held)
+    impl, keys, values = _beginnings(impl, k_before, v_before, k, v)
+    attend, _ = operations_by(impl)
+    first_keys = _first_keys(own, seen, q, reach, (first, held))
+    found = attend(q[:, :, :reach], keys, values, window, scale, first_keys)
+    out[:, :, :reach], lse[:, :, :reach] = found
     return out, lse
 
 
@@ -296,50 +264,40 @@ def _backward(
     """Gradients from queries that see no keys before their chunk, and then from the others.
 
     Only a chunk's first keys and values are then joined with those before it, and not all of them.
-    With documents, the operations take as many queries as keys. The first call then takes all
-    queries, and gradients of zero at those that the second one takes.
+    The kernels are given all queries of a chunk, and leave out the first ones, because slices of
+    several chunks would have to be copied.
     """
     _, backward = operations_by(impl)
     reach, length = k_before.shape[2], q.shape[2]
-    rows = [dout, q, out, lse, *([] if dlse is None else [dlse])]
 
-    def gradients(
-        keys: torch.Tensor, values: torch.Tensor, rows: list[torch.Tensor], *layouts: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        dout, q, out, lse, *dlse = rows
-        tensors = dout, dlse[0] if dlse else None, q, keys, values, out, lse.contiguous()
-        # The window may hold all keys of a part, though not of the sequence. Such a part would be
-        # dense attention, which repeats its bits in torch's mode alone.
-        with nullcontext() if impl == "torch" else repeating_bits():
-            return backward(*tensors, window, scale, *layouts)
+    def rows(keys: torch.Tensor, values: torch.Tensor, here: slice) -> list[torch.Tensor | None]:
+        dlse_here = None if dlse is None else dlse[:, :, here]
+        own_rows = (x[:, :, here] for x in (dout, q, out, lse))
+        dout_here, q_here, out_here, lse_here = own_rows
+        return [dout_here, dlse_here, q_here, keys, values, out_here, lse_here.contiguous()]
 
-    dq = sequence_first(q, q.shape[2])
-    if reach < length and own is not None:
-        # Gradients come first and last.
-        within = [rows[0].clone(), *rows[1:4], *(x.clone() for x in rows[4:])]
-        for grad in (within[0], *within[4:]):
-            grad[:, :, :reach] = 0
-        dq, dk, dv = map(_laid_out, gradients(k, v, within, own))
+    if reach < length and impl == "triton":
+        tensors = rows(k, v, slice(None))
+        dq, dk, dv = backward(*tensors, window, scale, own, reach)
     elif reach < length:
-        dq[:, :, reach:], dk, dv = gradients(k, v, [x[:, :, reach:] for x in rows])
+        of_rest, rest = () if own is None else (own[:, reach:],), slice(reach, None)
+        dq = sequence_first(q, length)
+        dq[:, :, rest], dk, dv = backward(*rows(k, v, rest), window, scale, *of_rest)
         dk, dv = _laid_out(dk), _laid_out(dv)
     else:
+        dq = sequence_first(q, length)
         dk, dv = (sequence_first(x, x.shape[2]).zero_() for x in (k, v))
-    dk_before, dv_before = (sequence_first(x, x.shape[2]).zero_() for x in (k_before, v_before))
+    dk_before, dv_before = (sequence_first(x, reach) for x in (k_before, v_before))
     if not reach:
         return dq, dk, dv, dk_before, dv_before
-    first = first if own is None else -1
-    of_documents = _of_beginnings(impl, own, seen, reach, length)
-    for part, (keys, values, *here) in _beginnings(
-        [k_before, v_before, k, v, *rows], reach, first, held
-    ):
-        dq_here, *found = gradients(keys, values, here, *of_documents)
-        _put(dq_here, dq, part, held)
-        wholes = (dk, dk_before), (dv, dv_before)
-        for (into, into_before), grad in zip(wholes, found, strict=True):
-            _put(grad[:, :, -reach:], into, part, held, add=True)
-            if part.start != first:
-                _put(grad[:, :, :-reach], into_before, part, held)
+    impl, keys, values = _beginnings(impl, k_before, v_before, k, v)
+    _, backward = operations_by(impl)
+    first_keys = _first_keys(own, seen, q, reach, (first, held))
+    found = backward(*rows(keys, values, slice(reach)), window, scale, first_keys)
+    dq[:, :, :reach] = found[0]
+    for grad, before, part in ((dk, dk_before, found[1]), (dv, dv_before, found[2])):
+        before.copy_(part[:, :, :reach])
+        grad[:, :, :reach] += part[:, :, reach:]
     return dq, dk, dv, dk_before, dv_before
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from .documents import cumulative_lengths
-
 # The package of kernels, or None without Triton.
 kernels: Any
 try:
@@ -17,7 +15,7 @@ except ModuleNotFoundError as missing:
     kernels = None
 
 IMPLEMENTATIONS = ("triton", "torch")
-WINDOW_IMPLEMENTATIONS = ("flash4", "flash", "torch")
+WINDOW_IMPLEMENTATIONS = ("flash4", "triton", "torch")
 
 
 def check_implementation(impl: str | None, known: tuple[str, ...]) -> None:
@@ -44,25 +42,9 @@ def check_for_documents(
     check_implementation(impl, known)
     if documents is not None and impl == "flash4":
         raise ValueError(
-            f'documents are not supported yet by impl = {impl!r}; pass impl="flash", or leave '
+            f'documents are not supported yet by impl = {impl!r}; pass impl="triton", or leave '
             "documents out"
         )
-
-
-def layout_for(
-    impl: str, documents: torch.Tensor | None, most_documents: int | None
-) -> tuple[torch.Tensor, ...]:
-    """What the ``operations_by`` an implementation take besides, in the last place.
-
-    Args:
-        documents: a layout [B, N].
-
-    Returns:
-        Nothing without documents. The layout for "torch", and cumulative lengths for "flash".
-    """
-    if documents is None:
-        return ()
-    return (cumulative_lengths(documents, most_documents) if impl == "flash" else documents,)
 
 
 def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
@@ -82,7 +64,7 @@ def choose_implementation(impl: str | None, q: torch.Tensor) -> str:
 def choose_window_implementation(
     impl: str | None, q: torch.Tensor, with_documents: bool = False
 ) -> str:
-    """Choose "flash4", "flash" or "torch", by ``impl`` or else the first that computes ``q``.
+    """Choose "flash4", "triton" or "torch", by ``impl`` or else the first that computes ``q``.
 
     Args:
         with_documents: whether there are documents, which "flash4" does not know.
@@ -98,29 +80,23 @@ def choose_window_implementation(
     if impl == "flash4":
         found.check_flash4(q)
         return "flash4"
-    if obstacle := found.obstacle_to_flash(q):
-        if impl is None:
-            return "torch"
-        raise ValueError(f'the window of flash attention {obstacle}; pass impl="torch"')
-    if impl is not None or with_documents:
-        return "flash"
-    if not found.obstacle_to_flash4(q) and found.flash4_is_installed():
-        return "flash4"
-    return "flash"
+    if impl is None and found.obstacle_to_kernels(q):
+        return "torch"
+    found.check_supported(q)
+    wants_flash4 = impl is None and not with_documents and not found.obstacle_to_flash4(q)
+    return "flash4" if wants_flash4 and found.flash4_is_installed() else "triton"
 
 
 def operations_by(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Forward and backward of attention over a window by an implementation, without autograd.
 
-    With documents, they take what ``layout_for`` returns besides. If there are more keys than
-    queries then, "torch" takes the first key that each query may see, [B, N], in the place of a
-    layout. "flash" takes, after the lengths, how many of the keys before the queries the first
-    document of each row sees, [B].
+    With documents, they take the first key that each query may see besides, [B, N]. With as many
+    keys as queries this is the layout.
     """
     if impl == "flash4":
         # pyrefly: ignore[missing-attribute]  Choosing it has made sure that there are kernels.
         return kernels.flash4_forward, kernels.flash4_backward
-    if impl == "flash":
+    if impl == "triton":
         # pyrefly: ignore[missing-attribute]  As above.
         return kernels.window_forward, kernels.window_backward
     return torch.ops.lighthouse.window, torch.ops.lighthouse.window_backward

@@ -86,7 +86,6 @@ class InnerAttention(nn.Module):
         enable_gqa: bool = False,
         is_causal: bool = True,
         documents: torch.Tensor | None = None,
-        most_documents: int | None = None,
     ) -> torch.Tensor:
         """Attention output [B, Hq, N, D] for q [B, Hq, N, D] and k, v [B, Hkv, N, D].
 
@@ -95,7 +94,6 @@ class InnerAttention(nn.Module):
                 within which it attends. ``sdpa`` does not run then: dense attention is that of
                 ``document_attention``, or by the operations of ``context_parallel``. With several
                 chunks this is the layout of the whole sequence.
-            most_documents: documents that the batch has at most, as in ``document_attention``.
 
         Raises:
             ValueError: the attention is enabled or there are documents, and ``is_causal`` is false
@@ -109,11 +107,9 @@ class InnerAttention(nn.Module):
             assert documents is not None
             if self.context_parallel.chunks > 1:
                 rows = q, k, v, documents, self.context_parallel
-                return document_attention_over_ranks(*rows, scale, most_documents)
-            return document_attention(
-                q, k, v, documents, scale=scale, most_documents=most_documents
-            )
-        return self.attend(q, k, v, scale, documents, most_documents)
+                return document_attention_over_ranks(*rows, scale)
+            return document_attention(q, k, v, documents, scale=scale)
+        return self.attend(q, k, v, scale, documents)
 
     def attend(
         self,
@@ -122,7 +118,6 @@ class InnerAttention(nn.Module):
         v: torch.Tensor,
         scale: float | None,
         documents: torch.Tensor | None = None,
-        most_documents: int | None = None,
     ) -> torch.Tensor:
         """The output of ``forward`` when this attention is enabled."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .documents import gathered_documents
 from .geometry import PyramidGeometry
-from .implementation import choose_window_implementation, kernels, layout_for, operations_by
+from .implementation import choose_window_implementation, kernels, operations_by
 from .online_softmax import merged_output
 from .scatter import positions_reached, scatter_back
 from .selection import Selection
@@ -70,25 +70,16 @@ def merged_attention_by_kernels(
     geometry: PyramidGeometry,
     scale: float | None,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``merged_attention``; gathers the selected entries too.
 
     Args:
         coarsest: means of the coarsest entries of q, k and v, [B, H, N / p^(L - 1), D].
-        most_documents: documents that the batch has at most, as in ``window_attention``.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    of_near = of_far = None
-    if documents is not None:
-        # A document has a coarsest entry, so the gathered sequence has as many documents.
-        impl, places = window_by_documents(q), gathered_documents(documents, geometry)
-        (of_far,) = layout_for(impl, places, most_documents)
-        # The compiler refuses the same tensor twice.
-        if impl == "flash":
-            (of_near,) = layout_for(impl, documents, most_documents)
+    places = None if documents is None else gathered_documents(documents, geometry)
     arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale
-    return _Merged.apply(*arguments, documents, of_near, of_far)
+    return _Merged.apply(*arguments, documents, places)
 
 
 def window_by_documents(q: torch.Tensor) -> str:
@@ -117,13 +108,11 @@ class _Merged(torch.autograd.Function):
         geometry: PyramidGeometry,
         scale: float,
         documents: torch.Tensor | None,
-        near_layout: torch.Tensor | None,
-        far_layout: torch.Tensor | None,
+        places: torch.Tensor | None,
     ) -> torch.Tensor:
-        # Layouts have names, because torch's compiler counts arguments where no gradient is asked
-        # for: with two of them in *layouts, it would call this without ctx.
+        # ``places`` is the layout of the gathered sequence.
         attend, _ = _operations(q, documents)
-        of_near, of_far = _layouts(documents, near_layout, far_layout)
+        of_near, of_far = ((), ()) if documents is None else ((documents,), (places,))
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [kernels.gather_means(*pair, index, *pyramid) for pair in pairs]
@@ -131,8 +120,7 @@ class _Merged(torch.autograd.Function):
         far, far_lse = attend(*gathered, geometry.gathered_length, scale, *of_far)
         out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, *pyramid, documents)
         rows = q, k, v, *gathered
-        layouts = documents, near_layout, far_layout
-        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, *layouts)
+        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, documents, places)
         ctx.constants = geometry.config.window, scale, pyramid
         return out
 
@@ -141,9 +129,8 @@ class _Merged(torch.autograd.Function):
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
-        rows, (index, slot, far, far_lse, out, lse, *layouts) = saved[:6], saved[6:]
-        documents = layouts[0]
-        of_near, of_far = _layouts(*layouts)
+        rows, (index, slot, far, far_lse, out, lse, documents, places) = saved[:6], saved[6:]
+        of_near, of_far = ((), ()) if documents is None else ((documents,), (places,))
         window, scale, pyramid = ctx.constants
         _, backward = _operations(rows[0], documents)
         near = backward(grad, None, *rows[:3], out, lse, window, scale, *of_near)
@@ -159,8 +146,8 @@ class _Merged(torch.autograd.Function):
             kernels.spread_shares(part, slot, length, *pyramid, onto=own) if needed else None
             for part, own, needed in zip(selected, near, needs, strict=True)
         ]
-        # Ten arguments come after the rows.
-        return *grads, *[None] * 10
+        # Nine arguments come after the rows.
+        return *grads, *[None] * 9
 
 
 def _operations(
@@ -169,19 +156,3 @@ def _operations(
     if documents is None:
         return window_operations(q)
     return operations_by(window_by_documents(q))
-
-
-def _layouts(
-    documents: torch.Tensor | None,
-    near_layout: torch.Tensor | None,
-    far_layout: torch.Tensor | None,
-) -> tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]]:
-    """What the operations take for the window and for the selected entries, besides the rows.
-
-    Args:
-        near_layout: that of the base sequence, unless it is ``documents`` itself.
-        far_layout: that of the gathered sequence.
-    """
-    if documents is None:
-        return (), ()
-    return (documents if near_layout is None else near_layout,), (far_layout,)

@@ -38,7 +38,6 @@ def merged_attention_over_ranks(
     scale: float | None,
     layout: ContextParallel,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``merge.merged_attention``, of the chunks on this rank.
 
@@ -47,7 +46,6 @@ def merged_attention_over_ranks(
         k, v: [B M, Hkv, C, D].
         gathered: pooled q, k and v of the selected entries, [B M, H, S, D].
         documents: layout of the whole sequence, [B, W M C], the same on every rank.
-        most_documents: documents that the batch has at most, as in ``document_attention``.
 
     Returns:
         [B M, Hq, C, D].
@@ -59,13 +57,11 @@ def merged_attention_over_ranks(
         own_documents = documents_of_chunks(documents, layout)
         own, continues = own_documents.own, own_documents.continues
         places = gathered_documents_of_chunks(documents, geometry, layout)
-    far, far_lse = attention_over_ranks(
-        joined_q, joined_k, joined_v, scale, layout, True, places, most_documents
-    )
+    far, far_lse = attention_over_ranks(joined_q, joined_k, joined_v, scale, layout, True, places)
     far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
     seams = [seam_rows(rows, selection.slot, geometry) for rows in (far, far_lse)]
     window = geometry.config.window
-    layouts = layouts_in_chunks("torch", own_documents, window, None)
+    layouts = layouts_in_chunks(own_documents, window)
     near, near_lse, seam, seam_lse = window_in_chunks(
         q, k, v, window, scale, "torch", layout, layouts, *seams
     )
@@ -91,7 +87,6 @@ def merged_attention_over_ranks_by_kernels(
     scale: float | None,
     layout: ContextParallel,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor:
     """As ``merged_attention_over_ranks``; gathers the selected entries too.
 
@@ -100,16 +95,14 @@ def merged_attention_over_ranks_by_kernels(
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     impl = choose_window_implementation(None, q, documents is not None)
-    of_documents: tuple[torch.Tensor | None, ...] = (None,) * 5
+    of_documents: tuple[torch.Tensor | None, ...] = (None,) * 4
     if documents is not None:
         own = documents_of_chunks(documents, layout)
-        near_layout, seen = layouts_in_chunks(impl, own, geometry.config.window, most_documents)
+        own_layout, seen = layouts_in_chunks(own, geometry.config.window)
         places = gathered_documents_of_chunks(documents, geometry, layout)
-        # The compiler refuses the same tensor twice.
-        near_layout = near_layout if impl == "flash" else None
-        of_documents = own.own, near_layout, seen, own.continues, places
+        of_documents = own_layout, seen, own.continues, places
     arguments = q, k, v, *coarsest, selection.index, selection.slot, geometry, scale, impl, layout
-    return _MergedOverRanks.apply(*arguments, *of_documents, most_documents)
+    return _MergedOverRanks.apply(*arguments, *of_documents)
 
 
 class _MergedOverRanks(torch.autograd.Function):
@@ -135,37 +128,35 @@ class _MergedOverRanks(torch.autograd.Function):
         impl: str,
         layout: ContextParallel,
         documents: torch.Tensor | None,
-        near_layout: torch.Tensor | None,
         seen: torch.Tensor | None,
         continues: torch.Tensor | None,
         places: torch.Tensor | None,
-        most_documents: int | None,
     ) -> torch.Tensor:
         # ``documents`` is the layout of the chunks, ``places`` that of the gathered sequence.
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [layout.join(kernels.gather_means(*pair, index, *pyramid)) for pair in pairs]
         assert layout.operations is not None
-        of_far = within(places, most_documents)
-        far, far_lse = layout.operations[0](*gathered, scale, *of_far)
+        far, far_lse = layout.operations[0](*gathered, scale, *within(places))
         far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
         far_lse = far_lse.squeeze(-1)
         (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout)
         seam_lse = layout.fill_first(seam_lse.squeeze(-1), -math.inf)
         settings = geometry.config.window, scale, impl, layout.first, len(layout.held)
-        of_near = documents if near_layout is None else near_layout, seen
-        near, near_lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings, *of_near)
+        near, near_lse = torch.ops.lighthouse.halo_window(
+            q, k, v, *halo, *settings, documents, seen
+        )
         taken = _taking_seam(slot, geometry, q.shape[1] // slot.shape[1], documents, continues)
         out, lse = torch.ops.lighthouse.merge_with_seam(
             far, far_lse, near, near_lse, slot, seam, seam_lse, taken, *pyramid, documents
         )
         rows = q, k, v, *halo, *gathered
-        of_documents = documents, near_layout, seen, places
+        of_documents = documents, seen, places
         ctx.save_for_backward(
             *rows, index, slot, far, far_lse, out, lse, seam_lse, taken, *of_documents
         )
-        ctx.constants = geometry, scale, layout, settings, most_documents
+        ctx.constants = geometry, scale, layout, settings
         return out
 
     @staticmethod
@@ -175,13 +166,11 @@ class _MergedOverRanks(torch.autograd.Function):
         saved = ctx.saved_tensors
         (q, k, v, *halo), gathered = saved[:5], saved[5:8]
         index, slot, far, far_lse, out, lse, seam_lse, taken = saved[8:16]
-        documents, near_layout, seen, places = saved[16:]
-        of_near = documents if near_layout is None else near_layout, seen
-        geometry, scale, layout, settings, most_documents = ctx.constants
-        of_far = within(places, most_documents)
+        documents, seen, places = saved[16:]
+        geometry, scale, layout, settings = ctx.constants
         pyramid, length = (geometry.config.pooling_factor, geometry.config.levels), q.shape[2]
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
-            grad, None, q, k, v, *halo, out, lse, *settings, *of_near
+            grad, None, q, k, v, *halo, out, lse, *settings, documents, seen
         )
         sums = _seam_sums(grad, out, lse, seam_lse, taken)
         dout, delta = gradients_of_seams(sums, dhalo, (dk, dv), layout)
@@ -192,7 +181,8 @@ class _MergedOverRanks(torch.autograd.Function):
         assert layout.operations is not None
         far_lse = layout.join(far_lse.unsqueeze(-1)).squeeze(-1).contiguous()
         grad_far, out_far = layout.join(grad_far), layout.join(out_far)
-        selected = layout.operations[1](grad_far, None, *gathered, out_far, far_lse, scale, *of_far)
+        rows = grad_far, None, *gathered, out_far, far_lse
+        selected = layout.operations[1](*rows, scale, *within(places))
         grads = [
             kernels.spread_shares(layout.split(part), slot, length, *pyramid, onto=own)
             if needed
@@ -202,7 +192,7 @@ class _MergedOverRanks(torch.autograd.Function):
             )
         ]
         # Arguments after the rows.
-        return *grads, *[None] * 15
+        return *grads, *[None] * 13
 
 
 def _taking_seam(

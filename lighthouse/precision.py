@@ -1,4 +1,4 @@
-"""Precision of sums, and the backends of dense attention and what they compute."""
+"""Precision of sums, and what the kernels and the backends of dense attention compute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,11 @@ SDPA_BACKENDS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
 ]
+
+
+# What Triton's kernels compute.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_D = 256
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -21,13 +21,12 @@ from torch.autograd.function import once_differentiable
 from .config import check_largest_window
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
 from .document_chunks import documents_of_chunks
-from .documents import check_documents, check_most_documents
+from .documents import check_documents
 from .halo import layouts_in_chunks, window_in_chunks
 from .implementation import (
     WINDOW_IMPLEMENTATIONS,
     check_for_documents,
     choose_window_implementation,
-    layout_for,
     operations_by,
 )
 from .inner_attention import InnerAttention
@@ -78,7 +77,6 @@ def window_attention(
     return_lse: Literal[False] = False,
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -94,7 +92,6 @@ def window_attention(
     return_lse: Literal[True],
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -109,7 +106,6 @@ def window_attention(
     return_lse: bool = False,
     context_parallel: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which each position sees itself and the ``window`` - 1 before it.
 
@@ -122,13 +118,12 @@ def window_attention(
         k, v: [B, Hkv, N, D]; Hkv divides Hq.
         window: W, from 1 to 2**31 - 1.
         scale: factor of the scores before the softmax; by default 1 / sqrt(D).
-        impl: "flash4" for FlashAttention 4, the extra flash4, on Hopper GPUs; "flash" for torch's
-            flash attention; or "torch" for vectorised PyTorch, which takes every device, dtype and
-            D and is several times slower on a GPU. Both flash attentions compute bfloat16 and
-            float16 on CUDA with a D that 8 divides, up to 256. The default is "flash4" where it
-            is installed and computes such tensors, else "flash" where that does, and "torch" for
-            all others: float32 on CUDA is computed by PyTorch. Under "flash4" a window of N or
-            more goes to "flash". The implementations differ by rounding.
+        impl: "flash4" for FlashAttention 4, the extra flash4, in bfloat16 and float16 on Hopper
+            GPUs; "triton" for a kernel, in these and float32 on CUDA with D up to 256; or "torch"
+            for vectorised PyTorch, which takes every device, dtype and D and is many times slower
+            on a GPU. The default is "flash4" where it is installed and computes such tensors, else
+            "triton" where that does, and "torch" for all others. Under "flash4" a window of N or
+            more goes to "triton". The implementations differ by rounding.
         return_lse: also return the logsumexp of each position's scores.
         context_parallel: the chunks on this rank, when N is only its part of the sequence. The
             W - 1 keys and values before each chunk come from the rank that holds them.
@@ -136,8 +131,6 @@ def window_attention(
             before which it sees nothing. Under context parallelism it is the layout of the whole
             sequence, the same on every rank. "flash4" does not know documents, and is not the
             default with them.
-        most_documents: documents that the batch has at most, as in ``document_attention``; only
-            "flash" asks.
 
     Returns:
         out [B, Hq, N, D] in q's dtype; with ``return_lse`` also lse [B, Hq, N], float32, or
@@ -158,16 +151,15 @@ def window_attention(
     check_for_documents(impl, documents, WINDOW_IMPLEMENTATIONS)
     if documents is not None:
         check_documents(documents, q, ranks=context_parallel.world_size)
-    check_most_documents(most_documents)
     impl = choose_window_implementation(impl, q, documents is not None)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if chunks == 1:
-        layout = layout_for(impl, documents, most_documents)
-        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse, *layout)
+        within = () if documents is None else (documents,)
+        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse, *within)
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     own = None if documents is None else documents_of_chunks(documents, context_parallel)
-    layouts = layouts_in_chunks(impl, own, window, most_documents)
+    layouts = layouts_in_chunks(own, window)
     out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel, layouts)
     out = context_parallel.join(out)
     return (out, context_parallel.join(lse.unsqueeze(-1)).squeeze(-1)) if return_lse else out
@@ -355,7 +347,7 @@ class WindowAttention(InnerAttention):
 
     Args:
         window: W, the positions that each position sees, itself included.
-        sdpa, impl: as in ``InnerAttention``; "flash4", "flash" and "torch" are
+        sdpa, impl: as in ``InnerAttention``; "flash4", "triton" and "torch" are
             implementations.
     """
 
@@ -374,7 +366,6 @@ class WindowAttention(InnerAttention):
         v: torch.Tensor,
         scale: float | None,
         documents: torch.Tensor | None = None,
-        most_documents: int | None = None,
     ) -> torch.Tensor:
         return window_attention(
             q,
@@ -385,7 +376,6 @@ class WindowAttention(InnerAttention):
             impl=self.impl,
             context_parallel=self.context_parallel,
             documents=documents,
-            most_documents=most_documents,
         )
 
     def settings(self) -> str:

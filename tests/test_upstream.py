@@ -158,9 +158,7 @@ def test_page_names_everything_we_touch() -> None:
 
 
 # The ring, and the attentions that it calls.
-RING_FILES = (
-    "context_parallel", "ring_attention", "ring_operations", "cpu_flash", "cudnn", "flash",
-)  # fmt: skip
+RING_FILES = ("context_parallel", "ring_attention", "ring_operations", "cpu_flash", "cudnn")
 
 
 def test_the_ring_uses_few_private_names() -> None:
@@ -173,12 +171,10 @@ def test_the_ring_uses_few_private_names() -> None:
         if path.stem in RING_FILES
         for _, name in uses_in(tree, ours)
     }
-    # Windows call cuDNN and flash attention too.
+    # Windows call cuDNN too.
     assert found == {
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_cudnn_attention_backward",
-        "_flash_attention_forward",
-        "_flash_attention_backward",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
         "_coalescing_manager",

@@ -7,14 +7,13 @@ have gradients, though no second ones. ``spread`` is one operation:
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: collect sums
 
-``window`` registers torch's attention over a window in the same way, with its backward and, by
-``document_window``, within documents; ``flash4`` that of FlashAttention 4, and ``merge`` what joins
-its output with that of the selected entries. ``document_selection`` selects by document.
+``window`` registers torch's attention over a window in the same way, with its backward; within
+documents it is that of ``interval_attention``. ``flash4`` registers FlashAttention 4, and ``merge``
+what joins its output with that of the selected entries. ``document_selection`` selects by document.
 ``online_softmax`` joins what one rank's keys give with what another's do. It alone writes into its
 arguments.
 """
 
-from ..flash import obstacle_to_flash
 from .document_selection import select_by_documents
 from .flash4 import (
     check_flash4,
@@ -24,27 +23,40 @@ from .flash4 import (
     obstacle_to_flash4,
 )
 from .gather import gather_means, pool_gather, spread_shares
-from .launch import check_supported
+from .interval_attention import Intervals
+from .launch import check_supported, obstacle_to_kernels
 from .merge import collect_merged, merge_outputs
 from .online_softmax import merge_in_place
 from .pooling import pool_coarsest
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
 from .selection import select_from_norms
-from .window import window_backward, window_forward
+from .window import (
+    attend_to_seen,
+    dense_backward,
+    dense_forward,
+    gradients_to_seen,
+    window_backward,
+    window_forward,
+)
 
 __all__ = [
+    "Intervals",
+    "attend_to_seen",
     "check_flash4",
     "check_supported",
     "collect_merged",
+    "dense_backward",
+    "dense_forward",
     "flash4_backward",
     "flash4_forward",
     "flash4_is_installed",
     "gather_means",
+    "gradients_to_seen",
     "merge_in_place",
     "merge_outputs",
-    "obstacle_to_flash",
     "obstacle_to_flash4",
+    "obstacle_to_kernels",
     "pool_coarsest",
     "pool_gather",
     "scatter_back",

@@ -17,22 +17,16 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-from ..flash import obstacle_to_flash
-from .launch import define
-from .window import (
-    fake_backward,
-    fake_forward,
-    flash_rows,
-    window_backward,
-    window_forward,
-)
+from .launch import define, row_strides
+from .window import fake_backward, fake_forward, window_backward, window_forward
 
 PACKAGE = "flash-attn-4"
 # The first version that was measured. pyproject.toml has it too.
 LEAST_VERSION = "4.0.0b36"
 REQUIREMENT = f"{PACKAGE}[cu13]>={LEAST_VERSION}"
 INSTALL = f"pip install '{REQUIREMENT}'"
-WITHOUT = f"remove it with pip uninstall {PACKAGE}, and torch's flash attention computes windows"
+WITHOUT = f"remove it with pip uninstall {PACKAGE}, and a kernel of ours computes windows"
+DTYPES = (torch.bfloat16, torch.float16)
 # The compute capability of Hopper. FlashAttention 4 has other kernels for other GPUs.
 HOPPER = 9
 # The head dimensions whose gradients were compared with float32. Those of 40 are wrong (4.0.0b36).
@@ -80,12 +74,11 @@ def _generation(device: torch.device) -> int:
 
 
 def obstacle_to_flash4(q: torch.Tensor) -> str | None:
-    """The reason why FlashAttention 4 is not taken for tensors like ``q``, or None.
-
-    Dtypes are those of torch's flash attention.
-    """
-    if obstacle := obstacle_to_flash(q):
-        return obstacle
+    """The reason why FlashAttention 4 is not taken for tensors like ``q``, or None."""
+    if not q.is_cuda:
+        return f"needs CUDA tensors, got {q.device}"
+    if q.dtype not in DTYPES:
+        return f"computes bfloat16 and float16, got {q.dtype}"
     if (generation := _generation(q.device)) != HOPPER:
         return f"is for Hopper GPUs, of compute capability {HOPPER}.x, got {generation}.x"
     if q.shape[-1] not in HEAD_DIMENSIONS:
@@ -102,12 +95,12 @@ def check_flash4(q: torch.Tensor) -> None:
     """
     if obstacle := obstacle_to_flash4(q):
         raise ValueError(
-            f'the window of FlashAttention 4 {obstacle}; pass impl="flash" or impl="torch"'
+            f'the window of FlashAttention 4 {obstacle}; pass impl="triton" or impl="torch"'
         )
     if not flash4_is_installed():
         raise ImportError(
             f"the window of FlashAttention 4 needs the package {PACKAGE}, which is not installed: "
-            f'{INSTALL}, or pass impl="flash"'
+            f'{INSTALL}, or pass impl="triton"'
         )
 
 
@@ -120,12 +113,17 @@ def _options(window: int, scale: float) -> dict[str, Any]:
     }
 
 
+def _rows(rows: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] as flash attention takes it, [B, N, H, D] with D contiguous."""
+    return row_strides(rows)[0].transpose(1, 2)
+
+
 def launch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``window.launch_forward``."""
     forward, _ = _installed()
-    rows = (flash_rows(each) for each in (q, k, v))
+    rows = (_rows(each) for each in (q, k, v))
     out, lse, *_ = forward(*rows, return_lse=True, **_options(window, scale))
     return out.transpose(1, 2), lse
 
@@ -143,7 +141,7 @@ def launch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``window.launch_backward``, with gradients of out and of lse [B, Hq, N]."""
     _, backward = _installed()
-    rows = (flash_rows(each) for each in (q, k, v, out, dout))
+    rows = (_rows(each) for each in (q, k, v, out, dout))
     # An expanded gradient would not be aligned.
     dlse = None if dlse is None else dlse.float().contiguous()
     grads = backward(

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_D = 256
+from ..precision import KERNEL_DTYPES, LARGEST_D
+
 # The most rows that a program's text reads one by one; it repeats them for more. Compilation would
 # take minutes for hundreds.
 MOST_UNROLLED = 16
@@ -43,24 +43,25 @@ def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     torch.library.register_fake(f"lighthouse::{name}", fake, lib=_library)
 
 
+def obstacle_to_kernels(q: torch.Tensor) -> str | None:
+    """The reason why the kernels do not compute on tensors like ``q`` [B, Hq, N, D], or None."""
+    if not q.is_cuda and not INTERPRETED:
+        return f"need CUDA tensors, got {q.device}"
+    if q.dtype not in KERNEL_DTYPES:
+        return f"compute bfloat16, float16 and float32, got {q.dtype}"
+    if q.shape[-1] > LARGEST_D:
+        return f"take a head dimension of at most {LARGEST_D}, got {q.shape[-1]}"
+    return None
+
+
 def check_supported(q: torch.Tensor) -> None:
     """Check that the kernels can compute on tensors like ``q`` [B, Hq, N, D].
 
     Raises:
         ValueError: the device is not CUDA, the dtype not bf16, fp16 or fp32, or D over 256.
     """
-    if not q.is_cuda and not INTERPRETED:
-        raise ValueError(f'the Triton kernels need CUDA tensors, got {q.device}; pass impl="torch"')
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"the Triton kernels compute bfloat16, float16 and float32, got {q.dtype}; "
-            'pass impl="torch"'
-        )
-    if q.shape[-1] > LARGEST_D:
-        raise ValueError(
-            f"the Triton kernels take a head dimension of at most {LARGEST_D}, got {q.shape[-1]}; "
-            'pass impl="torch"'
-        )
+    if obstacle := obstacle_to_kernels(q):
+        raise ValueError(f'the Triton kernels {obstacle}; pass impl="torch"')
 
 
 def row_strides(rows: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:

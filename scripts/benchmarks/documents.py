@@ -50,7 +50,6 @@ from lighthouse import (
 )
 from lighthouse.inner_attention import InnerAttention
 from lighthouse.kernels.launch import INTERPRETED
-from torchtitan.models.llama3_lighthouse.data.documents import most_documents
 from torchtitan.models.llama3_lighthouse.environment import environment
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.infra.activation_checkpoint import (
@@ -121,8 +120,7 @@ def layout(text: str, sizes: Sizes) -> torch.Tensor | None:
     median, n, span = TEXTS[text], sizes.length, sizes.method.coarsest_span
     if median is None:
         return None
-    # As in training, the last document that there is room for takes the rest.
-    begins = spans_of_documents(median, span, most_documents(n)).cumsum(0)[:-1]
+    begins = spans_of_documents(median, span, max(256, n // 512)).cumsum(0)[:-1]
     number = torch.bucketize(torch.arange(n // span), begins, right=True)
     return first_positions(number.repeat_interleave(span)[None]).to(sizes.device)
 
@@ -153,13 +151,10 @@ def attention_by(
 ) -> Attention:
     """An attention of q, k and v by kernels or by vectorised PyTorch."""
     method, masks = sizes.method, {"documents": documents}
-    if documents is not None:
-        masks["most_documents"] = most_documents(sizes.length)
     if name == "lighthouse":
         impl = "triton" if by == KERNELS else "torch"
         return partial(lighthouse_attention, config=method, selection=selection, impl=impl, **masks)
-    # Flash attention does not run on CPUs.
-    impl = "flash" if by == KERNELS and sizes.device == "cuda" else "torch"
+    impl = "triton" if by == KERNELS and sizes.device == "cuda" else "torch"
     if name == "window":
         return partial(window_attention, window=method.window, impl=impl, **masks)
     if by == PYTORCH:
@@ -219,7 +214,7 @@ def step_of(
     model.use_attention("dense" if name == "dense" else "lighthouse")
     for module in model.modules():
         if isinstance(module, InnerAttention) and name != "dense":
-            kernel = "triton" if name == "lighthouse" else "flash"
+            kernel = "triton"
             if sizes.device == "cpu" and name == "window":
                 kernel = "torch"
             module.impl = kernel if by == KERNELS else "torch"

@@ -3,8 +3,8 @@
 
     python scripts/benchmarks/windows.py --cases 98304,8,128,256 32768,6,64,256
 
-A case is N,H,D,W: positions, heads, head dimension and window. The kernels are torch's flash
-attention and, where it is installed, FlashAttention 4, both as ``window_attention`` runs them, and
+A case is N,H,D,W: positions, heads, head dimension and window. The kernels are that of
+Lighthouse and, where it is installed, FlashAttention 4, both as ``window_attention`` runs them, and
 FlexAttention. Before a case is timed, the errors of each against float32 are taken, and whether its
 gradients repeat their bits. Kernels then take turns in random order, as in attention.py.
 
@@ -77,7 +77,7 @@ def flex(n: int, window: int) -> Attention:
 
 def variants(rows: list[torch.Tensor], window: int) -> dict[str, Attention]:
     """The kernels, by name."""
-    found = {"flash": partial(window_attention, window=window, impl="flash")}
+    found = {"kernel": partial(window_attention, window=window, impl="triton")}
     if not kernels.obstacle_to_flash4(rows[0]) and kernels.flash4_is_installed():
         found["FlashAttention 4"] = partial(window_attention, window=window, impl="flash4")
     found["FlexAttention"] = flex(rows[0].shape[2], window)

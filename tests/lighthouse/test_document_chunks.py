@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from document_cases import positions_of, random_layout
-from flash_stand_ins import replace_flash_attention
 from gathering_ranks import slot_of_chunk, with_operations
 from launch import run_ranks
 
@@ -280,26 +279,20 @@ def test_the_operation_is_registered() -> None:
 
 
 # These windows reach into the first, 4, 7 and all of a chunk's 8 positions.
-@pytest.mark.skipif(kernels is None, reason="flash attention is called beside the kernels")
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.skipif(kernels is None, reason="the kernels need Triton")
 @pytest.mark.parametrize("window", [2, 5, 8, 9])
 @pytest.mark.parametrize("first", [-1, 0])
-def test_flash_attention_sees_the_halo_of_a_document(
-    monkeypatch: pytest.MonkeyPatch, first: int, window: int, counted: bool
-) -> None:
+def test_kernels_see_the_halo_of_a_document(first: int, window: int) -> None:
     """By one call for the beginnings of all chunks, and without a gradient of keys unseen."""
-    replace_flash_attention(monkeypatch)
     q, dout = torch.randn(2, 4, 4, 8, 16)
     k, v = torch.randn(2, 4, 2, 8, 16)
     before = torch.randn(2, 4, 2, window - 1, 16)
     layout = ContextParallel(None, 0 if first == 0 else 1, 3)
     # In the last layout the chunks here hold parts of more documents than there are.
     for documents in (*layouts(48, 6, 1).values(), torch.zeros(2, 48, dtype=torch.int32)):
-        own = documents_of_chunks(documents, layout)
-        most_documents = int((documents == torch.arange(48)).sum()) if counted else None
+        layouts_here = layouts_in_chunks(documents_of_chunks(documents, layout), window)
         found = []
-        for impl in ("torch", "flash"):
-            layouts_here = layouts_in_chunks(impl, own, window, most_documents)
+        for impl in ("torch", "triton"):
             more = window, 0.3, impl, first, 2, *layouts_here
             out, lse = torch.ops.lighthouse.halo_window(q, k, v, *before, *more)
             for dlse in (None, torch.linspace(-1, 1, lse.numel()).view_as(lse)):

@@ -44,8 +44,8 @@ def case(
     return [q, k, v], grad, documents.cuda()
 
 
-def by_kernels(config: LighthouseConfig, batch: int = 1, **more: Any) -> dict[str, Any]:
-    return {"config": config, "impl": "triton", "most_documents": batch * MOST, **more}
+def by_kernels(config: LighthouseConfig, **more: Any) -> dict[str, Any]:
+    return {"config": config, "impl": "triton", **more}
 
 
 @pytest.mark.parametrize("scorer", ["norm", "random"])
@@ -70,7 +70,7 @@ def test_selects_as_vectorised_pytorch(text: str, scorer: Any) -> None:
 def test_errors_are_those_of_rounding(text: str, config: LighthouseConfig) -> None:
     """Against float32, of the kernels and of vectorised PyTorch, by one selection."""
     inputs, grad, documents = case(MEDIANS[text], d=64)
-    options: dict[str, Any] = {"documents": documents, "most_documents": MOST}
+    options: dict[str, Any] = {"documents": documents}
     options["selection"] = select(*inputs, config, documents=documents, impl="triton")
 
     def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -92,20 +92,20 @@ def test_errors_are_those_of_rounding(text: str, config: LighthouseConfig) -> No
 @pytest.mark.parametrize("size", [1, 200, 512, N])
 @pytest.mark.parametrize("text", MEDIANS)
 def test_windows_agree_with_float64(text: str, size: int) -> None:
-    """Also the logsumexp and its gradient. Short sequences have one piece, long ones many."""
+    """Also the logsumexp and its gradient."""
     n = N if size == 512 else 12288
     inputs, grad, documents = case(MEDIANS[text] * n // N, n=n, batch=2, d=64)
     grad_lse = torch.randn(grad.shape[:3], device="cuda")
 
     def run(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
-        options: dict[str, Any] = {"documents": documents, "most_documents": 2 * MOST}
+        options: dict[str, Any] = {"documents": documents}
         out, lse = window_attention(*leaves, size, impl=impl, return_lse=True, **options)
         grads = torch.autograd.grad((out, lse), leaves, (grad.to(dtype), grad_lse.to(lse.dtype)))
         return [out.detach(), lse.detach(), *grads]
 
     exact, rounded = run(torch.float64, "torch"), run(torch.bfloat16, "torch")
-    found = run(torch.bfloat16, "flash")
+    found = run(torch.bfloat16, "triton")
     alone = torch.finfo(torch.bfloat16).eps * math.sqrt(64)
     for name, value, other, want in zip(
         ("out", "lse", "dq", "dk", "dv"), found, rounded, exact, strict=True
@@ -126,7 +126,7 @@ def test_bits_repeat_and_no_document_sees_another(text: str, kv_heads: int) -> N
     kept = torch.ones(documents.shape, dtype=torch.bool, device="cuda")
     kept[0, int(documents[0, -1]) :] = False
     changed = [torch.where(kept[:, None, :, None], x, -3 * x) for x in inputs]
-    options = by_kernels(config, batch=2, documents=documents)
+    options = by_kernels(config, documents=documents)
     torch.use_deterministic_algorithms(True)
     try:
         first = output_and_gradients(lighthouse_attention, inputs, grad, **options)
@@ -196,7 +196,7 @@ def test_compiles_whole_for_all_layouts(module: str) -> None:
     attention: Any = (
         LighthouseAttention(config, impl="triton")
         if module == "lighthouse"
-        else WindowAttention(512, impl="flash")
+        else WindowAttention(512, impl="triton")
     )
     compiled = torch.compile(attention, fullgraph=True)
     for step, layout in enumerate((documents, torch.zeros_like(documents))):
@@ -204,7 +204,7 @@ def test_compiles_whole_for_all_layouts(module: str) -> None:
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             for function in (attention, compiled):
                 leaves = [x.clone().requires_grad_() for x in inputs]
-                out = function(*leaves, enable_gqa=True, documents=layout, most_documents=MOST)
+                out = function(*leaves, enable_gqa=True, documents=layout)
                 found.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
         for value, want in zip(*found, strict=True):
             assert relative_error(value, want) < 1e-2
@@ -213,7 +213,7 @@ def test_compiles_whole_for_all_layouts(module: str) -> None:
 @pytest.mark.parametrize("size", [2, 512, N // 8 + 1])
 @pytest.mark.parametrize("text", MEDIANS)
 def test_the_halo_of_chunks_is_seen_within_documents(text: str, size: int) -> None:
-    """By flash attention as by vectorised PyTorch; bits repeat, and nothing waits."""
+    """By the kernel as by vectorised PyTorch; bits repeat, and nothing waits."""
     _, _, documents = case(MEDIANS[text])
     own = documents_of_chunks(documents, ContextParallel(None, 1, 4))
     shapes = [(N // 8, h) for h in (4, 2, 2, 4)] + [(size - 1, 2)] * 2
@@ -223,17 +223,17 @@ def test_the_halo_of_chunks_is_seen_within_documents(text: str, size: int) -> No
     )
 
     def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        more = size, 0.125, impl, -1, 2, *layouts_in_chunks(impl, own, size, MOST)
+        more = size, 0.125, impl, -1, 2, *layouts_in_chunks(own, size)
         rows = [x.to(dtype) for x in (q, k, v, *before)]
         found = torch.ops.lighthouse.halo_window(*rows, *more)
         rows = [grad.to(dtype), None, *rows, *found]
         return [*found, *torch.ops.lighthouse.halo_window_backward(*rows, *more)]
 
     exact, rounded = run("torch", torch.float32), run("torch", torch.bfloat16)
-    first = run("flash", torch.bfloat16)
+    first = run("triton", torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = run("flash", torch.bfloat16)
+        again = run("triton", torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(map(torch.equal, first, again))

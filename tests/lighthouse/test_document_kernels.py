@@ -1,6 +1,6 @@
 """Kernels with documents, on a GPU or in Triton's interpreter, against vectorised PyTorch."""
 
-import importlib
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +13,17 @@ from attention_cases import (
     vectorised_selection,
 )
 from document_cases import positions_of, random_layout
-from flash_stand_ins import replace_flash_attention
 
-from lighthouse import LighthouseConfig, lighthouse_attention, merge, select, window
-from lighthouse.documents import cumulative_lengths
+from lighthouse import (
+    LighthouseConfig,
+    dense_attention,
+    document_attention,
+    lighthouse_attention,
+    merge,
+    reference,
+    select,
+    window_attention,
+)
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.scatter import scatter_back
 
@@ -130,7 +137,7 @@ def test_whole_agrees_with_the_vectorised_code(name: str, poison: None) -> None:
     if config.scorer != "norm":
         # Scorers change nothing else.
         return
-    options: dict[str, Any] = {"documents": documents, "most_documents": documents.numel()}
+    options: dict[str, Any] = {"documents": documents}
     found, expected = (
         output_and_gradients(lighthouse_attention, inputs, grad, config, impl=impl, **options)
         for impl in ("triton", "torch")
@@ -195,57 +202,60 @@ def test_compiles_to_one_graph_for_all_layouts() -> None:
     assert all(map(torch.equal, none, found))
 
 
-@pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put PyTorch in the place of flash attention, which does not run on a CPU."""
-    replace_flash_attention(monkeypatch)
-
-
 def with_lse(attend: Any, inputs: Any, grad: torch.Tensor, grad_lse: torch.Tensor) -> list[Any]:
     leaves = [x.clone().requires_grad_() for x in inputs]
     out, lse = attend(*leaves)
     return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, (grad, grad_lse))]
 
 
-@pytest.mark.parametrize("size, shortest", [(1, 4), (2, 8), (5, 4), (5, 2**20), (40, 4), (70, 4)])
+@pytest.mark.parametrize("size", [1, 5, 40, 70])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_flash_attention_gets_documents_as_lengths(
-    flash: None, monkeypatch: pytest.MonkeyPatch, size: int, shortest: int, batch: int
-) -> None:
-    """Also in pieces, which documents end within or pass, and with gradients of the logsumexp."""
-    monkeypatch.setattr(kernels.document_window, "SHORTEST_SEGMENT", shortest)
-    q_shape = dict(n=67, batch=batch, heads=4, kv_heads=2, tied=False, seed=size)
-    inputs = random_inputs(q_shape, torch.float32)
+def test_windows_stay_in_documents(size: int, batch: int, poison: None) -> None:
+    """Also with gradients of the logsumexp, and a window of the whole sequence."""
+    case = dict(n=67, batch=batch, heads=4, kv_heads=2, tied=False, seed=size)
+    inputs = [x.to(DEVICE) for x in random_inputs(case, torch.float32)]
     generator = torch.Generator().manual_seed(size)
-    grad = torch.randn(inputs[0].shape, generator=generator)
-    grad_lse = torch.randn(grad.shape[:3], generator=generator)
+    grad = torch.randn(inputs[0].shape, generator=generator).to(DEVICE)
+    grad_lse = torch.randn(grad.shape[:3], generator=generator).to(DEVICE)
     for _ in range(3):
-        documents = random_layout(batch, 67, 1, generator)
-
-        def by_flash(*x: torch.Tensor, layout: torch.Tensor = documents) -> Any:
-            bounds = cumulative_lengths(layout, 2 * 67)
-            return window._WindowAttention.apply(*x, size, 0.5, "flash", True, bounds)
-
-        def by_torch(*x: torch.Tensor, layout: torch.Tensor = documents) -> Any:
-            options: dict[str, Any] = {"documents": layout, "scale": 0.5}
-            return window.window_attention(*x, size, return_lse=True, impl="torch", **options)
-
-        found = with_lse(by_flash, inputs, grad, grad_lse)
-        for value, want in zip(found, with_lse(by_torch, inputs, grad, grad_lse), strict=True):
+        documents = random_layout(batch, 67, 1, generator).to(DEVICE)
+        found, expected = (
+            with_lse(
+                partial(window_attention, window=size, return_lse=True, impl=impl, scale=0.5,
+                        documents=documents),
+                inputs, grad, grad_lse,
+            )
+            for impl in ("triton", "torch")
+        )  # fmt: skip
+        for value, want in zip(found, expected, strict=True):
             assert relative_error(value, want) < 1e-5
-    assert torch.get_deterministic_debug_mode() == 0
 
 
-def test_merged_attention_gives_flash_attention_the_lengths(
-    flash: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dense_attention_stays_in_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, against the oracle."""
+    monkeypatch.setattr(dense_attention, "_by_kernel", lambda q: True)
+    case = dict(n=64, batch=2, heads=4, kv_heads=2, tied=False, seed=4)
+    inputs = [x.to(DEVICE) for x in random_inputs(case)]
+    documents = random_layout(2, 64, 1, torch.Generator().manual_seed(8)).to(DEVICE)
+    grad = torch.randn(inputs[0].shape, dtype=torch.float64, device=DEVICE)
+
+    def run(attend: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = attend(*leaves, documents, scale=0.3)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    exact = run(reference.dense_attention, torch.float64)
+    for value, want in zip(run(document_attention, torch.float32), exact, strict=True):
+        assert relative_error(value, want) < 1e-5
+
+
+def test_merged_attention_within_documents_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     config, (*inputs, grad), documents = whole("window", 4)
-    options: dict[str, Any] = {"documents": documents, "most_documents": documents.numel() // 2}
+    options: dict[str, Any] = {"documents": documents}
     expected = output_and_gradients(
         lighthouse_attention, inputs, grad, config, impl="torch", **options
     )
-    monkeypatch.setattr(merge, "window_by_documents", lambda q: "flash")
-    monkeypatch.setattr(kernels.document_window, "SHORTEST_SEGMENT", 4)
+    monkeypatch.setattr(merge, "window_by_documents", lambda q: "triton")
     found = output_and_gradients(
         lighthouse_attention, inputs, grad, config, impl="triton", **options
     )
@@ -256,11 +266,8 @@ def test_merged_attention_gives_flash_attention_the_lengths(
 def test_compiled_code_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in validation, where torch's compiler calls the forward of a function by itself."""
     config, (*inputs, _), documents = whole("window", 4)
-    options: dict[str, Any] = {"documents": documents, "most_documents": documents.numel() // 2}
-    # Stand-ins do not come before the compiler's own table of operations is made.
-    importlib.import_module("torch.utils.flop_counter")
-    replace_flash_attention(monkeypatch)
-    monkeypatch.setattr(merge, "window_by_documents", lambda q: "flash")
+    options: dict[str, Any] = {"documents": documents}
+    monkeypatch.setattr(merge, "window_by_documents", lambda q: "triton")
 
     def attend(*rows: torch.Tensor) -> torch.Tensor:
         return lighthouse_attention(*rows, config, impl="triton", **options)
@@ -270,24 +277,13 @@ def test_compiled_code_without_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
         assert relative_error(compiled(*inputs), attend(*inputs)) < 1e-6
 
 
-def test_another_shape_of_the_logsumexp_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = torch.ones(1, 2, 8, 4)
-    monkeypatch.setattr(
-        torch.ops.aten, "_flash_attention_forward", lambda q, *x, **y: (q, q.new_ones(1, 2, 8))
-    )
-    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"as \(1, 2, 8\), and not as .heads, rows."):
-        torch.ops.lighthouse.flash_window(q, q, q, 2, 1.0, bounds)
-
-
-def test_operations_for_lengths_are_registered(flash: None) -> None:
-    q, k, v = random_inputs(
-        dict(n=12, batch=2, heads=4, kv_heads=2, tied=False, seed=1), torch.float32
-    )
-    bounds = cumulative_lengths(random_layout(2, 12, 1, torch.Generator().manual_seed(0)))
-    ops, more = torch.ops.lighthouse, (5, 0.5, bounds)
-    out, lse = ops.flash_window(q, k, v, *more)
+def test_operations_within_documents_are_registered() -> None:
+    case = dict(n=12, batch=2, heads=4, kv_heads=2, tied=False, seed=1)
+    q, k, v = (x.to(DEVICE) for x in random_inputs(case, torch.float32))
+    documents = random_layout(2, 12, 1, torch.Generator().manual_seed(0)).to(DEVICE)
+    ops, more = torch.ops.lighthouse, (5, 0.5, documents)
+    out, lse = ops.window_by_kernel(q, k, v, *more)
     names = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(ops.flash_window.default, (q, k, v, *more), **names)
-    backward = ops.flash_window_backward.default
+    torch.library.opcheck(ops.window_by_kernel.default, (q, k, v, *more), **names)
+    backward = ops.window_by_kernel_backward.default
     torch.library.opcheck(backward, (out, q, k, v, out, lse, *more), **names)

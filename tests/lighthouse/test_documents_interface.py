@@ -22,7 +22,6 @@ from lighthouse import (
     select,
     window_attention,
 )
-from lighthouse.documents import cumulative_lengths
 
 
 def test_compiles_to_one_graph() -> None:
@@ -87,17 +86,6 @@ def test_modules_take_documents() -> None:
             module(*inputs, enable_gqa=True, documents=torch.zeros(1, 32, dtype=torch.int32))
 
 
-def test_lengths_for_flash_attention() -> None:
-    numbers = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
-    bounds = cumulative_lengths(first_positions(numbers), 6)
-    assert bounds.tolist() == [0, 2, 5, 6, 12, 12, 12] and bounds.dtype == torch.int32
-    assert cumulative_lengths(first_positions(numbers), 4).tolist() == [0, 2, 5, 6, 12]
-    # Two documents would otherwise be one, and see each other.
-    for too_few in (3, 2, 1):
-        with pytest.raises(RuntimeError, match="out of bounds"):
-            cumulative_lengths(first_positions(numbers), too_few)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("window", [0, 100])
@@ -135,7 +123,7 @@ def test_on_a_gpu_no_document_sees_another_and_nothing_waits(
             assert torch.equal(before.transpose(1, 2)[kept], after.transpose(1, 2)[kept]), name
     on_cpu = [x.cpu().double() for x in inputs]
     exact = document_attention(*on_cpu, documents.cpu())
-    rounded = document_attention(*inputs, documents, most_documents=2 * n // span)
+    rounded = document_attention(*inputs, documents)
     bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
     assert relative_error(rounded.cpu(), exact) < bound
 
@@ -179,11 +167,7 @@ def test_messages() -> None:
     refused(ValueError, "got 8 at position 3 of row 0", torch.full((1, 16), 8).index_fill_(
         1, torch.arange(3), 0))  # fmt: skip
     refused(ValueError, "sdpa", good, sdpa=torch.nn.functional.scaled_dot_product_attention)
-    refused(ValueError, "most_documents must be at least 1, got 0", good,
-            most_documents=0)  # fmt: skip
-    with pytest.raises(ValueError, match="at least 1, got -3"):
-        window_attention(*inputs, 3, documents=good, most_documents=-3)
-    with pytest.raises(ValueError, match="not supported yet by impl = 'flash4'; pass impl=.flash"):
+    with pytest.raises(ValueError, match="not supported yet by impl = 'flash4'; pass impl=.triton"):
         window_attention(*inputs, 3, documents=good, impl="flash4")
     ranks = ContextParallel(None, 0, 2, balanced=False)
     whole = torch.zeros(1, 32, dtype=torch.int32)
@@ -193,8 +177,6 @@ def test_messages() -> None:
         window_attention(*inputs, 3, documents=whole + 1, context_parallel=ranks)
     refused(ValueError, "not supported yet .* without a window, got window = 0 and 2 chunks",
             whole, context_parallel=ranks)  # fmt: skip
-    with pytest.raises(ValueError, match="at least 1"):
-        document_attention(*inputs, good, most_documents=0)
     with pytest.raises(ValueError, match="got 1 at position 0"):
         check_layout(torch.ones(1, 4, dtype=torch.int32))
     check_layout(good, 4)

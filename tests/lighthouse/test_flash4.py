@@ -59,30 +59,31 @@ WHOLE = "def _flash_attn_fwd(): ...\ndef _flash_attn_bwd(): ...\n"
 def test_is_the_default_where_it_is_installed_and_computes(install) -> None:
     install(flash4.LEAST_VERSION, WHOLE)
     assert choose(None, head()) == choose("flash4", head()) == "flash4"
-    assert choose("flash", head()) == "flash"
-    assert choose("torch", head()) == choose(None, head(dtype=torch.float32)) == "torch"
+    assert choose("triton", head()) == choose(None, head(dtype=torch.float32)) == "triton"
+    assert choose("torch", head()) == choose(None, head(dtype=torch.float64)) == "torch"
+    assert choose(None, head(shape=(1, 1, 8, 320))) == "torch"
     assert choose(None, head(is_cuda=False)) == "torch"
 
 
 @pytest.mark.parametrize("generation", [8, 10, 12])
-def test_other_gpus_keep_torchs_flash_attention(install, monkeypatch, generation: int) -> None:
+def test_other_gpus_keep_our_kernel(install, monkeypatch, generation: int) -> None:
     """Even where the package is broken: it is not looked for."""
     install("4.0.0b2", "raise OSError")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
-    assert choose(None, head()) == "flash"
-    with pytest.raises(ValueError, match=f'for Hopper GPUs, .*got {generation}.x; pass impl="fl'):
+    assert choose(None, head()) == "triton"
+    with pytest.raises(ValueError, match=f'for Hopper GPUs, .*got {generation}.x; pass impl="tr'):
         choose("flash4", head())
 
 
-def test_head_dimensions_with_wrong_gradients_keep_torchs_flash_attention(install) -> None:
+def test_head_dimensions_with_wrong_gradients_keep_our_kernel(install) -> None:
     install(flash4.LEAST_VERSION, WHOLE)
-    assert choose(None, head(shape=(1, 1, 8, 40))) == "flash"
+    assert choose(None, head(shape=(1, 1, 8, 40))) == "triton"
     with pytest.raises(ValueError, match=r"is right for head dimensions of \(32, .*got 40; pass"):
         choose("flash4", head(shape=(1, 1, 8, 40)))
 
 
 def test_absent_package(absent) -> None:
-    assert choose(None, head()) == "flash"
+    assert choose(None, head()) == "triton"
     with pytest.raises(ImportError, match="which is not installed: pip install 'flash-attn-4"):
         choose("flash4", head())
     with pytest.raises(ValueError, match="FlashAttention 4 computes bfloat16 and float16, got"):

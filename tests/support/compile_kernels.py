@@ -15,6 +15,7 @@ from triton.compiler import ASTSource, compile
 from lighthouse.kernels import (
     document_selection,
     gather,
+    interval_attention,
     merge,
     online_softmax,
     pooling,
@@ -22,10 +23,13 @@ from lighthouse.kernels import (
     scoring,
     selection,
 )
+from lighthouse.memory_layout import joined
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
 SHARED_MEMORY = 99 * 1024
+# On Hopper, whose compute capability comes first.
+HOPPER, SHARED_MEMORY_OF_HOPPER = 90, 227 * 1024
 # Lines of a kernel's text before optimisation. Several thousand take minutes to compile.
 MOST_LINES = 4000
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
@@ -49,6 +53,7 @@ class Compiler:
     """
 
     count = 0
+    shared_memory = SHARED_MEMORY
 
     def __init__(self, kernel, capability: int, aligned: bool) -> None:
         self.kernel = kernel
@@ -84,7 +89,7 @@ class Compiler:
         compiled = compile(source, target=self.target, options=options)
         assert compiled.asm["cubin"]
         assert compiled.asm["ttir"].count("\n") <= MOST_LINES, self.kernel
-        assert compiled.metadata.shared <= SHARED_MEMORY, self.kernel
+        assert compiled.metadata.shared <= Compiler.shared_memory, self.kernel
         Compiler.count += 1
 
 
@@ -118,8 +123,27 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     for layout in (None, documents):
         merge.launch_merge(gathered, far_lse, q, lse, slot, p, levels, layout)
         merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels, layout)
+    launch_interval_attention(q, k)
     for x in (q, q.float()):
         online_softmax.launch_merge_in_place(x, lse, q, lse)
+
+
+def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
+    """With the tiles of all GPUs, and on Hopper with those of its own."""
+    q, k = joined(q), joined(k)
+    of_rows = torch.empty(q.shape[1], len(q), device="meta")
+    seen = interval_attention.Intervals(*torch.empty(2, len(q), dtype=torch.int32, device="meta"))
+    tables = [interval_attention.launches(q, len(q))]
+    if q.dtype == torch.bfloat16 and interval_attention._attend.target.arch == HOPPER:
+        for table in (interval_attention.LARGE, interval_attention.SHORT):
+            tables.append(next(x for largest, x in table.items() if q.shape[2] <= largest))
+    for number, table in enumerate(tables):
+        interval_attention.launches = lambda q, longest, table=table: table
+        Compiler.shared_memory = SHARED_MEMORY_OF_HOPPER if number else SHARED_MEMORY
+        interval_attention.interval_forward(q, k, k, seen, 0.1, len(q))
+        rows = q, q, k, k, q, of_rows
+        interval_attention.interval_backward(*rows, seen, 0.1, len(q))
+    Compiler.shared_memory = SHARED_MEMORY
 
 
 def launch_long(p: int, picks: int, heads: int, d: int, dtype: torch.dtype) -> None:
@@ -150,7 +174,9 @@ def main() -> None:
     kernels = [(pooling, "_pool"), (selection, "_select"),
                (document_selection, "_select_by_documents"), (gather, "_gather"),
                (scatter, "_spread"), (scatter, "_collect"), (scoring, "_gla_norms"),
-               (merge, "_merge"), (merge, "_collect"), (online_softmax, "_merge_in_place"),
+               (interval_attention, "_attend"), (interval_attention, "_query_gradients"),
+               (interval_attention, "_key_gradients"), (merge, "_merge"), (merge, "_collect"),
+               (online_softmax, "_merge_in_place"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]
     for module, name in kernels:

@@ -31,7 +31,6 @@ def forward(
     v: torch.Tensor,
     scale: float,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the whole sequence, within ``documents`` [B, N] if there are some."""
     q, k, v = (gathered(x, layout) for x in (q, k, v))
@@ -52,7 +51,6 @@ def backward(
     lse: torch.Tensor,
     scale: float,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of that out, by the given output and logsumexp, which a merge replaces."""
     dlse = None if dlse is None else gathered(dlse, layout)

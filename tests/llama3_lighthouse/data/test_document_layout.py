@@ -25,7 +25,6 @@ from torchtitan.models.llama3_lighthouse.data.documents import (
     document_span,
     layout_of,
     model_options,
-    most_documents,
     without_idle_masks,
 )
 from torchtitan.models.llama3_lighthouse.data.packing import (
@@ -70,10 +69,9 @@ def rows(batches: Any, count: int) -> list[tuple[torch.Tensor, ...]]:
 def streams(draw: st.DrawFn) -> tuple[DocumentLayout, list[int]]:
     span = draw(st.sampled_from([1, 2, 4, 16]))
     seq_len = span * draw(st.integers(1, 12))
-    most = draw(st.integers(1, 12))
     lengths = draw(st.lists(st.integers(1, 2 * seq_len), min_size=1, max_size=20))
     # The last one leaves enough for whatever comes before it.
-    return DocumentLayout(seq_len, span, most), [*lengths, seq_len + 1]
+    return DocumentLayout(seq_len, span), [*lengths, seq_len + 1]
 
 
 @given(streams())
@@ -93,7 +91,7 @@ def test_any_documents_lie_apart_and_each_token_is_predicted_once(drawn) -> None
         assert torch.equal(found.labels[real], found.inputs[real] + 1)
         # A place in the layout belongs to one document of the text, and the other way round.
         places = found.documents.unique()
-        assert (places % layout.span == 0).all() and len(places) <= layout.most
+        assert (places % layout.span == 0).all()
         number = torch.from_numpy(numbers)[found.inputs]
         pairs = torch.stack([found.documents, number], dim=1).unique(dim=0)
         assert len(pairs) == len(places) == len(number.unique())
@@ -102,8 +100,7 @@ def test_any_documents_lie_apart_and_each_token_is_predicted_once(drawn) -> None
             tail = (~real[first:end]).sum()
             assert real[first : end - tail].all() and real[first]
             assert end == layout.seq_len or tail < layout.span
-        full = len(places) == layout.most
-        assert full or found.padding < layout.span * len(places)
+        assert found.padding < layout.span * len(places)
         done += found.taken
 
 
@@ -323,7 +320,7 @@ def test_settings_of_a_layout() -> None:
     job = JobConfig()
     assert layout_of(job, 512) is None
     job.training.document_mask = True
-    assert layout_of(job, 512) == DocumentLayout(512, 16, 256)
+    assert layout_of(job, 512) == DocumentLayout(512, 16)
     job.lighthouse.schedule = [
         "lighthouse until=10 levels=4", "window until=20 window=9", "lighthouse until=30", "dense",
     ]  # fmt: skip
@@ -334,8 +331,6 @@ def test_settings_of_a_layout() -> None:
     for change in ({"attention": "window"}, {"stage": "dense"}, {"dense_from_step": 0}):
         job.lighthouse = replace(Lighthouse(), **change)
         assert document_span(job) == 1
-    lengths = (2, 256, 512, 131072, 98304, 2**20)
-    assert [most_documents(n) for n in lengths] == [2, 256, 256, 256, 256, 2048]
 
 
 def test_positions_of_rotary_embedding_run_on_or_restart() -> None:
@@ -347,9 +342,8 @@ def test_positions_of_rotary_embedding_run_on_or_restart() -> None:
     assert options["attention_masks"] is documents
 
 
-@pytest.mark.parametrize("most", [3, 10**6])
-def test_retrieval_documents_lie_apart_and_are_whole(most: int) -> None:
-    layout = DocumentLayout(1024, 16, most)
+def test_retrieval_documents_lie_apart_and_are_whole() -> None:
+    layout = DocumentLayout(1024, 16)
     encoder = PromptEncoder(ByteTokenizer())
     packed = RetrievalMix(encoder, 0.5, 1025, 4)
     mix = RetrievalMix(encoder, 0.5, 1025, 4, layout=layout)
@@ -359,7 +353,6 @@ def test_retrieval_documents_lie_apart_and_are_whole(most: int) -> None:
         assert len(drawn.tokens) == len(drawn.in_loss) == len(drawn.documents) == 1025
         check_layout(torch.from_numpy(drawn.documents[None]), 16)
         firsts = np.unique(drawn.documents)
-        assert 1 <= len(firsts) <= most
         padding = 0
         for first, end in itertools.pairwise([*firsts.tolist(), 1025]):
             own = drawn.tokens[first:end]

@@ -212,7 +212,7 @@ def check_dense_attention(
 
 
 def check_attention_of_gpus(mesh: DeviceMesh) -> None:
-    """cuDNN's and flash attention get the arguments of torch's operations, at any width."""
+    """cuDNN gets the arguments of torch's operations, and the kernel computes any width."""
     emulate_attention_of_gpus()
     for (kind, operations), width in itertools.product(ATTENTIONS.items(), (HEAD_DIM, 20)):
         if kind == "cudnn" and width % 8:
@@ -268,7 +268,7 @@ class OnCuda(torch.Tensor):
 def test_attention_is_chosen_as_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward runs without gradients, and must not take a kernel that has no backward."""
     rows = [torch.zeros(1, heads, 8, 16).as_subclass(OnCuda) for heads in (4, 2, 2)]
-    asked, answers = [], {"cudnn": True, "flash": True}
+    asked, answers = [], {"cudnn": True}
 
     def answer(kind: str, parameters: torch.backends.cuda.SDPAParams) -> bool:
         asked.append(kind)
@@ -282,9 +282,11 @@ def test_attention_is_chosen_as_for_training(monkeypatch: pytest.MonkeyPatch) ->
         assert ring_operations._attention_of(*rows) == ATTENTIONS["cudnn"]
         answers["cudnn"] = False
         assert not takes_cudnn(*rows)
-        assert ring_operations._attention_of(*rows) == ATTENTIONS["flash"]
-        answers["flash"] = False
-        with pytest.raises(NotImplementedError, match="ring attention runs .* in bfloat16"):
+        assert ring_operations._attention_of(*rows) == ATTENTIONS["kernel"]
+        with pytest.raises(NotImplementedError, match="kernels, which compute bfloat16, .*float64"):
+            ring_operations._attention_of(*(x.double() for x in rows))
+        monkeypatch.setattr(ring_operations, "kernels", None)
+        with pytest.raises(NotImplementedError, match="pip install triton"):
             ring_operations._attention_of(*rows)
-    assert asked == ["cudnn", "cudnn", "cudnn", "flash", "cudnn", "flash"]
+    assert asked == ["cudnn"] * 5
     assert not rows[0].requires_grad

@@ -86,7 +86,7 @@ def compiled_worker(
     [
         # The same graphs as inductor's, without the half minute that its C++ takes.
         (2, ["cudnn"], "aot_eager_decomp_partition"),
-        pytest.param(4, ["default", "cudnn", "flash"], "inductor", marks=pytest.mark.slow),
+        pytest.param(4, ["default", "cudnn", "kernel"], "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_ring_equals_one_device(
@@ -102,7 +102,7 @@ def test_compiled_ring_of_gpus_equals_one_device(free_port: int) -> None:
     if world_size < 2:
         # The other gpu tests need only one.
         pytest.skip(f"a ring needs two or more GPUs to send between, found {world_size}")
-    kinds = ["default", "cudnn", "flash"]
+    kinds = ["default", "cudnn", "kernel"]
     run_ranks(
         compiled_worker, world_size, free_port, kinds, "inductor", "cuda", processes=world_size
     )

@@ -1,4 +1,4 @@
-"""Documents that do not see each other in the ring, and the lengths that flash attention gets."""
+"""Documents that do not see each other in the ring, and the kernels that attend there on GPUs."""
 
 import itertools
 import math
@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from document_cases import random_layout
-from flash_stand_ins import replace_flash_attention
 from launch import run_ranks
 from ring_ranks import Layer, join_ranks, with_gradients
 from torch.distributed.device_mesh import DeviceMesh
 
 from lighthouse import LighthouseAttention, LighthouseConfig, document_attention, first_positions
+from lighthouse.implementation import kernels
 from torchtitan.models.llama3_lighthouse.infra import ring_documents
 from torchtitan.models.llama3_lighthouse.infra.context_parallel import (
     apply_context_parallel,
@@ -134,7 +134,7 @@ def check_that_no_document_sees_another(mesh: DeviceMesh, config: Parallelism) -
 
 
 def worker_on_gpus(rank: int, world_size: int, port: int) -> None:
-    """Flash attention over ranks against that of one GPU, both in bf16, and compiled."""
+    """Attention over ranks against that of one GPU, both in bf16, and compiled."""
     mesh = join_ranks(rank, world_size, port, "cuda")
     n, generator = 3072, torch.Generator().manual_seed(0)
     layouts = [*(random_layout(BATCH, n, 1, generator) for _ in range(2)), first_positions(
@@ -145,15 +145,15 @@ def worker_on_gpus(rank: int, world_size: int, port: int) -> None:
     for config, layout, mode in itertools.product(BALANCES, layouts, (False, True)):
         torch.compiler.reset()
         documents, (*inputs, grad) = layout.cuda(), rows
-        options = {"documents": documents, "scale": 0.3, "most_documents": BATCH * n}
+        options = {"documents": documents, "scale": 0.3}
         wanted = with_gradients(document_attention, inputs, grad, **options)
-        found = attend(mesh, config, rows, documents, compiled=mode, most_documents=BATCH * n)
+        found = attend(mesh, config, rows, documents, compiled=mode)
         for value, want in zip(found, wanted, strict=True):
             want = layout_of(mesh, config).take(want, dim=2)
             assert (value - want).norm() < 2e-2 * want.norm(), (config, mode)
         # The host waits for nothing, and so not for the layout.
         torch.cuda.set_sync_debug_mode("error")
-        attend(mesh, config, rows, documents, compiled=mode, most_documents=BATCH * n)
+        attend(mesh, config, rows, documents, compiled=mode)
         torch.cuda.set_sync_debug_mode("default")
     dist.destroy_process_group()
 
@@ -172,17 +172,17 @@ def test_documents_over_ranks_equal_those_on_one_device(world_size: int, free_po
     run_ranks(worker, world_size, free_port, processes=world_size)
 
 
-def test_flash_attention_gets_what_is_seen_as_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_attend_to_what_is_seen() -> None:
     """As on GPUs. Queries that see nothing, and keys that nobody sees, lie between."""
-    replace_flash_attention(monkeypatch)
     queries, keys = 12, 10
     seen = Seen(torch.tensor([5, 0, 12, 1]), torch.tensor([4, 10, 0, 9]))
     generator = torch.Generator().manual_seed(3)
     shapes = ((4, queries), (2, keys), (2, keys), (4, queries))
     q, k, v, dout = (torch.randn(4, *x, D, generator=generator) for x in shapes)
     out, lse = ring_documents.forward_to_seen(q, k, v, 0.5, seen)
-    by_flash = ring_documents._forward_by_flash(q, k, v, 0.5, seen)
-    for found, want in zip(by_flash, (out, lse), strict=True):
+    intervals = ring_documents.intervals_of(seen, queries, keys)
+    by_kernels = kernels.attend_to_seen(q, k, v, intervals, 0.5, keys)
+    for found, want in zip(by_kernels, (out, lse), strict=True):
         torch.testing.assert_close(found, want)
     sees = torch.arange(queries) < seen.queries[:, None]
     assert (lse.isfinite() == sees[:, None]).all() and (out[1] == 0).all()
@@ -190,6 +190,7 @@ def test_flash_attention_gets_what_is_seen_as_lengths(monkeypatch: pytest.Monkey
     lse = torch.logaddexp(lse, torch.zeros(())) + math.log(2)
     rows = dout, q, k, v, out, lse, 0.5, seen
     wanted = ring_documents.backward_to_seen(*rows)
-    for found, want in zip(ring_documents._backward_by_flash(*rows), wanted, strict=True):
+    found_grads = kernels.gradients_to_seen(*rows[:6], intervals, 0.5, keys)
+    for found, want in zip(found_grads, wanted, strict=True):
         torch.testing.assert_close(found, want)
     assert all(grad[1].eq(0).all() and grad[0].ne(0).any() for grad in wanted)

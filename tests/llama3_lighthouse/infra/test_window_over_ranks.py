@@ -46,7 +46,7 @@ BESIDE, ALONE = LighthouseModelArgs(lighthouse=METHOD), LighthouseModelArgs(wind
 
 
 def check_operations_of_gpus(mesh: DeviceMesh) -> None:
-    """cuDNN's and flash attention get the arguments that they take, and give what the CPU's do."""
+    """cuDNN gets the arguments that it takes, and with the kernel gives what the CPU's does."""
     emulate_attention_of_gpus()
     forward, backward = ring_operations.operations_of(layout_of(mesh, Parallelism()))
     q, k, v, dout = torch.randn(4, 1, 4, 32, 16)
@@ -81,7 +81,7 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
     contexts = partial(create_selective_checkpoint_contexts, policy)
     layouts = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
     cases = list(itertools.product((BESIDE, ALONE), layouts, [None], [N], [False]))
-    # With documents, which on GPUs are flash attention's lengths.
+    # With documents, within which kernels attend on GPUs.
     cases.append((BESIDE, layouts[0], None, N, True))
     if device == "cuda":
         cases.append((ALONE, layouts[1], None, N, True))
@@ -94,7 +94,7 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
         options = {}
         if masked:
             documents = random_layout(1, n, 4, torch.Generator().manual_seed(1)).to(device)
-            options = {"documents": documents, "most_documents": n}
+            options = {"documents": documents}
         plain, ring = (
             args.stage_one_attention(ScaledDotProductAttentionWrapper()) for _ in range(2)
         )

@@ -158,7 +158,7 @@ def test_padding_takes_no_part_in_the_loss(stage: str) -> None:
     generator = torch.Generator().manual_seed(8)
     lengths = torch.randint(1, 40, (40,), generator=generator)
     tokens = torch.randint(0, 320, (int(lengths.sum()) + N + 1,), generator=generator)
-    layout = DocumentLayout(N, SPAN, N)
+    layout = DocumentLayout(N, SPAN)
     found = layout.lay_out(tokens.numpy(), lengths.cumsum(0).tolist())
     padding = found.labels == IGNORE_INDEX
     assert padding.sum() == found.padding > 0

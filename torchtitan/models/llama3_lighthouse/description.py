@@ -33,7 +33,7 @@ GIB = 2**30
 NAMES = {"lighthouse": "Lighthouse", "window": "window", "dense": "dense"}
 WINDOW_KERNELS = {
     "flash4": "FlashAttention 4",
-    "flash": "torch's flash attention",
+    "triton": "kernels",
     "torch": "vectorised PyTorch",
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torchtitan.tools.logging import logger
 
-from .data.documents import DOCUMENTS, PADDING, most_documents
+from .data.documents import DOCUMENTS, PADDING
 from .model.model import LighthouseModelArgs
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -49,7 +49,7 @@ class DocumentStatistics:
         share = sum_over("batch", self._padding) / (sequences * length)
         if share > MUCH_PADDING and not self._warned:
             self._warned = True
-            logger.warning(_padding_line(share, begins))
+            logger.warning(_padding_line(share))
         return {
             "lighthouse/documents": sum_over("batch", begins.sum().double()) / sequences,
             "lighthouse/padding_share": share,
@@ -62,21 +62,11 @@ class DocumentStatistics:
         return args.flops_saved_by_masks(self._layout, attention)
 
 
-def _padding_line(share: float, begins: torch.Tensor) -> str:
-    """The warning of a text whose documents are too short.
-
-    Args:
-        begins: which positions begin a document, bool [B, N].
-    """
-    length = begins.shape[1]
-    most = most_documents(length)
-    if (begins.sum(dim=1) == most).any():
-        cause = f"a sequence of {length:,} positions holds {most:,} documents at most"
-        fix = f"lower training.seq_len to about {length * (1 - share):,.0f}"
-    else:
-        cause = "each begins at a multiple of pooling_factor^(levels - 1) positions"
-        fix = "lower lighthouse.levels or lighthouse.pooling_factor"
+def _padding_line(share: float) -> str:
+    """The warning of a text whose documents are too short."""
     return (
         f"{share:.0%} of the positions of this step are padding, which trains nothing: the text's "
-        f"documents are short, and {cause}; join several of them in the text, or {fix}"
+        "documents are short, and each begins at a multiple of pooling_factor^(levels - 1) "
+        "positions; join several of them in the text, or lower lighthouse.levels or "
+        "lighthouse.pooling_factor"
     )

@@ -143,8 +143,8 @@ def attention_elements(
         everywhere = rows + q + (1 if ranks == 2 else 2) * (q + 4 * kv)
     near = rows + max(2 * q, rows)
     if ranks > 1 or sequences > 1:
-        # torch's flash attention copies what it reads, where a sequence that is cut into segments
-        # is not alone; over several ranks, the queries' gradient is copied once more.
+        # Peaks were recorded with torch's flash attention, which copied what it read, and over
+        # several ranks the queries' gradient once more. The kernel takes less.
         near = 3 * q + 2 * kv + rows + 2 * q + (q if ranks > 1 else 0)
     # The gradient of the sum behind attention, the feed-forward layer's two parts of it, and the
     # gradient of the output of attention.

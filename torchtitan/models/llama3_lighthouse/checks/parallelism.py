@@ -266,8 +266,8 @@ def check_device(config: JobConfig, device_type: str) -> None:
     if several and device_type == "cuda" and training.mixed_precision_param == "float32":
         raise UserValueError(
             "training.mixed_precision_param = 'float32' does not go with context parallelism on "
-            "GPUs, where ring attention runs cuDNN's and flash attention, which take no float32; "
-            "pass --training.mixed_precision_param bfloat16"
+            "GPUs, where ring attention has not been tried in float32; pass "
+            "--training.mixed_precision_param bfloat16"
         )
     if device_type == "cuda":
         return

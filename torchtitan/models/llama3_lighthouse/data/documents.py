@@ -22,8 +22,6 @@ from ..stages import stages_of
 
 # Names among a sequence's inputs: its layout, and how many of its positions are padding.
 DOCUMENTS, PADDING = "documents", "padding"
-# A sequence has at least room for so many documents, and for one in so many positions.
-LEAST_ROOM, POSITIONS_OF_ONE = 256, 512
 
 
 def document_span(config: JobConfig) -> int:
@@ -35,15 +33,6 @@ def document_span(config: JobConfig) -> int:
     sections = [x.config.lighthouse for x in stages_of(config) if x.attention == "lighthouse"]
     selecting = [section for section in sections if section.attention == "lighthouse"]
     return max((x.pooling_factor ** (x.levels - 1) for x in selecting), default=1)
-
-
-def most_documents(seq_len: int) -> int:
-    """Documents that a sequence has at most.
-
-    Dense attention on GPUs starts programs for so many documents of ``seq_len`` positions each,
-    whatever the documents are. A number of any possible documents would be slow for long sequences.
-    """
-    return min(seq_len, max(LEAST_ROOM, seq_len // POSITIONS_OF_ONE))
 
 
 class LaidOut(NamedTuple):
@@ -70,12 +59,10 @@ class DocumentLayout:
     Attributes:
         seq_len: N.
         span: positions that the first position of each document is a multiple of.
-        most: documents that a sequence has at most; the rest of it is padding then.
     """
 
     seq_len: int
     span: int
-    most: int
 
     def lay_out(self, tokens: np.ndarray, begins: Sequence[int]) -> LaidOut:
         """The sequence that the first of ``tokens`` make up.
@@ -92,7 +79,7 @@ class DocumentLayout:
         documents = np.empty(self.seq_len, dtype=np.int32)
         place = first = taken = 0
         bounds = itertools.pairwise((0, *begins, len(tokens)))
-        for begin, end in itertools.islice(bounds, self.most):
+        for begin, end in bounds:
             if place >= self.seq_len:
                 break
             first, taken = place, min(end, begin + self.seq_len - place)
@@ -117,7 +104,7 @@ def layout_of(config: JobConfig, seq_len: int) -> DocumentLayout | None:
     """How documents lie in sequences of ``seq_len`` positions; None if they see each other."""
     if not config.training.document_mask:
         return None
-    return DocumentLayout(seq_len, document_span(config), most_documents(seq_len))
+    return DocumentLayout(seq_len, document_span(config))
 
 
 def layout_lines(config: JobConfig) -> list[str]:
@@ -130,8 +117,8 @@ def layout_lines(config: JobConfig) -> list[str]:
         places = f"each at a multiple of {layout.span} positions"
     runs = "run on" if config.lighthouse.document_positions == "run_on" else "restart with each"
     return [
-        f"documents     do not see each other: {layout.most:,} of a sequence at most, {places}; "
-        f"rotary positions {runs}; FLOPs below are the most, those of one document a sequence"
+        f"documents     do not see each other, {places}; rotary positions {runs}; "
+        "FLOPs below are the most, those of one document a sequence"
     ]
 
 

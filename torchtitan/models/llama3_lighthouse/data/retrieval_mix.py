@@ -73,7 +73,7 @@ class RetrievalMix:
     ) -> None:
         self._encoder, self._rate, self._length = encoder, rate, length
         self._streams, self._seed = streams, seed
-        self._span, self._most = (layout.span, layout.most) if layout else (1, length)
+        self._span = layout.span if layout else 1
         # Task -> tokens of its shortest document.
         self._shortest: dict[Task, int] = {}
         # Task -> tokens that follow its prompt.
@@ -121,7 +121,7 @@ class RetrievalMix:
             lower = max(self._shortest[task], upper // 2)
             length = min(int(random.integers(lower, max(lower, upper) + 1)), left)
             filling = -length % self._span
-            if left - length - filling < self._enough or len(firsts) == self._most - 1:
+            if left - length - filling < self._enough:
                 length, filling = left, 0
             prompt_length = length - self._endings[task]
             prompt = draw_prompt(random, self._encoder, task, prompt_length, random.random())

@@ -51,7 +51,7 @@ SELECTION = {torch.ops.lighthouse.select.default}
 GATHERING: set[torch._ops.OpOverload] = set()
 if kernels is not None:
     WINDOW |= {
-        torch.ops.lighthouse.flash_window.default,
+        torch.ops.lighthouse.window_by_kernel.default,
         torch.ops.lighthouse.flash4_window.default,
     }
     SELECTION |= {

@@ -44,12 +44,11 @@ class RingAttention(nn.Module):
         enable_gqa: bool = False,
         is_causal: bool = True,
         documents: torch.Tensor | None = None,
-        most_documents: int | None = None,
     ) -> torch.Tensor:
         """Output [B, Hq, S, D] for this rank's q [B, Hq, S, D] and k, v [B, Hkv, S, D].
 
         Args:
-            documents, most_documents: as in ``document_attention_over_ranks``.
+            documents: as in ``document_attention_over_ranks``.
 
         Raises:
             ValueError: ``is_causal`` is false, or the heads differ without ``enable_gqa``.
@@ -57,7 +56,7 @@ class RingAttention(nn.Module):
         check_call("ring attention", q, k, enable_gqa, is_causal)
         if documents is not None:
             rows = q, k, v, documents, self.layout
-            return document_attention_over_ranks(*rows, scale, most_documents)
+            return document_attention_over_ranks(*rows, scale)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         return attention_over_ranks(q, k, v, scale, self.layout)
 

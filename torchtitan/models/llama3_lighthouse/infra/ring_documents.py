@@ -17,8 +17,7 @@ import torch
 
 from lighthouse.context_parallel import ContextParallel
 from lighthouse.cpu_flash import cpu_backward, cpu_forward
-from lighthouse.flash import Lengths, flash_backward_by_lengths, flash_forward_by_lengths
-from lighthouse.memory_layout import joined, split
+from lighthouse.implementation import kernels
 from lighthouse.precision import accumulation_dtype
 
 from .ring_attention import Ring
@@ -95,7 +94,8 @@ def forward_to_seen(
         out [B, Hq, R, D] and lse [B, Hq, R], zero and minus infinity for queries that see no key.
     """
     if q.is_cuda:
-        return _forward_by_flash(q, k, v, scale, seen)
+        intervals = intervals_of(seen, q.shape[2], k.shape[2])
+        return kernels.attend_to_seen(q, k, v, intervals, scale, k.shape[2])
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q.dtype))
     for row, queries, keys in _parts(seen):
@@ -120,7 +120,9 @@ def backward_to_seen(
         out, lse: those over all keys of the ring.
     """
     if q.is_cuda:
-        return _backward_by_flash(dout, q, k, v, out, lse, scale, seen)
+        intervals = intervals_of(seen, q.shape[2], k.shape[2])
+        rows = dout, q, k, v, out, lse
+        return kernels.gradients_to_seen(*rows, intervals, scale, k.shape[2])
     grads = tuple(torch.zeros_like(x) for x in (q, k, v))
     for row, queries, keys in _parts(seen):
         places = (queries, queries, keys, keys, queries, queries)
@@ -135,43 +137,6 @@ def backward_to_seen(
     return dq, dk, dv
 
 
-def _forward_by_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: Seen
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths, sees = _lengths(seen, q.shape[2], k.shape[2]), _first(seen.queries, q.shape[2])
-    rows = joined(q), joined(k), joined(v)
-    out, lse = flash_forward_by_lengths(*rows, lengths, scale, causal=False)
-    out, lse = split(out, len(q)), lse.unflatten(1, (len(q), -1)).transpose(0, 1)
-    return out.masked_fill(~sees[..., None], 0), lse.masked_fill(~sees, -math.inf)
-
-
-def _backward_by_flash(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    seen: Seen,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    lengths, sees = _lengths(seen, q.shape[2], k.shape[2]), _first(seen.queries, q.shape[2])
-    dout, joined_q, joined_k, joined_v, out = map(joined, (dout, q, k, v, out))
-    lse = lse.transpose(0, 1).flatten(1).contiguous()
-    dq, dk, dv = flash_backward_by_lengths(
-        dout, joined_q, joined_k, joined_v, out, lse, lengths, scale, causal=False
-    )
-    # Flash attention does not write the gradients of keys that no query sees.
-    hidden = _first(seen.hidden, k.shape[2])[..., None]
-    dk, dv = (split(grad, len(k)).masked_fill(hidden, 0) for grad in (dk, dv))
-    return split(dq, len(q)).masked_fill(~sees[..., None], 0), dk, dv
-
-
-def _first(count: torch.Tensor, length: int) -> torch.Tensor:
-    """Whether places are among the first ``count`` [B], bool [B, 1, ``length``]."""
-    return (torch.arange(length, device=count.device) < count[:, None]).unsqueeze(1)
-
-
 def _parts(seen: Seen) -> Iterator[tuple[slice, slice, slice]]:
     """Row of the batch, queries and keys of what is seen. The host reads the numbers."""
     for row, (queries, hidden) in enumerate(zip(*(x.tolist() for x in seen), strict=True)):
@@ -179,14 +144,10 @@ def _parts(seen: Seen) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(row, row + 1), slice(0, queries), slice(hidden, None)
 
 
-def _lengths(seen: Seen, queries: int, keys: int) -> Lengths:
-    """Three sequences for each row of the batch: hidden keys, what is seen, and other queries."""
-    row = torch.arange(len(seen.queries), device=seen.queries.device)
-    first, first_key = row * queries, row * keys
-    starts = torch.stack([first, first, first + seen.queries], dim=1)
-    key_starts = torch.stack([first_key, first_key + seen.hidden, first_key + keys], dim=1)
-    of_queries, of_keys = (
-        torch.nn.functional.pad(x.flatten(), (0, 1), value=len(row) * length).int()
-        for x, length in ((starts, queries), (key_starts, keys))
-    )
-    return Lengths(of_queries, of_keys, queries, keys)
+def intervals_of(seen: Seen, queries: int, keys: int) -> Any:
+    """The keys that each query sees, in joined rows. Later queries see none."""
+    row = torch.arange(len(seen.queries), device=seen.queries.device)[:, None]
+    sees = torch.arange(queries, device=row.device) < seen.queries[:, None]
+    first = row * keys + torch.where(sees, seen.hidden[:, None], keys)
+    end = ((row + 1) * keys).expand(first.shape)
+    return kernels.Intervals(first.flatten().int(), end.flatten().int())

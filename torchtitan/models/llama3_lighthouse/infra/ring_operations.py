@@ -6,8 +6,8 @@ some would then wait for transfers that others never start. It would also keep k
 everything received from forward to backward.
 
 The operations decide when they run which of torch's attentions computes at each hop: cuDNN's where
-torch takes it, otherwise flash attention, and on a CPU flash attention for CPUs. With documents it
-is flash attention.
+torch takes it, otherwise a kernel of ``lighthouse``, and on a CPU torch's flash attention for CPUs.
+With documents it is the kernel.
 
 Shapes: B batch, Hq query heads, Hkv key-value heads, N positions of the sequence, S positions on a
 rank, D head dimension.
@@ -22,8 +22,8 @@ import torch
 from lighthouse.context_parallel import GROUPS, ContextParallel
 from lighthouse.cpu_flash import cpu_backward, cpu_forward
 from lighthouse.cudnn import cudnn_backward, cudnn_forward, takes_cudnn
-from lighthouse.dense_attention import backward_within, forward_within, layout_within
-from lighthouse.flash import flash_backward, flash_forward, obstacle_to_flash, takes_flash
+from lighthouse.dense_attention import backward_within, forward_within
+from lighthouse.implementation import kernels
 from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.precision import accumulation_dtype
 
@@ -47,10 +47,8 @@ def _forward(
     v: torch.Tensor,
     scale: float,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = documents, most_documents
-    return torch.ops.lighthouse_ring.attention(q, k, v, scale, *ring, *layout)
+    return torch.ops.lighthouse_ring.attention(q, k, v, scale, *ring, documents)
 
 
 def _backward(
@@ -64,12 +62,11 @@ def _backward(
     lse: torch.Tensor,
     scale: float,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if dlse is not None:
         dout, out = fold_lse_gradient(dout, dlse, out)
-    rows, layout = (dout, q, k, v, out, lse), (documents, most_documents)
-    return torch.ops.lighthouse_ring.attention_backward(*rows, scale, *ring, *layout)
+    rows = dout, q, k, v, out, lse
+    return torch.ops.lighthouse_ring.attention_backward(*rows, scale, *ring, documents)
 
 
 def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Attend, Attend]:
@@ -82,25 +79,17 @@ def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[At
         return cpu_forward, cpu_backward
     if takes_cudnn(q, k, v):
         return cudnn_forward, cudnn_backward
-    if takes_flash(q, k, v):
-        return flash_forward, flash_backward
-    # Memory-efficient attention pads its logsumexp: that of half the queries is not half as long.
-    raise NotImplementedError(
-        "ring attention runs cuDNN's and flash attention, in bfloat16 or float16, and neither "
-        f"takes q {tuple(q.shape)} in {q.dtype}"
-    )
-
-
-def _check_flash(q: torch.Tensor) -> None:
-    """Check that flash attention attends within documents on tensors like ``q``.
-
-    Raises:
-        NotImplementedError: it does not.
-    """
-    if q.is_cuda and (obstacle := obstacle_to_flash(q)):
+    if kernels is None:
         raise NotImplementedError(
-            f"ring attention within documents runs flash attention, which {obstacle}"
+            "ring attention on GPUs uses Triton where cuDNN does not compute, and it is not "
+            "installed: pip install triton"
         )
+    if obstacle := kernels.obstacle_to_kernels(q):
+        raise NotImplementedError(
+            f"ring attention runs cuDNN's attention, which does not take q {tuple(q.shape)} in "
+            f"{q.dtype}, and kernels, which {obstacle}"
+        )
+    return kernels.dense_forward, kernels.dense_backward
 
 
 def _forward_within(
@@ -116,7 +105,7 @@ def _forward_within(
     """The ``Attend`` of forward within documents.
 
     Args:
-        home: the ``layout_within`` of this rank's own rows.
+        home: the layout of this rank's own rows.
         seen: None at the first hop, which attends to these rows.
     """
     if seen is None:
@@ -146,16 +135,13 @@ def _run_forward(
     group_name: str,
     balanced: bool,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     ring, within = Ring(GROUPS[group_name], balanced), nothing_more
     if documents is None:
         attend = partial(_attention_of(q, k, v)[0], scale=scale)
     else:
-        _check_flash(q)
         found = RingDocuments(documents, ring)
-        home = layout_within(found.at_home(), q, most_documents)
-        attend, within = partial(_forward_within, home, scale=scale), found.within
+        attend, within = partial(_forward_within, found.at_home(), scale=scale), found.within
     if ring.size == 1:
         out, lse = attend(q, k, v, is_causal=True)
     else:
@@ -174,15 +160,13 @@ def _run_backward(
     group_name: str,
     balanced: bool,
     documents: torch.Tensor | None = None,
-    most_documents: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     ring, within = Ring(GROUPS[group_name], balanced), nothing_more
     if documents is None:
         attend = partial(_attention_of(q, k, v)[1], scale=scale)
     else:
         found = RingDocuments(documents, ring)
-        home = layout_within(found.at_home(), q, most_documents)
-        attend, within = partial(_backward_within, home, scale=scale), found.within
+        attend, within = partial(_backward_within, found.at_home(), scale=scale), found.within
     if ring.size == 1:
         grads = attend(dout, q, k, v, out, lse, is_causal=True)
     else:
@@ -209,7 +193,7 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-RING = "str group_name, bool balanced, Tensor? documents=None, int? most_documents=None"
+RING = "str group_name, bool balanced, Tensor? documents=None"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _name, _schema, _run, _fake in (
     (

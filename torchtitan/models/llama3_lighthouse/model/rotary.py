@@ -19,8 +19,6 @@ from torchtitan.models.llama3.model.model import Attention
 
 from lighthouse import document_attention
 
-from ..data.documents import most_documents
-
 
 def table_of(freqs_cis: torch.Tensor) -> torch.Tensor:
     """torchtitan's table, complex64 [longest N, D / 2], as the bits of cosines and sines.
@@ -79,8 +77,7 @@ class RotaryAttention(Attention):
     """Upstream's attention of type "sdpa", with this rotary embedding and its table of bits.
 
     The place of upstream's masks takes documents: int32 [B, N], for each position the first
-    position of its document, within which it attends. There are no more of them in a sequence than
-    ``most_documents`` says. Other families derive theirs from it.
+    position of its document, within which it attends. Other families derive theirs from it.
 
     Attributes:
         norms_heads: whether ``rotated`` norms each head's queries and keys.
@@ -144,7 +141,6 @@ class RotaryAttention(Attention):
         options: dict[str, Any] = {}
         if documents is not None:
             options["documents"] = documents
-            options["most_documents"] = len(documents) * most_documents(documents.shape[1])
             # Upstream's dense attention knows no documents.
             if isinstance(self.inner_attention, ScaledDotProductAttentionWrapper):
                 return document_attention(q, k, v, **options)

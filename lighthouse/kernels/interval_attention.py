@@ -1,0 +1,379 @@
+"""Attention in which each query sees an interval of the keys, in joined rows.
+
+Queries lie in the order of what they see: neither the first key that a query sees nor the first one
+after its interval lies before that of an earlier query. So the keys that a block of queries sees
+lie between the first key of its first query and the last key of its last one. Programs go through
+these alone. They compare positions only in tiles at both ends, because all pairs of the others
+attend. Causal attention, windows and documents are such intervals, and so is what a hop of a ring
+sees within documents. Work follows the intervals.
+
+The queries that see a key are an interval too, and lie in the order of keys. The gradient of the
+queries and that of keys and values have a kernel each. Both compute the weights anew from the
+logsumexp. No two programs write to one place, so bits repeat. Products are in the dtype of the
+rows, and sums in float32.
+
+Shapes: R queries and C keys, of all sequences of a batch one after the other; Hq query heads, Hkv
+key-value heads, D head dimension.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# A tile's places are counted from its first in 32 bits.
+MOST_STRIDE = 2**24
+
+
+class Tiles(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        own: rows of a program.
+        other: rows of the other side that it takes at once.
+        warps, stages: warps of a program, and loads in flight.
+    """
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+
+
+class Launches(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: Tiles
+    queries: Tiles
+    keys: Tiles
+
+
+# By the largest head dimension. GPUs whose programs may use 200 KB of shared memory and more are
+# Hopper's. Intervals of up to 1,024 keys fall into few tiles, and those at both ends are most of
+# the work. Those of 64 and 128 for Hopper were the fastest of eight on an H200, and the others have
+# not been timed.
+LARGE = {
+    64: Launches(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3)),
+    128: Launches(Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+    256: Launches(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+}
+SHORT = {
+    64: Launches(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3)),
+    128: Launches(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3)),
+    256: LARGE[256],
+}
+SMALL = {
+    64: Launches(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    128: Launches(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
+    256: Launches(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+}
+FLOAT32 = {
+    128: Launches(Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1)),
+    256: Launches(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+}
+LARGE_SHARED_MEMORY, MOST_SHORT = 200_000, 1024
+
+
+def launches(q: torch.Tensor, longest: int) -> Launches:
+    """How the kernels are launched for queries like ``q`` [R, Hq, D].
+
+    Args:
+        longest: keys that no query sees more of.
+    """
+    table = SMALL
+    if q.dtype == torch.float32:
+        table = FLOAT32
+    elif q.is_cuda:
+        properties = torch.cuda.get_device_properties(q.device)
+        # pyrefly: ignore[missing-attribute]  The stubs of torch leave it out.
+        if properties.shared_memory_per_block_optin > LARGE_SHARED_MEMORY:
+            table = SHORT if longest <= MOST_SHORT else LARGE
+    return next(tiles for largest, tiles in table.items() if q.shape[2] <= largest)
+
+
+@triton.jit
+def _tile(
+    rows, start, row_stride, lane, column, end,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Rows from ``start`` on; zero from ``end`` on, which a ``WHOLE`` tile lies before."""
+    # In the interpreter, a loop's number is none of Triton's.
+    first = (tl.zeros((), tl.int64) + start) * row_stride
+    places = rows + first + lane[:, None] * row_stride + column[None, :]
+    if not WHOLE:
+        mask = (start + lane < end)[:, None] & (column < D)[None, :]
+        tile = tl.load(places, mask=mask, other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(places, mask=(column < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(places)
+    return tile
+
+
+@triton.jit
+def _ranges(firsts, ends, start, count, OWN: tl.constexpr, OTHER: tl.constexpr):
+    """Where three ranges of tiles begin and end that rows from ``start`` on meet.
+
+    All pairs of the second range attend.
+    """
+    last = tl.minimum(start + OWN, count) - 1
+    low = tl.load(firsts + start) // OTHER * OTHER
+    high = tl.load(ends + last)
+    whole = tl.cdiv(tl.load(firsts + last), OTHER) * OTHER
+    whole_end = tl.load(ends + start) // OTHER * OTHER
+    return (low, whole, tl.maximum(whole, whole_end)), (tl.minimum(whole, high), whole_end, high)
+
+
+@triton.jit
+def _own_queries(heads, queries, OWN: tl.constexpr):
+    """The head and the first of a program's queries. The last ones, which may see most, begin."""
+    program = tl.program_id(0)
+    block = tl.cdiv(queries, OWN) - 1 - program // heads
+    return (program % heads).to(tl.int64), block * OWN
+
+
+@triton.jit
+def _attend(
+    q, k, v, firsts, ends, out, lse,
+    q_n, q_h, k_n, k_h, v_n, v_h, heads, group, queries, keys, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    head, start = _own_queries(heads, queries, OWN)
+    k += head // group * k_h
+    v += head // group * v_h
+    lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
+    query = start + lane
+    inside = query < queries
+    first = tl.load(firsts + query, mask=inside, other=0)
+    end = tl.load(ends + query, mask=inside, other=0)
+    lows, highs = _ranges(firsts, ends, start, queries, OWN, OTHER)
+    q_tile = _tile(q + head * q_h, start, q_n, lane, column, queries, D, BLOCK_D, False)
+    largest = tl.full((OWN,), float("-inf"), tl.float32)
+    weight = tl.zeros((OWN,), tl.float32)
+    total = tl.zeros((OWN, BLOCK_D), tl.float32)
+    for part in tl.static_range(3):
+        for other in tl.range(lows[part], highs[part], OTHER):
+            k_tile = _tile(k, other, k_n, other_lane, column, keys, D, BLOCK_D, part == 1)
+            # Powers are of two, and the scale has the factor for that.
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+            if part != 1:
+                key = (other + other_lane)[None, :]
+                seen = (key >= first[:, None]) & (key < end[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, axis=1))
+            # A query that has seen nothing yet has no largest score.
+            base = tl.where(larger == float("-inf"), 0.0, larger)
+            kept = tl.exp2(largest - base)
+            weights = tl.exp2(scores - base[:, None])
+            weight = weight * kept + tl.sum(weights, axis=1)
+            largest = larger
+            v_tile = _tile(v, other, v_n, other_lane, column, keys, D, BLOCK_D, part == 1)
+            total = total * kept[:, None]
+            total = tl.dot(weights.to(v_tile.dtype), v_tile, total, input_precision="ieee")
+    places = out + (query.to(tl.int64) * heads + head)[:, None] * D + column[None, :]
+    # A query that sees nothing has an output of zero, and a logsumexp of minus infinity.
+    weight = tl.where(weight > 0.0, weight, 1.0)
+    result = total / weight[:, None]
+    shown = inside[:, None] & (column < D)[None, :]
+    tl.store(places, result.to(out.dtype.element_ty), mask=shown)
+    tl.store(lse + head * queries + query, (largest + tl.log2(weight)) / LOG2_E, mask=inside)
+
+
+@triton.jit
+def _query_gradients(
+    dout, q, k, v, out, lse, firsts, ends, dq, delta,
+    dout_n, dout_h, q_n, q_h, k_n, k_h, v_n, v_h, out_n, out_h,
+    heads, group, queries, keys, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    head, start = _own_queries(heads, queries, OWN)
+    k += head // group * k_h
+    v += head // group * v_h
+    lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
+    query = start + lane
+    inside = query < queries
+    first = tl.load(firsts + query, mask=inside, other=0)
+    end = tl.load(ends + query, mask=inside, other=0)
+    lows, highs = _ranges(firsts, ends, start, queries, OWN, OTHER)
+    base = tl.load(lse + head * queries + query, mask=inside, other=0.0) * LOG2_E
+    q_tile = _tile(q + head * q_h, start, q_n, lane, column, queries, D, BLOCK_D, False)
+    grad = _tile(dout + head * dout_h, start, dout_n, lane, column, queries, D, BLOCK_D, False)
+    result = _tile(out + head * out_h, start, out_n, lane, column, queries, D, BLOCK_D, False)
+    product = tl.sum(grad.to(tl.float32) * result.to(tl.float32), axis=1)
+    tl.store(delta + head * queries + query, product, mask=inside)
+    total = tl.zeros((OWN, BLOCK_D), tl.float32)
+    for part in tl.static_range(3):
+        for other in tl.range(lows[part], highs[part], OTHER):
+            k_tile = _tile(k, other, k_n, other_lane, column, keys, D, BLOCK_D, part == 1)
+            v_tile = _tile(v, other, v_n, other_lane, column, keys, D, BLOCK_D, part == 1)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2_E) - base[:, None])
+            if part != 1:
+                key = (other + other_lane)[None, :]
+                seen = (key >= first[:, None]) & (key < end[:, None])
+                weights = tl.where(seen, weights, 0.0)
+            of_weights = tl.dot(grad, tl.trans(v_tile), input_precision="ieee")
+            of_scores = weights * (of_weights - product[:, None])
+            total = tl.dot(of_scores.to(k_tile.dtype), k_tile, total, input_precision="ieee")
+    places = dq + (query.to(tl.int64) * heads + head)[:, None] * D + column[None, :]
+    shown = inside[:, None] & (column < D)[None, :]
+    tl.store(places, (total * scale).to(dq.dtype.element_ty), mask=shown)
+
+
+@triton.jit
+def _key_gradients(
+    dout, q, k, v, lse, delta, firsts, ends, dk, dv,
+    dout_n, dout_h, q_n, q_h, k_n, k_h, v_n, v_h, heads, group, queries, keys, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """The first keys begin, which most queries may see. Heads are those of keys here."""
+    program = tl.program_id(0)
+    kv_head, start = (program % heads).to(tl.int64), program // heads * OWN
+    lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
+    key = start + lane
+    inside = key < keys
+    first = tl.load(firsts + key, mask=inside, other=0)
+    end = tl.load(ends + key, mask=inside, other=0)
+    lows, highs = _ranges(firsts, ends, start, keys, OWN, OTHER)
+    k_tile = _tile(k + kv_head * k_h, start, k_n, lane, column, keys, D, BLOCK_D, False)
+    v_tile = _tile(v + kv_head * v_h, start, v_n, lane, column, keys, D, BLOCK_D, False)
+    total = tl.zeros((OWN, BLOCK_D), tl.float32)
+    total_v = tl.zeros((OWN, BLOCK_D), tl.float32)
+    for member in tl.range(group):
+        head = kv_head * group + member
+        own_q, own_dout = q + head * q_h, dout + head * dout_h
+        for part in tl.static_range(3):
+            for other in tl.range(lows[part], highs[part], OTHER):
+                query = other + other_lane
+                inside_q = query < queries
+                q_tile = _tile(
+                    own_q, other, q_n, other_lane, column, queries, D, BLOCK_D, part == 1
+                )
+                grad = _tile(
+                    own_dout, other, dout_n, other_lane, column, queries, D, BLOCK_D, part == 1
+                )
+                base = tl.load(lse + head * queries + query, mask=inside_q, other=0.0) * LOG2_E
+                product = tl.load(delta + head * queries + query, mask=inside_q, other=0.0)
+                scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                weights = tl.exp2(scores * (scale * LOG2_E) - base[None, :])
+                if part != 1:
+                    seen = (query[None, :] >= first[:, None]) & (query[None, :] < end[:, None])
+                    weights = tl.where(seen, weights, 0.0)
+                total_v = tl.dot(weights.to(grad.dtype), grad, total_v, input_precision="ieee")
+                of_weights = tl.dot(v_tile, tl.trans(grad), input_precision="ieee")
+                of_scores = weights * (of_weights - product[None, :])
+                total = tl.dot(of_scores.to(q_tile.dtype), q_tile, total, input_precision="ieee")
+    places = (key.to(tl.int64) * heads + kv_head)[:, None] * D + column[None, :]
+    shown = inside[:, None] & (column < D)[None, :]
+    tl.store(dk + places, (total * scale).to(dk.dtype.element_ty), mask=shown)
+    tl.store(dv + places, total_v.to(dv.dtype.element_ty), mask=shown)
+
+
+class Intervals(NamedTuple):
+    """For each row, the first row of the other side that it meets, and the first one after these.
+
+    Both ascend: int32 [R] for queries, [C] for keys. A row meets none if ``end`` is not greater.
+    """
+
+    first: torch.Tensor
+    end: torch.Tensor
+
+    def of_keys(self, keys: int) -> "Intervals":
+        """The queries that see each of so many keys, of the keys that each query sees."""
+        key = torch.arange(keys, dtype=torch.int32, device=self.first.device)
+        # Queries before these end at the key or before it, and queries from the others on begin
+        # after it.
+        first = torch.searchsorted(self.end, key, right=True, out_int32=True)
+        return Intervals(first, torch.searchsorted(self.first, key, right=True, out_int32=True))
+
+
+def interval_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: Intervals,
+    scale: float,
+    longest: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to the keys that each query sees.
+
+    Args:
+        q: [R, Hq, D].
+        k, v: [C, Hkv, D].
+        seen: keys that each query sees.
+        scale: factor of the scores, positive.
+        longest: keys that no query sees more of. It matters for speed alone.
+
+    Returns:
+        out [R, Hq, D] and lse float32 [Hq, R], contiguous; zero and minus infinity for queries that
+        see no key.
+    """
+    (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
+    tiles = launches(q, longest).forward
+    out, lse = q.new_empty(q.shape), q.new_empty((heads, queries), dtype=torch.float32)
+    (q, k, v), strides = _readable(q, k, v)
+    _attend[_grid(queries, heads, tiles)](
+        q, k, v, *seen, out, lse, *strides, heads, heads // kv_heads, queries, keys,
+        scale * LOG2_E.value, **_constants(d, tiles),
+    )  # fmt: skip
+    return out, lse
+
+
+def interval_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seen: Intervals,
+    scale: float,
+    longest: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, contiguous.
+
+    Args:
+        out, lse: of ``interval_forward``, or over more keys than these; lse is contiguous.
+    """
+    (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
+    tiles, group = launches(q, longest), heads // kv_heads
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    (dout, q, k, v, out), strides = _readable(dout, q, k, v, out)
+    _query_gradients[_grid(queries, heads, tiles.queries)](
+        dout, q, k, v, out, lse, *seen, dq, delta, *strides,
+        heads, group, queries, keys, scale, **_constants(d, tiles.queries),
+    )  # fmt: skip
+    _key_gradients[_grid(keys, kv_heads, tiles.keys)](
+        dout, q, k, v, lse, delta, *seen.of_keys(keys), dk, dv, *strides[:-2],
+        kv_heads, group, queries, keys, scale, **_constants(d, tiles.keys),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _readable(*all_rows: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
+    """Rows [R, H, D] as the kernels read them, and their strides of rows and heads."""
+    taken = [
+        x if x.stride(2) == 1 and x.stride(0) < MOST_STRIDE else x.contiguous() for x in all_rows
+    ]
+    if INTERPRETED and taken[0].dtype == torch.bfloat16:
+        # Triton's interpreter miscomputes bfloat16 products.
+        taken = [x.float() for x in taken]
+    return taken, [stride for x in taken for stride in x.stride()[:2]]
+
+
+def _grid(rows: int, heads: int, tiles: Tiles) -> tuple[int]:
+    return (triton.cdiv(rows, tiles.own) * heads,)
+
+
+def _constants(d: int, tiles: Tiles) -> dict[str, int]:
+    block_d = max(16, triton.next_power_of_2(d))
+    return {
+        "D": d, "BLOCK_D": block_d, "OWN": tiles.own, "OTHER": tiles.other,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
