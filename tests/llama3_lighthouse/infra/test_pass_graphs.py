@@ -13,21 +13,34 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from document_cases import random_layout
-from launch import Run, validation_losses
+from launch import TRAINED, Run, arguments, validation_losses
 from small_model import FOUR_LAYERS, N, build
+from text_data import write_jsonl
 from torch import nn
 
-from torchtitan.models.llama3_lighthouse.data.documents import DOCUMENTS, model_options
+from torchtitan.models.llama3_lighthouse.data.documents import (
+    DOCUMENTS,
+    model_options,
+    without_idle_masks,
+)
+from torchtitan.models.llama3_lighthouse.data.staged import build_staged_dataloader
+from torchtitan.models.llama3_lighthouse.data.tokenizer import build_tokenizer
 from torchtitan.models.llama3_lighthouse.infra.pass_graphs import (
     EAGER_PASSES,
     PassGraphs,
     launch_line,
     why_no_graphs,
 )
-from torchtitan.models.llama3_lighthouse.job_config import JobConfig, Lighthouse
+from torchtitan.models.llama3_lighthouse.job_config import (
+    JobConfig,
+    Lighthouse,
+    LighthouseConfigManager,
+)
+from torchtitan.models.llama3_lighthouse.stages import stages_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KINDS = ("lighthouse", "dense")
@@ -389,12 +402,21 @@ def exact(run: Run) -> dict[int, tuple[Any, ...]]:
     return {step: tuple(line[key] for key in keys) for step, line in run.steps().items()}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("masks", [False, True])
-def test_training_with_graphs_equals_training_without(tmp_path: Path, masks: bool) -> None:
-    """50 steps under three stages and two lengths, with labels that do not count, accumulation,
-    validation, checkpoints, and a restart by which the graphs are captured anew."""
-    settings = {
+def whole_run(folder: Path, masks: bool) -> dict[str, Any]:
+    """Settings of 50 steps under three stages and two lengths, and the text for them in ``folder``.
+
+    About half of all sequences hold an end of a document, so that passes with documents and passes
+    without are both captured in every stage. The standard library has longer documents: of 14 dense
+    steps, three began with a pass with documents, which are too few.
+    """
+    generator = np.random.default_rng(5)
+
+    def documents(count: int) -> list[str]:
+        lengths = generator.integers(200, 2800, count)
+        return ["".join(generator.choice([*"abcdefgh \n"], length)) for length in lengths]
+
+    path = write_jsonl(folder, {"a.jsonl": documents(200), "validation.jsonl": documents(20)})
+    return {
         # Its default, which a schedule asks for.
         "lighthouse.dense_from_step": 10000,
         "lighthouse.schedule": [
@@ -402,12 +424,49 @@ def test_training_with_graphs_equals_training_without(tmp_path: Path, masks: boo
         ],
         **{"lighthouse.combine": "finest", "lighthouse.window": 64, "lighthouse.passkey_mix": 0.2},
         **{"training.seq_len": 1024, "training.global_batch_size": 3, "training.steps": 50},
+        **{"training.dataset": "c4_local", "training.dataset_path": path},
+        **{"validation.dataset": "c4_local", "validation.dataset_path": path},
         **{"training.mixed_precision_param": "bfloat16", "debug.deterministic": True},
         **{"compile.enable": True, "checkpoint.interval": 13},
         **{"validation.enable": True, "validation.freq": 10, "validation.steps": 1},
         **{"validation.seq_len": 1024, "activation_checkpoint.mode": "lighthouse"},
         **{"training.document_mask": masks},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_each_stage_of_the_whole_run_captures_all_kinds_of_passes(
+    tmp_path: Path, masks: bool
+) -> None:
+    """The run below needs a GPU. Its text decides what it captures, which a CPU can tell."""
+    line = arguments({**TRAINED, **whole_run(tmp_path / "text", masks)})
+    config = LighthouseConfigManager().parse_args(line)
+    loader = build_staged_dataloader(1, 0, build_tokenizer(config), config)
+    batches, weight = iter(loader), nn.Parameter(torch.zeros(()))
+
+    def one_pass(inputs: object, labels: object, tokens: torch.Tensor) -> torch.Tensor:
+        (weight * tokens).backward()
+        return torch.zeros(())
+
+    graphs = StandIn(one_pass, [weight], torch.device("cpu"))
+    for stage in stages_of(config):
+        graphs.forget()
+        loader.use(stage.config)
+        for _ in range(stage.first, stage.last + 1):
+            weight.grad = None
+            for _ in range(config.training.global_batch_size):
+                inputs, labels = next(batches)
+                graphs.run(stage.attention, without_idle_masks(inputs, None), labels, 1.0)
+        kinds = [stage.attention, *[f"masked {stage.attention}"] * masks]
+        assert set(graphs._graphs) == {(kind, first) for kind in kinds for first in (None, *kinds)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masks", [False, True])
+def test_training_with_graphs_equals_training_without(tmp_path: Path, masks: bool) -> None:
+    """Labels that do not count, accumulation, validation, checkpoints, and a restart by which the
+    graphs are captured anew."""
+    settings = whole_run(tmp_path / "text", masks)
 
     def run(name: str, **more: Any) -> Run:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -421,10 +480,8 @@ def test_training_with_graphs_equals_training_without(tmp_path: Path, masks: boo
     assert "launches      each pass as one CUDA graph" in with_graphs.succeed().log
     # Microbatches with documents and those without have graphs of their own.
     lines = re.findall(r"Steps under ([a-z ]+) attention replay a CUDA graph", with_graphs.log)
-    if masks:
-        assert {"masked lighthouse", "masked dense"} <= set(lines)
-    else:
-        assert lines == ["lighthouse", "lighthouse", "dense"]
+    kinds = ["lighthouse", "lighthouse", "dense"]
+    assert sorted(lines) == sorted(kinds + [f"masked {kind}" for kind in kinds] * masks)
     assert "replay a CUDA graph" not in without.succeed().log
     assert sorted(exact(without)) == list(range(1, 51))
     assert exact(with_graphs) == exact(without) == exact(killed)
