@@ -175,7 +175,8 @@ def test_message_names_stage_value_and_fix(base: JobConfig, stages, number, word
      "training.local_batch_size = 3 must be .*; the stage itself says local_batch_size=3"),
     (["dense until=4 seq_len=256 local_batch_size=3", "dense"], 0,
      {"training.local_batch_size": 2}, 1,
-     "the 3 sequences of a step cannot be shared by the text's 2 streams; pass --lighthouse.data"),
+     "the 3 sequences of a step cannot be shared by the text's 2 streams "
+     r"\(lighthouse.data_streams = 0\); set lighthouse.data_streams to 6, which the batches"),
     (["lighthouse until=4 pooling_factor=4 top_k=16", "dense"], 0,
      {"validation.enable": True, "validation.seq_len": 508, "lighthouse.pooling_factor": 2}, 1,
      r"validation.seq_len = 508 does not fit \[lighthouse\]"),

@@ -20,9 +20,10 @@ from torchtitan.tools.utils import device_module, device_type
 # This import registers the model with torchtitan.
 from . import train_spec  # noqa: F401
 from .checkpoints.manager import LighthouseCheckpointManager
-from .checkpoints.model_folder import files_to_keep, model_arguments_of, named_model
+from .checkpoints.model_folder import files_to_keep, model_arguments_of
 from .checks.configuration import check_launch
 from .checks.parallelism import check_device
+from .checks.text import check_vocabulary
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
 from .data.documents import DOCUMENTS, model_options, without_idle_masks
@@ -80,13 +81,7 @@ class LighthouseTrainer(upstream.Trainer):
         self.checkpointer.model = architecture(self.model_args)
         self.checkpointer.model_files = files_to_keep(job_config)
 
-        vocabulary = self.tokenizer.get_vocab_size()
-        if vocabulary > self.model_args.vocab_size:
-            raise UserValueError(
-                f"the tokenizer has {vocabulary} ids but {named_model(job_config)} has "
-                f"{self.model_args.vocab_size} embeddings; choose another model or "
-                "lighthouse.tokenizer"
-            )
+        check_vocabulary(job_config, self.tokenizer)
         self.stages = RunStages(job_config, self.model_args)
         self.metrics_processor.time_left = self.stages.time_left()
         # Empty before the first step.

@@ -1,5 +1,6 @@
 """Checks of a configuration that need nothing built: one message names key, value and fix."""
 
+import math
 from pathlib import Path
 
 from lighthouse import LighthouseConfig
@@ -97,19 +98,25 @@ def check_launch(
             f"{data_parallel}, or -1 for just that"
         )
     streams = stream_count(config, data_parallel)
-    for stage in distinct_stages(config):
+    stages = distinct_stages(config)
+    batches = [global_batch_size(stage.config, data_parallel) for stage in stages]
+    for stage in stages:
         with naming(stage):
-            _check_batch(stage.config, data_parallel, streams)
+            _check_batch(stage.config, data_parallel, streams, math.lcm(*batches))
 
 
-def _check_batch(config: JobConfig, data_parallel: int, streams: int) -> None:
-    """Check that the text's streams share a stage's batch, and that it can be read."""
+def _check_batch(config: JobConfig, data_parallel: int, streams: int, fitting: int) -> None:
+    """Check that the text's streams share a stage's batch, and that it can be read.
+
+    Args:
+        fitting: a number of streams that the batches of all stages share.
+    """
     whole = global_batch_size(config, data_parallel)
     if not can_share(whole, streams):
         raise UserValueError(
-            f"the {whole} sequences of a step cannot be shared by the text's {streams} streams; "
-            "pass --lighthouse.data_streams with a number that divides every stage's batch, or "
-            "that all of them divide"
+            f"the {whole} sequences of a step cannot be shared by the text's {streams} streams "
+            f"(lighthouse.data_streams = {config.lighthouse.data_streams}); set "
+            f"lighthouse.data_streams to {fitting}, which the batches of all stages divide"
         )
     training = config.training
     tokens = whole // data_parallel * training.seq_len

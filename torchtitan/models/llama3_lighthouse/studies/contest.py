@@ -10,7 +10,6 @@ from collections.abc import Container, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import TextIO
 
 import torch
@@ -19,6 +18,7 @@ from ..checks.output import check_output
 from ..errors import UserFileError, UserValueError
 from ..evaluation.figures import check_plots
 from ..evaluation.progress import say, say_what_was_written
+from .contest_checks import check_runs, check_text
 from .contest_data import (
     CURVES,
     MEASURES,
@@ -36,9 +36,18 @@ from .contest_data import (
     write_data,
     write_times,
 )
-from .contest_file import Contest, fix, read_contest, read_record, write_record
-from .contest_measures import MEASURES_FILE, TUNING, Number, read_numbers, write_numbers
+from .contest_file import Contest, fix, read_contest, write_record
+from .contest_measures import MEASURES_FILE, TUNING, Number, write_numbers
 from .contest_plan import Planner, last_checkpoint
+from .contest_rates import (
+    WIDENED,
+    Place,
+    best_rates,
+    rates_of,
+    say_rates,
+    tried_places,
+    widen,
+)
 from .contest_report import COMPARISONS, RESULTS, report
 from .recovery import remove_cut_off
 from .sweeps import (
@@ -52,62 +61,6 @@ from .sweeps import (
     sweep,
     train,
 )
-
-# Rates that were added beside the file's, by arm.
-WIDENED = "widened.json"
-MOST_WIDENED = 4
-# Arm, rate and seed of a run.
-Place = tuple[str, float, int]
-
-
-def rates_of(contest: Contest, output: Path) -> dict[str, list[float]]:
-    """Each arm's learning rates, those of the file and those that were added, in order."""
-    path = output / WIDENED
-    added = read_record(path) if path.exists() else {}
-    return {name: sorted({*arm.rates, *added.get(name, [])}) for name, arm in contest.arms.items()}
-
-
-def widen(contest: Contest, rates: dict[str, list[float]], best: dict[str, float]) -> list[str]:
-    """Add a rate beyond each grid whose best is at its edge, and return the arms that got one."""
-    found = []
-    for name, of_arm in rates.items():
-        is_first = name in best and best[name] == of_arm[0]
-        is_last = name in best and best[name] == of_arm[-1]
-        few = len(of_arm) < len(contest.arms[name].rates) + MOST_WIDENED
-        if len(of_arm) > 1 and (is_first or is_last) and few:
-            step = of_arm[1] / of_arm[0] if is_first else of_arm[-1] / of_arm[-2]
-            of_arm.append(of_arm[0] / step if is_first else of_arm[-1] * step)
-            of_arm[-1] = float(f"{of_arm[-1]:.4g}")
-            of_arm.sort()
-            found.append(name)
-    return found
-
-
-def best_rates(contest: Contest, tried: dict[Place, Run]) -> dict[str, float]:
-    """The best rate of each arm whose runs have all finished, by the measure that tunes.
-
-    The measure is the mean over seeds that choose, and a rate under which one of them diverged is
-    not taken. An arm without a rate is left out.
-    """
-    best = {}
-    for name in contest.arms:
-        own: dict[float, list[Run]] = {}
-        for (arm, rate, _), run in tried.items():
-            if arm == name:
-                own.setdefault(rate, []).append(run)
-        if own and all(run.is_finished for runs in own.values() for run in runs):
-            values = {rate: fmean(tuning_value(contest, run) for run in runs)
-                      for rate, runs in own.items()}  # fmt: skip
-            if fit := {rate: value for rate, value in values.items() if math.isfinite(value)}:
-                best[name] = max(fit, key=lambda rate: contest.tuning_sign * fit[rate])
-    return best
-
-
-def tuning_value(contest: Contest, run: Run) -> float:
-    """The mean over documents of the measure that chooses the rate; NaN if the run diverged."""
-    return fmean(
-        each.value for each in read_numbers(run.folder) if each.measure == contest.tuned_by
-    )
 
 
 class _Contestants:
@@ -240,7 +193,7 @@ def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) 
 @contextmanager
 def _begun(planner: Planner, options: SweepOptions) -> Generator[_Contestants, None, None]:
     """Record what rules the results, or compare it, and keep other sweeps out meanwhile."""
-    fix(planner.contest, options.output, planner.rest())
+    fix(planner.contest, options.output, check_text(planner))
     with lock_folder(options.output) as lock:
         yield _Contestants(planner, options, lock)
 
@@ -266,13 +219,16 @@ def run_contest(
     contest, output = read_contest(path), options.output
     options.slots()
     check_output(output)
-    planner = Planner(contest, output, extra, timed=options.per_gpu > 1)
+    planner = Planner(contest, output, extra, options.processes)
     if unknown := set(arms) - contest.arms.keys():
         raise UserValueError(
             f"--arms {min(unknown)} is no arm of {path}; use {', '.join(contest.arms)}"
         )
     arms = arms or list(contest.arms)
     rates = rates_of(contest, output)
+    # A list may come before the machines.
+    device = None if options.only_list else _device()
+    check_runs(planner, rates, options.per_gpu > 1, device)
     if options.only_list:
         if contest.start:
             steps = contest.start.settings["training.steps"]
@@ -304,6 +260,10 @@ def run_contest(
     raise_if_failed(failed, list(placed.values()))
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     """Learn only the times of the arms on this machine, and write ``TIMES``.
 
@@ -313,22 +273,12 @@ def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     contest, output = read_contest(path), options.output
     options.slots()
     check_output(output)
-    planner = Planner(contest, output, extra, timed=True)
+    planner = Planner(contest, output, extra, options.processes)
+    check_runs(planner, rates_of(contest, output), timed=True, device=_device())
     with _begun(planner, options) as contestants:
         contestants.time(contest.arms)
     say_what_was_written(output, TIMES)
     raise_if_failed(contestants.failed, list(contestants.timed.values()))
-
-
-def _tried(contest: Contest, rates: dict[str, list[float]], arms: Iterable[str]) -> list[Place]:
-    """Arm, rate and seed of the runs that choose the rates of arms with several."""
-    return [
-        (name, rate, seed)
-        for seed in contest.rate_seeds
-        for name in arms
-        if len(rates[name]) > 1
-        for rate in rates[name]
-    ]
 
 
 def _place_others(
@@ -337,7 +287,7 @@ def _place_others(
     """Take in what finished before of arms that do not train now."""
     contest = contestants.contest
     best = {name: rates[name][0] for name in arms if len(rates[name]) == 1}
-    best |= best_rates(contest, contestants.place(RATES, _tried(contest, rates, arms)))
+    best |= best_rates(contest, contestants.place(RATES, tried_places(contest, rates, arms)))
     contestants.place(SEEDS, [(name, best[name], seed) for name in best for seed in contest.seeds])
 
 
@@ -349,24 +299,13 @@ def _choose_rates(
     only = {name: rates[name][0] for name in arms if len(rates[name]) == 1}
     best = only
     while len(only) < len(arms):
-        tried = contestants.train_all(RATES, _tried(contest, rates, arms))
+        tried = contestants.train_all(RATES, tried_places(contest, rates, arms))
         best = only | best_rates(contest, tried)
         say_rates({name: rates[name] for name in arms}, best, widened)
         if not widened or not widen(contest, rates, best):
             break
         write_record(contestants.options.output / WIDENED, rates)
     return best
-
-
-def say_rates(rates: dict[str, list[float]], best: dict[str, float], widened: bool) -> None:
-    """Say each arm's best rate, and whether it lies at the edge of its grid."""
-    for name, of_arm in rates.items():
-        if name not in best:
-            say(f"{name}: left out, as runs that choose its rate failed or diverged", error=True)
-            continue
-        edge = len(of_arm) > 1 and best[name] in (of_arm[0], of_arm[-1])
-        advice = "" if widened else "; --widen tries further ones"
-        say(f"{name}: best rate {best[name]:g}" + (f", at the edge of its grid{advice}" * edge))
 
 
 def report_again(path: Path, output: Path, plots: bool) -> None:

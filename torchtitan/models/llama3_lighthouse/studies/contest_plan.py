@@ -8,38 +8,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checks.configuration import check_config
-from ..data.text_sources import find_source
-from ..data.tokenizer import build_tokenizer
+from ..checks.configuration import check_launch
 from ..errors import UserTypeError, UserValueError
-from ..evaluation.distance_text import held_out_sequences
-from ..evaluation.progress import say
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..stages import stages_of
 from .contest_data import Times, steps_by_kind
 from .contest_file import INITIAL_KEYS, Arm, Contest, read_record, write_record
-from .contest_measures import known_measures
 from .recovery_plan import SETTINGS, check_base, checkpoint_of
 from .settings import command_line, keys_given, with_settings
 from .sweeps import Run
 
 UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")
-FLAG = re.compile(r"--([a-z-]+)(?= [\d(])")
 # Steps of the arms, where gpu_seconds decides them.
 STEPS_FILE = "steps.json"
 # This is added to an arm's seed for the run that it begins from.
 START_SEEDS = 1000
-
-
-@contextmanager
-def in_distance(contest: Contest) -> Generator[None, None, None]:
-    """Name settings of the measures by their keys, not by the flags of ``evaluate distance``."""
-    try:
-        yield
-    except UserValueError as error:
-        words = FLAG.sub(lambda found: f"distance.{found[1].replace('-', '_')} =", str(error))
-        raise UserValueError(f"{contest.path}: {words}") from None
 
 
 @contextmanager
@@ -60,15 +44,21 @@ class Planner:
     """Makes the runs of a contest.
 
     Args:
-        timed: whether short runs will tell times. They are checked now, too.
+        extra: overrides for every run.
+        processes: training processes of each run.
+
+    Raises:
+        ValueError: an override sets what the contest sets.
     """
 
     def __init__(
-        self, contest: Contest, output: Path, extra: list[str], timed: bool = False
+        self, contest: Contest, output: Path, extra: list[str], processes: int = 1
     ) -> None:
         self.contest, self.output, self.extra = contest, output, extra
+        self.processes = processes
         path = output / STEPS_FILE
         self.steps: dict[str, int] = read_record(path) if path.exists() else {}
+        self._starts: dict[int, Run] = {}
         varied = {"optimizer.lr", "job.dump_folder", "job.config_file", *contest.seed_keys}
         varied |= contest.settings.keys() | SETTINGS.keys()
         varied |= {key for arm in contest.arms.values() for key in arm.settings}
@@ -76,22 +66,8 @@ class Planner:
         if contest.start:
             varied |= contest.start.settings.keys() | INITIAL_KEYS
             varied |= {"checkpoint.interval", "validation.freq"}
-            with in_table(contest, "start"):
-                check_base(self.start_run(contest.seeds[0]).config)
         if clash := keys_given(extra) & varied:
             raise UserValueError(f"--{min(clash)} is set by {contest.path}; leave it out")
-        # Arms of one length have the same measures, as all validate alike.
-        lengths: dict[int, JobConfig] = {}
-        for arm in contest.arms.values():
-            # Every arm is checked before the first run.
-            with in_table(contest, f"arms.{arm.name}"):
-                run = self.run(arm, arm.rates[0], contest.seeds[0])
-                check_base(run.config)
-                if timed or contest.gpu_seconds:
-                    self.timing_run(arm)
-            lengths[run.config.training.seq_len] = run.config
-        for config in lengths.values():
-            check_measures(contest, config)
 
     @property
     def overrides(self) -> list[str]:
@@ -104,32 +80,6 @@ class Planner:
             skip = is_path and "=" not in word
         return found
 
-    def rest(self) -> dict[str, Any]:
-        """What results depend on besides the file, for their record: overrides and text.
-
-        Raises:
-            ValueError: there is no such text, or no document of the held-out one is long enough.
-        """
-        arm, asked = next(iter(self.contest.arms.values())), self.contest.distance
-        config = self.run(arm, arm.rates[0], self.contest.seeds[0]).config
-        tokenizer = build_tokenizer(config)
-        found = len(held_out_sequences(config, tokenizer, asked.documents, asked.sequences))
-        if found < asked.documents:
-            say(f"{found} of {asked.documents} held-out documents are long enough to measure")
-        sections = [
-            ("training", "train", config.training),
-            ("validation", "validation", config.validation),
-        ]
-        if self.contest.start:
-            sections.append(
-                ("start", "train", self.start_run(self.contest.seeds[0]).config.training)
-            )
-        text = {
-            key: find_source(section.dataset, split, section.dataset_path, key).fingerprint()
-            for key, split, section in sections
-        }
-        return {"overrides": self.overrides, "text": text}
-
     def run(self, arm: Arm, rate: float, seed: int) -> Run:
         """The run of an arm at a learning rate under a seed."""
         source = self.start_run(seed) if self.contest.start else None
@@ -138,6 +88,8 @@ class Planner:
 
     def start_run(self, seed: int) -> Run:
         """The run that all arms begin from under a seed. It reads the text in another order."""
+        if seed in self._starts:
+            return self._starts[seed]
         start = self.contest.start
         assert start is not None
         seeds = dict.fromkeys(self.contest.seed_keys, seed + START_SEEDS)
@@ -145,7 +97,8 @@ class Planner:
         steps = settings["training.steps"]
         # The arms need its last checkpoint alone.
         settings |= dict.fromkeys(("checkpoint.interval", "validation.freq"), steps)
-        return self._run(f"start,seed={seed}", settings)
+        self._starts[seed] = self._run(f"start,seed={seed}", settings)
+        return self._starts[seed]
 
     def timing_run(self, arm: Arm) -> Run:
         """A few steps of each stage of an arm, which tell how long a step takes."""
@@ -227,6 +180,9 @@ class Planner:
 
         Args:
             source: the run whose last weights it begins from.
+
+        Raises:
+            ValueError, TypeError, OSError: the trainer would refuse it.
         """
         folder = self.output.resolve() / name
         settings = SETTINGS | settings
@@ -238,19 +194,5 @@ class Planner:
             line.append("--checkpoint.initial_load_model_only")
         # To parse each line would take a quarter of a second.
         config = with_settings(self._base, settings | {"job.dump_folder": str(folder)})
-        check_config(config, flavors)
+        check_launch(config, flavors, self.processes)
         return Run(settings, line, folder, config, needs=source)
-
-
-def check_measures(contest: Contest, config: JobConfig) -> None:
-    """Check that the runs will have the measures that the contest decides by.
-
-    Raises:
-        ValueError: they will not, or settings of the measures do not fit.
-    """
-    with in_distance(contest):
-        known = known_measures(contest, config)
-    for key, name in (("tuned_by", contest.tuned_by), ("primary", contest.primary)):
-        if name not in known:
-            shown = ", ".join(known)
-            raise UserValueError(f"{contest.path}: {key} = '{name}' is not measured; use {shown}")
