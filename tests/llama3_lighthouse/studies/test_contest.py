@@ -71,14 +71,16 @@ def call(path: Path, tmp_path: Path, monkeypatch, capsys):
     return run
 
 
-def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05, fast: float = 0.5) -> None:
+def write_logs(
+    run, rates_best: float = 2e-3, gain: float = 0.05, fast: float = 0.5, shift: float = 0.0
+) -> None:
     """Log lines and measures of a run whose arm "lighthouse" is better by ``gain``.
 
-    Steps take 0.5 s, and ``fast`` where they are not dense.
+    Steps take 0.5 s, and ``fast`` where they are not dense. Losses are higher by ``shift``.
     """
     rate, seed = run.settings["optimizer.lr"], run.settings["debug.seed"]
     loss = 1.5 + abs(np.log(rate / rates_best)) + 0.001 * seed
-    loss -= gain * run.name.startswith("lighthouse")
+    loss += shift - gain * run.name.startswith("lighthouse")
     lines, stages, last = [], stages_of(run.config), run.config.training.steps
     for step in range(1, last + 1):
         selects = stage_at(step, stages).attention == "lighthouse"
@@ -100,15 +102,16 @@ def write_logs(run, rates_best: float = 2e-3, gain: float = 0.05, fast: float = 
 def faked(monkeypatch):
     """Runs and measures in place of training; lists those that were asked for."""
     calls = SimpleNamespace(
-        trained=[], measured=[], kill_at=None, best=2e-3, failing=(), fast=0.5, reason="planted"
-    )
+        trained=[], measured=[], kill_at=None, best=2e-3, failing=(), fast=0.5, reason="planted",
+        shift=0.0,
+    )  # fmt: skip
 
     def train(run, processes, title, environment, lock) -> int:
         calls.trained.append(run.name)
         if run.name in calls.failing:
             (run.folder / "log.txt").write_text(f"Error: {calls.reason}\n")
             return 1
-        write_logs(run, calls.best, fast=calls.fast)
+        write_logs(run, calls.best, fast=calls.fast, shift=calls.shift)
         last_checkpoint(run).mkdir(parents=True)
         return 0
 
@@ -479,21 +482,105 @@ def test_text_of_a_start_is_recorded_too(call, faked, path, tmp_path) -> None:
     assert "were begun with text" in call()[1]
 
 
-def test_a_start_whose_weights_are_gone_trains_again(call, faked, path, tmp_path) -> None:
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_a_start_whose_weights_are_gone_trains_again(call, faked, path, tmp_path, shift) -> None:
+    """Only one with other losses is another model, which the report tells apart."""
     with_start(path)
     faked.failing = ("window,lr=0.002,seed=2",)
     call()
     faked.trained.clear()
     faked.failing = ()
     shutil.rmtree(tmp_path / "out/start,seed=2/checkpoint")
+    faked.shift = shift
     out, code = call()
     assert not code and "start,seed=2 trains again, as its weights are gone; the new ones" in out
+    assert ("another model than before" if shift else "the same model as before") in out
     assert faked.trained == ["start,seed=2", "window,lr=0.002,seed=2"]
     runs = pandas.read_csv(tmp_path / "out/runs.csv").query("stage == 'seeds'")
-    assert runs.groupby("seed").start.nunique().to_dict() == {1: 1, 2: 2}
-    assert runs.start.nunique() == 3
+    assert runs.groupby("seed").start.nunique().to_dict() == {1: 1, 2: 1 + bool(shift)}
+    assert runs.start.nunique() == 2 + bool(shift)
     apart = "Runs of seed 2 began from several trainings of their start"
-    assert apart in (tmp_path / "out/results.md").read_text()
+    assert (apart in (tmp_path / "out/results.md").read_text()) == bool(shift)
+
+
+@pytest.fixture
+def carried(call, faked, path, tmp_path):
+    """The small files of a contest that a first session left unfinished, and text at another place.
+
+    One of the two arms that trained then failed in seed 2. Returns a call of the second session.
+    """
+    for name in ("a", "b", "c"):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / f"text/{name}.txt").write_text(f"Book {name}. " * 200)
+    at_equal_time(path, 40)
+    with_start(path)
+    path.write_text(path.read_text().replace(
+        "[settings]", '[settings]\ntraining.dataset = "c4_local"'))  # fmt: skip
+    faked.failing = ("window,lr=0.002,seed=2",)
+    call("--arms", "dense", "window", "--training.dataset_path", str(tmp_path / "text"))
+    assert "dense,lr=0.002,seed=2" in faked.trained
+    faked.failing = ()
+    faked.trained.clear()
+    shutil.copytree(
+        tmp_path / "out", tmp_path / "new/out", ignore=shutil.ignore_patterns("checkpoint")
+    )
+    shutil.move(tmp_path / "text", tmp_path / "new/text")
+    shutil.rmtree(tmp_path / "out")
+    place = ("--output", str(tmp_path / "new/out"))
+    text = ("--training.dataset_path", str(tmp_path / "new/text"))
+    return lambda *line: call(*place, *line, *text)
+
+
+@pytest.mark.parametrize("tables", [True, False])
+def test_a_contest_goes_on_at_another_machine(carried, faked, tmp_path, tables: bool) -> None:
+    """Only the start of the seed that misses a run trains again, and each start once."""
+    if not tables:
+        # They follow from the folders of the runs.
+        for file in ("steps.json", "times.csv", "runs.csv", "measures.csv", "curves.csv"):
+            (tmp_path / "new/out" / file).unlink()
+    out, code = carried("--arms", "dense", "window")
+    assert not code and faked.trained == ["start,seed=2", "window,lr=0.002,seed=2"]
+    assert "window against dense: no difference" in out
+    faked.trained.clear()
+    out, code = carried()
+    assert not code and "lighthouse against dense: better" in out
+    rest = ["lighthouse,times", "start,seed=1", "lighthouse,lr=0.002,seed=1",
+            "lighthouse,lr=0.002,seed=2"]  # fmt: skip
+    assert sorted(faked.trained) == sorted(rest)
+    assert "several trainings" not in (tmp_path / "new/out/results.md").read_text()
+
+
+@pytest.mark.parametrize(("change", "word"), [("contents", "text"), ("names", "order")])
+def test_a_contest_goes_on_with_no_other_text(carried, faked, tmp_path, change, word) -> None:
+    """Names of files decide their shuffled order."""
+    file = tmp_path / "new/text/c.txt"
+    if change == "contents":
+        file.write_text("Another book. " * 200)
+    else:
+        file.rename(file.with_name("d.txt"))
+    _, message = carried()
+    assert f"were begun with {word} " in str(message) and not faked.trained
+    (tmp_path / "new/out/contest.json").unlink()
+    for table in (tmp_path / "new/out").glob("*.csv"):
+        table.unlink()
+    _, message = carried()
+    assert "config.json, but no contest.json that says whose it is" in str(message)
+    assert not faked.trained
+
+
+def test_a_run_that_was_not_measured_and_lost_its_weights_trains_again(
+    carried, faked, tmp_path
+) -> None:
+    run = tmp_path / "new/out/dense,lr=0.001,seed=1"
+    (run / "finished").unlink()
+    # Measured, so nothing is left to do.
+    carried("--arms", "dense")
+    assert not faked.trained and (run / "finished").exists()
+    for name in ("finished", "measures.json"):
+        (run / name).unlink()
+    out, _ = carried("--arms", "dense")
+    assert "dense,lr=0.001,seed=1 trains again, as its weights are gone and" in out
+    assert faked.trained == ["start,seed=1", "dense,lr=0.001,seed=1"]
 
 
 def test_runs_of_one_start_are_not_told_apart(call, faked, path, tmp_path) -> None:

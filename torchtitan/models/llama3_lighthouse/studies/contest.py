@@ -33,6 +33,7 @@ from .contest_data import (
     mark_trained,
     read_times,
     start_id,
+    starts_used,
     write_data,
     write_times,
 )
@@ -62,6 +63,9 @@ from .sweeps import (
     train,
 )
 
+# Folders of text may lie elsewhere when a contest goes on, as its record holds what they contain.
+PATHS_OF_TEXT = ("training.dataset_path", "validation.dataset_path")
+
 
 class _Contestants:
     """Trains and measures the runs of a contest, and writes what they gave."""
@@ -78,6 +82,8 @@ class _Contestants:
     def train_all(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
         """Train and measure what has not finished."""
         planned = self._planned(asked)
+        for run in planned.values():
+            clear_unmeasured(run)
         # A run that only has to be measured needs no weights to begin from.
         runs = {
             key: replace(run, needs=None) if run.is_finished or is_trained(run) else run
@@ -85,9 +91,8 @@ class _Contestants:
         }
         self.placed.update({(stage, *key): run for key, run in runs.items()})
         sources = {run.needs.folder: run.needs for run in runs.values() if run.needs}
-        followed = {run.needs.folder for run in planned.values() if run.needs and run.is_finished}
-        for folder, source in sources.items():
-            renew(source, folder in followed)
+        for source in sources.values():
+            renew(source)
             # Before threads ask for it.
             if source.is_finished:
                 start_id(source)
@@ -131,7 +136,7 @@ class _Contestants:
                     return code
                 mark_trained(run, alone)
                 if run.folder in sources:
-                    start_id(run)
+                    say_which_start(run, title)
                 elif run.needs:
                     mark_start(run, run.needs)
             if not stage or run.folder in sources or (run.folder / MEASURES_FILE).exists():
@@ -139,7 +144,7 @@ class _Contestants:
             say(f"{title}: measuring")
             return measure(self.contest, run, environment, self.lock)
 
-        self.failed += sweep(runs, train_run, self.tabulate, options.slots())
+        self.failed += sweep(runs, train_run, self.tabulate, options.slots(), PATHS_OF_TEXT)
 
     def tabulate(self) -> None:
         done = {key: run for key, run in self.placed.items() if run.is_finished}
@@ -152,21 +157,35 @@ class _Contestants:
                        self.logs, output)  # fmt: skip
 
 
-def renew(source: Run, had_followers: bool) -> None:
-    """Clear a run that others begin from if its weights are gone, so that it trains again.
+def clear_unmeasured(run: Run) -> None:
+    """Clear a run that was trained but not measured if its weights are gone."""
+    measured = run.is_finished or (run.folder / MEASURES_FILE).exists()
+    if is_trained(run) and not measured and not last_checkpoint(run).is_dir():
+        say(f"{run.name} trains again, as its weights are gone and it was not measured")
+        shutil.rmtree(run.folder)
 
-    Args:
-        had_followers: whether runs that began from it have finished.
-    """
+
+def renew(source: Run) -> None:
+    """Clear a run that others begin from if its weights are gone, so that it trains again."""
     if last_checkpoint(source).is_dir():
         return
-    if source.is_finished or had_followers:
+    was_trained = source.is_finished or is_trained(source)
+    if was_trained or starts_used(source):
         say(
             f"{source.name} trains again, as its weights are gone; the new ones may be another "
             "model than the one that finished runs began from"
         )
-    if source.is_finished:
+    if was_trained:
         shutil.rmtree(source.folder)
+
+
+def say_which_start(source: Run, title: str) -> None:
+    """Name a training of a run that others begin from, and compare it with earlier ones."""
+    name, used = start_id(source), starts_used(source)
+    if used == {name}:
+        say(f"{title}: the same model as before, as each loss and gradient norm is the same")
+    elif used:
+        say(f"{title}: another model than before; the column `start` of {RUNS} tells them apart")
 
 
 def has_diverged(run: Run) -> bool:

@@ -97,20 +97,23 @@ def check_text(planner: Planner) -> dict[str, Any]:
             if config is first or name == "start" or _source(config) != _source(first):
                 text[own] = _fingerprint("training", "train", config)
     text["validation"] = _fingerprint("validation", "validation", first)
+    seed = first.lighthouse.shuffle_seed
+    order = {"training": _fingerprint("training", "train", first, seed)} if seed else {}
     asked = contest.distance
     sequences = held_out_sequences(first, build_tokenizer(first), asked.documents, asked.sequences)
     if len(sequences) < asked.documents:
         say(f"{len(sequences)} of {asked.documents} held-out documents are long enough to measure")
-    return {"overrides": planner.overrides, "text": text}
+    return {"overrides": planner.overrides, "text": text, "order": order}
 
 
 def _source(config: JobConfig) -> tuple[str, str | None]:
     return config.training.dataset, config.training.dataset_path
 
 
-def _fingerprint(key: str, split: str, config: JobConfig) -> str:
+def _fingerprint(key: str, split: str, config: JobConfig, seed: int = 0) -> str:
+    """The contents of a text; with a seed, in the order that it draws by the names of files."""
     section = getattr(config, key)
-    return find_source(section.dataset, split, section.dataset_path, key).fingerprint()
+    return find_source(section.dataset, split, section.dataset_path, key, seed).fingerprint()
 
 
 def check_measures(contest: Contest, config: JobConfig) -> None:

@@ -1,9 +1,9 @@
 """What the runs of a contest logged and measured, as CSV files."""
 
+import hashlib
 import json
 import math
 import statistics
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +11,15 @@ import pandas
 
 from ..evaluation.tables import Row, write_csv
 from ..job_config import JobConfig
-from ..metrics import HELD_OUT_LOSS, METRICS_FILE, SECONDS, TOKENS, UNDER_LIGHTHOUSE
+from ..metrics import (
+    GRAD_NORM,
+    HELD_OUT_LOSS,
+    LOSS,
+    METRICS_FILE,
+    SECONDS,
+    TOKENS,
+    UNDER_LIGHTHOUSE,
+)
 from ..stages import stage_at, stages_of
 from .contest_file import VALIDATION
 from .contest_measures import read_numbers
@@ -48,14 +56,24 @@ def trained_alone(run: Run) -> bool:
 
 
 def start_id(source: Run) -> str:
-    """The name of one training of a run that others begin from, made when first asked for.
+    """The name of one training of a run that others begin from: a hash of its logged losses.
 
-    A training of its own is another model on GPUs, where thousands of steps do not repeat.
+    A run that trains again is another model on GPUs, where thousands of steps do not repeat, unless
+    every loss and gradient norm is the same.
     """
     path = source.folder / START
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
+        steps = read_metrics(source.folder).items()
+        logged = [[step, entry.get(LOSS), entry.get(GRAD_NORM)] for step, entry in steps]
+        path.write_text(hashlib.sha256(json.dumps(logged).encode()).hexdigest()[:12])
     return path.read_text()
+
+
+def starts_used(source: Run) -> set[str]:
+    """The trainings of ``source`` that other runs began from and ended."""
+    _, _, seed = source.name.partition(",")
+    files = source.folder.parent.glob(f"*,{seed}/{START}")
+    return {path.read_text() for path in files if path.parent != source.folder}
 
 
 def mark_start(run: Run, source: Run) -> None:

@@ -368,10 +368,10 @@ def fix(contest: Contest, output: Path, rest: dict[str, Any] | None = None) -> N
                     f"are {value}; restore them, or pass --output FOLDER"
                 )
         return
-    if found := sorted(output.glob("*.csv")):
+    if found := sorted([*output.glob("*.csv"), *output.glob("*/config.json")]):
         raise UserFileError(
-            f"{output} holds {found[0].name}, but no {RECORD} that says whose it is; restore it, "
-            "or pass --output FOLDER"
+            f"{output} holds {found[0].relative_to(output)}, but no {RECORD} that says whose it "
+            "is; restore it, or pass --output FOLDER"
         )
     output.mkdir(parents=True, exist_ok=True)
     (output / COPY).write_bytes(contest.path.read_bytes())

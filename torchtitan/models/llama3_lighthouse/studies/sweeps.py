@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -216,18 +216,21 @@ def train(run: Run, processes: int, title: str, environment: Environment, lock: 
     return process.returncode
 
 
-def begin(run: Run) -> bool:
+def begin(run: Run, moved: Container[str] = ()) -> bool:
     """Make the run's folder, and return whether there is anything left to train.
+
+    Args:
+        moved: keys that may have another value than when the run began.
 
     Raises:
         ValueError: the folder holds a run of another configuration.
     """
     record, config = run.folder / "config.json", record_of(run.config)
     if record.exists():
-        found = all_differences(json.loads(record.read_text()), json.loads(config))
-        if found:
+        differences = all_differences(json.loads(record.read_text()), json.loads(config))
+        if found := [each.key for each in differences if each.key not in moved]:
             raise UserValueError(
-                f"{run.folder} holds a run with another {', '.join(each.key for each in found)}; "
+                f"{run.folder} holds a run with another {', '.join(found)}; "
                 "pass --output FOLDER with one of its own, or remove it"
             )
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -245,9 +248,10 @@ class _Sweep:
         on_finished: Callable[[], object],
         slots: Sequence[Environment],
         pool: ThreadPoolExecutor,
+        moved: Container[str],
     ) -> None:
         self.runs, self.train_run, self.on_finished, self.pool = runs, train_run, on_finished, pool
-        self.waiting = [run for run in runs if begin(run)]
+        self.waiting = [run for run in runs if begin(run, moved)]
         self.free = list(slots)
         self.slots = len(slots)
         self.failed: list[str] = []
@@ -306,6 +310,7 @@ def sweep(
     train_run: Callable[[Run, str, Environment], int],
     on_finished: Callable[[], object],
     slots: Sequence[Environment],
+    moved: Container[str] = (),
 ) -> list[str]:
     """Train what has not finished, and return the names of the runs that failed.
 
@@ -314,12 +319,13 @@ def sweep(
             returns the exit code.
         on_finished: called after every run that finished.
         slots: an environment for each run that trains at the same time.
+        moved: keys that may have another value than when a run began.
 
     Raises:
         ValueError: a folder holds a run of another configuration.
     """
     with ThreadPoolExecutor(len(slots)) as pool:
-        state = _Sweep(runs, train_run, on_finished, slots, pool)
+        state = _Sweep(runs, train_run, on_finished, slots, pool, moved)
         try:
             state.start_ready_runs()
             while state.active:
