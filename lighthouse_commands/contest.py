@@ -48,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms", nargs="+", default=[], metavar="ARM", help="train these now; default: all"
     )
     parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="SEED",
+        help="train these at the best rates now; default: all",
+    )
+    parser.add_argument(
         "--only-times", action="store_true", help="learn how long a step of each arm takes here"
     )
     parser.add_argument(
@@ -82,4 +90,4 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.only_times:
         time_arms(options.config, sweep, overrides)
         return
-    run_contest(options.config, sweep, overrides, options.widen, options.arms)
+    run_contest(options.config, sweep, overrides, options.widen, options.arms, options.seeds)

@@ -203,10 +203,36 @@ def test_a_contest_goes_on_where_it_was_killed_and_repeats_nothing(call, faked, 
     assert "0.05" in before and read_contest(tmp_path / "contest.toml").digest in before
 
 
+def test_the_list_says_what_has_finished(call, faked, path, tmp_path) -> None:
+    with_start(path)
+    path.write_text("rate_seed = 7\n" + path.read_text())
+
+    def listed() -> list[str]:
+        out, code = call("--list")
+        assert not code
+        return [line.partition("seeds 1, 2; ")[2] or line.rpartition("; ")[2]
+                for line in out.splitlines()]  # fmt: skip
+
+    assert listed() == ["nothing has finished"] * 4
+    assert not (tmp_path / "out/contest.json").exists()
+    faked.failing = ("dense,lr=0.002,seed=7", "window,lr=0.002,seed=2")
+    call("--arms", "dense", "window")
+    assert listed() == [
+        "finished: seeds 7, 1, 2",
+        "finished: 1 of 2 runs that choose the rate",
+        "finished: seed 1",
+        "nothing has finished",
+    ]
+    faked.failing = ()
+    call()
+    chosen = "finished: 2 of 2 runs that choose the rate, which is 0.002; seeds 1, 2"
+    assert listed() == ["finished: seeds 7, 1, 2", chosen, *["finished: seeds 1, 2"] * 2]
+
+
 def test_a_changed_file_is_refused_beside_old_results(call, faked, path) -> None:
     call()
     path.write_text(path.read_text().replace("margin = 0.01", "margin = 0.001"))
-    for line in ((), ("--report-only",)):
+    for line in ((), ("--list",), ("--report-only",)):
         _, message = call(*line)
         assert "has changed since the results" in message and "\n" not in message
 
@@ -216,7 +242,7 @@ def test_other_overrides_are_refused_beside_old_results(call, faked, tmp_path) -
     record = json.loads((tmp_path / "out/contest.json").read_text())
     assert record["overrides"] == ["--training.max_norm", "0.5"]
     trained = len(faked.trained)
-    for line in ((), ("--training.max_norm", "0.7")):
+    for line in ((), ("--list",), ("--training.max_norm", "0.7")):
         _, message = call(*line)
         assert "were begun with overrides ['--training.max_norm', '0.5']" in message
     changed = record | {"text": record["text"] | {"training": "another"}}
@@ -316,6 +342,19 @@ def test_arms_can_train_one_after_the_other(call, faked, path) -> None:
     out, _ = call()
     assert "lighthouse against dense: better" in out and len(faked.trained) == trained
     assert "--arms other is no arm" in call("--arms", "other")[1]
+
+
+def test_seeds_can_train_one_after_the_other(call, faked, path, tmp_path) -> None:
+    with_start(path)
+    path.write_text("rate_seed = 7\n" + path.read_text())
+    out, code = call("--seeds", "2")
+    assert not code and "no verdict, as 1 of 2 seeds have finished in both" in out
+    assert {name.rpartition("=")[2] for name in faked.trained} == {"7", "2"}
+    out, code = call("--seeds", "1")
+    assert not code and "lighthouse against dense: better" in out
+    assert len(faked.trained) == len(set(faked.trained)) == 2 + 2 * 3 + 3
+    assert len(pandas.read_csv(tmp_path / "out/runs.csv")) == 2 + 2 * 3
+    assert "--seeds 7 is no seed of" in call("--seeds", "7")[1]
 
 
 def test_several_seeds_choose_a_rate_by_their_mean(call, faked, path, monkeypatch) -> None:

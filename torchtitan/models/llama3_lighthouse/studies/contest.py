@@ -38,6 +38,7 @@ from .contest_data import (
     write_times,
 )
 from .contest_file import Contest, fix, read_contest, write_record
+from .contest_list import plan_lines
 from .contest_measures import MEASURES_FILE, TUNING, Number, write_numbers
 from .contest_plan import Planner, last_checkpoint
 from .contest_rates import (
@@ -223,6 +224,7 @@ def run_contest(
     extra: list[str],
     widened: bool = False,
     arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
 ) -> None:
     """Train and measure what is left of a contest, and report after every run.
 
@@ -230,6 +232,7 @@ def run_contest(
         extra: overrides for every run.
         widened: whether to add rates to grids whose best lies at the edge.
         arms: those to train now; all by default.
+        seeds: those to train at the best rates now; all by default.
 
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
@@ -243,22 +246,17 @@ def run_contest(
         raise UserValueError(
             f"--arms {min(unknown)} is no arm of {path}; use {', '.join(contest.arms)}"
         )
+    if others := set(seeds) - {*contest.seeds}:
+        raise UserValueError(
+            f"--seeds {min(others)} is no seed of {path}; use {', '.join(map(str, contest.seeds))}"
+        )
     arms = arms or list(contest.arms)
     rates = rates_of(contest, output)
     # A list may come before the machines.
     device = None if options.only_list else _device()
     check_runs(planner, rates, options.per_gpu > 1, device)
     if options.only_list:
-        if contest.start:
-            steps = contest.start.settings["training.steps"]
-            print(f"all arms begin from {steps:,} steps at rate {contest.start.rate:g}")
-        for name in arms:
-            of_arm = rates[name]
-            shown = ", ".join(f"{rate:g}" for rate in of_arm)
-            steps = planner.steps.get(name)
-            tried, seeds = (", ".join(map(str, x)) for x in (contest.rate_seeds, contest.seeds))
-            of_steps = f"{steps:,} steps; " if steps else ""
-            print(f"{name}: {of_steps}rates {shown} (seed {tried}), then seeds {seeds}")
+        print("\n".join(plan_lines(planner, rates, arms)))
         return
     with _begun(planner, options) as contestants:
         if contest.gpu_seconds and (untimed := [n for n in arms if n not in planner.steps]):
@@ -266,8 +264,9 @@ def run_contest(
             raise_if_failed(contestants.failed, list(contestants.timed.values()))
             planner.set_steps(read_times(output), untimed)
         best = _choose_rates(contestants, rates, arms, widened)
-        asked = [(name, best[name], seed) for name in best for seed in contest.seeds]
-        contestants.train_all(SEEDS, asked)
+        places = [(name, best[name], seed) for name in best for seed in contest.seeds]
+        contestants.train_all(SEEDS, [each for each in places if not seeds or each[2] in seeds])
+        contestants.place(SEEDS, places)
         _place_others(contestants, rates, [name for name in contest.arms if name not in arms])
         if options.per_gpu > 1 and not contest.gpu_seconds:
             contestants.time(arms)

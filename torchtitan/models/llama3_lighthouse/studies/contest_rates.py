@@ -1,7 +1,7 @@
 """Learning rates of the arms of a contest: which are tried, and which is the best."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -68,7 +68,7 @@ def tuning_value(contest: Contest, run: Run) -> float:
 
 
 def tried_places(
-    contest: Contest, rates: dict[str, list[float]], arms: Iterable[str]
+    contest: Contest, rates: Mapping[str, list[float]], arms: Iterable[str]
 ) -> list[Place]:
     """Arm, rate and seed of the runs that choose the rates of arms with several."""
     return [
