@@ -1,6 +1,7 @@
 """Bad configurations end in one message that names the key, the value and the fix."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torchtitan.models.llama3_lighthouse.checks import output
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
 from torchtitan.models.llama3_lighthouse.checks.output import check_output
 from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
+from torchtitan.models.llama3_lighthouse.checks.text import check_vocabulary
 from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserFileError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
@@ -280,3 +282,13 @@ def test_run_that_never_gets_dense_is_warned_of(tmp_path: Path, settings, warned
     assert len(warnings) == warned
     if warned:
         assert "lighthouse.dense_from_step = 12 is not below training.steps = 12" in warnings[0]
+
+
+@pytest.mark.parametrize("ids", [320, 321])
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(tmp_path: Path, ids: int) -> None:
+    config, tokenizer = check(tmp_path), SimpleNamespace(get_vocab_size=lambda: ids)
+    if ids == 320:
+        check_vocabulary(config, tokenizer)
+        return
+    with pytest.raises(UserValueError, match="the tokenizer has 321 ids but .* has 320 embeddings"):
+        check_vocabulary(config, tokenizer)
