@@ -53,6 +53,7 @@ def window_in_chunks(
     layout: ContextParallel,
     layouts: Layouts = NO_DOCUMENTS,
     *others: torch.Tensor,
+    return_lse: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """Attend over the window of each position, in its own chunk and in the one before.
 
@@ -62,11 +63,15 @@ def window_in_chunks(
         window, scale, impl: as in ``lighthouse.window_attention``.
         layouts: from ``layouts_in_chunks``.
         others: rows [B M, ...] that cross from chunk to chunk in the same collective.
+        return_lse: whether lse is wanted. Its gradient costs a few passes over dout and out, even
+            if it is zero.
 
     Returns:
-        out [B M, Hq, C, D], lse [B M, Hq, C], and the rows that came for ``others``.
+        out [B M, Hq, C, D], lse [B M, Hq, C] if it is wanted, and the rows that came for
+        ``others``.
     """
-    return _HaloWindow.apply(q, k, v, window, scale, impl, layout, *layouts, *others)
+    constants = window, scale, impl, layout, return_lse
+    return _HaloWindow.apply(q, k, v, *constants, *layouts, *others)
 
 
 def seams_and_halo(
@@ -126,28 +131,29 @@ class _HaloWindow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
         # As ``ContextParallel.exchange`` says, there may not be as many arguments as parameters.
-        q, k, v, window, scale, impl, layout, own, seen, *others = arguments
+        q, k, v, window, scale, impl, layout, return_lse, own, seen, *others = arguments
         came, halo = seams_and_halo(others, k, v, window, layout)
         settings = window, scale, impl, layout.first, len(layout.held)
         out, lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings, own, seen)
         ctx.save_for_backward(q, k, v, *halo, out, lse, own, seen)
-        ctx.constants = settings, layout
-        return out, lse, *came
+        ctx.constants = settings, layout, return_lse
+        return (out, lse, *came) if return_lse else (out, *came)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  One gradient for each of the outputs.
     def backward(
-        ctx: Any, dout: torch.Tensor, dlse: torch.Tensor, *dothers: torch.Tensor
+        ctx: Any, dout: torch.Tensor, *others: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        settings, layout = ctx.constants
+        settings, layout, return_lse = ctx.constants
+        dlse, dothers = (others[0], others[1:]) if return_lse else (None, others)
         *rows, own, seen = ctx.saved_tensors
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
             dout, dlse, *rows, *settings, own, seen
         )
         sent_back = gradients_of_seams(dothers, dhalo, (dk, dv), layout)
         # Arguments between the rows.
-        return dq, dk, dv, *[None] * 6, *sent_back
+        return dq, dk, dv, *[None] * 7, *sent_back
 
 
 def _first_keys(

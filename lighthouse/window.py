@@ -159,10 +159,10 @@ def window_attention(
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     own = None if documents is None else documents_of_chunks(documents, context_parallel)
-    layouts = layouts_in_chunks(own, window)
-    out, lse = window_in_chunks(q, k, v, window, scale, impl, context_parallel, layouts)
+    constants = window, scale, impl, context_parallel, layouts_in_chunks(own, window)
+    out, *lse = window_in_chunks(q, k, v, *constants, return_lse=return_lse)
     out = context_parallel.join(out)
-    return (out, context_parallel.join(lse.unsqueeze(-1)).squeeze(-1)) if return_lse else out
+    return (out, context_parallel.join(lse[0].unsqueeze(-1)).squeeze(-1)) if return_lse else out
 
 
 def window_operations(q: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:

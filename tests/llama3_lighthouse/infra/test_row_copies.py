@@ -1,0 +1,78 @@
+"""Copies of a rank's rows, sums and fills that a layer makes beside its attentions and kernels."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from row_copies import Pass, RowPasses
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lighthouse import (
+    ContextParallel,
+    LighthouseAttention,
+    LighthouseConfig,
+    WindowAttention,
+    merge_over_ranks,
+    window,
+)
+from lighthouse.kernels.launch import INTERPRETED
+from torchtitan.models.llama3_lighthouse.infra.ring_operations import operations_of
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels")
+
+HEADS, D, CHUNK, WINDOW = 4, 16, 67, 4
+CONFIG = LighthouseConfig(
+    2, 2, 16, picks_per_stratum=2, entry_score="first", combine="finest", window=WINDOW
+)
+
+
+@pytest.fixture(params=[0, 1])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One of two ranks, to which nothing comes. A window is by the kernel."""
+    for module in (merge_over_ranks, window):
+        monkeypatch.setattr(module, "choose_window_implementation", lambda *x: "triton")
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
+    try:
+        found = ContextParallel(dist.group.WORLD, request.param, 2)
+        yield replace(found, operations=operations_of(found))
+    finally:
+        dist.destroy_process_group()
+
+
+def passes_of(
+    attention: LighthouseAttention | WindowAttention, layout: ContextParallel, length: int
+) -> tuple[list[Pass], list[Pass]]:
+    """Passes over a quarter of a rank's rows or more, forward and backward."""
+    attention.context_parallel = layout
+    rows = [torch.randn(1, length, HEADS, D).transpose(1, 2) for _ in range(4)]
+    *leaves, grad = rows
+    leaves = [x.requires_grad_() for x in leaves]
+    with RowPasses(grad.numel() // 4) as watched:
+        out = attention(*leaves)
+        forward = len(watched.found)
+        torch.autograd.grad(out, leaves, grad)
+    return watched.found[:forward], watched.found[forward:]
+
+
+def test_a_window_copies_nothing(layout: ContextParallel) -> None:
+    forward, backward = passes_of(WindowAttention(WINDOW), layout, 2 * CHUNK)
+    assert not forward and not backward, (forward, backward)
+
+
+def test_a_layer_with_a_window_copies_nothing(layout: ContextParallel) -> None:
+    passes = passes_of(LighthouseAttention(CONFIG, impl="triton"), layout, 128)
+    # The ring's sums, and its merging, which is a kernel on GPUs, are of the gathered sequence.
+    found = [
+        each
+        for each in itertools.chain(*passes)
+        if each.elements > 128 * HEADS * D // 3 and not_of_ring(each)
+    ]
+    assert not found, found
+
+
+def not_of_ring(each: Pass) -> bool:
+    return not ("ring_attention.py" in each.line or "online_softmax.py" in each.line)
