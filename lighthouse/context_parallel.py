@@ -319,9 +319,6 @@ def _exchange(
     """For each chunk c, the parts of chunk c - ``step``, or zeros where there is no such chunk."""
     layout = ContextParallel(None, rank, world_size, balanced)
     held = layout.held
-    # Parts travel as bytes, because they may be of several dtypes.
-    rows = [x.unflatten(0, (-1, len(held))).transpose(0, 1).contiguous() for x in parts]
-    lines = torch.cat([x.flatten(1).view(torch.uint8) for x in rows], dim=1)
     sent: list[int] = []
     sent_to = [0] * world_size
     arrived: list[int] = []
@@ -335,20 +332,33 @@ def _exchange(
             if chunk - step in layout.held_by(other):
                 arrived.append(place)
                 received_from[other] += 1
-    outgoing = torch.cat([lines[:0], *(lines[place : place + 1] for place in sent)])
-    incoming = outgoing.new_empty(len(arrived), outgoing.shape[1])
+    # A line has all parts of a chunk, as bytes because they may be of several dtypes. It takes
+    # hardly longer to send than a kernel to start, so one kernel writes all lines. One reads each
+    # part out of them: a view of a line may begin between two elements of its dtype.
+    count = len(held)
+    pieces = [_bytes_of(row) for place in sent for x in parts for row in x[place::count]]
+    length = sum(x[::count].numel() * x.element_size() for x in parts)
+    outgoing = torch.cat(pieces) if pieces else parts[0].new_empty(0, dtype=torch.uint8)
+    incoming = outgoing.new_empty(len(arrived), length)
+    outgoing = outgoing.view(len(sent), length)
     dist.all_to_all_single(incoming, outgoing, received_from, sent_to, GROUPS[group_name])
-    lines = torch.zeros_like(lines)
-    for place, line in zip(arrived, incoming, strict=True):
-        lines[place] = line
-    found = []
-    widths = [x[0].numel() * x.element_size() for x in rows]
-    for line, x in zip(lines.split(widths, dim=1), rows, strict=True):
-        # A view of a line that begins between two elements would not be one of this dtype.
-        line = line.clone(memory_format=torch.contiguous_format)
-        own = line.view(x.dtype).view(x.shape).transpose(0, 1)
-        found.append(own.clone(memory_format=torch.contiguous_format).flatten(0, 1))
+    lines = dict(zip(arrived, incoming, strict=True))
+    if len(arrived) < count:
+        nothing = incoming.new_zeros(length)
+        lines = {place: lines.get(place, nothing) for place in range(count)}
+    found, start = [], 0
+    for x in parts:
+        size = x[0].numel() * x.element_size()
+        places = [(lines[row % count], start + row // count * size) for row in range(len(x))]
+        came = torch.cat([line[first : first + size] for line, first in places])
+        found.append(came.view(x.dtype).view(x.shape))
+        start += len(x) // count * size
     return found
+
+
+def _bytes_of(x: torch.Tensor) -> torch.Tensor:
+    """All bytes of ``x``, in order; nothing is copied if it is contiguous."""
+    return x.reshape(-1).view(torch.uint8)
 
 
 @_exchange.register_fake

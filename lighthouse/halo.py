@@ -92,9 +92,14 @@ def seams_and_halo(
     """
     # The windows of the next chunk reach these. If a position sees itself alone, there are none.
     halo = tuple(x[:, :, x.shape[2] - (window - 1) :] for x in (k, v))
-    crossing = (*seams, *halo) if window > 1 else tuple(seams)
+    crossing = (*seams, *_sequence_first(halo)) if window > 1 else tuple(seams)
     before = layout.send(*crossing) if crossing else ()
-    return before[: len(seams)], before[len(seams) :] or halo
+    return before[: len(seams)], _sequence_first(before[len(seams) :]) or halo
+
+
+def _sequence_first(halo: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Rows [B M, H, R, D] as [B M, R, H, D], or back: a sequence's are then in one piece."""
+    return tuple(x.transpose(1, 2) for x in halo)
 
 
 def gradients_of_seams(
@@ -112,9 +117,9 @@ def gradients_of_seams(
     Returns:
         The gradients of the seams.
     """
-    crossing = (*dseams, *dhalo) if dhalo[0].shape[2] else tuple(dseams)
+    crossing = (*dseams, *_sequence_first(dhalo)) if dhalo[0].shape[2] else tuple(dseams)
     came = layout.send(*crossing, step=-1) if crossing else ()
-    halo = came[len(dseams) :]
+    halo = _sequence_first(came[len(dseams) :])
     # Not strict=bool(halo): torch 2.11 cannot trace bool of a list.
     if halo:
         for rows, part in zip(onto, halo, strict=True):

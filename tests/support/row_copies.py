@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lighthouse import halo, merge_over_ranks
+from lighthouse import context_parallel, halo, merge_over_ranks
 from lighthouse.kernels import window
 from torchtitan.models.llama3_lighthouse.infra import ring_operations
 
@@ -36,6 +36,7 @@ def bodies() -> dict[Any, Callable[..., Any]]:
     """Our operations that PyTorch computes or parts of which it does, and their functions."""
     ours, ring = torch.ops.lighthouse, torch.ops.lighthouse_ring
     return {
+        ours.exchange.default: context_parallel._exchange._init_fn,
         ours.add_to_last_rows.default: halo.add_to_last_rows._init_fn,
         ours.halo_window.default: halo._forward._init_fn,
         ours.halo_window_backward.default: halo._backward._init_fn,

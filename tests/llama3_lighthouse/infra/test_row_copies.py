@@ -46,7 +46,11 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def passes_of(
     attention: LighthouseAttention | WindowAttention, layout: ContextParallel, length: int
 ) -> tuple[list[Pass], list[Pass]]:
-    """Passes over a quarter of a rank's rows or more, forward and backward."""
+    """Passes over a quarter of a rank's rows or more, forward and backward.
+
+    What is exchanged is left out: here it is counted in bytes, and the window is long beside a
+    chunk.
+    """
     attention.context_parallel = layout
     rows = [torch.randn(1, length, HEADS, D).transpose(1, 2) for _ in range(4)]
     *leaves, grad = rows
@@ -55,7 +59,11 @@ def passes_of(
         out = attention(*leaves)
         forward = len(watched.found)
         torch.autograd.grad(out, leaves, grad)
-    return watched.found[:forward], watched.found[forward:]
+    forward_passes, backward_passes = (
+        [each for each in passes if not each.line.startswith("lighthouse/context_parallel.py")]
+        for passes in (watched.found[:forward], watched.found[forward:])
+    )
+    return forward_passes, backward_passes
 
 
 def test_a_window_copies_nothing(layout: ContextParallel) -> None:
@@ -76,3 +84,16 @@ def test_a_layer_with_a_window_copies_nothing(layout: ContextParallel) -> None:
 
 def not_of_ring(each: Pass) -> bool:
     return not ("ring_attention.py" in each.line or "online_softmax.py" in each.line)
+
+
+def test_an_exchange_starts_a_kernel_for_each_part_and_one_more(layout: ContextParallel) -> None:
+    """The fewer the better: sending so little takes no longer than starting a few of them."""
+    seams = torch.randn(2, HEADS, 2, D), torch.randn(2, HEADS, 2, dtype=torch.float64)
+    halo = torch.randn(2, CHUNK, HEADS, D)[:, 1 - WINDOW :]
+    for step in (1, -1):
+        with RowPasses(1) as watched:
+            found = layout.send(*seams, halo, step=step)
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (*seams, halo)]
+        # The rank with the first and the last chunk gives one of them zeros.
+        names = ["cat", *["new_zeros"] * (layout.rank == 0), *["cat"] * 3]
+        assert [each.name for each in watched.found] == names, watched.found
