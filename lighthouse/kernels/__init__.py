@@ -10,7 +10,8 @@ have gradients, though no second ones. ``spread`` is one operation:
 ``window`` registers torch's attention over a window in the same way, with its backward; within
 documents it is that of ``interval_attention``. ``flash4`` registers FlashAttention 4, and ``merge``
 what joins its output with that of the selected entries. ``document_selection`` selects by document.
-``online_softmax`` joins what one rank's keys give with what another's do. It alone writes into its
+``online_softmax`` joins what one rank's keys give with what another's do, and ``row_sums`` adds
+their gradients. These two alone write into their
 arguments.
 """
 
@@ -28,6 +29,7 @@ from .launch import check_supported, obstacle_to_kernels
 from .merge import collect_merged, merge_outputs
 from .online_softmax import merge_in_place
 from .pooling import pool_coarsest
+from .row_sums import add_rows
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
 from .selection import select_from_norms
@@ -42,6 +44,7 @@ from .window import (
 
 __all__ = [
     "Intervals",
+    "add_rows",
     "attend_to_seen",
     "check_flash4",
     "check_supported",

@@ -19,6 +19,7 @@ from lighthouse.kernels import (
     merge,
     online_softmax,
     pooling,
+    row_sums,
     scatter,
     scoring,
     selection,
@@ -126,6 +127,7 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     launch_interval_attention(q, k)
     for x in (q, q.float()):
         online_softmax.launch_merge_in_place(x, lse, q, lse)
+        row_sums.launch_add_rows(q, q, x[:, :, n // 2 :], n // 2)
 
 
 def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
@@ -176,7 +178,7 @@ def main() -> None:
                (scatter, "_spread"), (scatter, "_collect"), (scoring, "_gla_norms"),
                (interval_attention, "_attend"), (interval_attention, "_query_gradients"),
                (interval_attention, "_key_gradients"), (merge, "_merge"), (merge, "_collect"),
-               (online_softmax, "_merge_in_place"),
+               (online_softmax, "_merge_in_place"), (row_sums, "_add_rows"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]
     for module, name in kernels:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroup, _coalescing_manager
 
 from lighthouse.online_softmax import merge_in_place
+from lighthouse.row_sums import add_rows
 
 SEQUENCE_DIM = 2
 
@@ -237,6 +238,8 @@ def ring_backward(
 
     middle = (key_heads + 1) // 2
     query_total = arriving = None
+    # The sum for queries begins here. Later hops attend from the same position on, or a later one.
+    begin = length
     for hop, keys, values in ring.hops(key, value):
         if hop == 0:
             home_parts = [at_home(slice(0, middle))]
@@ -247,7 +250,10 @@ def ring_backward(
             queries_here, keys_here = attending
             all_heads = slice(0, key_heads)
             found, *pair = gradients(keys, values, all_heads, queries_here, keys_here, hop)
-            query_total = _add(query_total, found, queries_here, query, dtype)
+            if query_total is None:
+                query_total, begin = found.to(dtype), queries_here.start
+            else:
+                query_total[:, :, queries_here.start - begin :].add_(found)
             held_totals = [
                 _add(*both, keys_here, key, dtype) for both in zip(held_totals, pair, strict=True)
             ]
@@ -261,13 +267,16 @@ def ring_backward(
     if middle < key_heads:
         home_parts.append(at_home(slice(middle, key_heads)))
     if query_total is None:
-        query_total = torch.zeros_like(query)
+        query_total = query[:, :, begin:]
     assert arriving is not None, "a ring has two ranks or more"
-    away = [query_total, *arriving()]
+    away, begins = [query_total, *arriving()], [begin, 0, 0]
     home = [list(parts) for parts in zip(*home_parts, strict=True)]
     # ``home`` and ``away`` hold the only references from here on, so that each sum frees its terms.
     del query_total, held_totals, home_parts, arriving
-    return tuple(_sum(home.pop(0), away.pop(0), like) for like in (query, key, value))
+    return tuple(
+        _sum(home.pop(0), away.pop(0), like, first)
+        for like, first in zip((query, key, value), begins, strict=True)
+    )
 
 
 def _add(
@@ -283,15 +292,26 @@ def _add(
     """
     if total is None and rows.shape == like.shape:
         return rows.to(dtype)
-    total = torch.zeros_like(like, dtype=dtype) if total is None else total
-    total[:, :, positions].add_(rows)
+    if total is None:
+        total = torch.empty_like(like, dtype=dtype)
+        total[:, :, positions] = rows
+        for beside in (slice(0, positions.start), slice(positions.stop, None)):
+            total[:, :, beside] = 0
+    else:
+        total[:, :, positions].add_(rows)
     return total
 
 
-def _sum(parts: list[torch.Tensor], other: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Join ``parts`` along the heads and add ``other``, rounded once to the dtype of ``like``."""
+def _sum(
+    parts: list[torch.Tensor], other: torch.Tensor, like: torch.Tensor, first: int
+) -> torch.Tensor:
+    """Join ``parts`` along the heads and add ``other`` from position ``first`` on, rounding once.
+
+    Returns:
+        The sum in shape, dtype and memory layout of ``like``.
+    """
     total = torch.empty_like(like)
     sizes = [part.shape[1] for part in parts]
     for into, part, rows in zip(total.split(sizes, 1), parts, other.split(sizes, 1), strict=True):
-        torch.add(part, rows, out=into)
+        add_rows(into, part, rows, first)
     return total
