@@ -251,9 +251,7 @@ def _merge_with_seam(
     # A logsumexp of minus infinity leaves a position that takes no row as it is.
     found_lse = seam_lse.unsqueeze(-1).masked_fill(~taken, -math.inf).amax(dim=2)
     found = (seam.unsqueeze(3) * taken.unsqueeze(-1)).sum(dim=2)
-    here, here_lse = out[:, :, first], lse[:, :, first]
-    here.copy_(merged_output(here, here_lse, found, found_lse))
-    here_lse.copy_(torch.logaddexp(here_lse, found_lse))
+    kernels.merge_in_place(out[:, :, first], lse[:, :, first], found, found_lse)
     return out, lse
 
 
