@@ -7,12 +7,11 @@ have gradients, though no second ones. ``spread`` is one operation:
     pool_gather     forward: gather means         backward: spread shares
     scatter_back    forward: spread outputs       backward: collect sums
 
-``window`` registers torch's attention over a window in the same way, with its backward; within
-documents it is that of ``interval_attention``. ``flash4`` registers FlashAttention 4, and ``merge``
-what joins its output with that of the selected entries. ``document_selection`` selects by document.
-``online_softmax`` joins what one rank's keys give with what another's do, and ``row_sums`` adds
-their gradients. These two alone write into their
-arguments.
+``window`` registers attention over a window in the same way, with its backward, by the kernels of
+``interval_attention``. ``flash4`` registers FlashAttention 4, and ``merge`` what joins its output
+with that of the selected entries. ``document_selection`` selects by document. ``online_softmax``
+joins what one rank's keys give with what another's do, and ``row_sums`` adds their gradients. These
+two alone write into their arguments.
 """
 
 from .document_selection import select_by_documents

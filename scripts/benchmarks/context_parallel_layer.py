@@ -223,7 +223,7 @@ def parts_of_halo(
         OF_WINDOW: attend,
         f"{OF_WINDOW}{WITH_HALO}": attend_with_halo,
         OF_SEAM: partial(exchange, *seams),
-        f"{OF_SEAM}{WITH_HALO}": partial(exchange, *seams, *before),
+        f"{OF_SEAM}{WITH_HALO}": partial(exchange, *seams, *(x.transpose(1, 2) for x in before)),
     }
 
 
@@ -246,7 +246,8 @@ def sending(mesh: DeviceMesh) -> dict[str, Any]:
     plain = spread["Lighthouse"]
     layout = plain.context_parallel
     *whole, whole_grad = rows_and_gradient(PER_GPU * world_size, 3)
-    *rows, grad = (layout.take(x, 2).clone() for x in (*whole, whole_grad))
+    # Joined chunks lie in memory as they are joined, and a model's rows are [1, N, H, D].
+    *rows, grad = (layout.take(x.transpose(1, 2), 1).transpose(1, 2) for x in (*whole, whole_grad))
 
     def with_attention(attention: LighthouseAttention, enabled: bool) -> Callable[[], object]:
         def run() -> object:
