@@ -282,14 +282,12 @@ def _backward(
     reach, length = k_before.shape[2], q.shape[2]
 
     def rows(keys: torch.Tensor, values: torch.Tensor, here: slice) -> list[torch.Tensor | None]:
+        dout_here, q_here, out_here, lse_here = (x[:, :, here] for x in (dout, q, out, lse))
         dlse_here = None if dlse is None else dlse[:, :, here]
-        own_rows = (x[:, :, here] for x in (dout, q, out, lse))
-        dout_here, q_here, out_here, lse_here = own_rows
         return [dout_here, dlse_here, q_here, keys, values, out_here, lse_here.contiguous()]
 
     if reach < length and impl == "triton":
-        tensors = rows(k, v, slice(None))
-        dq, dk, dv = backward(*tensors, window, scale, own, reach)
+        dq, dk, dv = backward(*rows(k, v, slice(None)), window, scale, own, reach)
     elif reach < length:
         of_rest, rest = () if own is None else (own[:, reach:],), slice(reach, None)
         dq = sequence_first(q, length)

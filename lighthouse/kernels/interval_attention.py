@@ -62,19 +62,15 @@ LARGE = {
     128: Launches(Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
     256: Launches(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
 }
-SHORT = {
-    64: Launches(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3)),
-    128: Launches(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3)),
-    256: LARGE[256],
-}
+SHORT = LARGE | {128: Launches(*[Tiles(64, 32, 4, 3)] * 3)}
 SMALL = {
     64: Launches(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
     128: Launches(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2)),
     256: Launches(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
 }
 FLOAT32 = {
-    128: Launches(Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1), Tiles(32, 16, 4, 1)),
-    256: Launches(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    128: Launches(*[Tiles(32, 16, 4, 1)] * 3),
+    256: Launches(*[Tiles(16, 16, 4, 1)] * 3),
 }
 LARGE_SHARED_MEMORY, MOST_SHORT = 200_000, 1024
 
