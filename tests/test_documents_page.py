@@ -1,18 +1,17 @@
 """The numbers on the page about document masks are those of the contest's record."""
 
 import json
+import math
 import re
-import shutil
 import statistics
-from pathlib import Path
+from collections import Counter
 
 import pandas
-import pytest
 from contest_records import between, difference, results_of, with_half
 from pages import DOCS, words
 from scipy import stats
 
-from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
+from torchtitan.models.llama3_lighthouse.studies.contest_data import read_times
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import (
     NO_DIFFERENCE,
     judge,
@@ -42,34 +41,6 @@ def table(first: str) -> dict[str, list[str]]:
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         rows[name] = cells
     return rows
-
-
-def of_one_and_several() -> tuple[pandas.Series, pandas.Series]:
-    """Median seconds of steps, and shares of the runs' steps, of one document and of several.
-
-    Both by arm, kind of step, and whether its sequence has one document.
-    """
-    timed = pandas.read_csv(FOLDER / "timed_steps.csv")
-    timed["one"] = timed.documents.fillna(1) == 1
-    seconds = timed.groupby(["arm", "kind", "one"])["GPU seconds"].median()
-    steps = pandas.read_csv(FOLDER / "documents.csv").query("stage == 'seeds'")
-    steps = steps.groupby(["arm", "kind"])[["steps", "steps of one document"]].sum()
-    one = steps["steps of one document"] / steps.steps
-    shares = pandas.concat({True: one, False: 1 - one}, names=["one"])
-    return seconds, shares.reorder_levels(["arm", "kind", "one"])
-
-
-@pytest.fixture(scope="module")
-def reweighted(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The contest's results, with times of both kinds of steps in the runs' shares."""
-    folder: Path = tmp_path_factory.mktemp("documents") / "record"
-    shutil.copytree(FOLDER, folder)
-    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])
-    seconds, shares = of_one_and_several()
-    for key, found in (seconds * shares).dropna().groupby(["arm", "kind"]):
-        times.loc[key, "GPU seconds"] = found.sum()
-    times.reset_index().to_csv(folder / "times.csv", index=False)
-    return Results(results_of(CONTEST).contest, folder)
 
 
 def test_no_comparison_is_resolved() -> None:
@@ -168,47 +139,55 @@ def test_documents_of_the_runs_are_counted() -> None:
     padding = (runs.padding / runs.steps / 16384).groupby("arm").mean()
     assert padding["dense_masked"] == 0
     assert f"takes {padding['lighthouse_masked']:.2%} of the positions" in PAGE
-    _, shares = of_one_and_several()
-    assert shares.between(0.49, 0.51).all()
+    one = counts.groupby(["arm", "kind"])[["steps of one document", "steps"]].sum()
+    assert (one["steps of one document"] / one.steps).between(0.49, 0.51).all()
+    assert "So do half of [the runs']" in PAGE
+    of_runs: Counter[tuple[str, int]] = Counter()
+    masked = results_of(CONTEST).runs.query("arm.str.endswith('_masked')")
+    for arm, seed, steps in zip(masked.arm, masked.seed, masked["steps by kind"], strict=True):
+        for kind, number in json.loads(steps).items():
+            of_runs[arm, seed] += number * kind.endswith(", one document")
+    assert counts.groupby(["arm", "seed"])["steps of one document"].sum().to_dict() == of_runs
 
 
-def test_times_are_the_record(reweighted: Results) -> None:
-    seconds, _ = of_one_and_several()
+def test_times_are_the_record() -> None:
+    times = read_times(FOLDER)
     places = (("dense{}", "1 dense"), ("lighthouse{}", "1 lighthouse"), ("lighthouse{}", "2 dense"))
-    for name, masked, one in (
-        ("without masks", "", True),
-        ("with masks, one document in the sequence", "_masked", True),
-        ("with masks, several documents", "_masked", False),
+    for name, masked, documents in (
+        ("without masks", "", ""),
+        ("with masks, one document in the sequence", "_masked", ", one document"),
+        ("with masks, several documents", "_masked", ", several documents"),
     ):
-        found = [seconds[arm.format(masked), kind, one] for arm, kind in places]
+        found = [times[arm.format(masked)][kind + documents] for arm, kind in places]
         assert table("ms a step")[name] == [f"{1000 * each:.1f}" for each in found]
-    # The medians of all timed steps are those that the contest took.
-    timed = pandas.read_csv(FOLDER / "timed_steps.csv").groupby(["arm", "kind"])["GPU seconds"]
-    assert (timed.size() == 40).all()
-    times = pandas.read_csv(FOLDER / "times.csv").set_index(["arm", "kind"])["GPU seconds"]
-    assert timed.median().sub(times).abs().max() < 1e-6
-    recorded, weighted = (x.runs.groupby("arm")["GPU seconds"].mean()
-                          for x in (results_of(CONTEST), reweighted))  # fmt: skip
+    # The contest took the medians of the timed steps.
+    timed = pandas.read_csv(FOLDER / "timed_steps.csv")
+    assert (timed.groupby(["arm", "kind"]).size() == 40).all()
+    timed["kind"] += [
+        "" if math.isnan(number) else f", {'several documents' if number > 1 else 'one document'}"
+        for number in timed.documents
+    ]
+    for (arm, kind), seconds in timed.groupby(["arm", "kind"])["GPU seconds"].median().items():
+        assert abs(seconds - times[arm].pop(kind)) < 1e-6
+    assert not any(times.values())
+    seconds = results_of(CONTEST).runs.groupby("arm")["GPU seconds"].mean()
     masked = [f"{arm}_masked" for arm in ARMS]
-    assert "`dense_masked` {:.1f} s and `lighthouse_masked` {:.1f} s".format(*recorded[masked]) in (
-        PAGE
-    )
-    assert "against {:.1f} s and {:.1f} s without masks".format(*recorded[list(ARMS)]) in PAGE
-    assert "they take {:.1f} s and {:.1f} s.".format(*weighted[masked]) in PAGE
+    assert (
+        "a run of `dense_masked` takes {:.1f} s and one of `lighthouse_masked` {:.1f} s, "
+        "against {:.1f} s and {:.1f} s without masks"
+    ).format(*seconds[[*masked, *ARMS]]) in PAGE
 
 
-def test_losses_at_equal_time_are_the_record(reweighted: Results) -> None:
-    for results, sentence in (
-        (results_of(CONTEST), "of `dense_masked` is {} above that of `dense`, and that of "
-         "`lighthouse_masked` {} above that of `lighthouse`"),
-        (reweighted, "They are then {} and {} above"),
-    ):  # fmt: skip
-        shown = []
-        for arm in ARMS:
-            found = t_interval(results.at_equal_time(f"{arm}_masked", arm), 0.95)
-            assert found.low is not None and found.high is not None
-            shown.append(f"{found.mean:.3f} nats {between(found.low, found.high)}")
-        assert sentence.format(*shown) in PAGE
+def test_losses_at_equal_time_are_the_record() -> None:
+    shown = []
+    for arm in ARMS:
+        found = t_interval(results_of(CONTEST).at_equal_time(f"{arm}_masked", arm), 0.95)
+        assert found.low is not None and found.high is not None
+        shown.append(f"{found.mean:.3f} nats {between(found.low, found.high)}")
+    assert (
+        "of `dense_masked` is {} above that of `dense`, and that of `lighthouse_masked` {} above "
+        "that of `lighthouse`"
+    ).format(*shown) in PAGE
 
 
 def test_page_names_where_the_contest_ran() -> None:

@@ -9,6 +9,7 @@ import torch
 from torchtitan.tools.logging import logger
 
 from .data.documents import DOCUMENTS, PADDING
+from .metrics import DOCUMENTS_PER_SEQUENCE
 from .model.model import LighthouseModelArgs
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -51,7 +52,7 @@ class DocumentStatistics:
             self._warned = True
             logger.warning(_padding_line(share))
         return {
-            "lighthouse/documents": sum_over("batch", begins.sum().double()) / sequences,
+            DOCUMENTS_PER_SEQUENCE: sum_over("batch", begins.sum().double()) / sequences,
             "lighthouse/padding_share": share,
         }
 

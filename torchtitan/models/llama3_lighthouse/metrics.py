@@ -38,6 +38,8 @@ GRAD_NORM, MFU = "grad_norm", "mfu(%)"
 STEP_LINE = re.compile(r"step +([\d,]+) of [\d,]+ +loss +(\S+).* ([\d,]+) tokens/s")
 # The metric is 1.0 for a step under Lighthouse attention, 0.0 for a dense one.
 UNDER_LIGHTHOUSE = "lighthouse/stage"
+# Mean documents in the sequences of a step, all ranks together; only under document masks.
+DOCUMENTS_PER_SEQUENCE = "lighthouse/documents"
 
 
 def whole_loss(loss: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,13 @@ def check_runs(
         with in_table(contest, f"arms.{name}"):
             runs = [planner.run(arm, rate, first) for rate in rates[name]]
             check(runs[0].config)
+            if contest.gpu_seconds and runs[0].config.training.document_mask:
+                raise UserValueError(
+                    f"training.document_mask = true beside gpu_seconds = {contest.gpu_seconds:g}: "
+                    "how many steps run with masks depends on the text and is not known before the "
+                    "run, so no number of steps takes this time; set training.document_mask = "
+                    "false, or leave out gpu_seconds and set training.steps"
+                )
             if timed or contest.gpu_seconds:
                 planner.timing_run(arm)
         lengths[runs[0].config.training.seq_len] = runs[0].config

@@ -12,6 +12,7 @@ import pandas
 from ..evaluation.tables import Row, write_csv
 from ..job_config import JobConfig
 from ..metrics import (
+    DOCUMENTS_PER_SEQUENCE,
     GRAD_NORM,
     HELD_OUT_LOSS,
     LOSS,
@@ -21,7 +22,7 @@ from ..metrics import (
     UNDER_LIGHTHOUSE,
 )
 from ..stages import stage_at, stages_of
-from .contest_file import VALIDATION
+from .contest_file import LEAST_TIMED, VALIDATION
 from .contest_measures import read_numbers
 from .sweeps import Run, read_metrics
 
@@ -39,7 +40,7 @@ START = "start_id"
 
 Entries = dict[int, dict[str, float]]
 # Seconds of a step by arm and kind. Steps of one kind take equal time: those of one stage that
-# select, and those of it that do not.
+# select, and those of it that do not. Document masks split both further.
 Times = dict[str, dict[str, float]]
 
 
@@ -95,21 +96,35 @@ class Logs:
         return self._known[run.folder]
 
 
-def _kind(stage: int, selects: bool) -> str:
-    """The name of a kind of step; stages count from 1."""
-    return f"{stage} {'lighthouse' if selects else 'dense'}"
+def _kind(stage: int, selects: bool, documents: float | None = None) -> str:
+    """The name of a kind of step.
+
+    A step whose sequences are one document each may run without masks, and then takes less time.
+
+    Args:
+        stage: its number, from 1 on.
+        documents: mean documents in the sequences of the step; None without document masks.
+    """
+    name = f"{stage} {'lighthouse' if selects else 'dense'}"
+    if documents is None:
+        return name
+    return f"{name}, {'several documents' if documents > 1 else 'one document'}"
 
 
 def _kinds(run: Run, entries: Entries) -> dict[int, str]:
     stages = stages_of(run.config)
     return {
-        step: _kind(stages.index(stage_at(step, stages)) + 1, bool(entry.get(UNDER_LIGHTHOUSE)))
+        step: _kind(
+            stages.index(stage_at(step, stages)) + 1,
+            bool(entry.get(UNDER_LIGHTHOUSE)),
+            entry.get(DOCUMENTS_PER_SEQUENCE),
+        )
         for step, entry in entries.items()
     }
 
 
 def steps_by_kind(config: JobConfig) -> dict[str, int]:
-    """How many steps of each kind a run has."""
+    """How many steps of each kind a run without document masks has."""
     found: dict[str, int] = {}
     for number, stage in enumerate(stages_of(config), 1):
         steps = {False: stage.dense_steps, True: stage.last - stage.first + 1 - stage.dense_steps}
@@ -120,7 +135,9 @@ def steps_by_kind(config: JobConfig) -> dict[str, int]:
 def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, float]:
     """The median seconds of a step of each kind, over the runs of an arm that shared no GPU.
 
-    Steps that compiled, captured a graph or saved a checkpoint do not move a median.
+    Steps that compiled, captured a graph or saved a checkpoint do not move a median. Under document
+    masks the text decides how many steps of a kind were timed. A kind with less than
+    ``LEAST_TIMED`` is left out, because steps that compiled could move its median.
     """
     found: dict[str, list[float]] = {}
     for run, entries in runs:
@@ -128,7 +145,10 @@ def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, float]:
             for step, kind in _kinds(run, entries).items():
                 if SECONDS in entries[step]:
                     found.setdefault(kind, []).append(entries[step][SECONDS])
-    return {kind: statistics.median(seconds) for kind, seconds in found.items()}
+    masked = any(run.config.training.document_mask for run, _ in runs)
+    least = LEAST_TIMED if masked else 1
+    return {kind: statistics.median(seconds) for kind, seconds in found.items()
+            if len(seconds) >= least}  # fmt: skip
 
 
 def write_times(runs: Iterable[tuple[str, Run]], logs: Logs, processes: int, output: Path) -> None:
@@ -169,6 +189,12 @@ def gpu_seconds(steps: str, times: Mapping[str, float]) -> float:
     """GPU seconds of steps by kind, as in the CSV files; NaN if a kind has no time."""
     counts = json.loads(steps).items()
     return sum(count * times.get(kind, math.nan) for kind, count in counts)
+
+
+def untimed_kinds(steps: Iterable[str], times: Mapping[str, float]) -> list[str]:
+    """The kinds of runs' steps, as in the CSV files, that have no time."""
+    kinds = {kind for each in steps for kind in json.loads(each)}
+    return sorted(kinds - times.keys())
 
 
 def write_data(placed: Sequence[tuple[Row, Run]], logs: Logs, output: Path) -> None:

@@ -63,7 +63,7 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
         text += f"All arms begin from the weights of {steps:,} steps at rate {start.rate:g}. "
         text += "Tokens and seconds below leave these steps out.\n\n"
         text += starts_apart(results)
-    text += f"{verdict}\n\n{markdown(arms, columns)}{NOTES}\n"
+    text += f"{verdict}\n\n{markdown(arms, columns)}{NOTES}\n{times_unknown(results)}"
     text += markdown(short, list(rows[0])) if rows else ""
     (output / RESULTS).write_text(text)
     if plots and arms:
@@ -83,6 +83,20 @@ def starts_apart(results: Results) -> str:
         f"Runs of seed {', '.join(seeds)} began from several trainings of their start, which are "
         "different models on GPUs. The column `start` of runs.csv tells them apart.\n\n"
     )
+
+
+def times_unknown(results: Results) -> str:
+    """A paragraph about runs whose GPU seconds are unknown, if any."""
+    lines = []
+    for arm in results.contest.arms:
+        number, kinds = results.untimed(arm)
+        if number:
+            shown = " and ".join(f"`{kind}`" for kind in kinds)
+            lines.append(
+                f"GPU seconds are unknown for {number} of {sum(results.runs.arm == arm)} runs of "
+                f"{arm}, as too few steps of kind {shown} were timed; equal time leaves them out.\n"
+            )
+    return "".join(lines) + "\n" if lines else ""
 
 
 def _is_longest(results: Results, row: Row) -> bool:

@@ -16,6 +16,7 @@ from .contest_data import (
     STEPS,
     gpu_seconds,
     read_times,
+    untimed_kinds,
 )
 from .contest_file import VALIDATION, Contest
 from .contest_statistics import comparison_level
@@ -28,7 +29,7 @@ class Results:
     def __init__(self, contest: Contest, output: Path) -> None:
         self.contest = contest
         frames = [pandas.read_csv(output / name) for name in (RUNS, MEASURES, CURVES)]
-        times = read_times(output)
+        self.times = times = read_times(output)
         for frame in (frames[0], frames[2]):
             frame[GPU_SECONDS] = [
                 gpu_seconds(steps, times.get(arm, {}))
@@ -76,6 +77,12 @@ class Results:
                     gaps.setdefault(document, []).append(value - theirs[document])
         by_document = [statistics.fmean(each) for number, each in gaps.items() if number >= 0]
         return bootstrap(by_document) if by_document else None
+
+    def untimed(self, arm: str) -> tuple[int, list[str]]:
+        """How many runs of an arm have no GPU seconds, and the kinds of steps that lack a time."""
+        runs = self.runs[self.runs.arm == arm]
+        unknown = runs[runs[GPU_SECONDS].isna()]
+        return len(unknown), untimed_kinds(unknown[STEPS], self.times.get(arm, {}))
 
     def curve(self, arm: str, seed: int) -> list[tuple[float, float]]:
         """GPU seconds and held-out loss of a run's validations; empty if its times are unknown."""
