@@ -23,7 +23,7 @@ from .flash4 import (
     obstacle_to_flash4,
 )
 from .gather import gather_means, pool_gather, spread_shares
-from .interval_attention import Intervals
+from .interval_attention import Intervals, interval_backward, interval_forward
 from .launch import check_supported, obstacle_to_kernels
 from .merge import collect_merged, merge_outputs
 from .online_softmax import merge_in_place
@@ -33,10 +33,8 @@ from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
 from .selection import select_from_norms
 from .window import (
-    attend_to_seen,
     dense_backward,
     dense_forward,
-    gradients_to_seen,
     window_backward,
     window_forward,
 )
@@ -44,7 +42,6 @@ from .window import (
 __all__ = [
     "Intervals",
     "add_rows",
-    "attend_to_seen",
     "check_flash4",
     "check_supported",
     "collect_merged",
@@ -54,7 +51,8 @@ __all__ = [
     "flash4_forward",
     "flash4_is_installed",
     "gather_means",
-    "gradients_to_seen",
+    "interval_backward",
+    "interval_forward",
     "merge_in_place",
     "merge_outputs",
     "obstacle_to_flash4",

@@ -12,8 +12,8 @@ queries and that of keys and values have a kernel each. Both compute the weights
 logsumexp. No two programs write to one place, so bits repeat. Products are in the dtype of the
 rows, and sums in float32.
 
-Shapes: R queries and C keys, of all sequences of a batch one after the other; Hq query heads, Hkv
-key-value heads, D head dimension.
+Shapes: B batch, Hq query heads, Hkv key-value heads, N queries and M keys of a sequence, D head
+dimension; joined, sequences lie one after the other: R = B N queries and C = B M keys.
 """
 
 import math
@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..memory_layout import joined, split
 from .launch import INTERPRETED
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -76,7 +77,7 @@ LARGE_SHARED_MEMORY, MOST_SHORT = 200_000, 1024
 
 
 def launches(q: torch.Tensor, longest: int) -> Launches:
-    """How the kernels are launched for queries like ``q`` [R, Hq, D].
+    """How the kernels are launched for queries like ``q`` [B, Hq, N, D].
 
     Args:
         longest: keys that no query sees more of.
@@ -89,7 +90,7 @@ def launches(q: torch.Tensor, longest: int) -> Launches:
         # pyrefly: ignore[missing-attribute]  The stubs of torch leave it out.
         if properties.shared_memory_per_block_optin > LARGE_SHARED_MEMORY:
             table = SHORT if longest <= MOST_SHORT else LARGE
-    return next(tiles for largest, tiles in table.items() if q.shape[2] <= largest)
+    return next(tiles for largest, tiles in table.items() if q.shape[3] <= largest)
 
 
 @triton.jit
@@ -299,25 +300,25 @@ def interval_forward(
     """Attend to the keys that each query sees.
 
     Args:
-        q: [R, Hq, D].
-        k, v: [C, Hkv, D].
-        seen: keys that each query sees.
+        q: [B, Hq, N, D].
+        k, v: [B, Hkv, M, D].
+        seen: keys that each query sees, both in joined rows.
         scale: factor of the scores, positive.
         longest: keys that no query sees more of. It matters for speed alone.
 
     Returns:
-        out [R, Hq, D] and lse float32 [Hq, R], contiguous; zero and minus infinity for queries that
-        see no key.
+        out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N]; zero and
+        minus infinity for queries that see no key.
     """
+    batch, dtype, tiles = len(q), q.dtype, launches(q, longest).forward
+    (q, k, v), strides = _joined(q, k, v)
     (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
-    tiles = launches(q, longest).forward
-    out, lse = q.new_empty(q.shape), q.new_empty((heads, queries), dtype=torch.float32)
-    (q, k, v), strides = _readable(q, k, v)
+    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(heads, queries, dtype=torch.float32)
     _attend[_grid(queries, heads, tiles)](
         q, k, v, *seen, out, lse, *strides, heads, heads // kv_heads, queries, keys,
         scale * LOG2_E.value, **_constants(d, tiles),
     )  # fmt: skip
-    return out, lse
+    return split(out, batch), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
 
 def interval_backward(
@@ -331,16 +332,18 @@ def interval_backward(
     scale: float,
     longest: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, contiguous.
+    """Gradients of q, k and v, each lying in memory as rows [B, N, H, D] do.
 
     Args:
-        out, lse: of ``interval_forward``, or over more keys than these; lse is contiguous.
+        out, lse: of ``interval_forward``, or over more keys than these.
     """
-    (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
-    tiles, group = launches(q, longest), heads // kv_heads
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    batch, dtype, tiles = len(q), q.dtype, launches(q, longest)
+    lse = lse.transpose(0, 1).flatten(1).contiguous()
     delta = torch.empty_like(lse)
-    (dout, q, k, v, out), strides = _readable(dout, q, k, v, out)
+    (dout, q, k, v, out), strides = _joined(dout, q, k, v, out)
+    (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
+    group = heads // kv_heads
+    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
     _query_gradients[_grid(queries, heads, tiles.queries)](
         dout, q, k, v, out, lse, *seen, dq, delta, *strides,
         heads, group, queries, keys, scale, **_constants(d, tiles.queries),
@@ -349,13 +352,14 @@ def interval_backward(
         dout, q, k, v, lse, delta, *seen.of_keys(keys), dk, dv, *strides[:-2],
         kv_heads, group, queries, keys, scale, **_constants(d, tiles.keys),
     )  # fmt: skip
-    return dq, dk, dv
+    return split(dq, batch), split(dk, batch), split(dv, batch)
 
 
-def _readable(*all_rows: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
-    """Rows [R, H, D] as the kernels read them, and their strides of rows and heads."""
+def _joined(*all_rows: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
+    """Rows [B, H, N, D] as the kernels read them, [B N, H, D], and the strides of both first."""
     taken = [
-        x if x.stride(2) == 1 and x.stride(0) < MOST_STRIDE else x.contiguous() for x in all_rows
+        x if x.stride(2) == 1 and x.stride(0) < MOST_STRIDE else x.contiguous()
+        for x in map(joined, all_rows)
     ]
     if INTERPRETED and taken[0].dtype == torch.bfloat16:
         # Triton's interpreter miscomputes bfloat16 products.

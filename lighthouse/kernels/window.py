@@ -11,7 +11,7 @@ import torch
 
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from ..logsumexp import fold_lse_gradient
-from ..memory_layout import joined, sequence_first, split
+from ..memory_layout import sequence_first
 from .interval_attention import Intervals, interval_backward, interval_forward
 from .launch import define
 
@@ -49,47 +49,6 @@ def keys_seen(
     return Intervals(first.flatten(), end.flatten())
 
 
-def attend_to_seen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    seen: Intervals,
-    scale: float,
-    longest: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``interval_forward`` of the joined rows of a batch.
-
-    Args:
-        q: [B, Hq, N, D].
-        k, v: [B, Hkv, M, D].
-        seen: keys that each query sees, both in joined rows.
-        longest: as there.
-
-    Returns:
-        out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N].
-    """
-    out, lse = interval_forward(joined(q), joined(k), joined(v), seen, scale, longest)
-    return split(out, len(q)), lse.unflatten(1, (len(q), -1)).transpose(0, 1).contiguous()
-
-
-def gradients_to_seen(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    seen: Intervals,
-    scale: float,
-    longest: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``interval_backward`` of the joined rows of a batch, as ``attend_to_seen`` takes them."""
-    lse, batch = lse.transpose(0, 1).flatten(1).contiguous(), len(q)
-    dout, q, k, v, out = (joined(x) for x in (dout, q, k, v, out))
-    dq, dk, dv = interval_backward(dout, q, k, v, out, lse, seen, scale, longest)
-    return split(dq, batch), split(dk, batch), split(dv, batch)
-
-
 def _of_dense(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Intervals:
     batch, queries, keys = len(q), q.shape[2], k.shape[2]
     if is_causal:
@@ -103,7 +62,7 @@ def dense_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``cudnn.cudnn_forward``, where that does not compute."""
-    return attend_to_seen(q, k, v, _of_dense(q, k, is_causal), scale, k.shape[2])
+    return interval_forward(q, k, v, _of_dense(q, k, is_causal), scale, k.shape[2])
 
 
 def dense_backward(
@@ -118,7 +77,7 @@ def dense_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``cudnn.cudnn_backward``, where that does not compute."""
     seen = _of_dense(q, k, is_causal)
-    return gradients_to_seen(dout, q, k, v, out, lse, seen, scale, k.shape[2])
+    return interval_backward(dout, q, k, v, out, lse, seen, scale, k.shape[2])
 
 
 def _is_dense(
@@ -153,7 +112,7 @@ def launch_forward(
         out, lse = cudnn_forward(q, k, v, scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     seen = keys_seen(len(q), q.shape[2], k.shape[2], window, documents, q.device)
-    return attend_to_seen(q, k, v, seen, scale, window)
+    return interval_forward(q, k, v, seen, scale, window)
 
 
 def launch_backward(
@@ -178,7 +137,7 @@ def launch_backward(
         dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
         return dq, dk, dv
     seen = keys_seen(len(q), q.shape[2], k.shape[2], window, documents, q.device, skipped)
-    return gradients_to_seen(dout, q, k, v, out, lse, seen, scale, window)
+    return interval_backward(dout, q, k, v, out, lse, seen, scale, window)
 
 
 def fake_forward(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,6 @@ from lighthouse.kernels import (
     scoring,
     selection,
 )
-from lighthouse.memory_layout import joined
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
 
 # Bytes that a program may use on the smallest GPU since Ampere (compute capability 8.6).
@@ -132,19 +131,18 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
 
 def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
     """With the tiles of all GPUs, and on Hopper with those of its own."""
-    q, k = joined(q), joined(k)
-    of_rows = torch.empty(q.shape[1], len(q), device="meta")
-    seen = interval_attention.Intervals(*torch.empty(2, len(q), dtype=torch.int32, device="meta"))
-    tables = [interval_attention.launches(q, len(q))]
+    (batch, _, length, d), lse = q.shape, q[..., 0].float()
+    ends = torch.empty(2, batch * length, dtype=torch.int32, device="meta")
+    seen = interval_attention.Intervals(*ends)
+    tables = [interval_attention.launches(q, length)]
     if q.dtype == torch.bfloat16 and interval_attention._attend.target.arch == HOPPER:
         for table in (interval_attention.LARGE, interval_attention.SHORT):
-            tables.append(next(x for largest, x in table.items() if q.shape[2] <= largest))
+            tables.append(next(x for largest, x in table.items() if d <= largest))
     for number, table in enumerate(tables):
         interval_attention.launches = lambda q, longest, table=table: table
         Compiler.shared_memory = SHARED_MEMORY_OF_HOPPER if number else SHARED_MEMORY
-        interval_attention.interval_forward(q, k, k, seen, 0.1, len(q))
-        rows = q, q, k, k, q, of_rows
-        interval_attention.interval_backward(*rows, seen, 0.1, len(q))
+        interval_attention.interval_forward(q, k, k, seen, 0.1, length)
+        interval_attention.interval_backward(q, q, k, k, q, lse, seen, 0.1, length)
     Compiler.shared_memory = SHARED_MEMORY
 
 

@@ -181,7 +181,7 @@ def test_kernels_attend_to_what_is_seen() -> None:
     q, k, v, dout = (torch.randn(4, *x, D, generator=generator) for x in shapes)
     out, lse = ring_documents.forward_to_seen(q, k, v, 0.5, seen)
     intervals = ring_documents.intervals_of(seen, queries, keys)
-    by_kernels = kernels.attend_to_seen(q, k, v, intervals, 0.5, keys)
+    by_kernels = kernels.interval_forward(q, k, v, intervals, 0.5, keys)
     for found, want in zip(by_kernels, (out, lse), strict=True):
         torch.testing.assert_close(found, want)
     sees = torch.arange(queries) < seen.queries[:, None]
@@ -190,7 +190,7 @@ def test_kernels_attend_to_what_is_seen() -> None:
     lse = torch.logaddexp(lse, torch.zeros(())) + math.log(2)
     rows = dout, q, k, v, out, lse, 0.5, seen
     wanted = ring_documents.backward_to_seen(*rows)
-    found_grads = kernels.gradients_to_seen(*rows[:6], intervals, 0.5, keys)
+    found_grads = kernels.interval_backward(*rows[:6], intervals, 0.5, keys)
     for found, want in zip(found_grads, wanted, strict=True):
         torch.testing.assert_close(found, want)
     assert all(grad[1].eq(0).all() and grad[0].ne(0).any() for grad in wanted)

@@ -95,7 +95,7 @@ def forward_to_seen(
     """
     if q.is_cuda:
         intervals = intervals_of(seen, q.shape[2], k.shape[2])
-        return kernels.attend_to_seen(q, k, v, intervals, scale, k.shape[2])
+        return kernels.interval_forward(q, k, v, intervals, scale, k.shape[2])
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q.dtype))
     for row, queries, keys in _parts(seen):
@@ -122,7 +122,7 @@ def backward_to_seen(
     if q.is_cuda:
         intervals = intervals_of(seen, q.shape[2], k.shape[2])
         rows = dout, q, k, v, out, lse
-        return kernels.gradients_to_seen(*rows, intervals, scale, k.shape[2])
+        return kernels.interval_backward(*rows, intervals, scale, k.shape[2])
     grads = tuple(torch.zeros_like(x) for x in (q, k, v))
     for row, queries, keys in _parts(seen):
         places = (queries, queries, keys, keys, queries, queries)
