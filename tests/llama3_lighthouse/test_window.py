@@ -262,7 +262,7 @@ def test_settings_of_the_method_have_no_effect(tmp_path: Path) -> None:
 
 
 def test_windows_that_cost_more_than_they_seem_to_are_warned_of(tmp_path: Path) -> None:
-    slow, dense = "on GPUs vectorised PyTorch computes it", "this is dense attention, at its cost"
+    slow, dense = "its kernel then has no tensor cores", "this is dense attention, at its cost"
     for settings, expected in (
         ({"training.mixed_precision_param": "bfloat16"}, ()),
         ({}, (slow,)),

@@ -288,5 +288,27 @@ def test_attention_is_chosen_as_for_training(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(ring_operations, "kernels", None)
         with pytest.raises(NotImplementedError, match="pip install triton"):
             ring_operations._attention_of(*rows)
-    assert asked == ["cudnn"] * 5
+        assert asked == ["cudnn"] * 5
     assert not rows[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [((8, 16), torch.float64, "compute bfloat16, .*float64"), ((8, 264), torch.float16, "256")],
+)
+def test_what_the_kernels_do_not_compute_is_refused_with_documents(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype, message: str
+) -> None:
+    """At the first hop vectorised PyTorch would run, and fail to take its place at the second."""
+    monkeypatch.setattr(ring_operations, "Ring", lambda *_: None)
+    monkeypatch.setattr(ring_operations, "GROUPS", {"any": None})
+    q = torch.zeros(1, 2, *shape, dtype=dtype).as_subclass(OnCuda)
+    documents, settings = torch.zeros(1, 16, dtype=torch.int32), (1.0, "any", True)
+    for operation, rows in (
+        (ring_operations._run_forward, (q, q, q)),
+        (ring_operations._run_backward, (q, q, q, q, q, q[..., 0])),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=f"knows no documents, and kernels.*{message}"
+        ):
+            operation(*rows, *settings, documents)

@@ -376,7 +376,7 @@ def test_several_seeds_choose_a_rate_by_their_mean(call, faked, path, monkeypatc
     assert {
         f"dense,lr={rate},seed={seed}" for rate in ("0.001", "0.002") for seed in (7, 8, 9)
     } <= {*faked.trained}
-    assert "dense: rates 0.001, 0.002 (seed 7, 8, 9), then seeds 1, 2" in call("--list")[0]
+    assert "dense: rates 0.001, 0.002 (seeds 7, 8, 9), then seeds 1, 2" in call("--list")[0]
 
 
 def test_runs_of_another_installation_count(call, faked, tmp_path) -> None:
@@ -465,7 +465,7 @@ def test_equal_seconds_decide_the_steps_of_each_arm(call, faked, path, tmp_path)
     trained = len(faked.trained)
     call()
     assert len(faked.trained) == trained
-    assert "window: 128 steps; rates 0.002" in call("--list")[0]
+    assert "window: 128 steps; rate 0.002, seeds 1, 2;" in call("--list")[0]
 
 
 def with_start(path: Path, more: str = "") -> None:

@@ -152,8 +152,8 @@ def _window(config: JobConfig, world_size: int) -> list[str]:
         beside = ", which nothing lowers under tensor or pipeline parallelism without FSDP"
     if getattr(config.training, key) == "float32":
         found.append(
-            f"training.{key} = 'float32' with a window{beside}: on GPUs vectorised PyTorch "
-            "computes it, several times slower than the kernels of 'bfloat16'"
+            f"training.{key} = 'float32' with a window{beside}: on GPUs its kernel "
+            "then has no tensor cores, and is several times slower than in 'bfloat16'"
         )
     return found
 

@@ -112,12 +112,12 @@ def layout_lines(config: JobConfig) -> list[str]:
     layout = layout_of(config, config.training.seq_len)
     if layout is None:
         return []
-    places = "which begin anywhere"
+    places = "and begin anywhere"
     if layout.span > 1:
-        places = f"each at a multiple of {layout.span} positions"
+        places = f"and each begins at a multiple of {layout.span} positions"
     runs = "run on" if config.lighthouse.document_positions == "run_on" else "restart with each"
     return [
-        f"documents     do not see each other, {places}; rotary positions {runs}; "
+        f"documents     do not see each other {places}; rotary positions {runs}; "
         "FLOPs below are the most, those of one document a sequence"
     ]
 

@@ -79,17 +79,28 @@ def _attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[At
         return cpu_forward, cpu_backward
     if takes_cudnn(q, k, v):
         return cudnn_forward, cudnn_backward
+    _check_kernels(q, f"does not take q {tuple(q.shape)} in {q.dtype}")
+    return kernels.dense_forward, kernels.dense_backward
+
+
+def _check_kernels(q: torch.Tensor, why: str) -> None:
+    """Check that the kernels compute on CUDA tensors like ``q``.
+
+    Args:
+        why: why cuDNN's attention does not run.
+
+    Raises:
+        NotImplementedError: they do not.
+    """
     if kernels is None:
         raise NotImplementedError(
-            "ring attention on GPUs uses Triton where cuDNN does not compute, and it is not "
+            f"ring attention on GPUs uses Triton where cuDNN's attention {why}, and it is not "
             "installed: pip install triton"
         )
     if obstacle := kernels.obstacle_to_kernels(q):
         raise NotImplementedError(
-            f"ring attention runs cuDNN's attention, which does not take q {tuple(q.shape)} in "
-            f"{q.dtype}, and kernels, which {obstacle}"
+            f"ring attention runs cuDNN's attention, which {why}, and kernels, which {obstacle}"
         )
-    return kernels.dense_forward, kernels.dense_backward
 
 
 def _forward_within(
@@ -140,6 +151,8 @@ def _run_forward(
     if documents is None:
         attend = partial(_attention_of(q, k, v)[0], scale=scale)
     else:
+        if q.is_cuda:
+            _check_kernels(q, "knows no documents")
         found = RingDocuments(documents, ring)
         attend, within = partial(_forward_within, found.at_home(), scale=scale), found.within
     if ring.size == 1:
@@ -165,6 +178,8 @@ def _run_backward(
     if documents is None:
         attend = partial(_attention_of(q, k, v)[1], scale=scale)
     else:
+        if q.is_cuda:
+            _check_kernels(q, "knows no documents")
         found = RingDocuments(documents, ring)
         attend, within = partial(_backward_within, found.at_home(), scale=scale), found.within
     if ring.size == 1:

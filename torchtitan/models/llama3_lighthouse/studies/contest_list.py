@@ -29,8 +29,11 @@ def plan_lines(
         steps = planner.steps.get(name)
         of_steps = f"{steps:,} steps; " if steps else ""
         shown = ", ".join(f"{rate:g}" for rate in rates[name])
-        tried, seeds = (_numbers(x) for x in (contest.rate_seeds, contest.seeds))
-        line = f"{name}: {of_steps}rates {shown} (seed {tried}), then seeds {seeds}"
+        # No run chooses a rate that stands alone.
+        rate = f"rate {shown},"
+        if len(rates[name]) > 1:
+            rate = f"rates {shown} ({_seeds(contest.rate_seeds)}), then"
+        line = f"{name}: {of_steps}{rate} {_seeds(contest.seeds)}"
         yield f"{line}; {_finished(planner, rates, name)}"
 
 
