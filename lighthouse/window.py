@@ -109,8 +109,8 @@ def window_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which each position sees itself and the ``window`` - 1 before it.
 
-    A window of N or more is dense causal attention by the kernel that torch has for it. Below N,
-    forward and backward repeat their bits; dense attention repeats them under
+    A window of N or more is dense causal attention, on GPUs by cuDNN where that computes and there
+    are no documents. All but cuDNN repeats its bits, and torch takes no cuDNN under
     ``torch.use_deterministic_algorithms(True)``. Both results have exact first gradients.
 
     Args:

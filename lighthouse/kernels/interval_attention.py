@@ -56,8 +56,8 @@ class Launches(NamedTuple):
 
 # By the largest head dimension. GPUs whose programs may use 200 KB of shared memory and more are
 # Hopper's. Intervals of up to 1,024 keys fall into few tiles, and those at both ends are most of
-# the work. Those of 64 and 128 for Hopper were the fastest of eight on an H200, and the others have
-# not been timed.
+# the work. Those of 64 and 128 for Hopper were the fastest of six to eight on an H200, and the
+# others have not been timed.
 LARGE = {
     64: Launches(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3)),
     128: Launches(Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),

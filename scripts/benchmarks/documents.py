@@ -120,6 +120,7 @@ def layout(text: str, sizes: Sizes) -> torch.Tensor | None:
     median, n, span = TEXTS[text], sizes.length, sizes.method.coarsest_span
     if median is None:
         return None
+    # The last document takes the rest. The layouts of the record have no more documents than this.
     begins = spans_of_documents(median, span, max(256, n // 512)).cumsum(0)[:-1]
     number = torch.bucketize(torch.arange(n // span), begins, right=True)
     return first_positions(number.repeat_interleave(span)[None]).to(sizes.device)

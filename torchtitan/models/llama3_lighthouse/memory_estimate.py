@@ -144,7 +144,7 @@ def attention_elements(
     near = rows + max(2 * q, rows)
     if ranks > 1 or sequences > 1:
         # Peaks were recorded with torch's flash attention, which copied what it read, and over
-        # several ranks the queries' gradient once more. The kernel copies nothing.
+        # several ranks the queries' gradient once more. The kernel's have not been recorded.
         near = 3 * q + 2 * kv + rows + 2 * q + (q if ranks > 1 else 0)
     # The gradient of the sum behind attention, the feed-forward layer's two parts of it, and the
     # gradient of the output of attention.
