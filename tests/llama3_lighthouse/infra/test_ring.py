@@ -292,6 +292,16 @@ def test_attention_is_chosen_as_for_training(monkeypatch: pytest.MonkeyPatch) ->
     assert not rows[0].requires_grad
 
 
+def test_graphs_of_operations_with_other_arguments_are_compiled_again() -> None:
+    """The compiler's cache outlives an update of the package."""
+    for operation in (
+        torch.ops.lighthouse_ring.attention,
+        torch.ops.lighthouse_ring.attention_backward,
+    ):
+        arguments = str(operation.default._schema).removeprefix("lighthouse_ring::")
+        assert arguments in torch.compiler.config.cache_key_tag
+
+
 @pytest.mark.parametrize(
     "shape, dtype, message",
     [((8, 16), torch.float64, "compute bfloat16, .*float64"), ((8, 264), torch.float16, "256")],

@@ -228,5 +228,8 @@ for _name, _schema, _run, _fake in (
     _library.define(f"{_name}{_schema}")
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    # The compiler's cache on disk leaves out defaults, and so finds a graph that was compiled for
+    # other arguments of this operation. It must be compiled again.
+    torch.compiler.config.cache_key_tag += f" {_name}{_schema}"
 
 ATTENTION = torch.ops.lighthouse_ring.attention.default
