@@ -191,7 +191,7 @@ def test_a_schedule_changes_lengths_spans_and_attentions(text: Path, tmp_path: P
     straight = Run(tmp_path / "straight", settings).succeed()
     expected = exact(straight)
     assert sorted(expected) == [1, 2, 3, 4, 5] and len(validation_losses(straight)) == 5
-    assert "each at a multiple of 8 positions" in straight.log
+    assert "each begins at a multiple of 8 positions" in straight.log
     for step in (1, 3):
         folder = tmp_path / f"{step}"
         (folder / "dump/checkpoint").mkdir(parents=True)

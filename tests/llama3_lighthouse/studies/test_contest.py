@@ -542,6 +542,24 @@ def test_a_start_whose_weights_are_gone_trains_again(call, faked, path, tmp_path
     assert (apart in (tmp_path / "out/results.md").read_text()) == bool(shift)
 
 
+def test_a_run_that_goes_on_keeps_its_start(call, faked, path, tmp_path) -> None:
+    """It needs none, so nothing trains again although the start's weights are gone."""
+    with_start(path)
+    faked.failing = ("window,lr=0.002,seed=2",)
+    call()
+    run = tmp_path / "out" / faked.failing[0]
+    began = (run / "start_id").read_text()
+    (run / "checkpoint/step-4").mkdir(parents=True)
+    (run / "checkpoint/step-4/.metadata").touch()
+    (run / "metrics.jsonl").write_text('{"step": 4, "validation_metrics/loss": 1.0}\n')
+    shutil.rmtree(tmp_path / "out/start,seed=2/checkpoint")
+    faked.trained.clear()
+    faked.failing = ()
+    out, code = call()
+    assert not code and "trains again" not in out
+    assert faked.trained == [run.name] and (run / "start_id").read_text() == began
+
+
 @pytest.fixture
 def carried(call, faked, path, tmp_path):
     """The small files of a contest that a first session left unfinished, and text at another place.

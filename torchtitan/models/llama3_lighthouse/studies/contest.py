@@ -14,6 +14,7 @@ from typing import TextIO
 
 import torch
 
+from ..checkpoints.folders import complete_checkpoints
 from ..checks.output import check_output
 from ..errors import UserFileError, UserValueError
 from ..evaluation.figures import check_plots
@@ -52,6 +53,7 @@ from .contest_rates import (
 )
 from .contest_report import COMPARISONS, RESULTS, report
 from .recovery import remove_cut_off
+from .recovery_plan import CHECKPOINTS
 from .sweeps import (
     ERROR_LINE,
     Environment,
@@ -85,10 +87,9 @@ class _Contestants:
         planned = self._planned(asked)
         for run in planned.values():
             clear_unmeasured(run)
-        # A run that only has to be measured needs no weights to begin from.
+        # A run that goes on, or only has to be measured, needs no weights to begin from.
         runs = {
-            key: replace(run, needs=None) if run.is_finished or is_trained(run) else run
-            for key, run in planned.items()
+            key: replace(run, needs=None) if has_begun(run) else run for key, run in planned.items()
         }
         self.placed.update({(stage, *key): run for key, run in runs.items()})
         sources = {run.needs.folder: run.needs for run in runs.values() if run.needs}
@@ -129,6 +130,8 @@ class _Contestants:
         def train_run(run: Run, title: str, environment: Environment) -> int:
             if not is_trained(run):
                 remove_cut_off(run)
+                if run.needs:
+                    mark_start(run, run.needs)
                 if code := train(run, options.processes, title, environment, self.lock):
                     if stage == RATES and run.folder not in sources and has_diverged(run):
                         say(f"{title}: diverged, so that this rate is not the best")
@@ -138,8 +141,6 @@ class _Contestants:
                 mark_trained(run, alone)
                 if run.folder in sources:
                     say_which_start(run, title)
-                elif run.needs:
-                    mark_start(run, run.needs)
             if not stage or run.folder in sources or (run.folder / MEASURES_FILE).exists():
                 return 0
             say(f"{title}: measuring")
@@ -156,6 +157,15 @@ class _Contestants:
         if done:
             write_data([(dict(zip(PLACES, key, strict=True)), run) for key, run in done.items()],
                        self.logs, output)  # fmt: skip
+
+
+def has_begun(run: Run) -> bool:
+    """Whether a run has weights of its own to go on with, or none to train."""
+    if run.is_finished or is_trained(run):
+        return True
+    if run.folder.is_dir():
+        remove_cut_off(run)
+    return bool(complete_checkpoints(run.folder / CHECKPOINTS))
 
 
 def clear_unmeasured(run: Run) -> None:

@@ -74,11 +74,13 @@ def starts_used(source: Run) -> set[str]:
     """The trainings of ``source`` that other runs began from and ended."""
     _, _, seed = source.name.partition(",")
     files = source.folder.parent.glob(f"*,{seed}/{START}")
-    return {path.read_text() for path in files if path.parent != source.folder}
+    ended = (path for path in files if (path.parent / TRAINED).exists())
+    return {path.read_text() for path in ended if path.parent != source.folder}
 
 
 def mark_start(run: Run, source: Run) -> None:
-    """Note which training of ``source`` a run began from."""
+    """Note which training of ``source`` a run begins from."""
+    run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / START).write_text(start_id(source))
 
 
