@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .config import LighthouseConfig
+from .documents import within
 
 # An operation takes the name of a process group, not the group. These are the groups by name.
 GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
@@ -246,11 +247,6 @@ def attention_over_ranks(
         out [B, Hq, M C, D] in q's dtype; with ``return_lse`` also lse [B, Hq, M C].
     """
     return _OverRanks.apply(q, k, v, scale, layout, return_lse, documents)
-
-
-def within(documents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """What the operations of a layout are given besides: nothing without documents."""
-    return () if documents is None else (documents,)
 
 
 class _OverRanks(torch.autograd.Function):

@@ -63,6 +63,14 @@ def first_positions(numbers: torch.Tensor) -> torch.Tensor:
     return torch.where(begins, position, 0).cummax(dim=1).values
 
 
+def within(documents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """What an attention is given besides: the layout, and nothing without documents.
+
+    Some attentions know no documents, and so no such argument.
+    """
+    return () if documents is None else (documents,)
+
+
 def check_documents(
     documents: torch.Tensor, q: torch.Tensor, span: int = 1, ranks: int = 1
 ) -> None:

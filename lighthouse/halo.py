@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .context_parallel import ContextParallel
 from .document_chunks import ChunkDocuments
+from .documents import within
 from .implementation import operations_by
 from .memory_layout import sequence_first
 from .precision import accumulation_dtype
@@ -229,7 +230,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend within all chunks, then again at their first positions, with the keys before."""
     attend, _ = operations_by(impl)
-    out, lse = attend(q, k, v, window, scale, *(() if own is None else (own,)))
+    out, lse = attend(q, k, v, window, scale, *within(own))
     out, reach = _laid_out(out), k_before.shape[2]
     if not reach:
         return out, lse
@@ -289,7 +290,8 @@ def _backward(
     if reach < length and impl == "triton":
         dq, dk, dv = backward(*rows(k, v, slice(None)), window, scale, own, reach)
     elif reach < length:
-        of_rest, rest = () if own is None else (own[:, reach:],), slice(reach, None)
+        rest = slice(reach, None)
+        of_rest = within(None if own is None else own[:, rest])
         dq = sequence_first(q, length)
         dq[:, :, rest], dk, dv = backward(*rows(k, v, rest), window, scale, *of_rest)
         dk, dv = _laid_out(dk), _laid_out(dv)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .documents import gathered_documents
+from .documents import gathered_documents, within
 from .geometry import PyramidGeometry
 from .implementation import choose_window_implementation, kernels, operations_by
 from .online_softmax import merged_output
@@ -112,12 +112,11 @@ class _Merged(torch.autograd.Function):
     ) -> torch.Tensor:
         # ``places`` is the layout of the gathered sequence.
         attend, _ = _operations(q, documents)
-        of_near, of_far = ((), ()) if documents is None else ((documents,), (places,))
         pyramid = geometry.config.pooling_factor, geometry.config.levels
         pairs = ((q, coarsest_q), (k, coarsest_k), (v, coarsest_v))
         gathered = [kernels.gather_means(*pair, index, *pyramid) for pair in pairs]
-        near, near_lse = attend(q, k, v, geometry.config.window, scale, *of_near)
-        far, far_lse = attend(*gathered, geometry.gathered_length, scale, *of_far)
+        near, near_lse = attend(q, k, v, geometry.config.window, scale, *within(documents))
+        far, far_lse = attend(*gathered, geometry.gathered_length, scale, *within(places))
         out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, *pyramid, documents)
         rows = q, k, v, *gathered
         ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, documents, places)
@@ -130,16 +129,15 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
         rows, (index, slot, far, far_lse, out, lse, documents, places) = saved[:6], saved[6:]
-        of_near, of_far = ((), ()) if documents is None else ((documents,), (places,))
         window, scale, pyramid = ctx.constants
         _, backward = _operations(rows[0], documents)
-        near = backward(grad, None, *rows[:3], out, lse, window, scale, *of_near)
+        near = backward(grad, None, *rows[:3], out, lse, window, scale, *within(documents))
         grad_far, out_far = kernels.collect_merged(
             grad, out, lse, far, far_lse, index, slot, *pyramid, documents
         )
         gathered_length = rows[3].shape[2]
         selected = backward(
-            grad_far, None, *rows[3:], out_far, far_lse, gathered_length, scale, *of_far
+            grad_far, None, *rows[3:], out_far, far_lse, gathered_length, scale, *within(places)
         )
         needs, length = ctx.needs_input_grad[:3], rows[0].shape[2]
         grads = [

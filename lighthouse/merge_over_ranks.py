@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .context_parallel import ContextParallel, attention_over_ranks, within
+from .context_parallel import ContextParallel, attention_over_ranks
 from .document_chunks import documents_of_chunks, gathered_documents_of_chunks
+from .documents import within
 from .geometry import PyramidGeometry
 from .halo import gradients_of_seams, layouts_in_chunks, seams_and_halo, window_in_chunks
 from .implementation import choose_window_implementation, kernels

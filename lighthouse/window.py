@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .config import check_largest_window
 from .context_parallel import ONE_DEVICE, ContextParallel, check_halo
 from .document_chunks import documents_of_chunks
-from .documents import check_documents
+from .documents import check_documents, within
 from .halo import layouts_in_chunks, window_in_chunks
 from .implementation import (
     WINDOW_IMPLEMENTATIONS,
@@ -154,8 +154,8 @@ def window_attention(
     impl = choose_window_implementation(impl, q, documents is not None)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if chunks == 1:
-        within = () if documents is None else (documents,)
-        return _WindowAttention.apply(q, k, v, window, scale, impl, return_lse, *within)
+        constants = window, scale, impl, return_lse
+        return _WindowAttention.apply(q, k, v, *constants, *within(documents))
     check_halo(window, q.shape[2] * context_parallel.world_size, chunks)
     q, k, v = (context_parallel.split(rows) for rows in (q, k, v))
     own = None if documents is None else documents_of_chunks(documents, context_parallel)

@@ -113,17 +113,30 @@ def _tile(
 
 
 @triton.jit
-def _ranges(firsts, ends, start, count, OWN: tl.constexpr, OTHER: tl.constexpr):
-    """Where three ranges of tiles begin and end that rows from ``start`` on meet.
+def _own_rows(firsts, ends, start, count, OWN: tl.constexpr, OTHER: tl.constexpr):
+    """A program's rows from ``start`` on, which of them there are, and what each of them meets.
 
-    All pairs of the second range attend.
+    Also where three ranges of tiles begin and end that they meet. All pairs of the second attend.
     """
+    row = start + tl.arange(0, OWN)
+    inside = row < count
+    first = tl.load(firsts + row, mask=inside, other=0)
+    end = tl.load(ends + row, mask=inside, other=0)
     last = tl.minimum(start + OWN, count) - 1
     low = tl.load(firsts + start) // OTHER * OTHER
     high = tl.load(ends + last)
     whole = tl.cdiv(tl.load(firsts + last), OTHER) * OTHER
     whole_end = tl.load(ends + start) // OTHER * OTHER
-    return (low, whole, tl.maximum(whole, whole_end)), (tl.minimum(whole, high), whole_end, high)
+    lows = (low, whole, tl.maximum(whole, whole_end))
+    return row, inside, first, end, lows, (tl.minimum(whole, high), whole_end, high)
+
+
+@triton.jit
+def _store(rows, tile, row, inside, head, heads, column, D: tl.constexpr):
+    """Store a tile to rows [R, H, D], rounded to their dtype."""
+    places = rows + (row.to(tl.int64) * heads + head)[:, None] * D + column[None, :]
+    shown = inside[:, None] & (column < D)[None, :]
+    tl.store(places, tile.to(rows.dtype.element_ty), mask=shown)
 
 
 @triton.jit
@@ -144,11 +157,7 @@ def _attend(
     k += head // group * k_h
     v += head // group * v_h
     lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
-    query = start + lane
-    inside = query < queries
-    first = tl.load(firsts + query, mask=inside, other=0)
-    end = tl.load(ends + query, mask=inside, other=0)
-    lows, highs = _ranges(firsts, ends, start, queries, OWN, OTHER)
+    query, inside, first, end, lows, highs = _own_rows(firsts, ends, start, queries, OWN, OTHER)
     q_tile = _tile(q + head * q_h, start, q_n, lane, column, queries, D, BLOCK_D, False)
     largest = tl.full((OWN,), float("-inf"), tl.float32)
     weight = tl.zeros((OWN,), tl.float32)
@@ -172,12 +181,9 @@ def _attend(
             v_tile = _tile(v, other, v_n, other_lane, column, keys, D, BLOCK_D, part == 1)
             total = total * kept[:, None]
             total = tl.dot(weights.to(v_tile.dtype), v_tile, total, input_precision="ieee")
-    places = out + (query.to(tl.int64) * heads + head)[:, None] * D + column[None, :]
     # A query that sees nothing has an output of zero, and a logsumexp of minus infinity.
     weight = tl.where(weight > 0.0, weight, 1.0)
-    result = total / weight[:, None]
-    shown = inside[:, None] & (column < D)[None, :]
-    tl.store(places, result.to(out.dtype.element_ty), mask=shown)
+    _store(out, total / weight[:, None], query, inside, head, heads, column, D)
     tl.store(lse + head * queries + query, (largest + tl.log2(weight)) / LOG2_E, mask=inside)
 
 
@@ -192,11 +198,7 @@ def _query_gradients(
     k += head // group * k_h
     v += head // group * v_h
     lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
-    query = start + lane
-    inside = query < queries
-    first = tl.load(firsts + query, mask=inside, other=0)
-    end = tl.load(ends + query, mask=inside, other=0)
-    lows, highs = _ranges(firsts, ends, start, queries, OWN, OTHER)
+    query, inside, first, end, lows, highs = _own_rows(firsts, ends, start, queries, OWN, OTHER)
     base = tl.load(lse + head * queries + query, mask=inside, other=0.0) * LOG2_E
     q_tile = _tile(q + head * q_h, start, q_n, lane, column, queries, D, BLOCK_D, False)
     grad = _tile(dout + head * dout_h, start, dout_n, lane, column, queries, D, BLOCK_D, False)
@@ -217,9 +219,7 @@ def _query_gradients(
             of_weights = tl.dot(grad, tl.trans(v_tile), input_precision="ieee")
             of_scores = weights * (of_weights - product[:, None])
             total = tl.dot(of_scores.to(k_tile.dtype), k_tile, total, input_precision="ieee")
-    places = dq + (query.to(tl.int64) * heads + head)[:, None] * D + column[None, :]
-    shown = inside[:, None] & (column < D)[None, :]
-    tl.store(places, (total * scale).to(dq.dtype.element_ty), mask=shown)
+    _store(dq, total * scale, query, inside, head, heads, column, D)
 
 
 @triton.jit
@@ -232,11 +232,7 @@ def _key_gradients(
     program = tl.program_id(0)
     kv_head, start = (program % heads).to(tl.int64), program // heads * OWN
     lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
-    key = start + lane
-    inside = key < keys
-    first = tl.load(firsts + key, mask=inside, other=0)
-    end = tl.load(ends + key, mask=inside, other=0)
-    lows, highs = _ranges(firsts, ends, start, keys, OWN, OTHER)
+    key, inside, first, end, lows, highs = _own_rows(firsts, ends, start, keys, OWN, OTHER)
     k_tile = _tile(k + kv_head * k_h, start, k_n, lane, column, keys, D, BLOCK_D, False)
     v_tile = _tile(v + kv_head * v_h, start, v_n, lane, column, keys, D, BLOCK_D, False)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
@@ -265,10 +261,8 @@ def _key_gradients(
                 of_weights = tl.dot(v_tile, tl.trans(grad), input_precision="ieee")
                 of_scores = weights * (of_weights - product[None, :])
                 total = tl.dot(of_scores.to(q_tile.dtype), q_tile, total, input_precision="ieee")
-    places = (key.to(tl.int64) * heads + kv_head)[:, None] * D + column[None, :]
-    shown = inside[:, None] & (column < D)[None, :]
-    tl.store(dk + places, (total * scale).to(dk.dtype.element_ty), mask=shown)
-    tl.store(dv + places, total_v.to(dv.dtype.element_ty), mask=shown)
+    _store(dk, total * scale, key, inside, kv_head, heads, column, D)
+    _store(dv, total_v, key, inside, kv_head, heads, column, D)
 
 
 class Intervals(NamedTuple):

@@ -17,22 +17,22 @@ from .launch import define
 
 
 def keys_seen(
-    batch: int,
-    queries: int,
-    keys: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
     window: int,
-    documents: torch.Tensor | None,
-    device: torch.device,
+    documents: torch.Tensor | None = None,
     skipped: int = 0,
 ) -> Intervals:
     """The keys that each query sees, in the joined rows of a batch.
 
     Args:
-        queries, keys: N and M.
+        q: [B, Hq, N, D].
+        k: [B, Hkv, M, D].
         documents: the first key that each query may see, [B, N].
         skipped: first queries of each sequence that see no key.
     """
-    options = {"dtype": torch.int32, "device": device}
+    batch, queries, keys = len(q), q.shape[2], k.shape[2]
+    options = {"dtype": torch.int32, "device": q.device}
     place = keys - queries + 1
     first = torch.arange(place - window, place - window + queries, **options).clamp_(min=0)
     end = torch.arange(place, keys + 1, **options)
@@ -52,7 +52,7 @@ def keys_seen(
 def _of_dense(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Intervals:
     batch, queries, keys = len(q), q.shape[2], k.shape[2]
     if is_causal:
-        return keys_seen(batch, queries, keys, keys, None, q.device)
+        return keys_seen(q, k, keys)
     sequence = torch.arange(batch, dtype=torch.int32, device=q.device) * keys
     sequence = sequence.repeat_interleave(queries, output_size=batch * queries)
     return Intervals(sequence, sequence + keys)
@@ -111,7 +111,7 @@ def launch_forward(
     if _is_dense(q, k, v, window, documents):
         out, lse = cudnn_forward(q, k, v, scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
-    seen = keys_seen(len(q), q.shape[2], k.shape[2], window, documents, q.device)
+    seen = keys_seen(q, k, window, documents)
     return interval_forward(q, k, v, seen, scale, window)
 
 
@@ -136,7 +136,7 @@ def launch_backward(
         grads = cudnn_backward(dout, q, k, v, out, lse, scale)
         dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
         return dq, dk, dv
-    seen = keys_seen(len(q), q.shape[2], k.shape[2], window, documents, q.device, skipped)
+    seen = keys_seen(q, k, window, documents, skipped)
     return interval_backward(dout, q, k, v, out, lse, seen, scale, window)
 
 
