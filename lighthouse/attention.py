@@ -131,7 +131,10 @@ def lighthouse_attention(
         return scatter(out, selection, geometry, documents=documents)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
-    out = attend(*gathered, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale)
+    # A branch makes a bool of it. The comparison is symbolic in code that was compiled for several
+    # numbers of heads, and torch's attention refuses that.
+    shared = True if q.shape[1] != k.shape[1] else False
+    out = attend(*gathered, is_causal=True, enable_gqa=shared, scale=scale)
     if out.shape[:3] != gathered[0].shape[:3] or out.dtype != q.dtype:
         raise ValueError(
             f"sdpa must return [B, Hq, S, D] for q {tuple(gathered[0].shape)} in {q.dtype}, got "

@@ -189,6 +189,18 @@ def test_compiles_whole_and_once() -> None:
     assert len(compilations) == 1
 
 
+def test_compiles_whole_again_for_other_shapes() -> None:
+    """The numbers of heads and positions are symbols from the second shape on."""
+    module = LighthouseAttention(CONFIG, Dense())
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for n, query_heads, heads in ((N, 4, 2), (2 * N, 6, 6), (3 * N, 8, 8), (2 * N, 8, 4)):
+        rows = [torch.randn(1, h, n, 8) for h in (query_heads, heads, heads)]
+        torch.testing.assert_close(
+            compiled(*rows, enable_gqa=True), module(*rows, enable_gqa=True), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_given_selection_is_used_whatever_its_strides() -> None:
     config = LighthouseConfig(3, 2, 8, picks_per_stratum=4)
     leaves = [torch.randn(2, heads, 36, 8) for heads in (4, 2, 2)]
