@@ -89,7 +89,7 @@ def gradients(attend: Attention, rows: list[torch.Tensor]) -> list[torch.Tensor]
     inputs = [x.detach().requires_grad_() for x in rows]
     out = attend(*inputs)
     torch.manual_seed(1)
-    grad = torch.randn_like(out, dtype=torch.float32).to(out.dtype)
+    grad = torch.randn(out.shape, device=out.device).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
