@@ -119,7 +119,6 @@ def attention_elements(
     geometry: PyramidGeometry | None,
     kind: str,
     ranks: int,
-    sequences: int,
 ) -> float:
     """Elements per token that backward of attention holds beside what layers keep.
 
@@ -129,7 +128,6 @@ def attention_elements(
         geometry: that of the selection, or None for a ``kind`` without one.
         kind: "dense", "window", "selected", or "beside" for a window beside the selection.
         ranks: ranks that share a sequence.
-        sequences: sequences of a pass.
     """
     widths = product_widths(args)
     q, kv = args.attention_width, widths["wk"]
@@ -142,10 +140,6 @@ def attention_elements(
         # than two terms are in float32.
         everywhere = rows + q + (1 if ranks == 2 else 2) * (q + 4 * kv)
     near = rows + max(2 * q, rows)
-    if ranks > 1 or sequences > 1:
-        # Peaks were recorded with torch's flash attention, which copied what it read, and over
-        # several ranks the queries' gradient once more. The kernel's have not been recorded.
-        near = 3 * q + 2 * kv + rows + 2 * q + (q if ranks > 1 else 0)
     # The gradient of the sum behind attention, the feed-forward layer's two parts of it, and the
     # gradient of the output of attention.
     held = 3 * args.dim + q
@@ -225,13 +219,12 @@ def activation_bytes(
     if geometry is not None and args.lighthouse.window:
         sparse = "beside"
     feed_forward = feed_forward_elements(args, section)
-    sequences = max(1, tokens * ranks // seq_len)
     moments = [kept[-1] + behind]
     working: dict[str, float] = {}
     for is_dense, held in zip(dense_layers(args, attention), kept, strict=True):
         kind, of_kind = ("dense", None) if is_dense else (sparse, geometry)
         if kind not in working:
-            own = attention_elements(args, section, of_kind, kind, ranks, sequences)
+            own = attention_elements(args, section, of_kind, kind, ranks)
             working[kind] = tokens * max(feed_forward, own) * ACTIVATION_BYTES
         moments.append(held + working[kind])
     # Cosines and sines of all positions, in float32.
