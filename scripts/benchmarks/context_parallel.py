@@ -3,8 +3,8 @@
 
     python scripts/benchmarks/context_parallel.py --gpus 2 4 --name context_parallel_4
 
-W is the number of GPUs. The parts layer, training and alone run for each number that --gpus gives,
-the others for the largest:
+W is the number of GPUs. The parts layer, training, alone and profile run for each number that
+--gpus gives, the others for the largest:
 
     layer        attention alone, bf16: errors against float64 beside those of one GPU; its time,
                  and that of the same work with nothing sent, and without the exchange of seam
@@ -19,6 +19,8 @@ the others for the largest:
     alone        the same context lengths on each of W GPUs alone, all at the same time, where the
                  slowest counts
     short        the same at the length that each of W GPUs has, alone
+    profile      a Lighthouse step of 270M on W GPUs, and on one: which kernels take longer than
+                 one GPU's share of them, and how long nothing but sending runs
     longest      Lighthouse attention at growing lengths (--lengths N,L,p,k) until memory runs out;
                  with --steps 1 memory alone, because the first step compiles
     8b           train_configs/8b_128k.toml on all GPUs: speed, and memory beside the dry run's
@@ -55,6 +57,7 @@ from context_parallel_jobs import TINY, Sizes, end_jobs
 from context_parallel_killed import killed
 from context_parallel_meshes import equivalence, meshes, resume
 from context_parallel_plots import plot
+from context_parallel_profile import profile
 from context_parallel_results import table
 from context_parallel_training import alone, longest, short, training
 from reporting import write_report
@@ -66,12 +69,13 @@ from torchtitan.models.llama3_lighthouse.processes import die_with_parent
 
 COMPARING = {"equivalence": equivalence, "resume": resume, "meshes": meshes}
 TIMING = {"training": training, "alone": alone, "short": short}
-PARTS = ("layer", *COMPARING, *TIMING, "longest", "8b", "killed")
+OF_270M = TIMING | {"profile": profile}
+PARTS = ("layer", *COMPARING, *TIMING, "profile", "longest", "8b", "killed")
 # Parts that each number of GPUs has for itself.
-FOR_EACH_NUMBER = ("layer", "training", "alone")
+FOR_EACH_NUMBER = ("layer", "training", "alone", "profile")
 # Parts whose rows of earlier calls stay, each with its origin, by what tells the rows apart.
 KEYS = dict.fromkeys((*TIMING, "longest", "8b"), ("stage", "GPUs", "N", "checkpointing"))
-KEYS["layer"] = ("W",)
+KEYS |= {"layer": ("W",), "profile": ("GPUs", "N")}
 LENGTHS = ["524288,3,4,8192", "1048576,4,4,4096", "1572864,4,4,6144", "2097152,4,4,8192"]
 LENGTHS_8B = ["262144,3,4,4096", "524288,3,4,8192", "786432,3,4,12288", "1048576,3,4,16384"]
 LENGTH_FLAGS = (("--lengths", "longest", LENGTHS), ("--8b-lengths", "8b", LENGTHS_8B))
@@ -147,8 +151,8 @@ def measure(part: str, folder: Path, gpus: int, arguments: argparse.Namespace) -
         return iter([[layer(folder, gpus)]])
     if part in COMPARING:
         return iter([COMPARING[part](folder, used, SMALL_CONFIG, sizes)])
-    if part in TIMING:
-        return TIMING[part](folder, used, LARGE_CONFIG, sizes)
+    if part in OF_270M:
+        return OF_270M[part](folder, used, LARGE_CONFIG, sizes)
     if part == "killed":
         return killed(folder, used, SMALL_CONFIG, sizes)
     if part == "8b":

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,18 +149,28 @@ def meshes_of(gpus: int) -> list[Mesh]:
 class Job:
     """A training run on some of the GPUs, which starts at once. Without GPUs, their number counts.
 
+    Args:
+        command: the process that trains, by its number of GPUs and the trainer's arguments.
+
     Raises:
         SystemExit: from its methods, if the run failed.
     """
 
-    def __init__(self, folder: Path, gpus: list[int], settings: Settings, config: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        gpus: list[int],
+        settings: Settings,
+        config: str,
+        command: Callable[[int, list[str]], list[str]] = trainer_command,
+    ) -> None:
         line = ["--job.config_file", config, "--job.dump_folder", str(folder)]
         line += [*command_line(settings), "--metrics.log_freq", "1"]
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.log_file = folder / "log.txt"
         self.process = subprocess.Popen(
-            trainer_command(len(gpus), line),
+            command(len(gpus), line),
             stdout=self.log_file.open("a"),
             stderr=subprocess.STDOUT,
             preexec_fn=die_with_parent,

@@ -3,11 +3,14 @@
 import json
 from typing import Any
 
-from gpu_profile import function_table
+from gpu_profile import as_cell, function_table
 from reporting import table_head, table_row
 
 PROFILES = "profiles of rank 0"
 TIMING = ("training", "alone", "short")
+# Times of a profiled step, and the kernels that are listed below them.
+PROFILED = {"step": "ms a step", "busy": "busy ms", "sending alone": "sending alone ms"}
+LISTED = 20
 COLUMNS = ["stage", "GPUs", "N", "checkpointing", "tokens/s and GPU", "MFU", "GiB a GPU"]
 ESTIMATES = {
     "active GiB": ".1f",
@@ -39,6 +42,8 @@ def table(run: dict[str, Any]) -> str:
         lines += [*table_head(COLUMNS), *(table_row(cells(row)) for row in rows)]
     if compared := comparisons(timed):
         lines += ["", *compared]
+    if compared := profile_lines(run.get("profile", [])):
+        lines += [*([""] if lines[-1] else []), *compared]
     if rows := run.get("8b", []):
         lines += ["", f"**{rows[0]['model']}**", "", *table_head([*COLUMNS, *ESTIMATES])]
         lines += [
@@ -97,3 +102,31 @@ def comparisons(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(table_row(found + [""] * (7 - len(found))))
     head = ["N", "GPUs", "stage", "less than alone", "over dense", "over dense alone", "less"]
     return [*table_head(head), *lines] if lines else []
+
+
+def profile_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of where a step of W GPUs is longer than its share of one GPU's step."""
+    by_gpus = {row["GPUs"]: row for row in rows}
+    if 1 not in by_gpus:
+        return []
+    lines, one = [], by_gpus[1]
+    for gpus, row in sorted(by_gpus.items()):
+        if gpus == 1:
+            continue
+
+        def line(name: str, together: float, alone: float, gpus: int = gpus) -> list[Any]:
+            return [name, together, alone / gpus, together - alone / gpus]
+
+        ms = [{x["name"]: x["ms"] for x in found["kernels"]} for found in (row, one)]
+        kernels = [line(name, *(x.get(name, 0.0) for x in ms)) for name in {**ms[0], **ms[1]}]
+        kernels.sort(key=lambda found: -abs(found[-1]))
+        shown = [line(name, row[key], one[key]) for name, key in PROFILED.items()]
+        shown += [[f"`{as_cell(name, 100)}`", *values] for name, *values in kernels[:LISTED]]
+        lines += [
+            f"**profile**, Lighthouse, {row['N']:,} tokens, ms on rank 0",
+            "",
+            *table_head(["", f"{gpus} GPUs", f"one GPU / {gpus}", "more"]),
+            *(table_row([name, *(f"{x:.1f}" for x in values)]) for name, *values in shown),
+            "",
+        ]
+    return lines

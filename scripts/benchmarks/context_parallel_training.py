@@ -35,6 +35,20 @@ def medians(steps: Steps, first: int, last: int) -> dict[str, float]:
     return {key: statistics.median(values[key] for values in chosen) for key in known}
 
 
+def of_270m(sizes: Sizes, changed: Settings) -> Settings:
+    """Settings of the runs of 270M, with those that a run changes."""
+    return {
+        **LARGE,
+        "training.seq_len": sizes.per_gpu,
+        "lighthouse.top_k": sizes.top_k,
+        "lr_scheduler.warmup_steps": 4,
+        "activation_checkpoint.mode": "lighthouse",
+        "activation_checkpoint.keep_products": [KEPT_PRODUCT],
+        **sizes.large,
+        **changed,
+    }
+
+
 def throughput(
     folder: Path, sets: list[list[int]], config: str, sizes: Sizes, changed: Settings
 ) -> Iterator[list[Row]]:
@@ -45,17 +59,8 @@ def throughput(
         changed: settings beside those that all runs share.
     """
     window = window_of(config, sizes)
-    settings = {
-        **LARGE,
-        "training.seq_len": sizes.per_gpu,
-        "lighthouse.top_k": sizes.top_k,
-        "lighthouse.dense_from_step": LIGHTHOUSE_STEPS[1],
-        "lr_scheduler.warmup_steps": 4,
-        "activation_checkpoint.mode": "lighthouse",
-        "activation_checkpoint.keep_products": [KEPT_PRODUCT],
-        **sizes.large,
-        **changed,
-    }
+    lasting = {"lighthouse.dense_from_step": LIGHTHOUSE_STEPS[1]}
+    settings = of_270m(sizes, lasting | changed)
     plain = "Lighthouse", *LIGHTHOUSE_STEPS
     beside_window = f"Lighthouse, window {window}", *LIGHTHOUSE_STEPS
     runs = [(window, [beside_window if window else plain, ("dense", *DENSE_STEPS)])]

@@ -1,7 +1,7 @@
 """Train one case of the training benchmark in this process, and write what was measured.
 
-``training.py`` starts this file with the arguments ATTENTION, WARM_UP, PROFILE and RESULT_FILE,
-followed by the command line of the trainer.
+``training.py`` and ``context_parallel_profile.py`` start this file with the arguments ATTENTION,
+WARM_UP, PROFILE and RESULT_FILE, followed by the command line of the trainer. Rank 0 writes.
 """
 
 import json
@@ -171,7 +171,8 @@ def run_case(
         result["profile"] = measured.profile
     result |= measured.read(warm_up)
     result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    Path(result_file).write_text(json.dumps(result))
+    if os.environ["RANK"] == "0":
+        Path(result_file).write_text(json.dumps(result))
     # Nothing is left to tidy up, and after an error the trainer may wait for ever at its own end.
     sys.stdout.flush()
     os._exit(0)

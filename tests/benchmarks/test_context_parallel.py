@@ -173,6 +173,24 @@ def test_comparisons_are_against_one_gpu_and_dense_attention() -> None:
     assert context_parallel_results.comparisons(rows_of({(4, "dense"): 1.0})) == []
 
 
+def test_profiles_are_compared_with_the_share_of_one_gpu() -> None:
+    def row(gpus: int, ms: float, **kernels: float) -> dict:
+        listed = [{"name": name, "count": 1, "ms": each} for name, each in kernels.items()]
+        times = {"ms a step": ms, "busy ms": ms - 1, "sending alone ms": 0.0}
+        return {"GPUs": gpus, "N": 1024, **times, "kernels": listed}
+
+    rows = [row(1, 100, attend=80, loss=10), row(4, 30, attend=21, nccl=5, loss=2.5)]
+    head, _, _, _, step, busy, _, *kernels, _ = context_parallel_results.profile_lines(rows)
+    assert head == "**profile**, Lighthouse, 1,024 tokens, ms on rank 0"
+    assert step == "| step | 30.0 | 25.0 | 5.0 |" and busy == "| busy | 29.0 | 24.8 | 4.2 |"
+    assert kernels == [
+        "| `nccl` | 5.0 | 0.0 | 5.0 |",
+        "| `attend` | 21.0 | 20.0 | 1.0 |",
+        "| `loss` | 2.5 | 2.5 | 0.0 |",
+    ]
+    assert context_parallel_results.profile_lines(rows[1:]) == []
+
+
 def test_a_full_record_has_tables_and_a_plot(tmp_path: Path) -> None:
     large = {
         "model": "8B", "stage": "Lighthouse", "GPUs": 4, "N": 131072, "checkpointing": "lighthouse",
@@ -269,6 +287,17 @@ def test_timed_parts_have_a_row_for_each_attention(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(len(row["tps of each"]) == 2 for row in run["alone"])
     assert (tmp_path / "tiny.png").exists()
+
+
+@pytest.mark.slow
+def test_a_step_is_profiled_on_all_gpus_and_on_one(tmp_path: Path) -> None:
+    rows = run_tiny(tmp_path, "--parts", "profile", "--no-plots")["profile"]
+    assert [(row["GPUs"], row["N"]) for row in rows] == [
+        (gpus, 2 * TINY.per_gpu) for gpus in (2, 1)
+    ]
+    assert all(row["ms a step"] > 0 for row in rows)
+    # A CPU has no kernels.
+    assert all(bool(row["kernels"]) == torch.cuda.is_available() for row in rows)
 
 
 @pytest.mark.slow

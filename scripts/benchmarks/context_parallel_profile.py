@@ -1,0 +1,50 @@
+"""The part "profile" of the context parallelism benchmark: where the time of a 270M step goes."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from context_parallel_jobs import Job, Mesh, Sizes
+from context_parallel_training import of_270m, of_all
+
+CASE_SCRIPT = Path(__file__).with_name("training_case.py")
+# The first step compiles, the next one fills the allocator's reserve, and the last is profiled.
+WARM_UP, STEPS = 3, 8
+
+
+def profile(
+    folder: Path, gpus: list[int], config: str, sizes: Sizes
+) -> Iterator[list[dict[str, Any]]]:
+    """A Lighthouse step of the length of all GPUs together: on them, then on one of them."""
+    changed = of_all(len(gpus), sizes) | {
+        "training.steps": STEPS,
+        "lighthouse.dense_from_step": STEPS,
+    }
+    for used in (gpus, gpus[:1]):
+        result = folder / f"{len(used)}.json"
+
+        def command(processes: int, line: list[str], result: Path = result) -> list[str]:
+            start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            case = [str(CASE_SCRIPT), "lighthouse", str(WARM_UP), "1", str(result)]
+            return [sys.executable, *start, str(processes), *case, *line]
+
+        settings = of_270m(sizes, changed | Mesh(context=len(used)).settings())
+        job = Job(folder / str(len(used)), used, settings, config, command)
+        if job.process.wait() or not result.exists():
+            job.fail()
+        found = json.loads(result.read_text())
+        if "failure" in found:
+            job.fail()
+        seconds = sorted(found["seconds"])
+        yield [
+            {
+                "GPUs": len(used),
+                "N": settings["training.seq_len"],
+                "ms a step": 1e3 * seconds[len(seconds) // 2],
+                "busy ms": found["profile"]["busy ms"],
+                "sending alone ms": found["profile"]["sending alone ms"],
+                "kernels": found["profile"]["kernels"],
+            }
+        ]
