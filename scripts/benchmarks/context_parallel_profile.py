@@ -43,8 +43,6 @@ def profile(
                 "GPUs": len(used),
                 "N": settings["training.seq_len"],
                 "ms a step": 1e3 * seconds[len(seconds) // 2],
-                "busy ms": found["profile"]["busy ms"],
-                "sending alone ms": found["profile"]["sending alone ms"],
-                "kernels": found["profile"]["kernels"],
+                **found["profile"],
             }
         ]

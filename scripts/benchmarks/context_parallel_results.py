@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from gpu_profile import as_cell, function_table
+from gpu_profile import as_cell, function_table, gap_lines
 from reporting import table_head, table_row
 
 PROFILES = "profiles of rank 0"
@@ -127,6 +127,10 @@ def profile_lines(rows: list[dict[str, Any]]) -> list[str]:
             "",
             *table_head(["", f"{gpus} GPUs", f"one GPU / {gpus}", "more"]),
             *(table_row([name, *(f"{x:.1f}" for x in values)]) for name, *values in shown),
+            "",
+            f"Longest gaps on {gpus} GPUs:",
+            "",
+            *gap_lines(row["gaps"]),
             "",
         ]
     return lines

@@ -94,11 +94,17 @@ def profile_table(run: dict[str, Any]) -> str:
             name, ms = as_cell(row["name"], 120), row["ms"]
             cells = [f"`{name}`", str(row["count"]), f"{ms:.1f}", f"{ms / step:.1%}"]
             lines.append(table_row(cells))
-        lines += ["", "Longest gaps:", ""]
-        for gap in profile["gaps"]:
-            after, before = (as_cell(gap[key], 60) for key in ("after", "before"))
-            lines.append(f"- {gap['ms']:.1f} ms between `{after}` and `{before}`")
+        lines += ["", "Longest gaps:", "", *gap_lines(profile["gaps"])]
     return "\n".join(lines) + "\n"
+
+
+def gap_lines(gaps: list[dict[str, Any]]) -> list[str]:
+    """List items of the times in which nothing ran."""
+    lines = []
+    for gap in gaps:
+        after, before = (as_cell(gap[key], 60) for key in ("after", "before"))
+        lines.append(f"- {gap['ms']:.1f} ms between `{after}` and `{before}`")
+    return lines
 
 
 def function_table(name: str, profile: dict[str, Any]) -> list[str]:

@@ -177,12 +177,16 @@ def test_profiles_are_compared_with_the_share_of_one_gpu() -> None:
     def row(gpus: int, ms: float, **kernels: float) -> dict:
         listed = [{"name": name, "count": 1, "ms": each} for name, each in kernels.items()]
         times = {"ms a step": ms, "busy ms": ms - 1, "sending alone ms": 0.0}
-        return {"GPUs": gpus, "N": 1024, **times, "kernels": listed}
+        gaps = [{"ms": 0.5, "after": "attend", "before": "loss"}]
+        return {"GPUs": gpus, "N": 1024, **times, "kernels": listed, "gaps": gaps}
 
     rows = [row(1, 100, attend=80, loss=10), row(4, 30, attend=21, nccl=5, loss=2.5)]
-    head, _, _, _, step, busy, _, *kernels, _ = context_parallel_results.profile_lines(rows)
+    head, _, _, _, step, busy, _, *kernels, _, _, _, gap, _ = (
+        context_parallel_results.profile_lines(rows)
+    )
     assert head == "**profile**, Lighthouse, 1,024 tokens, ms on rank 0"
     assert step == "| step | 30.0 | 25.0 | 5.0 |" and busy == "| busy | 29.0 | 24.8 | 4.2 |"
+    assert gap == "- 0.5 ms between `attend` and `loss`"
     assert kernels == [
         "| `nccl` | 5.0 | 0.0 | 5.0 |",
         "| `attend` | 21.0 | 20.0 | 1.0 |",
