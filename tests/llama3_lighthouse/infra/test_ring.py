@@ -1,7 +1,7 @@
 """Ring attention on CPU processes: its result, and the bytes that it sends and holds."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -106,6 +106,10 @@ DENSE = list(
 )
 
 
+# Query heads and key-value heads. Backward computes the latter in two parts, if there are two.
+ODD_HEADS = [(1, 1), (3, 1), (3, 3), (6, 3)]
+
+
 def worker(rank: int, world_size: int, port: int) -> None:
     mesh = join_ranks(rank, world_size, port)
     for key_heads, dtype, config in VARIANTS:
@@ -116,6 +120,8 @@ def worker(rank: int, world_size: int, port: int) -> None:
         check_layer(mesh, *variant, LighthouseModelArgs(window=WINDOW))
     for make, dtype, config in DENSE:
         check_dense_attention(mesh, make, dtype, config)
+    for heads, config in itertools.product(ODD_HEADS, (Parallelism(), CONTIGUOUS)):
+        check_dense_attention(mesh, Layer, torch.float64, config, heads=heads, n=96)
     check_attention_of_gpus(mesh)
     check_refusals(mesh)
     if world_size == 2:
@@ -187,14 +193,16 @@ def switched_off() -> WindowAttention:
 
 def check_dense_attention(
     mesh: DeviceMesh, make: Callable[[], torch.nn.Module], dtype: torch.dtype, config: Parallelism,
-    width: int = HEAD_DIM, n: int = N,
+    width: int = HEAD_DIM, n: int = N, heads: tuple[int, int] = (4, 2),
 ) -> None:  # fmt: skip
     """The dense attention of a layer is that of all ranks, gradients included."""
     module = make()
     apply_context_parallel(module, mesh, config)
     assert not any(isinstance(x, ScaledDotProductAttentionWrapper) for x in module.modules())
     torch.manual_seed(0)
-    *rows, grad = (torch.randn(BATCH, heads, n, width, dtype=dtype) for heads in (4, 2, 2, 4))
+    query_heads, key_heads = heads
+    counts = query_heads, key_heads, key_heads, query_heads
+    *rows, grad = (torch.randn(BATCH, count, n, width, dtype=dtype) for count in counts)
     here = layout_of(mesh, config).take(torch.arange(n), dim=0)
     options = {"enable_gqa": True, "is_causal": True, "scale": 0.3}
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -257,6 +265,56 @@ def check_memory(mesh: DeviceMesh) -> None:
 )
 def test_ring_equals_one_device_and_sends_what_is_said(world_size: int, free_port: int) -> None:
     run_ranks(worker, world_size, free_port, processes=world_size)
+
+
+class RecordingRing(Ring):
+    """A rank by itself that notes when transfers begin and when they are waited for.
+
+    It receives what it sends.
+    """
+
+    def __init__(self, rank: int, size: int, balanced: bool) -> None:
+        self.rank, self.size, self.balanced = rank, size, balanced
+        self.attended = 0
+        # For each transfer, how often attention ran before it began and before it was waited for.
+        self.transfers: list[list[int]] = []
+
+    def pass_on(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        transfer = [self.attended]
+        self.transfers.append(transfer)
+
+        def wait() -> list[torch.Tensor]:
+            transfer.append(self.attended)
+            return [x.clone() for x in tensors]
+
+        return wait
+
+    def attend(self, attention: Callable, *rows: torch.Tensor, **options: Any) -> tuple:
+        self.attended += 1
+        return attention(*rows, scale=1.0, **options)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 3])
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_attention_runs_beside_the_transfers(
+    world_size: int, balanced: bool, key_heads: int
+) -> None:
+    """The last gradients too travel while a rank attends, unless its work is of one head."""
+    for rank in range(world_size):
+        rows = [torch.randn(1, key_heads, 8, 4) for _ in range(4)]
+        *inputs, grad = rows
+        forward, backward = (RecordingRing(rank, world_size, balanced) for _ in range(2))
+        results = ring_forward(partial(forward.attend, cpu_forward), forward, *inputs)
+        ring_backward(partial(backward.attend, cpu_backward), backward, grad, *inputs, *results)
+        assert len(forward.transfers) == world_size - 1
+        assert len(backward.transfers) == 2 * (world_size - 1)
+        beside = [end - begin for begin, end in forward.transfers + backward.transfers]
+        assert beside.pop() == (1 if key_heads > 1 else 0)
+        # Contiguous, a rank has nothing to attend to in the chunks of later ranks.
+        assert all(beside) or not balanced
+        parts = world_size if balanced else rank + 1
+        assert forward.attended == parts and backward.attended == parts + (key_heads > 1)
 
 
 class OnCuda(torch.Tensor):

@@ -28,11 +28,15 @@ METHOD = LighthouseConfig(3, 2, 48, picks_per_stratum=2, combine="finest", windo
 BALANCES = (Parallelism(), Parallelism(context_parallel_load_balancer=None))
 
 
-def rows_of(seed: int, dtype: torch.dtype = torch.float64, n: int = N) -> list[torch.Tensor]:
-    """q, k, v and a gradient of the output."""
+def rows_of(
+    seed: int, dtype: torch.dtype = torch.float64, n: int = N, heads: tuple[int, int] = (4, 2)
+) -> list[torch.Tensor]:
+    """q, k, v and a gradient of the output, for ``heads`` of queries and of keys and values."""
     generator = torch.Generator().manual_seed(seed)
+    queries, keys = heads
     return [
-        torch.randn(BATCH, heads, n, D, generator=generator, dtype=dtype) for heads in (4, 2, 2, 4)
+        torch.randn(BATCH, count, n, D, generator=generator, dtype=dtype)
+        for count in (queries, keys, keys, queries)
     ]
 
 
@@ -60,8 +64,10 @@ def worker(rank: int, world_size: int, port: int) -> None:
     # torch warns of rows that it has to copy.
     warnings.filterwarnings("error", message=".*non-contiguous")
     for config, (number, documents) in itertools.product(BALANCES, enumerate(layouts())):
-        check_against_one_device(mesh, config, documents, torch.float64, number)
-    check_against_one_device(mesh, Parallelism(), layouts()[-1], torch.float32, 9)
+        check_against_one_device(mesh, config, documents, rows_of(number))
+    check_against_one_device(mesh, Parallelism(), layouts()[-1], rows_of(9, torch.float32))
+    for config, heads in itertools.product(BALANCES, ((3, 1), (6, 3))):
+        check_against_one_device(mesh, config, layouts()[-1], rows_of(9, heads=heads))
     rows, documents = rows_of(5), layouts()[-2]
     eager, compiled = (attend(mesh, Parallelism(), rows, documents, x) for x in (False, True))
     assert all(map(torch.equal, eager, compiled))
@@ -89,16 +95,15 @@ def attend(
 
 
 def check_against_one_device(
-    mesh: DeviceMesh, config: Parallelism, documents: torch.Tensor, dtype: torch.dtype, seed: int
+    mesh: DeviceMesh, config: Parallelism, documents: torch.Tensor, rows: list[torch.Tensor]
 ) -> None:
-    rows = rows_of(seed, dtype)
     *inputs, grad = rows
     wanted = with_gradients(document_attention, inputs, grad, documents=documents, scale=0.3)
     found = attend(mesh, config, rows, documents)
-    bound = 1e-6 if dtype == torch.float32 else 1e-12
+    bound = 1e-6 if grad.dtype == torch.float32 else 1e-12
     for value, want in zip(found, wanted, strict=True):
         want = layout_of(mesh, config).take(want, dim=2)
-        assert value.dtype == dtype
+        assert value.dtype == grad.dtype
         assert ((value - want).norm(dim=-1) <= bound * (1 + want.norm(dim=-1))).all()
 
 

@@ -188,9 +188,10 @@ def ring_backward(
     """Gradients of ``ring_forward`` with respect to this rank's query, key and value.
 
     Keys and values go round as in forward. The gradients of each rank's keys and values follow
-    them, one hop behind: every rank that they visit adds its own part, and the last hop brings
-    them home. A rank computes its part for its own keys and values (hop 0) at home. It computes
-    half of the heads at first, and the other half while the last gradients are on their way.
+    them, one hop behind: every rank that they visit adds its own part, which it computes while they
+    are on their way, and the last hop brings them home. A rank computes its part for its own keys
+    and values (hop 0) at home. It computes half of the heads at first, while keys and values are on
+    their way, and the other half while the last gradients are.
 
     Args:
         attend: the backward of the ``attend`` that forward was called with.
@@ -244,8 +245,7 @@ def ring_backward(
         if hop == 0:
             home_parts = [at_home(slice(0, middle))]
             continue
-        # Sums for the keys and values that are held; at hop 1 no rank has begun them.
-        held_totals = arriving() if arriving else [None, None]
+        pair, keys_here = [None, None], slice(0, 0)
         if (attending := ring.attending(hop, length)) is not None:
             queries_here, keys_here = attending
             all_heads = slice(0, key_heads)
@@ -254,13 +254,13 @@ def ring_backward(
                 query_total, begin = found.to(dtype), queries_here.start
             else:
                 query_total[:, :, queries_here.start - begin :].add_(found)
-            held_totals = [
-                _add(*both, keys_here, key, dtype) for both in zip(held_totals, pair, strict=True)
-            ]
-            del found, pair
-        elif hop == 1:
-            held_totals = [torch.zeros_like(key, dtype=dtype) for _ in held_totals]
-        # pyrefly: ignore[bad-argument-type]  Hop 1 has made sums, if there were none before it.
+            del found
+        # Sums for the keys and values that are held; at hop 1 no rank has begun them.
+        held_totals = arriving() if arriving else [None, None]
+        held_totals = [
+            _add(*both, keys_here, key, dtype) for both in zip(held_totals, pair, strict=True)
+        ]
+        del pair
         arriving = ring.pass_on(held_totals)
     # Free the last keys and values received, which take gigabytes in a dense layer.
     del keys, values
@@ -281,24 +281,27 @@ def ring_backward(
 
 def _add(
     total: torch.Tensor | None,
-    rows: torch.Tensor,
+    rows: torch.Tensor | None,
     positions: slice,
     like: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Add ``rows`` at ``positions`` of ``total``.
+    """Add ``rows``, if there are any, at ``positions`` of ``total``.
 
     A ``total`` of None stands for zeros with the shape of ``like`` in ``dtype``.
     """
-    if total is None and rows.shape == like.shape:
+    if total is not None:
+        if rows is not None:
+            total[:, :, positions].add_(rows)
+        return total
+    if rows is None:
+        return torch.zeros_like(like, dtype=dtype)
+    if rows.shape == like.shape:
         return rows.to(dtype)
-    if total is None:
-        total = torch.empty_like(like, dtype=dtype)
-        total[:, :, positions] = rows
-        for beside in (slice(0, positions.start), slice(positions.stop, None)):
-            total[:, :, beside] = 0
-    else:
-        total[:, :, positions].add_(rows)
+    total = torch.empty_like(like, dtype=dtype)
+    total[:, :, positions] = rows
+    for beside in (slice(0, positions.start), slice(positions.stop, None)):
+        total[:, :, beside] = 0
     return total
 
 
