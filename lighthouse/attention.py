@@ -112,7 +112,6 @@ def lighthouse_attention(
             return context_parallel.join(merged_attention_over_ranks_by_kernels(*merged))
         pairs = zip((q, k, v), coarsest, strict=True)
         gathered = [kernels.pool_gather(*pair, selection, geometry) for pair in pairs]
-        scatter = kernels.scatter_back
     else:
         if selection is None:
             selection = select_entries(q, k, v, geometry, own)
@@ -123,11 +122,11 @@ def lighthouse_attention(
                 return merged_attention(*merged, documents)
             merged = *merged, context_parallel, documents
             return context_parallel.join(merged_attention_over_ranks(*merged))
-        scatter = scatter_back
     if documents is not None:
         places = gathered_documents(documents, geometry)
         queries, keys, values = gathered
         out = document_attention(queries, keys, values, places, scale=scale)
+        scatter = kernels.scatter_back if impl == "triton" else scatter_back
         return scatter(out, selection, geometry, documents=documents)
     gathered = [context_parallel.join(rows) for rows in gathered]
     attend: Callable[..., torch.Tensor] = sdpa or nn.functional.scaled_dot_product_attention
@@ -141,10 +140,13 @@ def lighthouse_attention(
             f"{tuple(out.shape)} in {out.dtype}"
         )
     out = context_parallel.split(out)
+    if impl == "triton":
+        out = kernels.scatter_back(out, selection, geometry, context_parallel)
+        return context_parallel.join(out)
     seam = None
     if parallel:
         (seam,) = context_parallel.exchange(seam_rows(out, selection.slot, geometry))
-    return context_parallel.join(scatter(out, selection, geometry, seam))
+    return context_parallel.join(scatter_back(out, selection, geometry, seam))
 
 
 def _check_window(

@@ -16,7 +16,8 @@ S gathered length of a chunk, L levels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -185,11 +186,19 @@ class ContextParallel:
         # many arguments as it has parameters. Two more keep the numbers apart.
         return _Exchange.apply(self, None, None, *parts)
 
-    def send(self, *parts: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
-        """As ``exchange``, without autograd. A ``step`` of -1 sends to the chunk before."""
+    def send(self, *parts: torch.Tensor, step: int = 1) -> Callable[[], list[torch.Tensor]]:
+        """Start what ``exchange`` does, without autograd.
+
+        Args:
+            step: -1 sends to the chunk before.
+
+        Returns:
+            A function that waits for the rows and returns them.
+        """
         assert self.group is not None
-        ring = self.group.group_name, self.rank, self.world_size, self.balanced
-        return torch.ops.lighthouse.exchange(parts, *ring, step)
+        place = self.rank, self.world_size, self.balanced, step
+        coming = torch.ops.lighthouse.send(parts, self.group.group_name, *place)
+        return partial(torch.ops.lighthouse.receive, coming, parts, *place)
 
     def fill_first(self, rows: torch.Tensor, value: float) -> torch.Tensor:
         """``rows`` [B M, ...] with ``value`` for the sequence's first chunk, if it is here."""
@@ -287,69 +296,135 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: ContextParallel, *arguments: Any) -> tuple[torch.Tensor, ...]:
         ctx.layout = layout
-        return tuple(layout.send(*arguments[2:]))
+        return tuple(layout.send(*arguments[2:])())
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  One gradient for each of the outputs.
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, None, *ctx.layout.send(*grads, step=-1)
+        return None, None, None, *ctx.layout.send(*grads, step=-1)()
 
 
-# Every rank sends and receives other rows. As an operation this is the same in all their graphs,
-# and a compiler does on every rank alike with it.
+class _Crossing(NamedTuple):
+    """Which chunks on this rank are sent and arrive, by their places here.
+
+    Attributes:
+        sent, arrived: places, in the order of the ranks that they are sent to or come from.
+        sent_to, received_from: how many, by rank.
+        order: ``arrived``, and then the places to which nothing comes.
+    """
+
+    sent: list[int]
+    sent_to: list[int]
+    arrived: list[int]
+    received_from: list[int]
+    order: list[int]
+
+
+def _crossing(rank: int, world_size: int, balanced: bool, step: int) -> _Crossing:
+    """For each chunk c here, chunk c - ``step`` arrives, if there is such a chunk."""
+    layout = ContextParallel(None, rank, world_size, balanced)
+    held = layout.held
+    found = _Crossing([], [0] * world_size, [], [0] * world_size, [])
+    for other in range(world_size):
+        for chunk in layout.held_by(other):
+            if chunk - step in held:
+                found.sent.append(held.index(chunk - step))
+                found.sent_to[other] += 1
+        for place, chunk in enumerate(held):
+            if chunk - step in layout.held_by(other):
+                found.arrived.append(place)
+                found.received_from[other] += 1
+    missing = [place for place in range(len(held)) if place not in found.arrived]
+    found.order.extend(found.arrived + missing)
+    return found
+
+
+# The work that fills a tensor, by its address, and the rows that it reads until it has ended.
+_ON_THE_WAY: dict[int, tuple[Any, torch.Tensor]] = {}
+
+
+# Every rank sends and receives other rows. As operations these are the same in all their graphs,
+# and a compiler does on every rank alike with them.
 @torch.library.custom_op(
-    "lighthouse::exchange",
+    "lighthouse::send",
     mutates_args=(),
     schema="(Tensor[] parts, str group_name, int rank, int world_size, bool balanced, int step)"
-    " -> Tensor[]",
+    " -> Tensor",
 )
-def _exchange(
+def _send(
     parts: Sequence[torch.Tensor],
     group_name: str,
     rank: int,
     world_size: int,
     balanced: bool,
     step: int,
-) -> list[torch.Tensor]:
-    """For each chunk c, the parts of chunk c - ``step``, or zeros where there is no such chunk."""
-    layout = ContextParallel(None, rank, world_size, balanced)
-    held = layout.held
-    sent: list[int] = []
-    sent_to = [0] * world_size
-    arrived: list[int] = []
-    received_from = [0] * world_size
-    for other in range(world_size):
-        for chunk in layout.held_by(other):
-            if chunk - step in held:
-                sent.append(held.index(chunk - step))
-                sent_to[other] += 1
-        for place, chunk in enumerate(held):
-            if chunk - step in layout.held_by(other):
-                arrived.append(place)
-                received_from[other] += 1
+) -> torch.Tensor:
+    """Start to exchange all parts.
+
+    Returns:
+        Bytes [M, all parts of a chunk] for ``receive``, which nobody else may read.
+    """
+    crossing = _crossing(rank, world_size, balanced, step)
+    count = len(crossing.order)
     # A line has all parts of a chunk, as bytes because they may be of several dtypes. It takes
     # hardly longer to send than a kernel to start, so one kernel writes all lines. One reads each
     # part out of them: a view of a line may begin between two elements of its dtype.
-    count = len(held)
-    pieces = [_bytes_of(row) for place in sent for x in parts for row in x[place::count]]
-    length = sum(x[::count].numel() * x.element_size() for x in parts)
+    pieces = [_bytes_of(row) for place in crossing.sent for x in parts for row in x[place::count]]
     outgoing = torch.cat(pieces) if pieces else parts[0].new_empty(0, dtype=torch.uint8)
-    incoming = outgoing.new_empty(len(arrived), length)
-    outgoing = outgoing.view(len(sent), length)
-    dist.all_to_all_single(incoming, outgoing, received_from, sent_to, GROUPS[group_name])
-    lines = dict(zip(arrived, incoming, strict=True))
-    if len(arrived) < count:
-        nothing = incoming.new_zeros(length)
-        lines = {place: lines.get(place, nothing) for place in range(count)}
-    found, start = [], 0
+    incoming = outgoing.new_empty(count, _length_of_line(parts, count))
+    came = len(crossing.arrived)
+    if came < count:
+        incoming[came:].zero_()
+    work = dist.all_to_all_single(
+        incoming[:came],
+        outgoing.view(len(crossing.sent), incoming.shape[1]),
+        crossing.received_from,
+        crossing.sent_to,
+        GROUPS[group_name],
+        async_op=True,
+    )
+    _ON_THE_WAY[incoming.data_ptr()] = work, outgoing
+    return incoming
+
+
+@torch.library.custom_op(
+    "lighthouse::receive",
+    mutates_args=(),
+    schema="(Tensor coming, Tensor[] parts, int rank, int world_size, bool balanced, int step)"
+    " -> Tensor[]",
+)
+def _receive(
+    coming: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    rank: int,
+    world_size: int,
+    balanced: bool,
+    step: int,
+) -> list[torch.Tensor]:
+    """For each chunk c, the parts of chunk c - ``step``, or zeros where there is no such chunk.
+
+    Args:
+        coming: what ``send`` returned for ``parts``.
+    """
+    # Activation checkpointing keeps the bytes and reads them a second time, without another work.
+    if on_the_way := _ON_THE_WAY.pop(coming.data_ptr(), None):
+        on_the_way[0].wait()
+    order = _crossing(rank, world_size, balanced, step).order
+    lines, count = dict(zip(order, coming, strict=True)), len(order)
+    rows, start = [], 0
     for x in parts:
         size = x[0].numel() * x.element_size()
         places = [(lines[row % count], start + row // count * size) for row in range(len(x))]
         came = torch.cat([line[first : first + size] for line, first in places])
-        found.append(came.view(x.dtype).view(x.shape))
+        rows.append(came.view(x.dtype).view(x.shape))
         start += len(x) // count * size
-    return found
+    return rows
+
+
+def _length_of_line(parts: Sequence[torch.Tensor], count: int) -> int:
+    """Bytes that ``parts`` of one of ``count`` chunks have."""
+    return sum(x.numel() * x.element_size() for x in parts) // count
 
 
 def _bytes_of(x: torch.Tensor) -> torch.Tensor:
@@ -357,8 +432,14 @@ def _bytes_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-@_exchange.register_fake
-def _(parts: Sequence[torch.Tensor], *others: Any) -> list[torch.Tensor]:
+@_send.register_fake
+def _(parts: Sequence[torch.Tensor], group_name: str, *place: Any) -> torch.Tensor:
+    count = len(ContextParallel(None, *place[:3]).held)
+    return parts[0].new_empty((count, _length_of_line(parts, count)), dtype=torch.uint8)
+
+
+@_receive.register_fake
+def _(coming: torch.Tensor, parts: Sequence[torch.Tensor], *place: Any) -> list[torch.Tensor]:
     return [x.new_empty(x.shape) for x in parts]
 
 

@@ -94,7 +94,7 @@ def seams_and_halo(
     # The windows of the next chunk reach these. If a position sees itself alone, there are none.
     halo = tuple(x[:, :, x.shape[2] - (window - 1) :] for x in (k, v))
     crossing = (*seams, *_sequence_first(halo)) if window > 1 else tuple(seams)
-    before = layout.send(*crossing) if crossing else ()
+    before = layout.send(*crossing)() if crossing else ()
     return before[: len(seams)], _sequence_first(before[len(seams) :]) or halo
 
 
@@ -119,7 +119,7 @@ def gradients_of_seams(
         The gradients of the seams.
     """
     crossing = (*dseams, *_sequence_first(dhalo)) if dhalo[0].shape[2] else tuple(dseams)
-    came = layout.send(*crossing, step=-1) if crossing else ()
+    came = layout.send(*crossing, step=-1)() if crossing else ()
     halo = _sequence_first(came[len(dseams) :])
     # Not strict=bool(halo): torch 2.11 cannot trace bool of a list.
     if halo:

@@ -110,6 +110,29 @@ def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry)
     return torch.stack(last, dim=2)
 
 
+def seam_rows_gradient(
+    grad: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry
+) -> torch.Tensor:
+    """Gradient of the last L - 1 rows of the gathered sequence through ``seam_rows``.
+
+    Args:
+        grad: gradient of the seam rows, [B, H, L - 1, D].
+        slot: the selection's slot, int32 [B, Hkv, P].
+
+    Returns:
+        [B, H, L - 1, D].
+    """
+    by_level = list(grad.unbind(dim=2))
+    included = ends_with_chunk(slot, geometry, grad.shape[1])
+    for number in range(len(by_level) - 1):
+        here = included[:, :, number, None]
+        if geometry.config.combine == "finest":
+            instead = by_level[number].masked_fill(here, 0.0)
+            by_level[number + 1] = by_level[number + 1] + instead
+        by_level[number] = by_level[number].masked_fill(~here, 0.0)
+    return torch.stack(by_level, dim=2)
+
+
 def ends_with_chunk(slot: torch.Tensor, geometry: PyramidGeometry, heads: int) -> torch.Tensor:
     """Whether the entry that ends with a chunk is included, at each level from 1 to L - 1.
 

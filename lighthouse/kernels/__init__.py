@@ -11,7 +11,8 @@ have gradients, though no second ones. ``spread`` is one operation:
 ``interval_attention``. ``flash4`` registers FlashAttention 4, and ``merge`` what joins its output
 with that of the selected entries. ``document_selection`` selects by document. ``online_softmax``
 joins what one rank's keys give with what another's do, and ``row_sums`` adds their gradients. These
-two alone write into their arguments.
+two write into their arguments, and so does ``spread_with_seam``, which scatters what has come from
+another chunk.
 """
 
 from .document_selection import select_by_documents

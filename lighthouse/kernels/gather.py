@@ -145,7 +145,7 @@ def spread_shares(
     Returns:
         [B, H, N, D].
     """
-    return torch.ops.lighthouse.spread(grad, slot, None, length, p, levels, False, False, onto)
+    return torch.ops.lighthouse.spread(grad, slot, length, p, levels, False, False, onto)
 
 
 class _PoolGather(torch.autograd.Function):

@@ -8,7 +8,9 @@ w = p^l:
     seam[l - 1], t < w - 1                                outputs of the chunk before, if any
 
 With FINEST it receives the row of the lowest of these levels alone. With ONTO it also receives its
-own row of ``onto``. One program owns ``BLOCK`` positions of one head.
+own row of ``onto``. One program owns ``BLOCK`` positions of one head. Only the first p^(L-1) - 1
+positions take seam rows. They are spread once more when these have come, because summing in two
+steps would round twice.
 
 Collecting is the backward of spreading outputs. Entry (l, i) receives, with w = p^l,
 
@@ -37,9 +39,10 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from ..context_parallel import ONE_DEVICE, ContextParallel
 from ..geometry import PyramidGeometry
 from ..memory_layout import sequence_first
-from ..reach import seam_gradient
+from ..reach import seam_gradient, seam_rows, seam_rows_gradient
 from .launch import (
     define,
     document_ends,
@@ -60,18 +63,19 @@ COLLECT_TILE, COLLECT_WARPS = 2048, 8
 def _spread(
     gathered, slot, seam, onto, documents, rows,
     in_b, in_h, in_s, onto_b, onto_h, onto_n, out_b, out_h, out_n,
-    heads, group, length, pyramid,
+    heads, group, length, count, pyramid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, SCATTER: tl.constexpr, SEAM: tl.constexpr,
     FINEST: tl.constexpr, ONTO: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    batch, head, block = own_block(heads, length, BLOCK)
+    # Only the first ``count`` of ``length`` positions are written.
+    batch, head, block = own_block(heads, count, BLOCK)
     slots = slot + (batch * (heads // group) + head // group) * pyramid
     source = gathered + batch * in_b + head * in_h
 
     position = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    inside = position < length
+    inside = position < count
     in_columns = (column < D)[None, :]
     shown = inside[:, None] & in_columns
     if ONTO:
@@ -115,7 +119,6 @@ def _spread(
 def launch_spread(
     gathered: torch.Tensor,
     slot: torch.Tensor,
-    seam: torch.Tensor | None,
     length: int,
     p: int,
     levels: int,
@@ -129,8 +132,6 @@ def launch_spread(
     Args:
         gathered: [B, H, S, D].
         slot: [B, Hkv, pyramid length].
-        seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
-            [B, H, L - 1, D] contiguous; only with ``scatter``.
         length: positions N to spread over.
         p, levels: pooling factor and levels of the pyramid.
         scatter: spread outputs from each entry's end on, instead of shares over it.
@@ -138,49 +139,89 @@ def launch_spread(
             ``scatter``.
         onto: rows to add, [B, H, N, D].
         documents: [B, N], for each position the first position of its document, which outputs do
-            not leave; only with ``scatter`` and without ``seam``.
+            not leave; only with ``scatter``.
 
     Returns:
         [B, H, N, D], lying in memory as [B, N, H, D].
     """
-    gathered, strides = row_strides(gathered)
-    onto, onto_strides = (None, (0, 0, 0)) if onto is None else row_strides(onto)
-    batch, heads, _, d = gathered.shape
     rows = sequence_first(gathered, length)
-    block_d = triton.next_power_of_2(d)
-    block = TILE // block_d
-    _spread[own_block_grid(batch, heads, length, block)](
-        gathered, slot, slot if seam is None else seam, rows if onto is None else onto,
-        slot if documents is None else documents.contiguous(), rows,
-        *strides, *onto_strides, *rows.stride()[:3],
-        heads, heads // slot.shape[1], length, slot.shape[2],
-        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
-        SEAM=seam is not None, FINEST=finest, ONTO=onto is not None,
-        DOCUMENTS=documents is not None, num_warps=WARPS,
-    )  # fmt: skip
+    pyramid = p, levels, scatter, finest
+    _spread_into(rows, gathered, slot, length, *pyramid, onto=onto, documents=documents)
     return rows
 
 
-def _fake_spread(
+def launch_spread_with_seam(
+    rows: torch.Tensor,
     gathered: torch.Tensor,
     slot: torch.Tensor,
-    seam: torch.Tensor | None,
-    length: int,
+    seam: torch.Tensor,
+    p: int,
+    levels: int,
+    finest: bool,
+) -> None:
+    """Spread outputs over the positions that take seam rows, once more, now with these.
+
+    Args:
+        rows: from ``launch_spread`` of ``gathered`` with ``scatter``, [B, H, N, D]. The first
+            p^(L-1) - 1 positions are written.
+        seam: outputs of the entries of levels 1 to L - 1 that end just before the first position,
+            [B, H, L - 1, D].
+    """
+    count = p ** (levels - 1) - 1
+    _spread_into(rows, gathered, slot, count, p, levels, True, finest, seam=seam.contiguous())
+
+
+def _spread_into(
+    rows: torch.Tensor,
+    gathered: torch.Tensor,
+    slot: torch.Tensor,
+    count: int,
     p: int,
     levels: int,
     scatter: bool,
     finest: bool,
     onto: torch.Tensor | None = None,
+    seam: torch.Tensor | None = None,
     documents: torch.Tensor | None = None,
+) -> None:
+    """Write the first ``count`` positions of ``rows``."""
+    gathered, strides = row_strides(gathered)
+    onto, onto_strides = (None, (0, 0, 0)) if onto is None else row_strides(onto)
+    batch, heads, length, d = rows.shape
+    block_d = triton.next_power_of_2(d)
+    block = TILE // block_d
+    _spread[own_block_grid(batch, heads, count, block)](
+        gathered, slot, slot if seam is None else seam, rows if onto is None else onto,
+        slot if documents is None else documents.contiguous(), rows,
+        *strides, *onto_strides, *rows.stride()[:3],
+        heads, heads // slot.shape[1], length, count, slot.shape[2],
+        D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels, SCATTER=scatter,
+        SEAM=seam is not None, FINEST=finest, ONTO=onto is not None,
+        DOCUMENTS=documents is not None, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _fake_spread(
+    gathered: torch.Tensor, slot: torch.Tensor, length: int, *others: Any
 ) -> torch.Tensor:
     return sequence_first(gathered, length)
 
 
+def _fake_spread_with_seam(*arguments: Any) -> None:
+    pass
+
+
 define(
-    "spread(Tensor gathered, Tensor slot, Tensor? seam, SymInt length, int p, int levels,"
+    "spread(Tensor gathered, Tensor slot, SymInt length, int p, int levels,"
     " bool scatter, bool finest, Tensor? onto=None, Tensor? documents=None) -> Tensor",
     launch_spread,
     _fake_spread,
+)
+define(
+    "spread_with_seam(Tensor(a!) rows, Tensor gathered, Tensor slot, Tensor seam, int p,"
+    " int levels, bool finest) -> ()",
+    launch_spread_with_seam,
+    _fake_spread_with_seam,
 )
 
 
@@ -321,40 +362,42 @@ define(
 
 
 class _ScatterBack(torch.autograd.Function):
-    """Spread outputs; backward collects their gradients."""
+    """Spread outputs; backward collects their gradients.
+
+    What crosses from chunk to chunk travels meanwhile.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: torch.Tensor,
-        seam: torch.Tensor | None,
         slot: torch.Tensor,
         geometry: PyramidGeometry,
+        layout: ContextParallel,
         documents: torch.Tensor | None,
     ) -> torch.Tensor:
         config = geometry.config
         ctx.save_for_backward(slot, documents)
-        ctx.geometry = geometry
-        return torch.ops.lighthouse.spread(
-            rows,
-            slot,
-            seam,
-            geometry.sequence_length,
-            config.pooling_factor,
-            config.levels,
-            True,
-            config.combine == "finest",
-            documents=documents,
+        ctx.constants = geometry, layout
+        pyramid, finest = (config.pooling_factor, config.levels), config.combine == "finest"
+        arriving = layout.send(seam_rows(rows, slot, geometry)) if layout.chunks > 1 else None
+        out = torch.ops.lighthouse.spread(
+            rows, slot, geometry.sequence_length, *pyramid, True, finest, documents=documents
         )
+        if arriving is not None:
+            (seam,) = arriving()
+            torch.ops.lighthouse.spread_with_seam(out, rows, slot, seam, *pyramid, finest)
+        return out
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore[bad-override]  This function has one output, so it gets one gradient.
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         slot, documents = ctx.saved_tensors
-        geometry = ctx.geometry
-        config = geometry.config
-        seam = seam_gradient(grad, slot, geometry) if ctx.needs_input_grad[1] else None
+        geometry, layout = ctx.constants
+        config, arriving = geometry.config, None
+        if layout.chunks > 1:
+            arriving = layout.send(seam_gradient(grad, slot, geometry), step=-1)
         rows = torch.ops.lighthouse.collect(
             grad,
             slot,
@@ -364,27 +407,29 @@ class _ScatterBack(torch.autograd.Function):
             config.combine == "finest",
             documents,
         )
-        return rows, seam, None, None, None
+        if arriving is not None:
+            (came,) = arriving()
+            seam = seam_rows_gradient(came, slot, geometry)
+            torch.ops.lighthouse.add_to_last_rows(rows, seam)
+        return rows, None, None, None, None
 
 
 def scatter_back(
     rows: torch.Tensor,
     selection: tuple[torch.Tensor, torch.Tensor],
     geometry: PyramidGeometry,
-    seam: torch.Tensor | None = None,
+    layout: ContextParallel = ONE_DEVICE,
     documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scatter as ``lighthouse.scatter.scatter_back`` does.
+    """Scatter as ``lighthouse.scatter.scatter_back`` does, over the seams between chunks too.
 
     Args:
-        rows: [B, H, S, D].
+        rows: [B, H, S, D], B being that of all chunks on this rank.
         selection: index and slot.
-        seam: [B, H, L - 1, D].
-        documents: [B, N].
+        layout: the chunks on this rank. Every rank has to call this, and its backward.
+        documents: [B, N], on one device.
 
     Returns:
         [B, H, N, D], lying in memory as [B, N, H, D].
     """
-    if seam is not None:
-        seam = seam.contiguous()
-    return _ScatterBack.apply(rows, seam, selection[1], geometry, documents)
+    return _ScatterBack.apply(rows, selection[1], geometry, layout, documents)

@@ -171,7 +171,7 @@ def without_exchange(function: Callable[[], object]) -> Callable[[], object]:
     """The same attention without the exchange of seam and halo: no packing and no sending."""
 
     def run() -> object:
-        with patch.object(ContextParallel, "send", lambda self, *rows, step=1: rows):
+        with patch.object(ContextParallel, "send", lambda self, *rows, step=1: lambda: rows):
             return function()
 
     return run
@@ -217,7 +217,7 @@ def parts_of_halo(
         return into
 
     def exchange(*parts: torch.Tensor) -> object:
-        return [layout.send(*parts, step=step) for step in (1, -1)]
+        return [layout.send(*parts, step=step)() for step in (1, -1)]
 
     return {
         OF_WINDOW: attend,

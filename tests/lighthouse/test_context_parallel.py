@@ -12,6 +12,7 @@ from gathering_ranks import slot_of_chunk
 from launch import run_ranks
 
 from lighthouse import ContextParallel, LighthouseConfig, lighthouse_attention, select
+from lighthouse.config import COMBINATIONS
 from lighthouse.context_parallel import ONE_DEVICE
 from lighthouse.geometry import PyramidGeometry
 
@@ -107,7 +108,8 @@ def worker(rank: int, world_size: int, port: int) -> None:
     for balanced, levels, heads, options in [*(ALL if world_size == 4 else EVERY_PAIR), RANDOM]:
         check(rank, world_size, balanced, levels, heads, "torch", **options)
     if world_size == 2:
-        check(rank, world_size, True, 3, (2, 1, 1), "triton", combine="finest")
+        for combine in COMBINATIONS:
+            check(rank, world_size, True, 3, (2, 1, 1), "triton", combine=combine)
     dist.destroy_process_group()
 
 

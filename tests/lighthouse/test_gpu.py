@@ -1,5 +1,6 @@
 """The attention's promises, kept on a CUDA device."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -251,10 +252,14 @@ class TwoChunksOnOneRank(ContextParallel):
     def held_by(self, rank: int) -> tuple[int, ...]:
         return (0, 1)
 
-    def exchange(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # The operation knows layouts over ranks alone. tests/llama3_lighthouse/infra has it.
-        rows = [part.unflatten(0, (-1, 2))[:, :1] for part in parts]
-        return tuple(torch.cat([torch.zeros_like(x), x], 1).flatten(0, 1) for x in rows)
+    def send(self, *parts: torch.Tensor, step: int = 1) -> Callable[[], list[torch.Tensor]]:
+        # The operations know layouts over ranks alone. tests/llama3_lighthouse/infra has them.
+        pairs = [part.unflatten(0, (-1, 2)) for part in parts]
+        came = [torch.zeros_like(pair) for pair in pairs]
+        for zeros, pair in zip(came, pairs, strict=True):
+            first, second = (0, 1) if step > 0 else (1, 0)
+            zeros[:, second] = pair[:, first]
+        return lambda: [pair.flatten(0, 1) for pair in came]
 
 
 @pytest.fixture

@@ -286,15 +286,16 @@ def test_operations_are_well_formed() -> None:
     rows = ops.gather(*gather)
     assert rows.transpose(1, 2).is_contiguous()
     for onto in (None, q):
-        spread = (rows, slot, None, each["n"], p, levels, False, False, onto)
+        spread = (rows, slot, each["n"], p, levels, False, False, onto)
         torch.library.opcheck(ops.spread.default, spread)
     for finest in (False, True):
         collect = (q, slot, geometry.gathered_length, p, levels, finest)
         torch.library.opcheck(ops.collect.default, collect)
         assert ops.collect(*collect).transpose(1, 2).is_contiguous()
-        for seam in (None, rows[:, :, : levels - 1].contiguous()):
-            spread = (rows, slot, seam, each["n"], p, levels, True, finest)
-            torch.library.opcheck(ops.spread.default, spread)
+        spread = (rows, slot, each["n"], p, levels, True, finest)
+        torch.library.opcheck(ops.spread.default, spread)
+        with_seam = (ops.spread(*spread), rows, slot, rows[:, :, : levels - 1], p, levels, finest)
+        torch.library.opcheck(ops.spread_with_seam.default, with_seam)
     far, near = rows, q
     far_lse, near_lse = far[..., 0].contiguous(), near[..., 0].contiguous()
     merge = (far, far_lse, near, near_lse, slot, p, levels)

@@ -111,13 +111,14 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
         )
     gathered = gather.launch_gather(q, coarsest, index, p, levels)
     for onto in (None, q):
-        scatter.launch_spread(gathered, slot, None, n, p, levels, False, False, onto)
+        scatter.launch_spread(gathered, slot, n, p, levels, False, False, onto)
     documents = torch.empty(batch, n, dtype=torch.int32, device="meta")
     for finest in (False, True):
         scatter.launch_collect(q, slot, index.shape[2], p, levels, finest)
-        for seam in (None, gathered[:, :, : levels - 1].contiguous()):
-            scatter.launch_spread(gathered, slot, seam, n, p, levels, True, finest)
-        scatter.launch_spread(gathered, slot, None, n, p, levels, True, finest, None, documents)
+        rows = scatter.launch_spread(gathered, slot, n, p, levels, True, finest)
+        seam = gathered[:, :, : levels - 1]
+        scatter.launch_spread_with_seam(rows, gathered, slot, seam, p, levels, finest)
+        scatter.launch_spread(gathered, slot, n, p, levels, True, finest, None, documents)
         scatter.launch_collect(q, slot, index.shape[2], p, levels, finest, documents)
     far_lse, lse = (x[..., 0].float() for x in (gathered, q))
     for layout in (None, documents):

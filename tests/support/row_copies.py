@@ -36,7 +36,8 @@ def bodies() -> dict[Any, Callable[..., Any]]:
     """Our operations that PyTorch computes or parts of which it does, and their functions."""
     ours, ring = torch.ops.lighthouse, torch.ops.lighthouse_ring
     return {
-        ours.exchange.default: context_parallel._exchange._init_fn,
+        ours.send.default: context_parallel._send._init_fn,
+        ours.receive.default: context_parallel._receive._init_fn,
         ours.add_to_last_rows.default: halo.add_to_last_rows._init_fn,
         ours.halo_window.default: halo._forward._init_fn,
         ours.halo_window_backward.default: halo._backward._init_fn,

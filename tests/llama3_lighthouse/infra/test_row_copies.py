@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from row_copies import Pass, RowPasses
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse import (
     ContextParallel,
@@ -20,6 +21,7 @@ from lighthouse import (
     window,
 )
 from lighthouse.kernels.launch import INTERPRETED
+from torchtitan.models.llama3_lighthouse.infra.context_parallel import RingAttention
 from torchtitan.models.llama3_lighthouse.infra.ring_operations import operations_of
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels")
@@ -28,6 +30,23 @@ HEADS, D, CHUNK, WINDOW = 4, 16, 67, 4
 CONFIG = LighthouseConfig(
     2, 2, 16, picks_per_stratum=2, entry_score="first", combine="finest", window=WINDOW
 )
+
+
+WITHOUT_WINDOW = replace(CONFIG, window=0)
+
+
+class Order(TorchDispatchMode):
+    """Lists the operations in the order in which they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(
+        self, function: Any, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.names.append(function._schema.name.partition("::")[2])
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=[0, 1])
@@ -82,6 +101,22 @@ def test_a_layer_with_a_window_copies_nothing(layout: ContextParallel) -> None:
     assert not found, found
 
 
+def test_what_crosses_a_seam_travels_while_rows_are_scattered(layout: ContextParallel) -> None:
+    attention = LighthouseAttention(WITHOUT_WINDOW, RingAttention(layout), impl="triton")
+    attention.context_parallel = layout
+    *leaves, grad = (torch.randn(1, HEADS, 128, D, requires_grad=True) for _ in range(4))
+    with Order() as order:
+        torch.autograd.grad(attention(*leaves), leaves, grad)
+    watched = {"send", "receive", "spread", "spread_with_seam", "collect", "add_to_last_rows"}
+    forward = ["send", "spread", "receive", "spread_with_seam"]
+    backward = ["send", "collect", "receive", "add_to_last_rows"]
+    assert [name for name in order.names if name in watched] == [
+        *forward, *backward, *["spread"] * 3
+    ]  # fmt: skip
+    # Autograd would add the gradient of a few rows to a whole tensor of zeros.
+    assert "slice_backward" not in order.names
+
+
 def not_of_ring(each: Pass) -> bool:
     return not ("ring_attention.py" in each.line or "online_softmax.py" in each.line)
 
@@ -92,8 +127,8 @@ def test_an_exchange_starts_a_kernel_for_each_part_and_one_more(layout: ContextP
     halo = torch.randn(2, CHUNK, HEADS, D)[:, 1 - WINDOW :]
     for step in (1, -1):
         with RowPasses(1) as watched:
-            found = layout.send(*seams, halo, step=step)
+            found = layout.send(*seams, halo, step=step)()
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (*seams, halo)]
         # The rank with the first and the last chunk gives one of them zeros.
-        names = ["cat", *["new_zeros"] * (layout.rank == 0), *["cat"] * 3]
+        names = ["cat", *["zero_"] * (layout.rank == 0), *["cat"] * 3]
         assert [each.name for each in watched.found] == names, watched.found

@@ -42,6 +42,7 @@ METHOD = LighthouseConfig(3, 2, 48, picks_per_stratum=4, combine="finest", windo
 # For Triton's interpreter, which is slow. Four strata, for the chunks of two ranks.
 SMALL_N = 96
 SMALL = LighthouseModelArgs(lighthouse=replace(METHOD, top_k=16))
+SMALL_WITHOUT = LighthouseModelArgs(lighthouse=replace(METHOD, top_k=16, combine="sum", window=0))
 BESIDE, ALONE = LighthouseModelArgs(lighthouse=METHOD), LighthouseModelArgs(window=24)
 
 
@@ -89,7 +90,7 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
         check_operations_of_gpus(mesh)
     if device == "cpu" and world_size == 2:
         # By kernels, which are the default on GPUs.
-        cases.append((SMALL, layouts[0], "triton", SMALL_N, False))
+        cases += [(args, layouts[0], "triton", SMALL_N, False) for args in (SMALL, SMALL_WITHOUT)]
     for args, config, impl, n, masked in cases:
         options = {}
         if masked:
@@ -145,7 +146,7 @@ def worker(rank: int, world_size: int, port: int, device: str = "cpu") -> None:
         # Backward repeats neither attention nor the exchange.
         assert sum(calls.count[each] for each in EXCHANGE) == 2
         assert sum(calls.count[each] for each in RING) == (1 if args.selects else 0)
-        assert sum(calls.count[each] for each in WINDOW) == 1
+        assert sum(calls.count[each] for each in WINDOW) == (0 if args is SMALL_WITHOUT else 1)
     dist.destroy_process_group()
 
 

@@ -60,8 +60,9 @@ if kernels is not None:
         torch.ops.lighthouse.select_by_documents.default,
     }
     GATHERING = {torch.ops.lighthouse.gather.default}
-# The rows that cross from chunk to chunk under context parallelism: seam and halo.
-EXCHANGE = {torch.ops.lighthouse.exchange.default}
+# The rows that cross from chunk to chunk under context parallelism: seam and halo. They are read
+# again out of what came.
+EXCHANGE = {torch.ops.lighthouse.send.default}
 # Tensor parallelism's reduction, which upstream's selective mode keeps as well.
 REDUCTION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
