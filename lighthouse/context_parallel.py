@@ -429,7 +429,7 @@ def _length_of_line(parts: Sequence[torch.Tensor], count: int) -> int:
 
 def _bytes_of(x: torch.Tensor) -> torch.Tensor:
     """All bytes of ``x``, in order; nothing is copied if it is contiguous."""
-    return x.reshape(-1).view(torch.uint8)
+    return x.reshape(-1).contiguous().view(torch.uint8)
 
 
 @_send.register_fake

@@ -121,6 +121,13 @@ def not_of_ring(each: Pass) -> bool:
     return not ("ring_attention.py" in each.line or "online_softmax.py" in each.line)
 
 
+def test_an_exchange_takes_rows_that_lie_apart(layout: ContextParallel) -> None:
+    """Compiled code gives it such rows where it keeps something between them."""
+    apart = torch.randn(2, HEADS, 1, 2)[..., :1]
+    (found,) = layout.send(apart)()
+    assert found.shape == apart.shape
+
+
 def test_an_exchange_starts_a_kernel_for_each_part_and_one_more(layout: ContextParallel) -> None:
     """The fewer the better: sending so little takes no longer than starting a few of them."""
     seams = torch.randn(2, HEADS, 2, D), torch.randn(2, HEADS, 2, dtype=torch.float64)
