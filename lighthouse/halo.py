@@ -9,7 +9,7 @@ Shapes: B batch, Hq query heads, Hkv key-value heads, M chunks on this rank, C p
 D head dimension, W positions of the window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,21 +81,29 @@ def seams_and_halo(
     v: torch.Tensor,
     window: int,
     layout: ContextParallel,
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Send what each chunk needs of the one before it, in one collective, without autograd.
+) -> Callable[[], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]:
+    """Start to send what each chunk needs of the one before it, without autograd.
+
+    One collective carries all of it.
 
     Args:
         seams: rows [B M, ...].
         k, v: [B M, Hkv, C, D].
 
     Returns:
-        The seams, and keys and values [B M, Hkv, W - 1, D], of the chunk before.
+        A function that waits for the seams, and keys and values [B M, Hkv, W - 1, D], of the chunk
+        before, and returns them.
     """
     # The windows of the next chunk reach these. If a position sees itself alone, there are none.
     halo = tuple(x[:, :, x.shape[2] - (window - 1) :] for x in (k, v))
     crossing = (*seams, *_sequence_first(halo)) if window > 1 else tuple(seams)
-    before = layout.send(*crossing)() if crossing else ()
-    return before[: len(seams)], _sequence_first(before[len(seams) :]) or halo
+    arriving = layout.send(*crossing) if crossing else None
+
+    def wait() -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        before = () if arriving is None else arriving()
+        return before[: len(seams)], _sequence_first(before[len(seams) :]) or halo
+
+    return wait
 
 
 def _sequence_first(halo: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -108,24 +116,30 @@ def gradients_of_seams(
     dhalo: Sequence[torch.Tensor],
     onto: Sequence[torch.Tensor],
     layout: ContextParallel,
-) -> Sequence[torch.Tensor]:
-    """Send the gradients of ``seams_and_halo`` back to the chunks that its results came from.
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """Start to send the gradients of ``seams_and_halo`` back to where its results came from.
 
     Args:
         dseams, dhalo: gradients of its results.
-        onto: gradients of k and v, which are given those of the halo besides.
+        onto: gradients of k and v.
 
     Returns:
-        The gradients of the seams.
+        A function that waits, adds the gradients of the halo to ``onto``, and returns those of the
+        seams.
     """
     crossing = (*dseams, *_sequence_first(dhalo)) if dhalo[0].shape[2] else tuple(dseams)
-    came = layout.send(*crossing, step=-1)() if crossing else ()
-    halo = _sequence_first(came[len(dseams) :])
-    # Not strict=bool(halo): torch 2.11 cannot trace bool of a list.
-    if halo:
-        for rows, part in zip(onto, halo, strict=True):
-            torch.ops.lighthouse.add_to_last_rows(rows, part)
-    return came[: len(dseams)]
+    arriving = layout.send(*crossing, step=-1) if crossing else None
+
+    def wait() -> Sequence[torch.Tensor]:
+        came = () if arriving is None else arriving()
+        halo = _sequence_first(came[len(dseams) :])
+        # Not strict=bool(halo): torch 2.11 cannot trace bool of a list.
+        if halo:
+            for rows, part in zip(onto, halo, strict=True):
+                torch.ops.lighthouse.add_to_last_rows(rows, part)
+        return came[: len(dseams)]
+
+    return wait
 
 
 class _HaloWindow(torch.autograd.Function):
@@ -138,7 +152,7 @@ class _HaloWindow(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
         # As ``ContextParallel.exchange`` says, there may not be as many arguments as parameters.
         q, k, v, window, scale, impl, layout, return_lse, own, seen, *others = arguments
-        came, halo = seams_and_halo(others, k, v, window, layout)
+        came, halo = seams_and_halo(others, k, v, window, layout)()
         settings = window, scale, impl, layout.first, len(layout.held)
         out, lse = torch.ops.lighthouse.halo_window(q, k, v, *halo, *settings, own, seen)
         ctx.save_for_backward(q, k, v, *halo, out, lse, own, seen)
@@ -157,7 +171,7 @@ class _HaloWindow(torch.autograd.Function):
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
             dout, dlse, *rows, *settings, own, seen
         )
-        sent_back = gradients_of_seams(dothers, dhalo, (dk, dv), layout)
+        sent_back = gradients_of_seams(dothers, dhalo, (dk, dv), layout)()
         # Arguments between the rows.
         return dq, dk, dv, *[None] * 7, *sent_back
 

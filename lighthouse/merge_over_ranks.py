@@ -142,13 +142,14 @@ class _MergedOverRanks(torch.autograd.Function):
         far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
         far_lse = far_lse.squeeze(-1)
-        (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout)
+        arriving = seams_and_halo(seams, k, v, geometry.config.window, layout)
+        taken = _taking_seam(slot, geometry, q.shape[1] // slot.shape[1], documents, continues)
+        (seam, seam_lse), halo = arriving()
         seam_lse = layout.fill_first(seam_lse.squeeze(-1), -math.inf)
         settings = geometry.config.window, scale, impl, layout.first, len(layout.held)
         near, near_lse = torch.ops.lighthouse.halo_window(
             q, k, v, *halo, *settings, documents, seen
         )
-        taken = _taking_seam(slot, geometry, q.shape[1] // slot.shape[1], documents, continues)
         out, lse = torch.ops.lighthouse.merge_with_seam(
             far, far_lse, near, near_lse, slot, seam, seam_lse, taken, *pyramid, documents
         )
@@ -174,11 +175,13 @@ class _MergedOverRanks(torch.autograd.Function):
             grad, None, q, k, v, *halo, out, lse, *settings, documents, seen
         )
         sums = _seam_sums(grad, out, lse, seam_lse, taken)
-        dout, delta = gradients_of_seams(sums, dhalo, (dk, dv), layout)
+        arriving = gradients_of_seams(sums, dhalo, (dk, dv), layout)
         included = ends_with_chunk(slot, geometry, far.shape[1])
-        grad_far, out_far = torch.ops.lighthouse.collect_with_seam(
-            grad, out, lse, far, far_lse, index, slot, dout, delta, included, *pyramid, documents
+        grad_far, out_far = kernels.collect_merged(
+            grad, out, lse, far, far_lse, index, slot, *pyramid, documents
         )
+        dout, delta = arriving()
+        torch.ops.lighthouse.add_seam_sums(grad_far, out_far, far, dout, delta, included)
         assert layout.operations is not None
         far_lse = layout.join(far_lse.unsqueeze(-1)).squeeze(-1).contiguous()
         grad_far, out_far = layout.join(grad_far), layout.join(out_far)
@@ -289,37 +292,26 @@ def _seam_sums(
 
 
 @torch.library.custom_op(
-    "lighthouse::collect_with_seam",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor out, Tensor lse, Tensor far, Tensor far_lse, Tensor index, "
-    "Tensor slot, Tensor dout, Tensor delta, Tensor included, int p, int levels, "
-    "Tensor? documents=None) -> (Tensor, Tensor)",
+    "lighthouse::add_seam_sums",
+    mutates_args=("grad_far", "out_far"),
+    schema="(Tensor(a!) grad_far, Tensor(b!) out_far, Tensor far, Tensor dout, Tensor delta, "
+    "Tensor included) -> ()",
 )
-def _collect_with_seam(
-    grad: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+def _add_seam_sums(
+    grad_far: torch.Tensor,
+    out_far: torch.Tensor,
     far: torch.Tensor,
-    far_lse: torch.Tensor,
-    index: torch.Tensor,
-    slot: torch.Tensor,
     dout: torch.Tensor,
     delta: torch.Tensor,
     included: torch.Tensor,
-    p: int,
-    levels: int,
-    documents: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kernels.collect_merged`` of chunks.
+) -> None:
+    """Add what the next chunk's positions give to the entries that end with a chunk.
 
     Args:
+        grad_far, out_far: what ``kernels.collect_merged`` gives for ``far``, [B M, Hq, S, D].
         dout, delta: ``_seam_sums`` of the next chunk.
         included: from ``ends_with_chunk``.
-        documents: layout of the chunks, [B M, C].
     """
-    grad_far, out_far = kernels.collect_merged(
-        grad, out, lse, far, far_lse, index, slot, p, levels, documents
-    )
     sums = torch.cat((dout.to(delta.dtype), delta), dim=-1)
     by_level = list(sums.unbind(dim=2))
     # An absent entry's seam row was that of the next coarser entry, to which its sums belong. The
@@ -337,11 +329,3 @@ def _collect_with_seam(
     for whole, part in zip((grad_far, out_far), found, strict=True):
         here = whole[:, :, last]
         here.copy_(torch.where(included.unsqueeze(-1), part, here))
-    return grad_far, out_far
-
-
-@_collect_with_seam.register_fake
-def _(
-    grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, far: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return sequence_first(far, far.shape[2]), sequence_first(far, far.shape[2])

@@ -44,7 +44,7 @@ def bodies() -> dict[Any, Callable[..., Any]]:
         ours.window_by_kernel.default: window.launch_forward,
         ours.window_by_kernel_backward.default: window.launch_backward,
         ours.merge_with_seam.default: merge_over_ranks._merge_with_seam._init_fn,
-        ours.collect_with_seam.default: merge_over_ranks._collect_with_seam._init_fn,
+        ours.add_seam_sums.default: merge_over_ranks._add_seam_sums._init_fn,
         ring.attention.default: ring_operations._run_forward,
         ring.attention_backward.default: ring_operations._run_backward,
     }

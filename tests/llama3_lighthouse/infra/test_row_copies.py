@@ -32,9 +32,6 @@ CONFIG = LighthouseConfig(
 )
 
 
-WITHOUT_WINDOW = replace(CONFIG, window=0)
-
-
 class Order(TorchDispatchMode):
     """Lists the operations in the order in which they run."""
 
@@ -101,18 +98,38 @@ def test_a_layer_with_a_window_copies_nothing(layout: ContextParallel) -> None:
     assert not found, found
 
 
-def test_what_crosses_a_seam_travels_while_rows_are_scattered(layout: ContextParallel) -> None:
-    attention = LighthouseAttention(WITHOUT_WINDOW, RingAttention(layout), impl="triton")
+@pytest.mark.parametrize(
+    "config, passes",
+    [
+        (
+            replace(CONFIG, window=0),
+            [
+                *("send", "spread", "receive", "spread_with_seam"),
+                *("send", "collect", "receive", "add_to_last_rows"),
+            ],
+        ),
+        (
+            CONFIG,
+            [
+                *("send", "receive", "merge_with_seam"),
+                *("send", "collect_merged", "receive"),
+                # Keys' and values' gradients of the halo.
+                *("add_to_last_rows", "add_to_last_rows", "add_seam_sums"),
+            ],
+        ),
+    ],
+    ids=["no window", "window"],
+)
+def test_what_crosses_a_seam_travels_beside_a_kernel(
+    layout: ContextParallel, config: LighthouseConfig, passes: list[str]
+) -> None:
+    attention = LighthouseAttention(config, RingAttention(layout), impl="triton")
     attention.context_parallel = layout
     *leaves, grad = (torch.randn(1, HEADS, 128, D, requires_grad=True) for _ in range(4))
     with Order() as order:
         torch.autograd.grad(attention(*leaves), leaves, grad)
-    watched = {"send", "receive", "spread", "spread_with_seam", "collect", "add_to_last_rows"}
-    forward = ["send", "spread", "receive", "spread_with_seam"]
-    backward = ["send", "collect", "receive", "add_to_last_rows"]
-    assert [name for name in order.names if name in watched] == [
-        *forward, *backward, *["spread"] * 3
-    ]  # fmt: skip
+    watched = {*passes, "spread"}
+    assert [name for name in order.names if name in watched] == [*passes, *["spread"] * 3]
     # Autograd would add the gradient of a few rows to a whole tensor of zeros.
     assert "slice_backward" not in order.names
 
