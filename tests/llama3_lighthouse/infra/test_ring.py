@@ -106,6 +106,9 @@ DENSE = list(
 )
 
 
+# Largest difference of an element from one device. In float32 one device itself is up to 8e-6 from
+# float64, and how far the ring is from it depends on the processor.
+ELEMENTS_AGREE = {torch.float32: 4e-6, torch.float64: 1e-12}
 # Query heads and key-value heads. Backward computes the latter in two parts, if there are two.
 ODD_HEADS = [(1, 1), (3, 1), (3, 3), (6, 3)]
 
@@ -156,9 +159,10 @@ def check_layer(
         results.append([out.detach(), *(x.grad for x in inputs)])
     for value, want in zip(*reversed(results), strict=True):
         want = want[:, :, here]
-        if dtype != torch.bfloat16:
+        if dtype in ELEMENTS_AGREE:
             # A small element is a sum of large terms, and rounds like the largest of its row.
-            assert ((value - want).abs() <= 1e-6 * (1 + want.abs().amax(-1, keepdim=True))).all()
+            bound = ELEMENTS_AGREE[dtype] * (1 + want.abs().amax(-1, keepdim=True))
+            assert ((value - want).abs() <= bound).all()
         error = (value.double() - want).norm() / want.double().norm()
         assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6), (dtype, error)
 
