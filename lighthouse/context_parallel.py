@@ -340,8 +340,9 @@ def _crossing(rank: int, world_size: int, balanced: bool, step: int) -> _Crossin
     return found
 
 
-# The work that fills a tensor, by its address, and the rows that it reads until it has ended.
-_ON_THE_WAY: dict[int, tuple[Any, torch.Tensor]] = {}
+# By the address of each tensor that ``send`` returned, the work that fills it and the rows that the
+# work reads; None after the work has ended.
+_ON_THE_WAY: dict[int, tuple[Any, torch.Tensor] | None] = {}
 
 
 # Every rank sends and receives other rows. As operations these are the same in all their graphs,
@@ -406,10 +407,20 @@ def _receive(
 
     Args:
         coming: what ``send`` returned for ``parts``.
+
+    Raises:
+        RuntimeError: ``coming`` is a copy of it.
     """
-    # Activation checkpointing keeps the bytes and reads them a second time, without another work.
-    if on_the_way := _ON_THE_WAY.pop(coming.data_ptr(), None):
+    address = coming.data_ptr()
+    if address not in _ON_THE_WAY:
+        raise RuntimeError(
+            "lighthouse::receive got a copy of what lighthouse::send returned, which may have been "
+            "made before the rows came; pass that tensor itself"
+        )
+    # Activation checkpointing keeps the bytes and reads them a second time.
+    if on_the_way := _ON_THE_WAY[address]:
         on_the_way[0].wait()
+        _ON_THE_WAY[address] = None
     order = _crossing(rank, world_size, balanced, step).order
     lines, count = dict(zip(order, coming, strict=True)), len(order)
     rows, start = [], 0

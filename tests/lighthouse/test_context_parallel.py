@@ -155,3 +155,10 @@ def test_chunks_that_would_select_something_else_are_refused(changed, message) -
     leaves = [torch.randn(1, 2, n // 2, 8) for _ in range(3)]
     with pytest.raises(ValueError, match=message):
         lighthouse_attention(*leaves, config, context_parallel=ContextParallel(None, 0, 2))
+
+
+def test_rows_are_not_read_from_a_copy_made_before_they_came() -> None:
+    """A compiler that copied them would otherwise train on what the memory held before."""
+    coming = torch.zeros(2, 16, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="got a copy of what lighthouse::send returned"):
+        torch.ops.lighthouse.receive(coming, [torch.zeros(2, 4)], 0, 2, True, 1)
