@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .context_parallel import ContextParallel
 from .document_chunks import ChunkDocuments
 from .documents import within
-from .implementation import operations_by
+from .implementation import kernels, operations_by
 from .memory_layout import sequence_first
 from .precision import accumulation_dtype
 
@@ -176,22 +176,27 @@ class _HaloWindow(torch.autograd.Function):
         return dq, dk, dv, *[None] * 7, *sent_back
 
 
-def _first_keys(
-    own: torch.Tensor | None, seen: torch.Tensor | None, q: torch.Tensor, reach: int, place: Place
-) -> torch.Tensor:
-    """The first key that each of the first ``reach`` positions of all chunks may see, [B M, reach].
+def _shown(seen: torch.Tensor | None, q: torch.Tensor, reach: int, place: Place) -> torch.Tensor:
+    """How many of the ``reach`` keys before a chunk its first document sees, int32 [B M].
 
-    Before a chunk's own keys lie ``reach`` others, those of the chunk before it. Nothing sees the
-    zeros before the sequence's first chunk.
+    Nothing sees the zeros before the sequence's first chunk.
     """
-    if own is not None and seen is not None:
-        first = own[:, :reach]
-        return reach + first - torch.where(first == 0, seen[:, None], 0)
-    keys = torch.zeros(len(q), reach, dtype=torch.int32, device=q.device)
+    if seen is not None:
+        return seen.int()
+    shown = torch.full((len(q),), reach, dtype=torch.int32, device=q.device)
     first, held = place
     if first >= 0:
-        keys.unflatten(0, (-1, held))[:, first] = reach
-    return keys
+        shown[first::held] = 0
+    return shown
+
+
+def _first_keys(own: torch.Tensor | None, shown: torch.Tensor, reach: int) -> torch.Tensor:
+    """The first key that each of the first ``reach`` positions of all chunks may see, [B M, reach].
+
+    Before a chunk's own keys lie ``reach`` others, those of the chunk before it.
+    """
+    first = shown.new_zeros(len(shown), reach) if own is None else own[:, :reach]
+    return reach + first - torch.where(first == 0, shown[:, None], 0)
 
 
 def _beginnings(
@@ -242,15 +247,24 @@ def _forward(
     own: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend within all chunks, then again at their first positions, with the keys before."""
+    """Attend, by the kernel in one pass.
+
+    Other attentions attend within all chunks, and then again at their first positions, with the
+    keys before.
+    """
+    reach = k_before.shape[2]
+    shown = _shown(seen, q, reach, (first, held))
+    if impl == "triton":
+        before = kernels.Before(k_before, v_before, shown)
+        return kernels.halo_forward(q, k, v, before, window, scale, own)
     attend, _ = operations_by(impl)
     out, lse = attend(q, k, v, window, scale, *within(own))
-    out, reach = _laid_out(out), k_before.shape[2]
+    out = _laid_out(out)
     if not reach:
         return out, lse
     impl, keys, values = _beginnings(impl, k_before, v_before, k, v)
     attend, _ = operations_by(impl)
-    first_keys = _first_keys(own, seen, q, reach, (first, held))
+    first_keys = _first_keys(own, shown, reach)
     found = attend(q[:, :, :reach], keys, values, window, scale, first_keys)
     out[:, :, :reach], lse[:, :, :reach] = found
     return out, lse
@@ -287,23 +301,25 @@ def _backward(
     own: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients from queries that see no keys before their chunk, and then from the others.
+    """Gradients, by the kernel in one pass.
 
-    Only a chunk's first keys and values are then joined with those before it, and not all of them.
-    The kernels are given all queries of a chunk, and leave out the first ones, because slices of
-    several chunks would have to be copied.
+    Other attentions give those from queries that see no keys before their chunk, and then those
+    from the others. Only a chunk's first keys and values are then joined with those before it, and
+    not all of them.
     """
-    _, backward = operations_by(impl)
     reach, length = k_before.shape[2], q.shape[2]
+    shown = _shown(seen, q, reach, (first, held))
+    if impl == "triton":
+        before = kernels.Before(k_before, v_before, shown)
+        return kernels.halo_backward(dout, dlse, q, k, v, before, out, lse, window, scale, own)
+    _, backward = operations_by(impl)
 
     def rows(keys: torch.Tensor, values: torch.Tensor, here: slice) -> list[torch.Tensor | None]:
         dout_here, q_here, out_here, lse_here = (x[:, :, here] for x in (dout, q, out, lse))
         dlse_here = None if dlse is None else dlse[:, :, here]
         return [dout_here, dlse_here, q_here, keys, values, out_here, lse_here.contiguous()]
 
-    if reach < length and impl == "triton":
-        dq, dk, dv = backward(*rows(k, v, slice(None)), window, scale, own, reach)
-    elif reach < length:
+    if reach < length:
         rest = slice(reach, None)
         of_rest = within(None if own is None else own[:, rest])
         dq = sequence_first(q, length)
@@ -317,7 +333,7 @@ def _backward(
         return dq, dk, dv, dk_before, dv_before
     impl, keys, values = _beginnings(impl, k_before, v_before, k, v)
     _, backward = operations_by(impl)
-    first_keys = _first_keys(own, seen, q, reach, (first, held))
+    first_keys = _first_keys(own, shown, reach)
     found = backward(*rows(keys, values, slice(reach)), window, scale, first_keys)
     dq[:, :, :reach] = found[0]
     for grad, before, part in ((dk, dk_before, found[1]), (dv, dv_before, found[2])):

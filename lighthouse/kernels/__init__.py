@@ -24,7 +24,7 @@ from .flash4 import (
     obstacle_to_flash4,
 )
 from .gather import gather_means, pool_gather, spread_shares
-from .interval_attention import Intervals, interval_backward, interval_forward
+from .interval_attention import Before, Intervals, interval_backward, interval_forward
 from .launch import check_supported, obstacle_to_kernels
 from .merge import collect_merged, merge_outputs
 from .online_softmax import merge_in_place
@@ -36,11 +36,14 @@ from .selection import select_from_norms
 from .window import (
     dense_backward,
     dense_forward,
+    halo_backward,
+    halo_forward,
     window_backward,
     window_forward,
 )
 
 __all__ = [
+    "Before",
     "Intervals",
     "add_rows",
     "check_flash4",
@@ -52,6 +55,8 @@ __all__ = [
     "flash4_forward",
     "flash4_is_installed",
     "gather_means",
+    "halo_backward",
+    "halo_forward",
     "interval_backward",
     "interval_forward",
     "merge_in_place",

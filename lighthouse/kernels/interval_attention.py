@@ -12,8 +12,13 @@ queries and that of keys and values have a kernel each. Both compute the weights
 logsumexp. No two programs write to one place, so bits repeat. Products are in the dtype of the
 rows, and sums in float32.
 
+A sequence may be a chunk of a longer one, and see the last keys of the chunk before. These lie in
+tensors of their own, joined too. Queries go through them after their own keys, and the last
+programs of the keys have them.
+
 Shapes: B batch, Hq query heads, Hkv key-value heads, N queries and M keys of a sequence, D head
-dimension; joined, sequences lie one after the other: R = B N queries and C = B M keys.
+dimension; joined, sequences lie one after the other: R = B N queries and C = B M keys. Before the
+keys of each sequence there may be P more.
 """
 
 import math
@@ -148,39 +153,91 @@ def _own_queries(heads, queries, OWN: tl.constexpr):
 
 
 @triton.jit
+def _keys_before(row, firsts, shown, reach, length, queries):
+    """The keys before its sequence that a query sees: the first one, and the first after these.
+
+    Joined, neither lies before that of an earlier query.
+    """
+    row = tl.minimum(row, queries - 1)
+    sequence = row // length
+    end = (sequence + 1) * reach
+    seen = tl.maximum(tl.minimum(tl.load(shown + sequence), reach - row % length), 0)
+    return tl.where(tl.load(firsts + row) == sequence * length, end - seen, end), end
+
+
+@triton.jit
+def _queries_after(row, ends, shown, reach, length, keys_before):
+    """The queries that see a key before their sequence: the first one, and the first after them."""
+    row = tl.minimum(row, keys_before - 1)
+    sequence, place = row // reach, row % reach
+    first = sequence * length
+    end = tl.minimum(first + place + 1, tl.load(ends + first))
+    return first, tl.where(place >= reach - tl.load(shown + sequence), end, first)
+
+
+@triton.jit
+def _attend_to(
+    k, v, k_n, v_n, keys, first, end, low, high, q_tile, scale, largest, weight, total,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OTHER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Attend to a range of tiles. All pairs of ``WHOLE`` ones attend."""
+    other_lane, column = tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
+    for other in tl.range(low, high, OTHER):
+        k_tile = _tile(k, other, k_n, other_lane, column, keys, D, BLOCK_D, WHOLE)
+        # Powers are of two, and the scale has the factor for that.
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+        if not WHOLE:
+            key = (other + other_lane)[None, :]
+            seen = (key >= first[:, None]) & (key < end[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        # A query that has seen nothing yet has no largest score.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        kept = tl.exp2(largest - base)
+        weights = tl.exp2(scores - base[:, None])
+        weight = weight * kept + tl.sum(weights, axis=1)
+        largest = larger
+        v_tile = _tile(v, other, v_n, other_lane, column, keys, D, BLOCK_D, WHOLE)
+        total = total * kept[:, None]
+        total = tl.dot(weights.to(v_tile.dtype), v_tile, total, input_precision="ieee")
+    return largest, weight, total
+
+
+@triton.jit
 def _attend(
     q, k, v, firsts, ends, out, lse,
     q_n, q_h, k_n, k_h, v_n, v_h, heads, group, queries, keys, scale,
+    k_before, v_before, before_k_n, before_k_h, before_v_n, before_v_h, shown, reach, length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     head, start = _own_queries(heads, queries, OWN)
-    k += head // group * k_h
-    v += head // group * v_h
-    lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
+    lane, column = tl.arange(0, OWN), tl.arange(0, BLOCK_D)
     query, inside, first, end, lows, highs = _own_rows(firsts, ends, start, queries, OWN, OTHER)
+    if k_before is not None:
+        more = (firsts, shown, reach, length, queries)
+        first_before, end_before = _keys_before(query, *more)
+        low, high = _keys_before(start, *more)[0], _keys_before(start + OWN - 1, *more)[1]
     q_tile = _tile(q + head * q_h, start, q_n, lane, column, queries, D, BLOCK_D, False)
     largest = tl.full((OWN,), float("-inf"), tl.float32)
     weight = tl.zeros((OWN,), tl.float32)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
+    k += head // group * k_h
+    v += head // group * v_h
     for part in tl.static_range(3):
-        for other in tl.range(lows[part], highs[part], OTHER):
-            k_tile = _tile(k, other, k_n, other_lane, column, keys, D, BLOCK_D, part == 1)
-            # Powers are of two, and the scale has the factor for that.
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-            if part != 1:
-                key = (other + other_lane)[None, :]
-                seen = (key >= first[:, None]) & (key < end[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))
-            # A query that has seen nothing yet has no largest score.
-            base = tl.where(larger == float("-inf"), 0.0, larger)
-            kept = tl.exp2(largest - base)
-            weights = tl.exp2(scores - base[:, None])
-            weight = weight * kept + tl.sum(weights, axis=1)
-            largest = larger
-            v_tile = _tile(v, other, v_n, other_lane, column, keys, D, BLOCK_D, part == 1)
-            total = total * kept[:, None]
-            total = tl.dot(weights.to(v_tile.dtype), v_tile, total, input_precision="ieee")
+        largest, weight, total = _attend_to(
+            k, v, k_n, v_n, keys, first, end, lows[part], highs[part], q_tile, scale,
+            largest, weight, total, D, BLOCK_D, OTHER, part == 1,
+        )  # fmt: skip
+    if k_before is not None:
+        # Few programs have such tiles, and all others would begin to load some.
+        if low < high:
+            k_before += head // group * before_k_h
+            v_before += head // group * before_v_h
+            largest, weight, total = _attend_to(
+                k_before, v_before, before_k_n, before_v_n, queries // length * reach,
+                first_before, end_before, low, high, q_tile, scale, largest, weight, total,
+                D, BLOCK_D, OTHER, False,
+            )  # fmt: skip
     # A query that sees nothing has an output of zero, and a logsumexp of minus infinity.
     weight = tl.where(weight > 0.0, weight, 1.0)
     _store(out, total / weight[:, None], query, inside, head, heads, column, D)
@@ -188,37 +245,66 @@ def _attend(
 
 
 @triton.jit
+def _gradient_through(
+    k, v, k_n, v_n, keys, first, end, low, high, q_tile, grad, base, product, scale, total,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, OTHER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of queries through a range of tiles. All pairs of ``WHOLE`` ones attend."""
+    other_lane, column = tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
+    for other in tl.range(low, high, OTHER):
+        k_tile = _tile(k, other, k_n, other_lane, column, keys, D, BLOCK_D, WHOLE)
+        v_tile = _tile(v, other, v_n, other_lane, column, keys, D, BLOCK_D, WHOLE)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        weights = tl.exp2(scores * (scale * LOG2_E) - base[:, None])
+        if not WHOLE:
+            key = (other + other_lane)[None, :]
+            seen = (key >= first[:, None]) & (key < end[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        of_weights = tl.dot(grad, tl.trans(v_tile), input_precision="ieee")
+        of_scores = weights * (of_weights - product[:, None])
+        total = tl.dot(of_scores.to(k_tile.dtype), k_tile, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _query_gradients(
     dout, q, k, v, out, lse, firsts, ends, dq, delta,
     dout_n, dout_h, q_n, q_h, k_n, k_h, v_n, v_h, out_n, out_h,
     heads, group, queries, keys, scale,
+    k_before, v_before, before_k_n, before_k_h, before_v_n, before_v_h, shown, reach, length,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     head, start = _own_queries(heads, queries, OWN)
-    k += head // group * k_h
-    v += head // group * v_h
-    lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
+    lane, column = tl.arange(0, OWN), tl.arange(0, BLOCK_D)
     query, inside, first, end, lows, highs = _own_rows(firsts, ends, start, queries, OWN, OTHER)
     base = tl.load(lse + head * queries + query, mask=inside, other=0.0) * LOG2_E
+    if k_before is not None:
+        more = (firsts, shown, reach, length, queries)
+        first_before, end_before = _keys_before(query, *more)
+        low, high = _keys_before(start, *more)[0], _keys_before(start + OWN - 1, *more)[1]
     q_tile = _tile(q + head * q_h, start, q_n, lane, column, queries, D, BLOCK_D, False)
     grad = _tile(dout + head * dout_h, start, dout_n, lane, column, queries, D, BLOCK_D, False)
     result = _tile(out + head * out_h, start, out_n, lane, column, queries, D, BLOCK_D, False)
     product = tl.sum(grad.to(tl.float32) * result.to(tl.float32), axis=1)
     tl.store(delta + head * queries + query, product, mask=inside)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
+    k += head // group * k_h
+    v += head // group * v_h
     for part in tl.static_range(3):
-        for other in tl.range(lows[part], highs[part], OTHER):
-            k_tile = _tile(k, other, k_n, other_lane, column, keys, D, BLOCK_D, part == 1)
-            v_tile = _tile(v, other, v_n, other_lane, column, keys, D, BLOCK_D, part == 1)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            weights = tl.exp2(scores * (scale * LOG2_E) - base[:, None])
-            if part != 1:
-                key = (other + other_lane)[None, :]
-                seen = (key >= first[:, None]) & (key < end[:, None])
-                weights = tl.where(seen, weights, 0.0)
-            of_weights = tl.dot(grad, tl.trans(v_tile), input_precision="ieee")
-            of_scores = weights * (of_weights - product[:, None])
-            total = tl.dot(of_scores.to(k_tile.dtype), k_tile, total, input_precision="ieee")
+        total = _gradient_through(
+            k, v, k_n, v_n, keys, first, end, lows[part], highs[part],
+            q_tile, grad, base, product, scale, total, D, BLOCK_D, OTHER, part == 1,
+        )  # fmt: skip
+    if k_before is not None:
+        # Few programs have such tiles, and all others would begin to load some.
+        if low < high:
+            k_before += head // group * before_k_h
+            v_before += head // group * before_v_h
+            total = _gradient_through(
+                k_before, v_before, before_k_n, before_v_n, queries // length * reach,
+                first_before, end_before, low, high, q_tile, grad, base, product, scale, total,
+                D, BLOCK_D, OTHER, False,
+            )  # fmt: skip
     _store(dq, total * scale, query, inside, head, heads, column, D)
 
 
@@ -226,13 +312,34 @@ def _query_gradients(
 def _key_gradients(
     dout, q, k, v, lse, delta, firsts, ends, dk, dv,
     dout_n, dout_h, q_n, q_h, k_n, k_h, v_n, v_h, heads, group, queries, keys, scale,
+    k_before, v_before, before_k_n, before_k_h, before_v_n, before_v_h, shown, reach, length,
+    dk_before, dv_before,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """The first keys begin, which most queries may see. Heads are those of keys here."""
     program = tl.program_id(0)
     kv_head, start = (program % heads).to(tl.int64), program // heads * OWN
     lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
-    key, inside, first, end, lows, highs = _own_rows(firsts, ends, start, keys, OWN, OTHER)
+    own = start < keys
+    if k_before is None or own:
+        key, inside, first, end, lows, highs = _own_rows(firsts, ends, start, keys, OWN, OTHER)
+    else:
+        keys_before = queries // length * reach
+        start -= tl.cdiv(keys, OWN) * OWN
+        key = start + lane
+        inside = key < keys_before
+        more = (ends, shown, reach, length, keys_before)
+        first, end = _queries_after(key, *more)
+        # All lie in the first range, and begin at multiples too, which makes loads the wider ones.
+        low = _queries_after(start, *more)[0] // OTHER * OTHER
+        high = _queries_after(start + OWN - 1, *more)[1]
+        lows, highs = (low, low, low), (high, low, low)
+    if k_before is not None:
+        k, v = tl.where(own, k, k_before), tl.where(own, v, v_before)
+        dk, dv = tl.where(own, dk, dk_before), tl.where(own, dv, dv_before)
+        k_n, k_h = tl.where(own, k_n, before_k_n), tl.where(own, k_h, before_k_h)
+        v_n, v_h = tl.where(own, v_n, before_v_n), tl.where(own, v_h, before_v_h)
+        keys = tl.where(own, keys, queries // length * reach)
     k_tile = _tile(k + kv_head * k_h, start, k_n, lane, column, keys, D, BLOCK_D, False)
     v_tile = _tile(v + kv_head * v_h, start, v_n, lane, column, keys, D, BLOCK_D, False)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
@@ -283,6 +390,22 @@ class Intervals(NamedTuple):
         return Intervals(first, torch.searchsorted(self.first, key, right=True, out_int32=True))
 
 
+class Before(NamedTuple):
+    """Keys and values before each sequence, which has as many keys of its own as queries.
+
+    A query whose interval begins with its sequence's first key sees the last of those before: query
+    t the last P - t, but at most as many as are shown. All other queries see none of them.
+
+    Attributes:
+        k, v: [B, Hkv, P, D], with P of at most N.
+        shown: how many the queries of each sequence may see, int32 [B].
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    shown: torch.Tensor
+
+
 def interval_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -290,6 +413,7 @@ def interval_forward(
     seen: Intervals,
     scale: float,
     longest: int,
+    before: Before | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the keys that each query sees.
 
@@ -299,18 +423,20 @@ def interval_forward(
         seen: keys that each query sees, both in joined rows.
         scale: factor of the scores, positive.
         longest: keys that no query sees more of. It matters for speed alone.
+        before: keys before each sequence, which queries see besides.
 
     Returns:
         out [B, Hq, N, D], lying in memory as [B, N, Hq, D], and lse float32 [B, Hq, N]; zero and
         minus infinity for queries that see no key.
     """
-    batch, dtype, tiles = len(q), q.dtype, launches(q, longest).forward
-    (q, k, v), strides = _joined(q, k, v)
+    batch, length, dtype, tiles = len(q), q.shape[2], q.dtype, launches(q, longest).forward
+    (q, k, v, *rows), strides = _joined(q, k, v, *_rows_before(before))
     (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
     out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(heads, queries, dtype=torch.float32)
     _attend[_grid(queries, heads, tiles)](
-        q, k, v, *seen, out, lse, *strides, heads, heads // kv_heads, queries, keys,
-        scale * LOG2_E.value, **_constants(d, tiles),
+        q, k, v, *seen, out, lse, *strides[:6], heads, heads // kv_heads, queries, keys,
+        scale * LOG2_E.value, *_arguments(before, rows, strides[6:], length),
+        **_constants(d, tiles),
     )  # fmt: skip
     return split(out, batch), lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
 
@@ -325,28 +451,49 @@ def interval_backward(
     seen: Intervals,
     scale: float,
     longest: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    before: Before | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k and v, each lying in memory as rows [B, N, H, D] do.
 
     Args:
         out, lse: of ``interval_forward``, or over more keys than these.
+
+    Returns:
+        These three, and then the gradients of the keys and values before each sequence if there are
+        some.
     """
-    batch, dtype, tiles = len(q), q.dtype, launches(q, longest)
+    batch, length, dtype, tiles = len(q), q.shape[2], q.dtype, launches(q, longest)
     lse = lse.transpose(0, 1).flatten(1).contiguous()
     delta = torch.empty_like(lse)
-    (dout, q, k, v, out), strides = _joined(dout, q, k, v, out)
+    (dout, q, k, v, out, *rows), strides = _joined(dout, q, k, v, out, *_rows_before(before))
+    arguments = _arguments(before, rows, strides[10:], length)
     (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
     group = heads // kv_heads
-    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
+    dq, dk, dv, *drows = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v, *rows))
     _query_gradients[_grid(queries, heads, tiles.queries)](
-        dout, q, k, v, out, lse, *seen, dq, delta, *strides,
-        heads, group, queries, keys, scale, **_constants(d, tiles.queries),
+        dout, q, k, v, out, lse, *seen, dq, delta, *strides[:10],
+        heads, group, queries, keys, scale, *arguments, **_constants(d, tiles.queries),
     )  # fmt: skip
-    _key_gradients[_grid(keys, kv_heads, tiles.keys)](
-        dout, q, k, v, lse, delta, *seen.of_keys(keys), dk, dv, *strides[:-2],
-        kv_heads, group, queries, keys, scale, **_constants(d, tiles.keys),
+    blocks = sum(triton.cdiv(len(x), tiles.keys.own) for x in (k, *rows[:1]))
+    _key_gradients[(blocks * kv_heads,)](
+        dout, q, k, v, lse, delta, *seen.of_keys(keys), dk, dv, *strides[:8],
+        kv_heads, group, queries, keys, scale, *arguments, *(drows or [None, None]),
+        **_constants(d, tiles.keys),
     )  # fmt: skip
-    return split(dq, batch), split(dk, batch), split(dv, batch)
+    return tuple(split(x, batch) for x in (dq, dk, dv, *drows))
+
+
+def _rows_before(before: Before | None) -> tuple[torch.Tensor, ...]:
+    return () if before is None else (before.k, before.v)
+
+
+def _arguments(
+    before: Before | None, rows: list[torch.Tensor], strides: list[int], length: int
+) -> list[torch.Tensor | int | None]:
+    """The kernels' arguments about keys before sequences of ``length``, joined as ``rows``."""
+    if before is None:
+        return [None] * 9
+    return [*rows, *strides, before.shown, before.k.shape[2], length]
 
 
 def _joined(*all_rows: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:

@@ -12,7 +12,7 @@ import torch
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from ..logsumexp import fold_lse_gradient
 from ..memory_layout import sequence_first
-from .interval_attention import Intervals, interval_backward, interval_forward
+from .interval_attention import Before, Intervals, interval_backward, interval_forward
 from .launch import define
 
 
@@ -21,7 +21,6 @@ def keys_seen(
     k: torch.Tensor,
     window: int,
     documents: torch.Tensor | None = None,
-    skipped: int = 0,
 ) -> Intervals:
     """The keys that each query sees, in the joined rows of a batch.
 
@@ -29,20 +28,14 @@ def keys_seen(
         q: [B, Hq, N, D].
         k: [B, Hkv, M, D].
         documents: the first key that each query may see, [B, N].
-        skipped: first queries of each sequence that see no key.
     """
     batch, queries, keys = len(q), q.shape[2], k.shape[2]
     options = {"dtype": torch.int32, "device": q.device}
     place = keys - queries + 1
     first = torch.arange(place - window, place - window + queries, **options).clamp_(min=0)
     end = torch.arange(place, keys + 1, **options)
-    if skipped:
-        first[:skipped] = 0
-        end[:skipped] = 0
     if documents is not None:
         first = torch.maximum(first, documents.int())
-        # A query that sees nothing does not begin after the next one.
-        first[:, :skipped] = 0
     if batch > 1:
         sequence = torch.arange(0, batch * keys, keys, **options)[:, None]
         first, end = first + sequence, end + sequence
@@ -74,7 +67,7 @@ def dense_backward(
     lse: torch.Tensor,
     scale: float,
     is_causal: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """As ``cudnn.cudnn_backward``, where that does not compute."""
     seen = _of_dense(q, k, is_causal)
     return interval_backward(dout, q, k, v, out, lse, seen, scale, k.shape[2])
@@ -125,18 +118,13 @@ def launch_backward(
     window: int,
     scale: float,
     documents: torch.Tensor | None = None,
-    skipped: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do.
-
-    Args:
-        skipped: first queries of each sequence whose gradients are left out, as zero.
-    """
-    if not skipped and _is_dense(q, k, v, window, documents):
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of ``launch_forward``'s out, each lying in memory as rows [B, N, H, D] do."""
+    if _is_dense(q, k, v, window, documents):
         grads = cudnn_backward(dout, q, k, v, out, lse, scale)
         dq, dk, dv = (grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
         return dq, dk, dv
-    seen = keys_seen(q, k, window, documents, skipped)
+    seen = keys_seen(q, k, window, documents)
     return interval_backward(dout, q, k, v, out, lse, seen, scale, window)
 
 
@@ -161,8 +149,7 @@ define(
 )
 define(
     "window_by_kernel_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " int window, float scale, Tensor? documents=None, int skipped=0)"
-    " -> (Tensor, Tensor, Tensor)",
+    " int window, float scale, Tensor? documents=None) -> (Tensor, Tensor, Tensor)",
     launch_backward,
     fake_backward,
 )
@@ -195,15 +182,50 @@ def window_backward(
     window: int,
     scale: float,
     documents: torch.Tensor | None = None,
-    skipped: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from those of out [B, Hq, N, D] and of lse [B, Hq, N].
 
     Args:
-        documents, skipped: as in ``launch_backward``.
+        documents: as in ``launch_forward``.
     """
     if dlse is not None:
         dout, out = fold_lse_gradient(dout, dlse, out)
     rows = dout, q, k, v, out, lse
     operation = torch.ops.lighthouse.window_by_kernel_backward
-    return operation(*rows, window, scale, documents, skipped)
+    return operation(*rows, window, scale, documents)
+
+
+def halo_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: Before,
+    window: int,
+    scale: float,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``launch_forward``, with the ``window`` - 1 keys before each sequence. No operation."""
+    with torch.cuda.device_of(q):
+        seen = keys_seen(q, k, window, documents)
+        return interval_forward(q, k, v, seen, scale, window, before)
+
+
+def halo_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    before: Before,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+    documents: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k and v, and of the keys and values before each sequence. No operation."""
+    with torch.cuda.device_of(q):
+        if dlse is not None:
+            dout, out = fold_lse_gradient(dout, dlse, out)
+        seen = keys_seen(q, k, window, documents)
+        return interval_backward(dout, q, k, v, out, lse, seen, scale, window, before)

@@ -199,7 +199,8 @@ def parts_of_halo(
     scale, impl = HEAD_DIM**-0.5, choose_window_implementation(None, q)
     forward, backward = operations_by(impl)
     settings = WINDOW, scale, impl, layout.first, len(layout.held)
-    before = [x[:, :, -(WINDOW - 1) :] for x in (k, v)]
+    # In one piece, as they come from another rank.
+    before = [x[:, :, 1 - WINDOW :].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
     # As many seam rows as levels above the base, each with its logsumexp.
     seams = [q[:, :, :2], q[:, :, :2, :1].float()]
 

@@ -92,8 +92,9 @@ def results_of(attention, leaves, grads):
     return [*(x.detach() for x in found), *(x.grad for x in leaves)]
 
 
-def alone(window, q, k, v, layout):
-    return window_attention(q, k, v, window, return_lse=True, scale=0.3, context_parallel=layout)
+def alone(window, impl, q, k, v, layout):
+    options = {"return_lse": True, "scale": 0.3, "impl": impl}
+    return window_attention(q, k, v, window, **options, context_parallel=layout)
 
 
 def merged(config, impl, q, k, v, layout):
@@ -143,7 +144,7 @@ def check_all(layout: ContextParallel, dtype: torch.dtype, seed: int) -> None:
         ((4, 2, 2), random.randint(3, length)),
         ((4, 1, 1), length + 1),
     ):
-        check(layout, partial(alone, window), N, heads, window, dtype, seed)
+        check(layout, partial(alone, window, "torch"), N, heads, window, dtype, seed)
         config = replace(METHOD, window=window)
         check(layout, partial(merged, config, "torch"), N, heads, window, dtype, seed)
 
@@ -167,6 +168,8 @@ def worker(rank: int, port: int, seed: int) -> None:
                     # The shortest has several sequences.
                     rows = n, (2, 1, 1), config.window, torch.float32, seed
                     check(layout, attention, *rows, batch=2 if n == min(SMALL) else 1)
+                attention = partial(alone, config.window, "triton")
+                check(layout, attention, n, (4, 2, 2), config.window, torch.float32, seed)
     dist.destroy_process_group()
 
 
@@ -224,6 +227,29 @@ def test_kernels_see_the_halo(first: int, window: int, with_dlse: bool) -> None:
             assert not grad.unflatten(0, (-1, 2))[:, first].any()
 
 
+@pytest.mark.skipif(kernels is None, reason="the kernels need Triton")
+def test_the_halo_starts_no_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer under context parallelism starts those of a layer without, and each of them once."""
+    started = []
+
+    class Started:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(kernels.interval_attention, name)
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            started.append(self.name)
+            return self.kernel[grid]
+
+    names = ["_attend", "_query_gradients", "_key_gradients"]
+    for name in names:
+        monkeypatch.setattr(kernels.interval_attention, name, Started(name))
+    monkeypatch.setattr(ContextParallel, "send", lambda self, *rows, step=1: lambda: rows)
+    leaves = [torch.randn(2, h, 32, 16, requires_grad=True) for h in (4, 2, 2)]
+    out, _ = alone(5, "triton", *leaves, ContextParallel(None, 1, 2))
+    out.sum().backward()
+    assert started == names
+
+
 def attend_here(q, k, v, scale):
     return torch.ops.lighthouse.window(q, k, v, q.shape[2], scale)
 
@@ -235,7 +261,9 @@ def attend_here_backward(dout, dlse, q, k, v, out, lse, scale):
 
 @pytest.mark.skipif(kernels is None, reason="the merge is by kernels")
 @pytest.mark.parametrize(
-    "attention", [partial(merged, SMALL[32], "triton"), partial(alone, 5)], ids=["merged", "alone"]
+    "attention",
+    [partial(merged, SMALL[32], "triton"), partial(alone, 5, None)],
+    ids=["merged", "alone"],
 )
 def test_compiled_backward_copies_no_gradient_to_add_the_halo(attention: partial) -> None:
     """A compiler makes an assignment to a slice a new tensor, which is a pass over all of it."""

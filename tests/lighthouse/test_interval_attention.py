@@ -8,6 +8,8 @@ import pytest
 import torch
 from attention_cases import relative_error
 
+from lighthouse.documents import first_positions
+
 kernels = pytest.importorskip("lighthouse.kernels")
 module = kernels.interval_attention
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,6 +85,43 @@ def test_agrees_with_float64(
         assert torch.equal(value.isinf(), want.isinf()), name
         value, want = (x.nan_to_num(neginf=0.0) for x in (value.where(~value.isinf(), 0), want))
         assert (value - want).norm() <= 2e-6 * (1 + want.norm()), name
+
+
+def beside_nan(batch: int, heads: int, length: int, d: int) -> torch.Tensor:
+    """Random rows [B, H, N, D], with NaN in memory before and after each position and all."""
+    rows = torch.full((batch * length + 2, heads + 2, d), math.nan, device=DEVICE)
+    rows = rows[1:-1, 1:-1].unflatten(0, (batch, length)).transpose(1, 2)
+    return rows.copy_(torch.randn(rows.shape))
+
+
+# Sequences shorter than a tile and longer; one key before them, some, as many as their own, none.
+@pytest.mark.parametrize("length, reach", [(3, 1), (40, 17), (20, 20), (9, 0)])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 24), (1, 1, 1)])
+def test_keys_before_sequences(
+    tiles: None, length: int, reach: int, documents: bool, heads: int, kv_heads: int, d: int
+) -> None:
+    """Agree with float64, where they are joined with those of the sequence."""
+    shown = torch.tensor([reach, 0, reach // 2, reach], dtype=torch.int32, device=DEVICE)
+    q, dout = (beside_nan(4, heads, length, d) for _ in range(2))
+    k, v = (beside_nan(4, kv_heads, length, d) for _ in range(2))
+    before = [beside_nan(4, kv_heads, reach, d) for _ in range(2)]
+    numbers = (torch.rand(4, length, device=DEVICE) < (0.2 if documents else 0)).cumsum(1)
+    layout = first_positions(numbers)
+    place = torch.arange(length, device=DEVICE)
+    first = torch.where(layout == 0, reach - shown[:, None], reach + layout).maximum(place)
+    sequence = torch.arange(4, device=DEVICE)[:, None] * (reach + length)
+    joined = module.joined
+    rows = [q, *(torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))]
+    both = kernels.Intervals((sequence + first).flatten(), (sequence + reach + place + 1).flatten())
+    expected = exact(both, [*map(joined, rows)], joined(dout), 0.3)
+    given = kernels.Before(*before, shown), reach + 1, 0.3, layout if documents else None
+    out, lse = kernels.halo_forward(q, k, v, *given)
+    dq, *grads = kernels.halo_backward(dout, None, q, k, v, given[0], out, lse, *given[1:])
+    grads = [torch.cat([grads[number + 2], grads[number]], dim=2) for number in range(2)]
+    found = [joined(out), lse.transpose(0, 1).flatten(1), *map(joined, (dq, *grads))]
+    for name, value, want in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        assert (value - want).norm() <= 2e-6 * (want.numel() ** 0.5 + want.norm()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -77,9 +77,9 @@ class Compiler:
                 signature[name] = POINTERS[value.dtype]
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif value == 1:
+            elif value is None or value == 1:
                 # A launch makes it a constant of the text, which has no methods of a tensor.
-                signature[name], constants[name] = "constexpr", 1
+                signature[name], constants[name] = "constexpr", value
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         signature = {name: signature[name] for name in names}
@@ -135,6 +135,9 @@ def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
     (batch, _, length, d), lse = q.shape, q[..., 0].float()
     ends = torch.empty(2, batch * length, dtype=torch.int32, device="meta")
     seen = interval_attention.Intervals(*ends)
+    shown = torch.empty(batch, dtype=torch.int32, device="meta")
+    halo = k[:, :, -511:]
+    keys_before = interval_attention.Before(halo, halo, shown)
     tables = [interval_attention.launches(q, length)]
     if q.dtype == torch.bfloat16 and interval_attention._attend.target.arch == HOPPER:
         for table in (interval_attention.LARGE, interval_attention.SHORT):
@@ -142,8 +145,10 @@ def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
     for number, table in enumerate(tables):
         interval_attention.launches = lambda q, longest, table=table: table
         Compiler.shared_memory = SHARED_MEMORY_OF_HOPPER if number else SHARED_MEMORY
-        interval_attention.interval_forward(q, k, k, seen, 0.1, length)
-        interval_attention.interval_backward(q, q, k, k, q, lse, seen, 0.1, length)
+        for before in (None, keys_before):
+            more = seen, 0.1, length, before
+            interval_attention.interval_forward(q, k, k, *more)
+            interval_attention.interval_backward(q, q, k, k, q, lse, *more)
     Compiler.shared_memory = SHARED_MEMORY
 
 
