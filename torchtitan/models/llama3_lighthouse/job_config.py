@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
@@ -256,10 +257,14 @@ class Leaf:
     default: Any
 
 
+# Checks of one configuration ask some ten times for the types of all sections.
+types_of = cache(get_type_hints)
+
+
 def leaves(config: Any, defaults: Any = None, prefix: str = "") -> Iterator[Leaf]:
     """Every key of a configuration, in its order."""
     defaults = type(config)() if defaults is None else defaults
-    kinds = get_type_hints(type(config))
+    kinds = types_of(type(config))
     for each in fields(config):
         value, default = getattr(config, each.name), getattr(defaults, each.name)
         if is_dataclass(default):
