@@ -1,10 +1,15 @@
+import gc
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreter import speed_up_interpreter
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+# All tests are imported before one runs. To look for garbage among what they import took as long.
+gc.disable()
 # Without a GPU, Triton's interpreter runs the kernels. Set this before anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -20,6 +25,16 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, found none"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+    if "tyro" in sys.modules:
+        from tyro import _unsafe_cache
+
+        # Where it finds pytest, it computes a tenth of what it remembers anew.
+        _unsafe_cache.sys = SimpleNamespace(modules={})
 
 
 @pytest.fixture
