@@ -1,7 +1,5 @@
 import gc
 import os
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,11 +28,6 @@ def pytest_collection_modifyitems(items) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-    if "tyro" in sys.modules:
-        from tyro import _unsafe_cache
-
-        # Where it finds pytest, it computes a tenth of what it remembers anew.
-        _unsafe_cache.sys = SimpleNamespace(modules={})
 
 
 @pytest.fixture
