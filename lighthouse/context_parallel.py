@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .config import LighthouseConfig
 from .documents import within
@@ -340,9 +341,10 @@ def _crossing(rank: int, world_size: int, balanced: bool, step: int) -> _Crossin
     return found
 
 
-# By the address of each tensor that ``send`` returned, the work that fills it and the rows that the
-# work reads; None after the work has ended.
-_ON_THE_WAY: dict[int, tuple[Any, torch.Tensor] | None] = {}
+# By the address of each tensor that ``send`` returned, its storage, because another tensor may lie
+# at that address later, and the work that fills it with the rows that the work reads; None in the
+# place of both after the work has ended.
+_ON_THE_WAY: dict[int, tuple[StorageWeakRef, tuple[Any, torch.Tensor] | None]] = {}
 
 
 # Every rank sends and receives other rows. As operations these are the same in all their graphs,
@@ -385,7 +387,10 @@ def _send(
         GROUPS[group_name],
         async_op=True,
     )
-    _ON_THE_WAY[incoming.data_ptr()] = work, outgoing
+    for address in [key for key, (storage, _) in _ON_THE_WAY.items() if storage.expired()]:
+        del _ON_THE_WAY[address]
+    storage = StorageWeakRef(incoming.untyped_storage())
+    _ON_THE_WAY[incoming.data_ptr()] = storage, (work, outgoing)
     return incoming
 
 
@@ -412,15 +417,16 @@ def _receive(
         RuntimeError: ``coming`` is a copy of it.
     """
     address = coming.data_ptr()
-    if address not in _ON_THE_WAY:
+    storage, on_the_way = _ON_THE_WAY.get(address, (None, None))
+    if storage is None or storage.expired():
         raise RuntimeError(
             "lighthouse::receive got a copy of what lighthouse::send returned, which may have been "
             "made before the rows came; pass that tensor itself"
         )
     # Activation checkpointing keeps the bytes and reads them a second time.
-    if on_the_way := _ON_THE_WAY[address]:
+    if on_the_way is not None:
         on_the_way[0].wait()
-        _ON_THE_WAY[address] = None
+        _ON_THE_WAY[address] = storage, None
     order = _crossing(rank, world_size, balanced, step).order
     lines, count = dict(zip(order, coming, strict=True)), len(order)
     rows, start = [], 0

@@ -10,8 +10,15 @@ import torch.distributed as dist
 from attention_cases import output_and_gradients, relative_error
 from gathering_ranks import slot_of_chunk
 from launch import run_ranks
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lighthouse import ContextParallel, LighthouseConfig, lighthouse_attention, select
+from lighthouse import (
+    ContextParallel,
+    LighthouseConfig,
+    context_parallel,
+    lighthouse_attention,
+    select,
+)
 from lighthouse.config import COMBINATIONS
 from lighthouse.context_parallel import ONE_DEVICE
 from lighthouse.geometry import PyramidGeometry
@@ -162,3 +169,24 @@ def test_rows_are_not_read_from_a_copy_made_before_they_came() -> None:
     coming = torch.zeros(2, 16, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="got a copy of what lighthouse::send returned"):
         torch.ops.lighthouse.receive(coming, [torch.zeros(2, 4)], 0, 2, True, 1)
+
+
+def test_a_copy_where_earlier_rows_lay_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocators give a copy the address of rows that were freed, and all of that size had come."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        layout = ContextParallel(dist.group.WORLD, 0, 2)
+        place = layout.rank, layout.world_size, layout.balanced, 1
+        parts = [torch.zeros(2, 4)]
+        coming = torch.ops.lighthouse.send(parts, layout.group.group_name, *place)
+        for _ in range(2):
+            torch.ops.lighthouse.receive(coming, parts, *place)
+        monkeypatch.setattr(context_parallel, "_ON_THE_WAY", dict(context_parallel._ON_THE_WAY))
+        copy, address = coming.clone(), coming.data_ptr()
+        # As if the copy lay there.
+        context_parallel._ON_THE_WAY[copy.data_ptr()] = context_parallel._ON_THE_WAY.pop(address)
+        del coming
+        with pytest.raises(RuntimeError, match="got a copy of what lighthouse::send returned"):
+            torch.ops.lighthouse.receive(copy, parts, *place)
+    finally:
+        dist.destroy_process_group()
