@@ -24,7 +24,7 @@ from .implementation import choose_window_implementation, kernels
 from .logsumexp import fold_lse_gradient
 from .memory_layout import sequence_first
 from .online_softmax import merged_output
-from .reach import ends_with_chunk, reaching_first, seam_rows
+from .reach import ends_with_chunk, reaching_first, seam_rows, seam_rows_gradient
 from .scatter import positions_reached, scatter_back
 from .selection import Selection
 
@@ -313,14 +313,9 @@ def _add_seam_sums(
         included: from ``ends_with_chunk``.
     """
     sums = torch.cat((dout.to(delta.dtype), delta), dim=-1)
-    by_level = list(sums.unbind(dim=2))
-    # An absent entry's seam row was that of the next coarser entry, to which its sums belong. The
-    # coarsest entry is never absent.
-    for number in range(len(by_level) - 1):
-        passed_on = by_level[number].masked_fill(included[:, :, number, None], 0.0)
-        by_level[number + 1] = by_level[number + 1] + passed_on
-    dout, delta = torch.stack(by_level, dim=2).split((far.shape[-1], 1), dim=-1)
-    last = slice(far.shape[2] - len(by_level), None)
+    sums = seam_rows_gradient(sums, included, finest=True)
+    dout, delta = sums.split((far.shape[-1], 1), dim=-1)
+    last = slice(far.shape[2] - sums.shape[2], None)
     own_dout, own_out, rows = (x[:, :, last].to(sums.dtype) for x in (grad_far, out_far, far))
     delta = delta + (own_dout * own_out).sum(dim=-1, keepdim=True)
     dout = (own_dout + dout).to(far.dtype)

@@ -110,25 +110,24 @@ def seam_rows(rows: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry)
     return torch.stack(last, dim=2)
 
 
-def seam_rows_gradient(
-    grad: torch.Tensor, slot: torch.Tensor, geometry: PyramidGeometry
-) -> torch.Tensor:
+def seam_rows_gradient(grad: torch.Tensor, included: torch.Tensor, finest: bool) -> torch.Tensor:
     """Gradient of the last L - 1 rows of the gathered sequence through ``seam_rows``.
 
     Args:
         grad: gradient of the seam rows, [B, H, L - 1, D].
-        slot: the selection's slot, int32 [B, Hkv, P].
+        included: from ``ends_with_chunk``.
+        finest: whether ``combine`` is "finest".
 
     Returns:
-        [B, H, L - 1, D].
+        [B, H, L - 1, D], zero for entries that are not included.
     """
     by_level = list(grad.unbind(dim=2))
-    included = ends_with_chunk(slot, geometry, grad.shape[1])
+    # The loop leaves out the coarsest entry, which is always included.
     for number in range(len(by_level) - 1):
         here = included[:, :, number, None]
-        if geometry.config.combine == "finest":
-            instead = by_level[number].masked_fill(here, 0.0)
-            by_level[number + 1] = by_level[number + 1] + instead
+        if finest:
+            passed_on = by_level[number].masked_fill(here, 0.0)
+            by_level[number + 1] = by_level[number + 1] + passed_on
         by_level[number] = by_level[number].masked_fill(~here, 0.0)
     return torch.stack(by_level, dim=2)
 

@@ -42,7 +42,7 @@ from torch.autograd.function import once_differentiable
 from ..context_parallel import ONE_DEVICE, ContextParallel
 from ..geometry import PyramidGeometry
 from ..memory_layout import sequence_first
-from ..reach import seam_gradient, seam_rows, seam_rows_gradient
+from ..reach import ends_with_chunk, seam_gradient, seam_rows, seam_rows_gradient
 from .launch import (
     define,
     document_ends,
@@ -409,7 +409,8 @@ class _ScatterBack(torch.autograd.Function):
         )
         if arriving is not None:
             (came,) = arriving()
-            seam = seam_rows_gradient(came, slot, geometry)
+            included = ends_with_chunk(slot, geometry, came.shape[1])
+            seam = seam_rows_gradient(came, included, config.combine == "finest")
             torch.ops.lighthouse.add_to_last_rows(rows, seam)
         return rows, None, None, None, None
 
