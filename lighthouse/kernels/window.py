@@ -204,7 +204,10 @@ def halo_forward(
     scale: float,
     documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``launch_forward``, with the ``window`` - 1 keys before each sequence. No operation."""
+    """As ``launch_forward``, with the ``window`` - 1 keys before each sequence.
+
+    It is not registered as an operation, as ``halo_window`` is one.
+    """
     with torch.cuda.device_of(q):
         seen = keys_seen(q, k, window, documents)
         return interval_forward(q, k, v, seen, scale, window, before)
@@ -223,7 +226,7 @@ def halo_backward(
     scale: float,
     documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, k and v, and of the keys and values before each sequence. No operation."""
+    """Gradients of q, k and v, and of the keys and values before each sequence."""
     with torch.cuda.device_of(q):
         if dlse is not None:
             dout, out = fold_lse_gradient(dout, dlse, out)
