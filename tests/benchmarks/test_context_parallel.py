@@ -112,7 +112,7 @@ def valid_configuration(gpus: int, *line: str) -> JobConfig:
     return config
 
 
-@pytest.mark.parametrize("gpus", [2, 4, 8])
+@pytest.mark.parametrize("gpus", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("tiny", [False, True])
 def test_configurations_of_long_runs_are_valid(gpus: int, tiny: bool, monkeypatch) -> None:
     """At every length, with and without the window and the offloading; no run starts."""
