@@ -59,6 +59,22 @@ def test_reads_what_was_saved(saved: tuple[Path, dict[str, Any]]) -> None:
     assert equal(state, found)
 
 
+def test_no_check_is_left_to_the_garbage_collector(
+    saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = []
+
+    def fail(self: Any, *arguments: Any) -> None:
+        readers.append(self)
+        next(self._checks)
+        raise ValueError("unreadable")
+
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", fail)
+    with pytest.raises(Exception, match="unreadable"):
+        load_state(blank(), saved[0], no_dist=True)
+    assert [reader._checks.gi_frame for reader in readers] == [None]
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_flipped_bit_is_noticed_or_harmless(
     saved: tuple[Path, dict[str, Any]], tmp_path: Path, file: str

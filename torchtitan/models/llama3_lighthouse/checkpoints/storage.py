@@ -15,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
@@ -149,13 +149,16 @@ class CheckpointReader(FileSystemReader):
             by_file.setdefault(stored.relative_path, []).append(stored)
         # torch reads one file after another, each in the order of the plan.
         self._checks = self.checks([x for stored in by_file.values() for x in stored])
-        return super().read_data(plan, planner)
+        # A read that fails leaves it suspended. Garbage collection, in whatever thread, would then
+        # wait for the threads that check, and has met a thread that held what they needed to end.
+        with closing(self._checks):
+            return super().read_data(plan, planner)
 
     def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
         next(self._checks)
         return super()._slice_file(file, sinfo)
 
-    def checks(self, stored: list[Any]) -> Iterator[None]:
+    def checks(self, stored: list[Any]) -> Generator[None]:
         """Check tensors and values against their CRC32; yields once after each, in their order.
 
         Args:
@@ -165,7 +168,7 @@ class CheckpointReader(FileSystemReader):
         files = {name: _DataFile(Path(self.path, name)) for name in names}
         return self._checks_of(stored, files)
 
-    def _checks_of(self, stored: list[Any], files: dict[str, "_DataFile"]) -> Iterator[None]:
+    def _checks_of(self, stored: list[Any], files: dict[str, "_DataFile"]) -> Generator[None]:
         with ThreadPoolExecutor(CHECKING_THREADS) as pool:
 
             def check(batch: list[Any]) -> int:
