@@ -113,10 +113,9 @@ def test_preempted_run_loses_no_step(
     assert ended == f"stopped by SIGTERM: saved step {step} in {folder}; the same command goes on"
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
-    settings = {**TRAINED, **LONG}
-    Run(tmp_path, {**settings, "job.dump_folder": tmp_path / "run"}, processes).succeed()
+    Run(tmp_path, {**LONG, "job.dump_folder": tmp_path / "run"}, processes).succeed()
     (tmp_path / "straight").mkdir()
-    Run(tmp_path / "straight", settings, processes).succeed()
+    Run(tmp_path / "straight", LONG, processes).succeed()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight/dump")
     assert list(losses(tmp_path / "run")) == list(range(1, 13))
 

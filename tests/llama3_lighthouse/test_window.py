@@ -57,8 +57,6 @@ def two_stages(tmp_path_factory) -> Run:
         "lighthouse.top_k": 1024, "lighthouse.picks_per_stratum": 128,
         "lighthouse.passkey_mix": 0.3, "lighthouse.passkey_tasks": ("passkey",),
         "training.seq_len": 412, "validation.seq_len": 412,
-        # Commands evaluate it, and do not know the flavor of tests.
-        "model.flavor": "debugmodel",
     }  # fmt: skip
     run = Run(tmp_path_factory.mktemp("window"), settings).succeed()
     run.settings = settings

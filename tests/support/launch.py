@@ -172,8 +172,7 @@ class Run:
 
     Args:
         folder: takes the log, the record and the trainer's own files.
-        settings: override those of ``TRAINED``. Without a GPU, so does the flavor "tiny", which
-            only these processes know.
+        settings: override those of ``TRAINED``.
         processes: number of ranks.
         torchrun: start them by torchrun rather than as forks.
         environment: further environment variables.
@@ -190,9 +189,7 @@ class Run:
         self.record_file = folder / "record"
         self.processes = processes
         self.lines_before = len(self.lines(0))
-        flavor = {"model.flavor": "tiny"} if CAN_FORK else {}
-        folders = {"job.dump_folder": folder / "dump"}
-        line = arguments({**TRAINED, **flavor, **folders, **(settings or {})})
+        line = arguments({"job.dump_folder": folder / "dump", **TRAINED, **(settings or {})})
         self.log_file = folder / f"log-{time.monotonic_ns()}"
         self.log_file.touch()
         environment = {

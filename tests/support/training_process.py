@@ -8,9 +8,6 @@ model on the same data, ``NAN_AT=step,rank`` makes one loss NaN, ``ANY_DEVICE=1`
 for a GPU, and ``LATE=1`` lets verdicts travel as they do from a GPU, so that the trainer reads them
 as late as it can. A step that logs nothing repeats the losses and the norm of the last one that
 did.
-
-``model.flavor = "tiny"`` is a quarter as wide as the smallest that users have. Most of a step is
-products of matrices, so that it takes a third of the time.
 """
 
 import hashlib
@@ -19,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +25,6 @@ from torchtitan.models.llama3_lighthouse import baseline
 from torchtitan.models.llama3_lighthouse import train as lighthouse_train
 from torchtitan.models.llama3_lighthouse.data.documents import DOCUMENTS
 from torchtitan.models.llama3_lighthouse.errors import NonFiniteError
-from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.verdict import Verdict
 
 # isort: split
@@ -124,7 +119,6 @@ if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         # Upstream waits two seconds at the end, for ranks that torchrun would end.
         upstream_train.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    flavors["tiny"] = replace(flavors["debugmodel"], dim=64)
     if os.environ.get("TRAINER") == "upstream":
         baseline.register_baseline()
         sys.argv += ["--model.name", baseline.NAME]
