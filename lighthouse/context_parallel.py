@@ -16,7 +16,7 @@ S gathered length of a chunk, L levels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, overload
 from weakref import WeakValueDictionary
 
@@ -322,6 +322,7 @@ class _Crossing(NamedTuple):
     order: list[int]
 
 
+@cache
 def _crossing(rank: int, world_size: int, balanced: bool, step: int) -> _Crossing:
     """For each chunk c here, chunk c - ``step`` arrives, if there is such a chunk."""
     layout = ContextParallel(None, rank, world_size, balanced)
