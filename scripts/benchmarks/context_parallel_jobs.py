@@ -165,7 +165,7 @@ class Job:
         command: Callable[[int, list[str]], list[str]] = trainer_command,
     ) -> None:
         line = ["--job.config_file", config, "--job.dump_folder", str(folder)]
-        line += [*command_line(settings), "--metrics.log_freq", "1"]
+        line += command_line({"metrics.log_freq": 1} | settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.log_file = folder / "log.txt"

@@ -16,9 +16,11 @@ Row = dict[str, Any]
 # length does not fit one GPU of 80 GB.
 KEPT_PRODUCT = "wo"
 TIMED = ("tps", "mfu", "GiB")
+# A log line waits for the GPU, so not each step has one.
+LOG_FREQ = 2
 # The first step under each attention compiles, and the next one fills the allocator's reserve. A
 # dense step of the whole length can take one GPU a minute.
-LIGHTHOUSE_STEPS, DENSE_STEPS = (3, 6), (8, 9)
+LIGHTHOUSE_STEPS, DENSE_STEPS = (3, 8), (11, 12)
 
 
 def window_of(config: str, sizes: Sizes) -> int:
@@ -28,7 +30,7 @@ def window_of(config: str, sizes: Sizes) -> int:
 
 
 def medians(steps: Steps, first: int, last: int) -> dict[str, float]:
-    """Median speed, MFU and memory of the steps from ``first`` to ``last``."""
+    """Median speed, MFU and memory logged at the steps from ``first`` to ``last``."""
     chosen = [values for step, values in steps.items() if first <= step <= last]
     # A CPU's MFU is not known.
     known = [key for key in TIMED if all(key in values for values in chosen)]
@@ -42,6 +44,7 @@ def of_270m(sizes: Sizes, changed: Settings) -> Settings:
         "training.seq_len": sizes.per_gpu,
         "lighthouse.top_k": sizes.top_k,
         "lr_scheduler.warmup_steps": 4,
+        "metrics.log_freq": LOG_FREQ,
         "activation_checkpoint.mode": "lighthouse",
         "activation_checkpoint.keep_products": [KEPT_PRODUCT],
         **sizes.large,
