@@ -166,9 +166,12 @@ def _keys_before(row, firsts, shown, reach, length, queries):
 
 
 @triton.jit
-def _queries_after(row, ends, shown, reach, length, keys_before):
-    """The queries that see a key before their sequence: the first one, and the first after them."""
-    row = tl.minimum(row, keys_before - 1)
+def _queries_after(row, ends, shown, reach, length, end):
+    """The queries that see a key before their sequence: the first one, and the first after them.
+
+    Rows from ``end`` on, the first of the next sequence, are taken as its last one.
+    """
+    row = tl.minimum(row, end - 1)
     sequence, place = row // reach, row % reach
     first = sequence * length
     end = tl.minimum(first + place + 1, tl.load(ends + first))
@@ -324,11 +327,14 @@ def _key_gradients(
     if k_before is None or own:
         key, inside, first, end, lows, highs = _own_rows(firsts, ends, start, keys, OWN, OTHER)
     else:
-        keys_before = queries // length * reach
-        start -= tl.cdiv(keys, OWN) * OWN
+        # Programs of two sequences would go through all queries between those that see their keys.
+        program = program // heads - tl.cdiv(keys, OWN)
+        sequence = program // tl.cdiv(reach, OWN)
+        start = sequence * reach + program % tl.cdiv(reach, OWN) * OWN
+        keys = (sequence + 1) * reach
         key = start + lane
-        inside = key < keys_before
-        more = (ends, shown, reach, length, keys_before)
+        inside = key < keys
+        more = (ends, shown, reach, length, keys)
         first, end = _queries_after(key, *more)
         # All lie in the first range, and begin at multiples too, which makes loads the wider ones.
         low = _queries_after(start, *more)[0] // OTHER * OTHER
@@ -339,7 +345,6 @@ def _key_gradients(
         dk, dv = tl.where(own, dk, dk_before), tl.where(own, dv, dv_before)
         k_n, k_h = tl.where(own, k_n, before_k_n), tl.where(own, k_h, before_k_h)
         v_n, v_h = tl.where(own, v_n, before_v_n), tl.where(own, v_h, before_v_h)
-        keys = tl.where(own, keys, queries // length * reach)
     k_tile = _tile(k + kv_head * k_h, start, k_n, lane, column, keys, D, BLOCK_D, False)
     v_tile = _tile(v + kv_head * v_h, start, v_n, lane, column, keys, D, BLOCK_D, False)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
@@ -474,7 +479,9 @@ def interval_backward(
         dout, q, k, v, out, lse, *seen, dq, delta, *strides[:10],
         heads, group, queries, keys, scale, *arguments, **_constants(d, tiles.queries),
     )  # fmt: skip
-    blocks = sum(triton.cdiv(len(x), tiles.keys.own) for x in (k, *rows[:1]))
+    blocks = triton.cdiv(keys, tiles.keys.own)
+    if before is not None:
+        blocks += batch * triton.cdiv(before.k.shape[2], tiles.keys.own)
     _key_gradients[(blocks * kv_heads,)](
         dout, q, k, v, lse, delta, *seen.of_keys(keys), dk, dv, *strides[:8],
         kv_heads, group, queries, keys, scale, *arguments, *(drows or [None, None]),

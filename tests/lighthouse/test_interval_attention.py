@@ -124,6 +124,21 @@ def test_keys_before_sequences(
         assert (value - want).norm() <= 2e-6 * (want.numel() ** 0.5 + want.norm()), name
 
 
+def test_work_on_keys_before_follows_the_queries_that_see_them(tiles: None) -> None:
+    """Programs read no gradients of later queries: a NaN among these would come through."""
+    length, reach = 200, 17
+    q, k, v, out, dout = (beside_nan(3, 1, length, 8) for _ in range(5))
+    # A tile holds 32 queries at most, and may begin before the sequence.
+    dout[:, :, 64:150] = math.nan
+    before = kernels.Before(
+        *(beside_nan(3, 1, reach, 8) for _ in range(2)),
+        torch.full((3,), reach, dtype=torch.int32, device=DEVICE),
+    )
+    lse = torch.zeros(3, 1, length, device=DEVICE)
+    *_, dk, dv = kernels.halo_backward(dout, None, q, k, v, before, out, lse, reach + 1, 0.3, None)
+    assert dk.isfinite().all() and dv.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_errors_are_those_of_rounding(dtype: torch.dtype) -> None:
     *rows, dout = random_rows((150, 150, 4, 2, 16), dtype)
