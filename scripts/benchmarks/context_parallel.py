@@ -20,7 +20,7 @@ W is the number of GPUs. The parts layer, training, alone and profile run for ea
                  slowest counts
     short        the same at the length that each of W GPUs has, alone
     profile      a Lighthouse step of 270M on W GPUs, and on one: which kernels take longer than
-                 one GPU's share of them, and how long nothing but sending runs
+                 one GPU's share of them, and between which kernels nothing is computed
     longest      Lighthouse attention at growing lengths (--lengths N,L,p,k) until memory runs out;
                  with --steps 1 memory alone, because the first step compiles
     8b           train_configs/8b_128k.toml on all GPUs: speed, and memory beside the dry run's

@@ -9,10 +9,12 @@ from typing import Any
 
 from context_parallel_jobs import Job, Mesh, Sizes
 from context_parallel_training import of_270m, of_all
+from gpu_profile import SENDING
+from training_case import of_rank
 
 CASE_SCRIPT = Path(__file__).with_name("training_case.py")
-# The first step compiles, the next one fills the allocator's reserve, and the last is profiled.
-WARM_UP, STEPS = 3, 8
+# The first step compiles, the next one fills the allocator's reserve, and the last are profiled.
+WARM_UP, PROFILED, STEPS = 3, 3, 10
 
 
 def profile(
@@ -28,21 +30,30 @@ def profile(
 
         def command(processes: int, line: list[str], result: Path = result) -> list[str]:
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            case = [str(CASE_SCRIPT), "lighthouse", str(WARM_UP), "1", str(result)]
+            case = [str(CASE_SCRIPT), "lighthouse", str(WARM_UP), str(PROFILED), str(result)]
             return [sys.executable, *start, str(processes), *case, *line]
 
         settings = of_270m(sizes, changed | Mesh(context=len(used)).settings())
         job = Job(folder / str(len(used)), used, settings, config, command)
         if job.process.wait() or not result.exists():
             job.fail()
-        found = json.loads(result.read_text())
-        if "failure" in found:
+        ranks = [json.loads(of_rank(result, rank).read_text()) for rank in range(len(used))]
+        if any("failure" in found for found in ranks):
             job.fail()
         yield [
             {
                 "GPUs": len(used),
                 "N": settings["training.seq_len"],
-                "ms a step": 1e3 * statistics.median(found["seconds"]),
-                **found["profile"],
+                "ms a step": 1e3 * statistics.median(ranks[0]["seconds"]),
+                **ranks[0]["profile"],
+                "ranks": [of_sending(found["profile"]) for found in ranks],
             }
         ]
+
+
+def of_sending(profile: dict[str, Any]) -> dict[str, float]:
+    """What tells whether a rank waits for the others: who comes first waits within a transfer."""
+    sending = (row["ms"] for row in profile["kernels"] if row["name"].startswith(SENDING))
+    return {key: profile[key] for key in ("busy ms", "sending alone ms")} | {
+        "sending ms": sum(sending)
+    }

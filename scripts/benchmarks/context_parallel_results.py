@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from gpu_profile import as_cell, function_table, gap_lines
+from gpu_profile import as_cell, function_table, wait_table
 from reporting import table_head, table_row
 
 PROFILES = "profiles of rank 0"
@@ -104,6 +104,15 @@ def comparisons(rows: list[dict[str, Any]]) -> list[str]:
     return [*table_head(head), *lines] if lines else []
 
 
+def rank_lines(ranks: list[dict[str, float]]) -> list[str]:
+    """List items of what each rank's GPU did in a step."""
+    return [
+        f"- rank {rank}: {found['busy ms']:.1f} ms busy, {found['sending ms']:.1f} with sending, "
+        f"{found['sending alone ms']:.1f} with sending alone"
+        for rank, found in enumerate(ranks)
+    ]
+
+
 def profile_lines(rows: list[dict[str, Any]]) -> list[str]:
     """A table of where a step of W GPUs is longer than its share of one GPU's step."""
     by_gpus = {row["GPUs"]: row for row in rows}
@@ -128,9 +137,11 @@ def profile_lines(rows: list[dict[str, Any]]) -> list[str]:
             *table_head(["", f"{gpus} GPUs", f"one GPU / {gpus}", "more"]),
             *(table_row([name, *(f"{x:.1f}" for x in values)]) for name, *values in shown),
             "",
-            f"Longest gaps on {gpus} GPUs:",
+            *rank_lines(row["ranks"]),
             "",
-            *gap_lines(row["gaps"]),
+            f"Times on {gpus} GPUs in which nothing is computed:",
+            "",
+            *wait_table(row["waits"]),
             "",
         ]
     return lines

@@ -1,18 +1,20 @@
 """What the GPU ran in a training step or a function: read from torch's profiler, as a table."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from reporting import table_head, table_row
 from torch.autograd import DeviceType
 
-LISTED_KERNELS, LISTED_GAPS = 40, 8
+LISTED_KERNELS, LISTED_GAPS, LISTED_WAITS = 40, 8, 24
 # Kernels of a function that a record keeps.
 KEPT_KERNELS = 30
 # How the names of NCCL's kernels begin.
 SENDING = "nccl"
+# A record_function of this name says which steps of a profile count.
+COUNTED = "counted step"
 
 
 def profile_of(function: Callable[[], object]) -> dict[str, Any]:
@@ -29,40 +31,89 @@ def profile_of(function: Callable[[], object]) -> dict[str, Any]:
     return {**found, "kernels": found["kernels"][:KEPT_KERNELS]}
 
 
-def kernels_of(profile: Any) -> dict[str, Any]:
+def kernels_of(profile: Any, steps: int = 1) -> dict[str, Any]:
     """Summarise a profile of torch's profiler.
+
+    Args:
+        steps: how many steps the result is an average of. If the profile has steps named
+            ``COUNTED``, those before the first of them are left out.
 
     Returns:
         "busy ms", the time in which at least one kernel or copy ran; "sending alone ms", the part
         of it in which nothing but NCCL's kernels ran; "kernels", each with name, count and ms, the
-        longest first; and "gaps", the longest times in which nothing ran, in ms, with the kernels
-        before and after.
+        longest first; "gaps", the longest times in which nothing ran, in ms, with the kernels
+        before and after; and "waits", the times in which nothing or sending alone ran, summed over
+        those between the same kernels, the longest first.
     """
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    counted = [e.time_range.start for e in events if e.name == COUNTED]
+    begin = min(counted, default=-math.inf)
     # An annotation, such as the optimizer's step, spans kernels that are there themselves.
     events = [
         e
-        for e in profile.events()
-        if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+        for e in events
+        if not getattr(e, "is_user_annotation", False) and e.time_range.start >= begin
     ]
     events.sort(key=lambda e: e.time_range.start)
     kernels: dict[str, list[float]] = {}
-    reached, before = events[0].time_range.start if events else 0.0, ""
-    gaps = []
     for event in events:
-        start, end = event.time_range.start, event.time_range.end
-        kernels.setdefault(event.name, []).append((end - start) / 1e3)
-        if start > reached:
-            gaps.append({"ms": (start - reached) / 1e3, "after": before, "before": event.name})
-        if end > reached:
-            reached, before = end, event.name
-    rows = [{"name": name, "count": len(ms), "ms": sum(ms)} for name, ms in kernels.items()]
+        ms = (event.time_range.end - event.time_range.start) / 1e3
+        kernels.setdefault(event.name, []).append(ms)
+    rows = [
+        {"name": name, "count": len(ms) / steps, "ms": sum(ms) / steps}
+        for name, ms in kernels.items()
+    ]
+    gaps = [
+        {"ms": (end - start) / 1e3, "after": after, "before": before}
+        for start, end, after, before in _between(events)
+    ]
+    computing = [e for e in events if not e.name.startswith(SENDING)]
     busy = _busy(events)
     return {
-        "busy ms": busy,
-        "sending alone ms": busy - _busy([e for e in events if not e.name.startswith(SENDING)]),
+        "busy ms": busy / steps,
+        "sending alone ms": (busy - _busy(computing)) / steps,
         "kernels": sorted(rows, key=lambda row: -row["ms"]),
         "gaps": sorted(gaps, key=lambda gap: -gap["ms"])[:LISTED_GAPS],
+        "waits": _waits(computing, [e for e in events if e.name.startswith(SENDING)], steps),
     }
+
+
+def _between(events: list[Any]) -> Iterator[tuple[float, float, str, str]]:
+    """The times in which none of ``events`` ran, given in the order in which they started.
+
+    Yields:
+        Beginning and end in microseconds, and the names of the events before and after.
+    """
+    reached, before = events[0].time_range.start if events else 0.0, ""
+    for event in events:
+        start, end = event.time_range.start, event.time_range.end
+        if start > reached:
+            yield reached, start, before, event.name
+        if end > reached:
+            reached, before = end, event.name
+
+
+def _waits(computing: list[Any], sending: list[Any], steps: int) -> list[dict[str, Any]]:
+    """The times between ``computing``, by the kernels before and after and by what was sent."""
+    waits: dict[tuple[str, ...], list[float]] = {}
+    first = 0
+    for start, end, after, before in _between(computing):
+        # No kernel of NCCL overlaps another one of its group.
+        while first < len(sending) and sending[first].time_range.end <= start:
+            first += 1
+        sent = [e for e in sending[first : first + 8] if e.time_range.start < end]
+        names = " and ".join(sorted({e.name for e in sent}))
+        alone = sum(min(e.time_range.end, end) - max(e.time_range.start, start) for e in sent)
+        found = waits.setdefault((after, names, before), [0, 0.0, 0.0])
+        found[0] += 1 / steps
+        found[1] += (end - start) / 1e3 / steps
+        found[2] += alone / 1e3 / steps
+    rows = [
+        {"ms": ms, "count": count, "sending ms": alone, "after": after, "sent": sent,
+         "before": before}
+        for (after, sent, before), (count, ms, alone) in waits.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -row["ms"])[:LISTED_WAITS]
 
 
 def _busy(events: list[Any]) -> float:
@@ -104,6 +155,17 @@ def gap_lines(gaps: list[dict[str, Any]]) -> list[str]:
     for gap in gaps:
         after, before = (as_cell(gap[key], 60) for key in ("after", "before"))
         lines.append(f"- {gap['ms']:.1f} ms between `{after}` and `{before}`")
+    return lines
+
+
+def wait_table(waits: list[dict[str, Any]]) -> list[str]:
+    """Lines with the times in which nothing was computed, the longest sums first."""
+    head = ["ms", "of them sending", "times", "after", "sent", "before"]
+    lines = table_head(head)
+    for wait in waits:
+        names = [f"`{as_cell(wait[key], 50)}`" for key in ("after", "sent", "before")]
+        figures = [f"{wait['ms']:.2f}", f"{wait['sending ms']:.2f}", f"{wait['count']:g}"]
+        lines.append(table_row([*figures, *names]))
     return lines
 
 

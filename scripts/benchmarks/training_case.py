@@ -1,7 +1,7 @@
 """Train one case of the training benchmark in this process, and write what was measured.
 
 ``training.py`` and ``context_parallel_profile.py`` start this file with the arguments ATTENTION,
-WARM_UP, PROFILE and RESULT_FILE, followed by the command line of the trainer. Rank 0 writes.
+WARM_UP, PROFILE and RESULT_FILE, followed by the command line of the trainer.
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_profile import kernels_of
+from gpu_profile import COUNTED, kernels_of
 
 OUT_OF_MEMORY = "out of memory"
 GIB = 2**30
@@ -27,7 +27,7 @@ class Measured:
     Attributes:
         ends: the end of each step, an event on the GPU; on a CPU, the seconds of the host's clock.
         losses: the shares of each step's average loss, one a microbatch.
-        profile: the summary of the last step by ``kernels_of``, if it was profiled.
+        profile: the summary of the last steps by ``kernels_of``, if they were profiled.
     """
 
     ends: list[Any] = field(default_factory=list)
@@ -65,10 +65,14 @@ class Measured:
         }
 
 
-def timed_trainer(base: type, measured: Measured, profile: bool) -> type:
+def timed_trainer(base: type, measured: Measured, profile: int) -> type:
     """A subclass of the trainer ``base`` that fills ``measured`` and, on request, its profile.
 
     It logs nothing, because a log line waits for the GPU and starts the count of memory anew.
+
+    Args:
+        profile: how many of the last steps are profiled. Of several the first does not count: the
+            host has waited for the GPU before it, which it does not do before the others.
     """
     import torch
     from torchtitan.tools import utils
@@ -94,19 +98,22 @@ def timed_trainer(base: type, measured: Measured, profile: bool) -> type:
 
         def train_step(self, data_iterator: Any) -> None:
             self.shares: list[Any] = []
-            profiled = profile and self.step == self.job_config.training.steps
-            if profiled:
+            left = self.job_config.training.steps - self.step
+            if left == profile - 1:
                 # The steps before are no part of the profile.
                 utils.device_module.synchronize()
-            with torch.profiler.profile() if profiled else nullcontext() as recorded:
+                self.recorded = torch.profiler.profile()
+                self.recorded.start()
+            counts = left < max(1, profile - 1)
+            with torch.profiler.record_function(COUNTED) if counts else nullcontext():
                 super().train_step(data_iterator)
-                if profiled:
-                    utils.device_module.synchronize()
             measured.losses.append(self.shares)
-            if profiled:
-                measured.profile = kernels_of(recorded)
-            else:
+            if left >= profile:
                 measured.mark_end()
+            elif left == 0:
+                utils.device_module.synchronize()
+                self.recorded.stop()
+                measured.profile = kernels_of(self.recorded, max(1, profile - 1))
 
     return TimedTrainer
 
@@ -131,15 +138,18 @@ def sizes_of(trainer: Any, attention: str) -> dict[str, Any]:
     }
 
 
-def run_case(
-    attention: str, warm_up: int, profile: bool, result_file: str, line: list[str]
-) -> None:
+def of_rank(result_file: Path, rank: int) -> Path:
+    """Where a rank writes: the first one to ``result_file``, and the others beside it."""
+    return result_file.with_stem(f"{result_file.stem} rank {rank}") if rank else result_file
+
+
+def run_case(attention: str, warm_up: int, profile: int, result_file: str, line: list[str]) -> None:
     """Train a case to its end, write the result file and end this process.
 
     Args:
         attention: "lighthouse", "dense" or "upstream".
         warm_up: steps that are not timed.
-        profile: whether to profile the last step, which is not timed either.
+        profile: how many of the last steps are profiled. They are not timed either.
         line: the trainer's command line.
     """
     import torch
@@ -171,8 +181,8 @@ def run_case(
         result["profile"] = measured.profile
     result |= measured.read(warm_up)
     result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    if os.environ["RANK"] == "0":
-        Path(result_file).write_text(json.dumps(result))
+    rank = int(os.environ["RANK"])
+    of_rank(Path(result_file), rank).write_text(json.dumps(result))
     # Nothing is left to tidy up, and after an error the trainer may wait for ever at its own end.
     sys.stdout.flush()
     os._exit(0)
@@ -180,4 +190,4 @@ def run_case(
 
 if __name__ == "__main__":
     attention, warm_up, profile, result_file, *line = sys.argv[1:]
-    run_case(attention, int(warm_up), bool(int(profile)), result_file, line)
+    run_case(attention, int(warm_up), int(profile), result_file, line)

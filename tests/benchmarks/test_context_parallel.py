@@ -176,17 +176,23 @@ def test_comparisons_are_against_one_gpu_and_dense_attention() -> None:
 def test_profiles_are_compared_with_the_share_of_one_gpu() -> None:
     def row(gpus: int, ms: float, **kernels: float) -> dict:
         listed = [{"name": name, "count": 1, "ms": each} for name, each in kernels.items()]
-        times = {"ms a step": ms, "busy ms": ms - 1, "sending alone ms": 0.0}
-        gaps = [{"ms": 0.5, "after": "attend", "before": "loss"}]
-        return {"GPUs": gpus, "N": 1024, **times, "kernels": listed, "gaps": gaps}
+        sent = {"sending alone ms": 0.0}
+        times = {"ms a step": ms, "busy ms": ms - 1, **sent}
+        ranks = [{**times, "sending ms": 5.0}, {"busy ms": 28, **sent, "sending ms": 6.0}]
+        wait = {"ms": 0.5, "sending ms": 0.4, "count": 1.0, "after": "attend", "sent": "nccl",
+                "before": "loss"}  # fmt: skip
+        more = {"kernels": listed, "ranks": ranks, "waits": [wait]}
+        return {"GPUs": gpus, "N": 1024, **times, **more}
 
     rows = [row(1, 100, attend=80, loss=10), row(4, 30, attend=21, nccl=5, loss=2.5)]
-    head, _, _, _, step, busy, _, *kernels, _, _, _, gap, _ = (
+    head, _, _, _, step, busy, _, *kernels, _, first, second, _, _, _, _, _, wait, _ = (
         context_parallel_results.profile_lines(rows)
     )
     assert head == "**profile**, Lighthouse, 1,024 tokens, ms on rank 0"
     assert step == "| step | 30.0 | 25.0 | 5.0 |" and busy == "| busy | 29.0 | 24.8 | 4.2 |"
-    assert gap == "- 0.5 ms between `attend` and `loss`"
+    assert first == "- rank 0: 29.0 ms busy, 5.0 with sending, 0.0 with sending alone"
+    assert second == "- rank 1: 28.0 ms busy, 6.0 with sending, 0.0 with sending alone"
+    assert wait == "| 0.50 | 0.40 | 1 | `attend` | `nccl` | `loss` |"
     assert kernels == [
         "| `nccl` | 5.0 | 0.0 | 5.0 |",
         "| `attend` | 21.0 | 20.0 | 1.0 |",
@@ -299,7 +305,7 @@ def test_a_step_is_profiled_on_all_gpus_and_on_one(tmp_path: Path) -> None:
     assert [(row["GPUs"], row["N"]) for row in rows] == [
         (gpus, 2 * TINY.per_gpu) for gpus in (2, 1)
     ]
-    assert all(row["ms a step"] > 0 for row in rows)
+    assert all(row["ms a step"] > 0 and len(row["ranks"]) == row["GPUs"] for row in rows)
     # A CPU has no kernels.
     assert all(bool(row["kernels"]) == torch.cuda.is_available() for row in rows)
 

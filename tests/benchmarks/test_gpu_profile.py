@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from gpu_profile import function_table, kernels_of
+from gpu_profile import COUNTED, function_table, kernels_of, wait_table
 from torch.autograd import DeviceType
 
 
@@ -31,6 +31,10 @@ def test_kernels_that_overlap_count_once() -> None:
         ("matmul", 2, 4.5), ("ncclDevKernel_SendRecv", 2, 3.1), ("add", 1, 1.5)
     ]  # fmt: skip
     assert found["gaps"] == [{"ms": 2.0, "after": "add", "before": "matmul"}]
+    assert [list(wait.values()) for wait in found["waits"]] == [
+        [2.0, 1.0, 0.0, "add", "", "matmul"],
+        [1.5, 1.0, 1.5, "matmul", "ncclDevKernel_SendRecv", "add"],
+    ]
     assert function_table("layer", found)[0] == (
         "layer: 7.50 ms busy, 1.50 of them with sending alone"
     )
@@ -38,4 +42,30 @@ def test_kernels_that_overlap_count_once() -> None:
 
 def test_nothing_ran() -> None:
     found = kernels_of(SimpleNamespace(events=list))
-    assert found == {"busy ms": 0.0, "sending alone ms": 0.0, "kernels": [], "gaps": []}
+    times = {"busy ms": 0.0, "sending alone ms": 0.0}
+    assert found == times | {"kernels": [], "gaps": [], "waits": []}
+
+
+def test_several_steps_are_averaged_without_the_first() -> None:
+    events = [event("first", 0, 900)]
+    for begin in (1000, 3000):
+        events += [
+            event(COUNTED, begin, begin + 1900, is_user_annotation=True),
+            event("attend", begin, begin + 1000),
+            event("nccl", begin + 900, begin + 1300),
+            event("loss", begin + 1500, begin + 1900),
+        ]
+    found = kernels_of(SimpleNamespace(events=lambda: events), steps=2)
+    assert found["busy ms"] == pytest.approx(1.7)
+    assert found["sending alone ms"] == pytest.approx(0.3)
+    assert [(row["name"], row["count"]) for row in found["kernels"]] == [
+        ("attend", 1), ("nccl", 1), ("loss", 1)
+    ]  # fmt: skip
+    within, between = found["waits"]
+    assert within["count"] == 1 and within["ms"] == pytest.approx(0.5)
+    assert within["sending ms"] == pytest.approx(0.3)
+    assert between["count"] == 0.5 and between["ms"] == pytest.approx(0.05)
+    assert wait_table(found["waits"])[-2:] == [
+        "| 0.50 | 0.30 | 1 | `attend` | `nccl` | `loss` |",
+        "| 0.05 | 0.00 | 0.5 | `loss` | `` | `attend` |",
+    ]

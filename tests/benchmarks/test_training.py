@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,7 @@ def test_no_step_waits_for_its_own_end(base: type, gpu: bool, monkeypatch) -> No
     monkeypatch.setattr(utils.device_module, "synchronize", synchronize)
     clock = iter(ends)
     measured = training_case.Measured()
-    trainer = training_case.timed_trainer(base, measured, profile=False)(4)
+    trainer = training_case.timed_trainer(base, measured, profile=0)(4)
     trainer.train()
     assert not waits
     result = measured.read(warm_up=2)
@@ -146,10 +147,30 @@ def test_profile_is_of_one_step_alone(monkeypatch) -> None:
     waits = []
     monkeypatch.setattr(utils.device_module, "synchronize", lambda: waits.append(trainer.step))
     measured = training_case.Measured()
-    trainer = training_case.timed_trainer(Upstream, measured, profile=True)(3)
+    trainer = training_case.timed_trainer(Upstream, measured, profile=1)(3)
     trainer.train()
     assert waits == [3, 3] and measured.profile is not None
     assert len(measured.ends) == 2 and len(measured.losses) == 3
+
+
+def test_the_first_of_several_profiled_steps_does_not_count(monkeypatch) -> None:
+    from torchtitan.tools import utils
+
+    waits, named = [], []
+    monkeypatch.setattr(utils.device_module, "synchronize", lambda: waits.append(trainer.step))
+
+    def name(of: str) -> AbstractContextManager:
+        named.append((of, trainer.step))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.profiler, "record_function", name)
+    monkeypatch.setattr(training_case, "kernels_of", lambda recorded, steps: {"steps": steps})
+    measured = training_case.Measured()
+    trainer = training_case.timed_trainer(Upstream, measured, profile=3)(6)
+    trainer.train()
+    assert waits == [4, 6] and measured.profile == {"steps": 2}
+    assert named == [(training_case.COUNTED, step) for step in (5, 6)]
+    assert len(measured.ends) == 3 and len(measured.losses) == 6
 
 
 @pytest.mark.parametrize("limit", [100_000, 98_304, 700_000, 16_384])
