@@ -272,7 +272,7 @@ def test_validation_has_masks_and_evaluations_have_none(folder: Path) -> None:
     assert (inputs["documents"] > 0).any() and (labels == IGNORE_INDEX).any()
 
     def whole(*arguments: Any) -> Any:
-        return build_validation_dataloader(*arguments, whole=True)
+        return build_validation_dataloader(*arguments, span=0)
 
     inputs, labels = next(iter(loader(job, build=whole)))
     assert list(inputs) == ["input"] and (labels != IGNORE_INDEX).all()

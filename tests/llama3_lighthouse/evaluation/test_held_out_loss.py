@@ -89,7 +89,8 @@ def test_buckets_hold_every_position_once(seq_len: int, first: int) -> None:
     assert lengths[1:-1] == [first * 2**i for i in range(len(lengths) - 2)]
     torch.manual_seed(seq_len)
     losses = torch.rand(3, seq_len)
-    means = bucket_means(losses, buckets)
+    means, counts = bucket_means(losses, buckets)
+    assert counts.tolist() == [lengths] * 3
     for row, values in zip(means, losses.tolist(), strict=True):
         expected = [statistics.fmean(values[a - 1 : b]) for a, b in buckets]
         assert row.tolist() == pytest.approx(expected, abs=1e-12)
@@ -102,6 +103,31 @@ def test_interval_is_the_normal_one_over_sequences() -> None:
     expected = [2.09375, 2.09375 - half, 2.09375 + half]
     assert [found.mean, found.low, found.high] == pytest.approx(expected, abs=1e-6)
     assert estimate(torch.tensor([3.0])) == held_out_loss.Estimate(3.0, None, None)
+
+
+def test_positions_count_the_same_in_sequences_of_unequal_counts() -> None:
+    """The mean is that of all positions, and its error that of a ratio of two sums."""
+    torch.manual_seed(1)
+    losses, context = torch.rand(5, 40), torch.randint(1, 33, (5, 40))
+    losses[:, ::7] = float("nan")
+    losses[2, context[2] <= 8] = float("nan")
+    means, counts = bucket_means(losses, [(1, 8), (9, 32), (33, 40)], context)
+    for number, inside in enumerate((context <= 8, context > 8)):
+        rows = [
+            [value for value, here in zip(*row, strict=True) if here and value == value]
+            for row in zip(losses.tolist(), inside.tolist(), strict=True)
+        ]
+        assert counts[:, number].tolist() == [len(row) for row in rows]
+        filled = [row for row in rows if row]
+        assert len(filled) == 5 - (number == 0)
+        mean = statistics.fmean(value for row in filled for value in row)
+        squares = sum((sum(row) - mean * len(row)) ** 2 for row in filled)
+        error = (squares * len(filled) / (len(filled) - 1)) ** 0.5 / sum(map(len, filled))
+        found = estimate(means[:, number], counts[:, number])
+        assert found.mean == pytest.approx(mean, abs=1e-12)
+        half = statistics.NormalDist().inv_cdf(0.975) * error
+        assert [found.low, found.high] == pytest.approx([mean - half, mean + half], abs=1e-6)
+    assert means[:, 2].isnan().all() and not counts[:, 2].any()
 
 
 def test_mistakes_end_in_one_line(run, call, tmp_path) -> None:

@@ -1,7 +1,7 @@
 """Checks of ``training.document_mask`` with other keys."""
 
-from ..data.documents import document_span
 from ..errors import UserValueError
+from ..job_config import Lighthouse
 from ..stages import Stage
 
 KEY = "training.document_mask"
@@ -24,8 +24,18 @@ def check_documents(stage: Stage) -> None:
             "whose passages return in other documents, which do not see them; set repeat_mix to "
             f"0, {OFF}"
         )
-    if stage.attention == "lighthouse" and section.attention == "lighthouse" and not section.window:
-        zeros = document_span(config) - 1
+    if stage.attention == "lighthouse" and section.attention == "lighthouse":
+        check_window(section)
+
+
+def check_window(section: Lighthouse) -> None:
+    """Check that Lighthouse attention has a window, which documents need.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not section.window:
+        zeros = section.pooling_factor ** (section.levels - 1) - 1
         raise UserValueError(
             f"{KEY} = true needs a window beside Lighthouse attention: with lighthouse.window = 0, "
             f"up to {zeros:,} positions at the beginning of each document would attend over "

@@ -100,11 +100,16 @@ class DocumentLayout:
         return LaidOut(torch.from_numpy(inputs), torch.from_numpy(labels), laid_out, padding, taken)
 
 
-def layout_of(config: JobConfig, seq_len: int) -> DocumentLayout | None:
-    """How documents lie in sequences of ``seq_len`` positions; None if they see each other."""
-    if not config.training.document_mask:
-        return None
-    return DocumentLayout(seq_len, document_span(config))
+def layout_of(config: JobConfig, seq_len: int, span: int | None = None) -> DocumentLayout | None:
+    """How documents lie in sequences of ``seq_len`` positions; None if they lie side by side.
+
+    Args:
+        span: positions that the first position of each document is a multiple of, 0 for no layout;
+            None: as ``config`` says.
+    """
+    if span is None:
+        span = document_span(config) if config.training.document_mask else 0
+    return DocumentLayout(seq_len, span) if span else None
 
 
 def layout_lines(config: JobConfig) -> list[str]:
@@ -141,12 +146,16 @@ def without_idle_masks(
     return {name: x for name, x in inputs.items() if name != DOCUMENTS}
 
 
+def positions_within(documents: torch.Tensor) -> torch.Tensor:
+    """The position of each of ``documents`` [B, N] in its document, from 0."""
+    return torch.arange(documents.shape[1], device=documents.device) - documents
+
+
 def model_options(documents: torch.Tensor | None, section: Lighthouse) -> dict[str, torch.Tensor]:
     """What a model's forward takes besides tokens, on the device of ``documents`` [B, N]."""
     if documents is None:
         return {}
     options = {"attention_masks": documents}
     if section.document_positions == "restart":
-        position = torch.arange(documents.shape[1], device=documents.device)
-        options["positions"] = position - documents
+        options["positions"] = positions_within(documents)
     return options

@@ -244,7 +244,7 @@ def _build(
     job_config: JobConfig,
     infinite: bool,
     check: bool = True,
-    whole: bool = False,
+    span: int | None = None,
 ) -> PackedTextDataloader:
     """Loader of this rank's share of the streams.
 
@@ -252,7 +252,7 @@ def _build(
         key: section of the configuration, "training" or "validation".
         streams: streams of all ranks together.
         check: whether to read the first documents of local text.
-        whole: whether each sequence is one document, whatever training.document_mask says.
+        span: as in ``layout_of``.
     """
     section = getattr(job_config, key)
     if section.dataloader.num_workers > 1:
@@ -271,7 +271,7 @@ def _build(
     if split == "train":
         of_step = global_batch_size(job_config, dp_world_size) // dp_world_size
     messages = StreamMessages(source, key, streams)
-    layout = None if whole else layout_of(job_config, section.seq_len)
+    layout = layout_of(job_config, section.seq_len, span)
     own = [
         TextStream(
             source, tokenizer, section.seq_len, number, streams, infinite, messages, mixes, layout
@@ -353,12 +353,13 @@ def build_validation_dataloader(
     tokenizer: BaseTokenizer,
     job_config: JobConfig,
     infinite: bool = False,
-    whole: bool = False,
+    span: int | None = None,
 ) -> PackedTextDataloader:
     """Loader of the held-out split of ``validation.dataset``.
 
     Args:
-        whole: whether each sequence is one document, whatever ``training.document_mask`` says.
+        span: positions that documents begin at multiples of, 0 for neither layout nor padding;
+            None: as ``training.document_mask`` says.
 
     Raises:
         ValueError: as ``build_dataloader``.
@@ -372,5 +373,5 @@ def build_validation_dataloader(
         tokenizer,
         job_config,
         infinite,
-        whole=whole,
+        span=span,
     )

@@ -194,7 +194,7 @@ def losses(
         ValueError: the held-out split holds too few batches.
     """
     span = trained.model.model_args.lighthouse.coarsest_span
-    loader = iter(build_validation_dataloader(1, 0, trained.tokenizer, trained.config, whole=True))
+    loader = iter(build_validation_dataloader(1, 0, trained.tokenizer, trained.config, span=0))
     generator = torch.Generator().manual_seed(0)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in FUTURES}
     for number in range(batches):

@@ -237,7 +237,7 @@ def values_of(
         full = _losses(losses, sequences, everything, plan)
         yield Value("loss", None, "", number, full.double().mean().item(), full.numel())
         buckets = context_buckets(plan.length, plan.settings.first_bucket)
-        means = bucket_means(full, buckets).mean(0)
+        means = bucket_means(full, buckets)[0].mean(0)
         for (start, end), mean in zip(buckets, means.tolist(), strict=True):
             yield Value("position", end, "", number, mean, (end - start + 1) * len(sequences))
         if plan.contexts:

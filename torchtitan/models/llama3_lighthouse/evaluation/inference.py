@@ -122,6 +122,7 @@ def load_trained_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     max_seq_len: int | None = None,
+    masks: bool = False,
 ) -> TrainedModel:
     """Build the model of a checkpoint and load its weights.
 
@@ -132,6 +133,8 @@ def load_trained_model(
             ``--job.config_file FILE`` or the like.
         max_seq_len: longest sequence that the model will see; default: the ``training.seq_len`` it
             was trained with.
+        masks: whether the caller passes documents to the model. If not, a warning says that a run
+            had masks.
 
     Raises:
         ValueError, TypeError, OSError: there is no such checkpoint, or the configuration describes
@@ -140,7 +143,7 @@ def load_trained_model(
     path = find_checkpoint(path)
     record = read_record(path)
     config, args = read_configuration(path, record, overrides or [])
-    if config.training.document_mask:
+    if config.training.document_mask and not masks:
         logger.warning(
             f"{path} was trained with training.document_mask = true; here each sequence is one "
             "document, and nothing is masked"

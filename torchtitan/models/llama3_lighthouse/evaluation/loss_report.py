@@ -13,13 +13,14 @@ from .held_out_loss import (
     context_buckets,
     estimate,
     evaluate,
+    span_of,
 )
 from .inference import (
     TrainedModel,
     load_trained_model,
     recorded_config,
 )
-from .progress import Progress, say_what_was_written
+from .progress import Progress, say, say_what_was_written
 from .side_by_side import (
     Evaluated,
     ReportOptions,
@@ -34,6 +35,8 @@ from .tables import Row, write_csv
 # Curves of a plot up to which intervals are drawn.
 MOST_BANDS = 4
 INTERVAL = "95%, normal, over sequences"
+# Context is counted within these, without masks and with them.
+CONTEXTS = ("sequence", "document")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ class Curve(Evaluated):
     """Losses of one checkpoint under one attention.
 
     Attributes:
-        losses: nats, float32 [sequences, N].
+        masked: whether the model kept documents apart.
+        losses: nats, float32 [sequences, N]; NaN where there is no label.
+        context: tokens of context, integers of the same shape and the same for all curves.
     """
 
+    masked: bool
     losses: torch.Tensor
+    context: torch.Tensor
 
 
 def report_losses(options: LossOptions, overrides: list[str]) -> None:
@@ -65,15 +72,24 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
     paths, labels = named_checkpoints(options.checkpoints, options.labels)
-    text = check_same_text(paths, overrides)
+    configs = [recorded_config(path, overrides) for path in paths]
+    text = same_text(paths, configs)
+    spans = [
+        span_of(path, config, options.attention)
+        for path, config in zip(paths, configs, strict=True)
+    ]
+    # Spans are powers of two, so documents that lie at multiples of the largest suit all.
+    span = max(spans)
     buckets = context_buckets(text["validation.seq_len"], options.first_bucket)
     check_output(options.output)
+    _say_layout(labels, spans)
     curves: list[Curve] = []
     for path, label in zip(paths, labels, strict=True):
-        curves += _curves(path, label, options, overrides)
-    rows = rows_of(curves, buckets)
-    _write(rows, curves, text, options)
-    for row in rows[len(buckets) :: len(buckets) + 1]:
+        curves += _curves(path, label, options, overrides, span)
+    rows = rows_of(curves, buckets, CONTEXTS[span > 0])
+    _write(rows, curves, {**text, "documents begin at multiples of": span or None}, options)
+    # The last row of each curve covers all positions.
+    for row in rows[len(rows) // len(curves) - 1 :: len(rows) // len(curves)]:
         interval = f" ({row['low']:.4f} to {row['high']:.4f})" if row["low"] is not None else ""
         change = f", {row['minus first']:+.4f} from the first" if "minus first" in row else ""
         print(f"{row['checkpoint']}, {row['attention']}: {row['loss']:.4f}{interval}{change}")
@@ -82,49 +98,66 @@ def report_losses(options: LossOptions, overrides: list[str]) -> None:
     say_what_was_written(options.output, "losses.csv", "losses.json", "losses.png")
 
 
-def check_same_text(paths: list[Path], overrides: list[str]) -> dict[str, Any]:
-    """Check that all checkpoints are evaluated on the same tokens; return their ``text_identity``.
+def _say_layout(labels: list[str], spans: list[int]) -> None:
+    """Say how documents lie, and which of the checkpoints see all of them."""
+    if not any(spans):
+        return
+    line = (
+        f"documents begin at multiples of {max(spans)} positions, and context is counted within "
+        "them; they do not see each other"
+    )
+    if without := [label for label, span in zip(labels, spans, strict=True) if not span]:
+        line += f", except without masks and with padding in sight: {'; '.join(without)}"
+    say(line)
 
-    Raises:
-        ValueError, TypeError, OSError: the tokens differ, or a configuration is wrong.
-    """
-    return same_text(paths, [recorded_config(path, overrides) for path in paths])
 
-
-def _curves(path: Path, label: str, options: LossOptions, overrides: list[str]) -> list[Curve]:
+def _curves(
+    path: Path, label: str, options: LossOptions, overrides: list[str], span: int
+) -> list[Curve]:
     """A curve for each attention; the model is in memory only during this call."""
     dtype = getattr(torch, options.dtype)
-    trained = load_trained_model(path, overrides, options.device, dtype)
-    return [_curve(trained, label, attention) for attention in options.attention]
+    trained = load_trained_model(path, overrides, options.device, dtype, masks=True)
+    return [_curve(trained, label, attention, span) for attention in options.attention]
 
 
-def _curve(trained: TrainedModel, label: str, attention: str) -> Curve:
+def _curve(trained: TrainedModel, label: str, attention: str, span: int) -> Curve:
     steps = trained.config.validation.steps
     with Progress(f"{label}, {attention}", None if steps < 0 else steps, "batches") as bar:
-        losses = evaluate(
-            trained, attention, lambda batches, loss: bar.advance(1, f"loss {loss:.4f}")
+        losses, context = evaluate(
+            trained, attention, span, lambda batches, loss: bar.advance(1, f"loss {loss:.4f}")
         )
-    return Curve.of(trained, label, attention, losses)
+    masked = trained.config.training.document_mask
+    return Curve.of(trained, label, attention, masked, losses, context)
 
 
-def rows_of(curves: list[Curve], buckets: list[tuple[int, int]]) -> list[Row]:
-    """For each curve a row for each bucket, and then one for all positions."""
-    buckets = [*buckets, (1, buckets[-1][1])]
+def rows_of(curves: list[Curve], buckets: list[tuple[int, int]], context_in: str) -> list[Row]:
+    """For each curve a row for each bucket that holds positions, and then one for all positions.
+
+    Args:
+        context_in: one of ``CONTEXTS``.
+    """
+    _, counts = bucket_means(curves[0].losses, buckets, curves[0].context)
+    everything = (1, buckets[-1][1])
+    held = counts.sum(dim=0).tolist()
+    buckets = [bucket for bucket, count in zip(buckets, held, strict=True) if count]
+    buckets.append(everything)
     references: dict[str, torch.Tensor] = {}
     rows = []
     for curve in curves:
-        values = bucket_means(curve.losses, buckets)
+        values, counts = bucket_means(curve.losses, buckets, curve.context)
         reference = references.setdefault(curve.attention, values)
         for number, (start, end) in enumerate(buckets):
-            loss = estimate(values[:, number])
+            weights = counts[:, number]
+            loss = estimate(values[:, number], weights)
             row = {
                 "checkpoint": curve.checkpoint, "attention": curve.attention,
+                "document mask": curve.masked, "context in": context_in,
                 "context from": start, "context to": end,
                 "loss": loss.mean, "low": loss.low, "high": loss.high,
-                "sequences": int(values[:, number].isfinite().sum()),
+                "sequences": int(values[:, number].isfinite().sum()), "tokens": int(weights.sum()),
             }  # fmt: skip
             if reference is not values:
-                change = estimate(values[:, number] - reference[:, number])
+                change = estimate(values[:, number] - reference[:, number], weights)
                 row |= minus_first(change)
             rows.append(row)
     return rows
@@ -160,7 +193,7 @@ def plot(rows: list[Row], path: Path) -> None:
         band = 0.15 if with_bands else 0
         draw_curve(axis, points, ("context to", "loss"), style_of[checkpoint], checkpoint, band)
     length_axis(axis, ends)
-    axis.set(xlabel="context, tokens (upper end of each bucket)",
+    axis.set(xlabel=f"context in the {rows[0]['context in']}, tokens (upper end of each bucket)",
              ylabel=f"held-out loss, nats per token{', 95% interval' if with_bands else ''}",
              )  # fmt: skip
     axis.grid(alpha=0.3)
