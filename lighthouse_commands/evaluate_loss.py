@@ -13,10 +13,10 @@ which are taken as independent. All checkpoints see the same sequences, so the d
 first one has an interval of its own, over the differences within sequences.
 
 A run with training.document_mask = true is evaluated with its masks, on documents laid out as in
-its validation. A position's context is then the part of its own document up to it, and the column
-"context in" says so. If some checkpoints have masks, all of them read that layout, and those
-without masks see its padding. --training.document_mask and --training.no-document_mask decide for
-all.
+its validation. A position's context is then the part of its own document up to and including it,
+and the column "context in" says so. If some checkpoints have masks, all read that layout, and those
+without masks see its padding. These keys decide for all: --training.document_mask,
+--training.no-document_mask.
 
 Under --attention lighthouse with lighthouse.entry_score = "max", selection tells of later tokens.
 Those losses must not be compared with losses under dense attention.

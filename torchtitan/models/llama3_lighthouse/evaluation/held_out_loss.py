@@ -91,9 +91,9 @@ def with_held_out_text(path: Path, overrides: list[str]) -> list[str]:
 
 
 def span_of(path: Path, config: JobConfig, attention: Sequence[str]) -> int:
-    """Positions that documents begin at multiples of where the run was validated; 0 without masks.
+    """The number that documents begin at multiples of, from the run's validation; 0 without masks.
 
-    An attention that the run never used may need more.
+    An attention that the run never used may need a larger one.
 
     Args:
         path: the step-N folder, in whose record the schedule of the run is.
