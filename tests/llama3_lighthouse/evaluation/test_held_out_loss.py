@@ -11,14 +11,17 @@ from launch import exit_code_of
 from torch.nn.functional import cross_entropy
 
 from lighthouse_commands.main import main
+from torchtitan.models.llama3_lighthouse.data.tokenizer import save_hugging_face_tokenizer
 from torchtitan.models.llama3_lighthouse.evaluation import held_out_loss
 from torchtitan.models.llama3_lighthouse.evaluation.held_out_loss import (
     bucket_means,
     context_buckets,
     estimate,
     losses_by_position,
+    text_identity,
 )
 from torchtitan.models.llama3_lighthouse.evaluation.inference import load_trained_model
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 
 
 @pytest.fixture
@@ -153,3 +156,19 @@ def test_mistakes_end_in_one_line(run, call, tmp_path) -> None:
     assert "differ in validation.steps times validation.local_batch_size: 6 and 8" in message
     assert "\n" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_tokenizer_may_lie_in_any_folder(tmp_path: Path) -> None:
+    """Another one makes other tokens of the same text."""
+    config = JobConfig()
+    config.validation.enable, config.lighthouse.tokenizer = True, "hf"
+    found = []
+    for name, pad in (("one", "<|pad|>"), ("same", "<|pad|>"), ("other", "<|padding|>")):
+        save_hugging_face_tokenizer(tmp_path / name)
+        file = tmp_path / name / "tokenizer.json"
+        file.write_text(file.read_text().replace("<|pad|>", pad))
+        config.model.hf_assets_path = str(tmp_path / name)
+        found.append(text_identity(config))
+    one, same, other = found
+    assert one == same
+    assert {key for key in one if one[key] != other[key]} == {"model.hf_assets_path"}

@@ -20,7 +20,7 @@ from ..data.documents import (
     without_idle_masks,
 )
 from ..data.packing import build_validation_dataloader
-from ..data.tokenizer import build_tokenizer
+from ..data.tokenizer import build_tokenizer, tokenizer_fingerprint
 from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..model.model import LighthouseTransformer, selecting_config
@@ -47,7 +47,7 @@ def text_identity(config: JobConfig) -> dict[str, object]:
     Configurations with equal settings are evaluated on the same tokens.
 
     Raises:
-        ValueError: the configuration names no held-out text.
+        ValueError: the configuration names no held-out text, or no tokenizer that is there.
     """
     section = config.validation
     if not section.enable:
@@ -62,12 +62,17 @@ def text_identity(config: JobConfig) -> dict[str, object]:
             f"{config.training.seq_len}, up to which positions are known; lower it"
         )
     sequences = None if section.steps < 0 else section.steps * section.local_batch_size
+    files = None
+    if config.lighthouse.tokenizer == "hf":
+        # Folders of the same tokenizer may lie anywhere.
+        files = f"a tokenizer with the hash {tokenizer_fingerprint(build_tokenizer(config))}"
     return {
         "validation.dataset": section.dataset,
         "validation.dataset_path": section.dataset_path,
         "validation.seq_len": section.seq_len,
         "validation.steps times validation.local_batch_size": sequences,
         "lighthouse.tokenizer": config.lighthouse.tokenizer,
+        "model.hf_assets_path": files,
     }
 
 
