@@ -21,10 +21,8 @@ from .documents import within
 from .geometry import PyramidGeometry
 from .halo import gradients_of_seams, layouts_in_chunks, seams_and_halo, window_in_chunks
 from .implementation import choose_window_implementation, kernels
-from .logsumexp import fold_lse_gradient
-from .memory_layout import sequence_first
 from .online_softmax import merged_output
-from .reach import ends_with_chunk, reaching_first, seam_rows, seam_rows_gradient
+from .reach import seam_rows
 from .scatter import positions_reached, scatter_back
 from .selection import Selection
 
@@ -109,8 +107,8 @@ def merged_attention_over_ranks_by_kernels(
 class _MergedOverRanks(torch.autograd.Function):
     """``merge._Merged`` in chunks.
 
-    The kernels compute each chunk as if it were a whole sequence. PyTorch adds what crosses a seam:
-    forward to the first p^(L-1) - 1 positions of a chunk, backward to the L - 1 entries at its end.
+    What crosses a seam goes forward to the first p^(L-1) - 1 positions of a chunk, and backward to
+    the L - 1 entries at its end.
     """
 
     @staticmethod
@@ -142,22 +140,19 @@ class _MergedOverRanks(torch.autograd.Function):
         far, far_lse = layout.split(far), layout.split(far_lse.unsqueeze(-1))
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
         far_lse = far_lse.squeeze(-1)
-        arriving = seams_and_halo(seams, k, v, geometry.config.window, layout)
-        taken = _taking_seam(slot, geometry, q.shape[1] // slot.shape[1], documents, continues)
-        (seam, seam_lse), halo = arriving()
-        seam_lse = layout.fill_first(seam_lse.squeeze(-1), -math.inf)
-        settings = geometry.config.window, scale, impl, layout.first, len(layout.held)
+        (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout)()
+        seam_lse, place = seam_lse.squeeze(-1), (layout.first, len(layout.held))
+        settings = geometry.config.window, scale, impl, *place
         near, near_lse = torch.ops.lighthouse.halo_window(
             q, k, v, *halo, *settings, documents, seen
         )
-        out, lse = torch.ops.lighthouse.merge_with_seam(
-            far, far_lse, near, near_lse, slot, seam, seam_lse, taken, *pyramid, documents
+        crossing = seam, seam_lse, continues, *place
+        out, lse = kernels.merge_outputs(
+            far, far_lse, near, near_lse, slot, *pyramid, documents, *crossing
         )
         rows = q, k, v, *halo, *gathered
-        of_documents = documents, seen, places
-        ctx.save_for_backward(
-            *rows, index, slot, far, far_lse, out, lse, seam_lse, taken, *of_documents
-        )
+        of_documents = documents, seen, places, continues
+        ctx.save_for_backward(*rows, index, slot, far, far_lse, out, lse, seam_lse, *of_documents)
         ctx.constants = geometry, scale, layout, settings
         return out
 
@@ -167,21 +162,22 @@ class _MergedOverRanks(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
         (q, k, v, *halo), gathered = saved[:5], saved[5:8]
-        index, slot, far, far_lse, out, lse, seam_lse, taken = saved[8:16]
-        documents, seen, places = saved[16:]
+        index, slot, far, far_lse, out, lse, seam_lse = saved[8:15]
+        documents, seen, places, continues = saved[15:]
         geometry, scale, layout, settings = ctx.constants
         pyramid, length = (geometry.config.pooling_factor, geometry.config.levels), q.shape[2]
         dq, dk, dv, *dhalo = torch.ops.lighthouse.halo_window_backward(
             grad, None, q, k, v, *halo, out, lse, *settings, documents, seen
         )
-        sums = _seam_sums(grad, out, lse, seam_lse, taken)
+        sums = kernels.seam_sums(
+            grad, out, lse, slot, seam_lse, *pyramid, layout.first, len(layout.held), continues
+        )
         arriving = gradients_of_seams(sums, dhalo, (dk, dv), layout)
-        included = ends_with_chunk(slot, geometry, far.shape[1])
         grad_far, out_far = kernels.collect_merged(
             grad, out, lse, far, far_lse, index, slot, *pyramid, documents
         )
         dout, delta = arriving()
-        torch.ops.lighthouse.add_seam_sums(grad_far, out_far, far, dout, delta, included)
+        kernels.add_seam_sums(grad_far, out_far, far, dout, delta, slot, length, *pyramid)
         assert layout.operations is not None
         far_lse = layout.join(far_lse.unsqueeze(-1)).squeeze(-1).contiguous()
         grad_far, out_far = layout.join(grad_far), layout.join(out_far)
@@ -197,130 +193,3 @@ class _MergedOverRanks(torch.autograd.Function):
         ]
         # Arguments after the rows.
         return *grads, *[None] * 13
-
-
-def _taking_seam(
-    slot: torch.Tensor,
-    geometry: PyramidGeometry,
-    group: int,
-    documents: torch.Tensor | None,
-    continues: torch.Tensor | None,
-) -> torch.Tensor:
-    """Whether each of a chunk's first p^(L-1) - 1 positions takes the seam row of each level.
-
-    Args:
-        documents: layout of the chunks, [B M, C].
-        continues: as in ``reach.reaching``.
-
-    Returns:
-        bool [B M, Hq, L - 1, p^(L-1) - 1] for ``group`` = Hq / Hkv. A position takes one at most.
-    """
-    found = reaching_first(slot, geometry, documents, continues)[1:]
-    shape = *slot.shape[:2], geometry.spans[-1] - 1
-    # pyrefly: ignore[missing-attribute]  Above the base level there are seams.
-    taken = torch.stack([each.seam.expand(shape) for each in found], dim=2)
-    return taken.repeat_interleave(group, dim=1)
-
-
-@torch.library.custom_op(
-    "lighthouse::merge_with_seam",
-    mutates_args=(),
-    schema="(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, Tensor seam, "
-    "Tensor seam_lse, Tensor taken, int p, int levels, Tensor? documents=None) "
-    "-> (Tensor, Tensor)",
-)
-def _merge_with_seam(
-    far: torch.Tensor,
-    far_lse: torch.Tensor,
-    near: torch.Tensor,
-    near_lse: torch.Tensor,
-    slot: torch.Tensor,
-    seam: torch.Tensor,
-    seam_lse: torch.Tensor,
-    taken: torch.Tensor,
-    p: int,
-    levels: int,
-    documents: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``kernels.merge_outputs`` of chunks.
-
-    Args:
-        seam: [B M, Hq, L - 1, D].
-        seam_lse: [B M, Hq, L - 1], minus infinity where there is no chunk before.
-        taken: from ``_taking_seam``.
-        documents: layout of the chunks, [B M, C].
-    """
-    out, lse = kernels.merge_outputs(far, far_lse, near, near_lse, slot, p, levels, documents)
-    first = slice(0, taken.shape[-1])
-    # A logsumexp of minus infinity leaves a position that takes no row as it is.
-    found_lse = seam_lse.unsqueeze(-1).masked_fill(~taken, -math.inf).amax(dim=2)
-    found = (seam.unsqueeze(3) * taken.unsqueeze(-1)).sum(dim=2)
-    kernels.merge_in_place(out[:, :, first], lse[:, :, first], found, found_lse)
-    return out, lse
-
-
-@_merge_with_seam.register_fake
-def _(
-    far: torch.Tensor, far_lse: torch.Tensor, near: torch.Tensor, near_lse: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return sequence_first(near, near.shape[2]), near_lse.new_empty(near_lse.shape)
-
-
-def _seam_sums(
-    grad: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    seam_lse: torch.Tensor,
-    taken: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums dout_e and delta_e of ``kernels.merge`` for the seam rows of the chunk before.
-
-    Args:
-        grad, out: gradient of the merged output, and the output itself, [B M, Hq, C, D].
-        lse: that of the merged output, [B M, Hq, C].
-        seam_lse, taken: as in ``_merge_with_seam``.
-
-    Returns:
-        [B M, Hq, L - 1, D] in the dtype of grad, and [B M, Hq, L - 1, 1] in the precision of sums.
-    """
-    first = slice(0, taken.shape[-1])
-    weight = (seam_lse.unsqueeze(-1) - lse[:, :, None, first]).exp().masked_fill(~taken, 0.0)
-    rows = grad[:, :, first].to(weight.dtype)
-    products = (rows * out[:, :, first].to(weight.dtype)).sum(dim=-1, keepdim=True)
-    dout, delta = ((weight.unsqueeze(-1) * x.unsqueeze(2)).sum(dim=3) for x in (rows, products))
-    return dout.to(grad.dtype), delta
-
-
-@torch.library.custom_op(
-    "lighthouse::add_seam_sums",
-    mutates_args=("grad_far", "out_far"),
-    schema="(Tensor(a!) grad_far, Tensor(b!) out_far, Tensor far, Tensor dout, Tensor delta, "
-    "Tensor included) -> ()",
-)
-def _add_seam_sums(
-    grad_far: torch.Tensor,
-    out_far: torch.Tensor,
-    far: torch.Tensor,
-    dout: torch.Tensor,
-    delta: torch.Tensor,
-    included: torch.Tensor,
-) -> None:
-    """Add what the next chunk's positions give to the entries that end with a chunk.
-
-    Args:
-        grad_far, out_far: what ``kernels.collect_merged`` gives for ``far``, [B M, Hq, S, D].
-        dout, delta: ``_seam_sums`` of the next chunk.
-        included: from ``ends_with_chunk``.
-    """
-    sums = torch.cat((dout.to(delta.dtype), delta), dim=-1)
-    sums = seam_rows_gradient(sums, included, finest=True)
-    dout, delta = sums.split((far.shape[-1], 1), dim=-1)
-    last = slice(far.shape[2] - sums.shape[2], None)
-    own_dout, own_out, rows = (x[:, :, last].to(sums.dtype) for x in (grad_far, out_far, far))
-    delta = delta + (own_dout * own_out).sum(dim=-1, keepdim=True)
-    dout = (own_dout + dout).to(far.dtype)
-    missing = (dout.to(sums.dtype) * rows).sum(dim=-1) - delta.squeeze(-1)
-    found = fold_lse_gradient(dout, missing, far[:, :, last])
-    for whole, part in zip((grad_far, out_far), found, strict=True):
-        here = whole[:, :, last]
-        here.copy_(torch.where(included.unsqueeze(-1), part, here))

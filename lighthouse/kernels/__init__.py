@@ -11,8 +11,8 @@ have gradients, though no second ones. ``spread`` is one operation:
 ``interval_attention``. ``flash4`` registers FlashAttention 4, and ``merge`` what joins its output
 with that of the selected entries. ``document_selection`` selects by document. ``online_softmax``
 joins what one rank's keys give with what another's do, and ``row_sums`` adds their gradients. These
-two write into their arguments, and so does ``spread_with_seam``, which scatters what has come from
-another chunk.
+two write into their arguments, and so do ``spread_with_seam`` and ``add_seam_sums``, which take
+what has come from another chunk.
 """
 
 from .document_selection import select_by_documents
@@ -32,6 +32,7 @@ from .pooling import pool_coarsest
 from .row_sums import add_rows
 from .scatter import scatter_back
 from .scoring import score, scores_by_pooling
+from .seams import add_seam_sums, seam_sums
 from .selection import select_from_norms
 from .window import (
     dense_backward,
@@ -46,6 +47,7 @@ __all__ = [
     "Before",
     "Intervals",
     "add_rows",
+    "add_seam_sums",
     "check_flash4",
     "check_supported",
     "collect_merged",
@@ -68,6 +70,7 @@ __all__ = [
     "scatter_back",
     "score",
     "scores_by_pooling",
+    "seam_sums",
     "select_by_documents",
     "select_from_norms",
     "spread_shares",

@@ -50,11 +50,32 @@ LONGEST = {torch.float16: 2.0**12}
 LONGEST_OF_OTHERS = 2.0**40
 
 
+def longest_correction(dtype: torch.dtype) -> float:
+    return LONGEST.get(dtype, LONGEST_OF_OTHERS)
+
+
+@triton.jit
+def crosses_seam(continues, batch, first, held):
+    """Whether a chunk's first positions take seam rows: those of the sequence's first one do not.
+
+    Args:
+        continues: whether the first document of each chunk began in an earlier one, if there are
+            documents.
+        first, held: place of the sequence's first chunk among those on this rank or -1, and how
+            many these are.
+    """
+    if continues is None:
+        crosses = batch % held != first
+    else:
+        crosses = tl.load(continues + batch) != 0
+    return crosses
+
+
 @triton.jit
 def _merge(
-    far, far_lse, near, near_lse, slot, documents, out, lse,
-    far_b, far_h, far_s, near_b, near_h, near_n, out_b, out_h, out_n,
-    heads, group, length, gathered_length, pyramid,
+    far, far_lse, near, near_lse, slot, documents, seam, seam_lse, continues, out, lse,
+    far_b, far_h, far_s, lse_b, lse_h, near_b, near_h, near_n, out_b, out_h, out_n,
+    heads, group, length, pyramid, first, held,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -67,6 +88,8 @@ def _merge(
     inside = position < length
     shown = inside[:, None] & (column < D)[None, :]
     place = tl.full((BLOCK,), -1, tl.int64)
+    # The level whose seam row each position takes, or 0.
+    level_of_seam = tl.zeros((BLOCK,), dtype=tl.int64)
     offset = tl.zeros((), dtype=tl.int64)
     # Where each position's document begins.
     begin = tl.zeros((BLOCK,), dtype=tl.int64)
@@ -75,24 +98,41 @@ def _merge(
     for level in tl.static_range(LEVELS):
         span = P**level
         shifted = position - (span - 1)
+        if seam is not None:
+            beyond = (place < 0) & (level_of_seam == 0) & (shifted < 0)
+            level_of_seam = tl.where(beyond, level, level_of_seam)
         asked = inside & (place < 0) & (shifted >= begin)
         place = tl.maximum(
             place, tl.load(slots + offset + shifted // span, mask=asked, other=-1).to(tl.int64)
         )
         offset += length // span
     reached = place >= 0
-    a = tl.load(far_lse + plane * gathered_length + place, mask=reached, other=-float("inf"))
+    places = far_lse + batch * lse_b + head * lse_h + place
+    a = tl.load(places, mask=reached, other=-float("inf"))
+    rows = far + batch * far_b + head * far_h + place[:, None] * far_s + column[None, :]
+    x = tl.load(rows, mask=reached[:, None] & shown, other=0.0).to(tl.float32)
+    if seam is not None:
+        crossing = (level_of_seam > 0) & inside & crosses_seam(continues, batch, first, held)
+        row = plane * (LEVELS - 1) + level_of_seam - 1
+        a = tl.maximum(a, tl.load(seam_lse + row, mask=crossing, other=-float("inf")))
+        rows = seam + row[:, None] * D + column[None, :]
+        x += tl.load(rows, mask=crossing[:, None] & shown, other=0.0).to(tl.float32)
     b = tl.load(near_lse + plane * length + position, mask=inside, other=0.0)
     largest = tl.maximum(a, b)
     merged = largest + tl.log(tl.exp(a - largest) + tl.exp(b - largest))
-    rows = far + batch * far_b + head * far_h + place[:, None] * far_s + column[None, :]
-    x = tl.load(rows, mask=reached[:, None] & shown, other=0.0).to(tl.float32)
     rows = near + batch * near_b + head * near_h + position[:, None] * near_n + column[None, :]
     y = tl.load(rows, mask=shown, other=0.0).to(tl.float32)
     total = tl.exp(a - merged)[:, None] * x + tl.exp(b - merged)[:, None] * y
     rows = out + batch * out_b + head * out_h + position[:, None] * out_n + column[None, :]
     tl.store(rows, total.to(out.dtype.element_ty), mask=shown)
     tl.store(lse + plane * length + position, merged, mask=inside)
+
+
+def _lse_strides(lse: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """``lse`` [B, H, S] with S contiguous, and the strides of the other dimensions."""
+    if lse.stride(-1) != 1:
+        lse = lse.contiguous()
+    return lse, lse.stride()[:2]
 
 
 def launch_merge(
@@ -104,6 +144,11 @@ def launch_merge(
     p: int,
     levels: int,
     documents: torch.Tensor | None = None,
+    seam: torch.Tensor | None = None,
+    seam_lse: torch.Tensor | None = None,
+    continues: torch.Tensor | None = None,
+    first: int = -1,
+    held: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch ``_merge``.
 
@@ -116,13 +161,20 @@ def launch_merge(
         p, levels: pooling factor and levels of the pyramid.
         documents: [B, N], for each position the first position of its document, which outputs of
             entries do not leave.
+        seam: with chunks of a sequence, outputs of the entries that end with the chunk before, for
+            levels 1 to L - 1, [B, H, L - 1, D].
+        seam_lse: their logsumexps, float32 [B, H, L - 1].
+        continues, first, held: as in ``crosses_seam``.
 
     Returns:
         out [B, H, N, D], lying in memory as [B, N, H, D], and m, float32 [B, H, N].
     """
     far, far_strides = row_strides(far)
     near, near_strides = row_strides(near)
-    far_lse, near_lse = far_lse.contiguous(), near_lse.contiguous()
+    far_lse, lse_strides = _lse_strides(far_lse)
+    near_lse = near_lse.contiguous()
+    if seam is not None and seam_lse is not None:
+        seam, seam_lse = seam.contiguous(), seam_lse.contiguous()
     batch, heads, length, d = near.shape
     out = sequence_first(near, length)
     lse = near_lse.new_empty(near_lse.shape)
@@ -130,8 +182,8 @@ def launch_merge(
     block = MERGE_TILE // block_d
     _merge[own_block_grid(batch, heads, length, block)](
         far, far_lse, near, near_lse, slot, slot if documents is None else documents.contiguous(),
-        out, lse, *far_strides, *near_strides, *out.stride()[:3],
-        heads, heads // slot.shape[1], length, far.shape[2], slot.shape[2],
+        seam, seam_lse, continues, out, lse, *far_strides, *lse_strides, *near_strides,
+        *out.stride()[:3], heads, heads // slot.shape[1], length, slot.shape[2], first, held,
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
         DOCUMENTS=documents is not None, num_warps=MERGE_WARPS,
     )  # fmt: skip
@@ -139,7 +191,7 @@ def launch_merge(
 
 
 @triton.jit
-def _write_gradient(
+def write_gradient(
     far, grad_far, out_far, place, total, delta, far_s, to_s, longest,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +217,7 @@ def _write_gradient(
 
 
 @triton.jit
-def _weighted(
+def weighted(
     grad, out, lse, row, wanted, own_lse, grad_n, out_n, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Rows u dout, and u dout out, at wanted positions, whose entries have ``own_lse``."""
@@ -218,10 +270,10 @@ def _collect_level(
             wanted = (row >= 0) & (row < length) & (place_of(slots, row, length, P, 0) < 0)
             if DOCUMENTS:
                 wanted = wanted & ((cut & (number > 0)) == 0)
-            x, xy = _weighted(grad, out, lse, row, wanted, own_lse, grad_n, out_n, D, BLOCK_D)
+            x, xy = weighted(grad, out, lse, row, wanted, own_lse, grad_n, out_n, D, BLOCK_D)
             total += x
             products += xy
-    _write_gradient(
+    write_gradient(
         far, grad_far, out_far, place, total, tl.sum(products, axis=1), far_s, to_s, longest,
         D, BLOCK_D,
     )  # fmt: skip
@@ -232,8 +284,8 @@ def _collect_level(
 @triton.jit
 def _collect(
     grad, out, lse, far, far_lse, index, slot, documents, grad_far, out_far,
-    grad_b, grad_h, grad_n, out_b, out_h, out_n, far_b, far_h, far_s, to_b, to_h, to_s,
-    heads, group, length, gathered_length, coarsest, pyramid, longest,
+    grad_b, grad_h, grad_n, out_b, out_h, out_n, far_b, far_h, far_s, lse_b, lse_h,
+    to_b, to_h, to_s, heads, group, length, gathered_length, coarsest, pyramid, longest,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     P: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +298,7 @@ def _collect(
     out += batch * out_b + head * out_h
     lse += plane * length
     far += batch * far_b + head * far_h
-    far_lse += plane * gathered_length
+    far_lse += batch * lse_b + head * lse_h
     grad_far += batch * to_b + head * to_h
     out_far += batch * to_b + head * to_h
     number = tl.arange(0, BLOCK).to(tl.int64)
@@ -267,8 +319,8 @@ def _collect(
         # Entries of the base level reach their own position alone.
         base = inside & (row < length)
         own_lse = tl.load(far_lse + place, mask=base, other=0.0)
-        x, xy = _weighted(grad, out, lse, row, base, own_lse, grad_n, out_n, D, BLOCK_D)
-        _write_gradient(
+        x, xy = weighted(grad, out, lse, row, base, own_lse, grad_n, out_n, D, BLOCK_D)
+        write_gradient(
             far, grad_far, out_far, tl.where(base, place, -1), x, tl.sum(xy, axis=1), far_s, to_s,
             longest, D, BLOCK_D,
         )  # fmt: skip
@@ -305,7 +357,7 @@ def launch_collect(
     grad, grad_strides = row_strides(grad)
     out, out_strides = row_strides(out)
     far, far_strides = row_strides(far)
-    lse, far_lse = lse.contiguous(), far_lse.contiguous()
+    far_lse, lse_strides = _lse_strides(far_lse)
     batch, heads, length, d = grad.shape
     s = far.shape[2]
     grad_far, out_far = sequence_first(far, s), sequence_first(far, s)
@@ -314,11 +366,11 @@ def launch_collect(
     coarsest = length // p ** (levels - 1)
     blocks = triton.cdiv(coarsest + 1, block) + triton.cdiv(s, block)
     _collect[own_block_grid(batch, heads, blocks * block, block)](
-        grad, out, lse, far, far_lse, index, slot,
+        grad, out, lse.contiguous(), far, far_lse, index, slot,
         slot if documents is None else documents.contiguous(), grad_far, out_far,
-        *grad_strides, *out_strides, *far_strides, *grad_far.stride()[:3],
+        *grad_strides, *out_strides, *far_strides, *lse_strides, *grad_far.stride()[:3],
         heads, heads // index.shape[1], length, s, coarsest, slot.shape[2],
-        LONGEST.get(far.dtype, LONGEST_OF_OTHERS),
+        longest_correction(far.dtype),
         D=d, BLOCK_D=block_d, BLOCK=block, P=p, LEVELS=levels,
         DOCUMENTS=documents is not None, num_warps=COLLECT_WARPS,
     )  # fmt: skip
@@ -344,7 +396,8 @@ def _fake_collect(
 
 define(
     "merge_outputs(Tensor far, Tensor far_lse, Tensor near, Tensor near_lse, Tensor slot, int p,"
-    " int levels, Tensor? documents=None) -> (Tensor, Tensor)",
+    " int levels, Tensor? documents=None, Tensor? seam=None, Tensor? seam_lse=None,"
+    " Tensor? continues=None, int first=-1, int held=1) -> (Tensor, Tensor)",
     launch_merge,
     _fake_merge,
 )

@@ -303,6 +303,14 @@ def test_operations_are_well_formed() -> None:
     out, lse = ops.merge_outputs(*merge)
     collect_merged = (near, out, lse, far, far_lse, index, slot, p, levels)
     torch.library.opcheck(ops.collect_merged.default, collect_merged)
+    seam, seam_lse = far[:, :, : levels - 1], far_lse[:, :, : levels - 1]
+    crossing = (*merge, None, seam, seam_lse, None, 0, 2)
+    torch.library.opcheck(ops.merge_outputs.default, crossing)
+    sums = (near, out, lse, slot, seam_lse, p, levels, 0, 2)
+    torch.library.opcheck(ops.seam_sums.default, sums)
+    rows = ops.collect_merged(*collect_merged)
+    add = (*rows, far, *ops.seam_sums(*sums), slot, each["n"], p, levels)
+    torch.library.opcheck(ops.add_seam_sums.default, add)
 
 
 ATTENTION = {

@@ -22,6 +22,7 @@ from lighthouse.kernels import (
     row_sums,
     scatter,
     scoring,
+    seams,
     selection,
 )
 from torchtitan.models.llama3_lighthouse.model import cross_entropy_kernel
@@ -33,7 +34,7 @@ HOPPER, SHARED_MEMORY_OF_HOPPER = 90, 227 * 1024
 # Lines of a kernel's text before optimisation. Several thousand take minutes to compile.
 MOST_LINES = 4000
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
-            torch.int64: "*i64"}  # fmt: skip
+            torch.int64: "*i64", torch.bool: "*i1"}  # fmt: skip
 # L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
 CASES = [
     (3, 4, 98304, 1, 8, 8, 128, 128, 12, torch.bfloat16),
@@ -124,6 +125,12 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
     for layout in (None, documents):
         merge.launch_merge(gathered, far_lse, q, lse, slot, p, levels, layout)
         merge.launch_collect(q, q, lse, gathered, far_lse, index, slot, p, levels, layout)
+        crossing = gathered[:, :, : levels - 1], far_lse[:, :, : levels - 1]
+        continues = None if layout is None else layout[:, 0] > 0
+        pyramid, chunks = (slot, p, levels), (continues, 0, 2)
+        merge.launch_merge(gathered, far_lse, q, lse, *pyramid, layout, *crossing, *chunks)
+        sums = seams.launch_seam_sums(q, q, lse, slot, crossing[1], p, levels, 0, 2, continues)
+        seams.launch_add_seam_sums(gathered, gathered, gathered, *sums, slot, n, p, levels)
     launch_interval_attention(q, k)
     for x in (q, q.float()):
         online_softmax.launch_merge_in_place(x, lse, q, lse)
@@ -182,6 +189,7 @@ def main() -> None:
                (scatter, "_spread"), (scatter, "_collect"), (scoring, "_gla_norms"),
                (interval_attention, "_attend"), (interval_attention, "_query_gradients"),
                (interval_attention, "_key_gradients"), (merge, "_merge"), (merge, "_collect"),
+               (seams, "_seam_sums"), (seams, "_add_seam_sums"),
                (online_softmax, "_merge_in_place"), (row_sums, "_add_rows"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
     capability, case = sys.argv[1:]

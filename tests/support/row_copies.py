@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lighthouse import context_parallel, halo, merge_over_ranks
+from lighthouse import context_parallel, halo
 from lighthouse.kernels import window
 from torchtitan.models.llama3_lighthouse.infra import ring_operations
 
@@ -43,8 +43,6 @@ def bodies() -> dict[Any, Callable[..., Any]]:
         ours.halo_window_backward.default: halo._backward._init_fn,
         ours.window_by_kernel.default: window.launch_forward,
         ours.window_by_kernel_backward.default: window.launch_backward,
-        ours.merge_with_seam.default: merge_over_ranks._merge_with_seam._init_fn,
-        ours.add_seam_sums.default: merge_over_ranks._add_seam_sums._init_fn,
         ring.attention.default: ring_operations._run_forward,
         ring.attention_backward.default: ring_operations._run_backward,
     }

@@ -111,7 +111,7 @@ def test_a_layer_with_a_window_copies_nothing(layout: ContextParallel) -> None:
         (
             CONFIG,
             [
-                *("send", "receive", "merge_with_seam"),
+                *("send", "receive", "merge_outputs"),
                 *("send", "collect_merged", "receive"),
                 # Keys' and values' gradients of the halo.
                 *("add_to_last_rows", "add_to_last_rows", "add_seam_sums"),
