@@ -16,7 +16,7 @@ S gathered length of a chunk, L levels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, NamedTuple, overload
 from weakref import WeakValueDictionary
 
@@ -199,7 +199,16 @@ class ContextParallel:
         assert self.group is not None
         place = self.rank, self.world_size, self.balanced, step
         coming = torch.ops.lighthouse.send(parts, self.group.group_name, *place)
-        return partial(torch.ops.lighthouse.receive, coming, parts, *place)
+
+        def receive() -> list[torch.Tensor]:
+            rest, rows = torch.ops.lighthouse.receive(coming, parts, *place), []
+            for x in parts:
+                size = x.numel() * x.element_size()
+                rows.append(rest[:size].view(x.dtype).view(x.shape))
+                rest = rest[size + _padding(x) :]
+            return rows
+
+        return receive
 
     def fill_first(self, rows: torch.Tensor, value: float) -> torch.Tensor:
         """``rows`` [B M, ...] with ``value`` for the sequence's first chunk, if it is here."""
@@ -372,14 +381,11 @@ def _send(
     crossing = _crossing(rank, world_size, balanced, step)
     count = len(crossing.order)
     # A line has all parts of a chunk, as bytes because they may be of several dtypes. It takes
-    # hardly longer to send than a kernel to start, so one kernel writes all lines. One reads each
-    # part out of them: a view of a line may begin between two elements of its dtype.
+    # hardly longer to send than a kernel to start, so one kernel writes all lines.
     pieces = [_bytes_of(row) for place in crossing.sent for x in parts for row in x[place::count]]
     outgoing = torch.cat(pieces) if pieces else parts[0].new_empty(0, dtype=torch.uint8)
     incoming = outgoing.new_empty(count, _length_of_line(parts, count))
     came = len(crossing.arrived)
-    if came < count:
-        incoming[came:].zero_()
     work = dist.all_to_all_single(
         incoming[:came],
         outgoing.view(len(crossing.sent), incoming.shape[1]),
@@ -388,6 +394,8 @@ def _send(
         GROUPS[group_name],
         async_op=True,
     )
+    if came < count:
+        incoming[came:].zero_()
     for address in [key for key, (storage, _) in _ON_THE_WAY.items() if storage.expired()]:
         del _ON_THE_WAY[address]
     storage = StorageWeakRef(incoming.untyped_storage())
@@ -399,7 +407,7 @@ def _send(
     "lighthouse::receive",
     mutates_args=(),
     schema="(Tensor coming, Tensor[] parts, int rank, int world_size, bool balanced, int step)"
-    " -> Tensor[]",
+    " -> Tensor",
 )
 def _receive(
     coming: torch.Tensor,
@@ -408,11 +416,16 @@ def _receive(
     world_size: int,
     balanced: bool,
     step: int,
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """For each chunk c, the parts of chunk c - ``step``, or zeros where there is no such chunk.
+
+    One kernel reads all of them. An operation's results may not be views of one tensor.
 
     Args:
         coming: what ``send`` returned for ``parts``.
+
+    Returns:
+        The bytes of each part, and after it ``_padding``.
 
     Raises:
         RuntimeError: ``coming`` is a copy of it.
@@ -430,14 +443,20 @@ def _receive(
         _ON_THE_WAY[address] = storage, None
     order = _crossing(rank, world_size, balanced, step).order
     lines, count = dict(zip(order, coming, strict=True)), len(order)
-    rows, start = [], 0
+    pieces, start = [], 0
     for x in parts:
         size = x[0].numel() * x.element_size()
-        places = [(lines[row % count], start + row // count * size) for row in range(len(x))]
-        came = torch.cat([line[first : first + size] for line, first in places])
-        rows.append(came.view(x.dtype).view(x.shape))
+        for row in range(len(x)):
+            first = start + row // count * size
+            pieces.append(lines[row % count][first : first + size])
+        pieces.append(coming.new_empty(_padding(x)))
         start += len(x) // count * size
-    return rows
+    return torch.cat(pieces)
+
+
+def _padding(x: torch.Tensor) -> int:
+    """Bytes after those of a part, so that the next one may be viewed in its dtype, and fast."""
+    return -x.numel() * x.element_size() % 16
 
 
 def _length_of_line(parts: Sequence[torch.Tensor], count: int) -> int:
@@ -457,8 +476,8 @@ def _(parts: Sequence[torch.Tensor], group_name: str, *place: Any) -> torch.Tens
 
 
 @_receive.register_fake
-def _(coming: torch.Tensor, parts: Sequence[torch.Tensor], *place: Any) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape) for x in parts]
+def _(coming: torch.Tensor, parts: Sequence[torch.Tensor], *place: Any) -> torch.Tensor:
+    return coming.new_empty(sum(x.numel() * x.element_size() + _padding(x) for x in parts))
 
 
 ONE_DEVICE = ContextParallel(None, 0, 1)
