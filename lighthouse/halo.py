@@ -224,7 +224,7 @@ def add_to_last_rows(rows: torch.Tensor, part: torch.Tensor) -> None:
 
     A compiler would make of the same sum in PyTorch a kernel that reads and writes all C positions.
     """
-    rows[:, :, rows.shape[2] - part.shape[2] :] += part
+    rows[:, :, rows.shape[2] - part.shape[2] :].add_(part)
 
 
 @torch.library.custom_op(

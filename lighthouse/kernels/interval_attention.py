@@ -79,6 +79,8 @@ FLOAT32 = {
     256: Launches(*[Tiles(16, 16, 4, 1)] * 3),
 }
 LARGE_SHARED_MEMORY, MOST_SHORT = 200_000, 1024
+# Rows of a program that writes intervals.
+WRITTEN = 1024
 
 
 def launches(q: torch.Tensor, longest: int) -> Launches:
@@ -377,6 +379,22 @@ def _key_gradients(
     _store(dv, total_v, key, inside, kv_head, heads, column, D)
 
 
+@triton.jit
+def _write_windows(
+    firsts, ends, documents, low, high, own, other, rows, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    place = row % own
+    first = tl.minimum(tl.maximum(place + low, 0), other)
+    if documents is not None:
+        first = tl.maximum(first, tl.load(documents + row, mask=inside, other=0).to(tl.int32))
+    end = tl.minimum(tl.maximum(place + high, 0), other)
+    begin = row // own * other
+    tl.store(firsts + row, begin + first, mask=inside)
+    tl.store(ends + row, begin + end, mask=inside)
+
+
 class Intervals(NamedTuple):
     """For each row, the first row of the other side that it meets, and the first one after these.
 
@@ -393,6 +411,46 @@ class Intervals(NamedTuple):
         # after it.
         first = torch.searchsorted(self.end, key, right=True, out_int32=True)
         return Intervals(first, torch.searchsorted(self.first, key, right=True, out_int32=True))
+
+    def tensors(self, device: torch.device) -> "Intervals":
+        return self
+
+
+class Windows(NamedTuple):
+    """Intervals that follow from the place of a row in its sequence.
+
+    The row at place i meets those from i + ``low`` on, up to i + ``high``, of the other side's
+    sequence.
+
+    Attributes:
+        batch: sequences of each side.
+        own, other: rows of a sequence, and of the other side's.
+        documents: a row of the other side's sequence, before which each row meets none, [B, N].
+    """
+
+    batch: int
+    own: int
+    other: int
+    low: int
+    high: int
+    documents: torch.Tensor | None = None
+
+    def of_keys(self, keys: int) -> "Intervals | Windows":
+        """As ``Intervals.of_keys``."""
+        if self.documents is not None:
+            return self.tensors(self.documents.device).of_keys(keys)
+        return Windows(self.batch, self.other, self.own, 1 - self.high, 1 - self.low)
+
+    def tensors(self, device: torch.device) -> Intervals:
+        """The same, written by one kernel."""
+        rows = self.batch * self.own
+        found = Intervals(*torch.empty(2, rows, dtype=torch.int32, device=device))
+        documents = None if self.documents is None else self.documents.contiguous()
+        _write_windows[(triton.cdiv(rows, WRITTEN),)](
+            *found, documents, self.low, self.high, self.own, self.other, rows,
+            BLOCK=WRITTEN, num_warps=4,
+        )  # fmt: skip
+        return found
 
 
 class Before(NamedTuple):
@@ -415,7 +473,7 @@ def interval_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    seen: Intervals,
+    seen: Intervals | Windows,
     scale: float,
     longest: int,
     before: Before | None = None,
@@ -438,8 +496,9 @@ def interval_forward(
     (q, k, v, *rows), strides = _joined(q, k, v, *_rows_before(before))
     (queries, heads, d), (keys, kv_heads, _) = q.shape, k.shape
     out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(heads, queries, dtype=torch.float32)
+    first, end = seen.tensors(q.device)
     _attend[_grid(queries, heads, tiles)](
-        q, k, v, *seen, out, lse, *strides[:6], heads, heads // kv_heads, queries, keys,
+        q, k, v, first, end, out, lse, *strides[:6], heads, heads // kv_heads, queries, keys,
         scale * LOG2_E.value, *_arguments(before, rows, strides[6:], length),
         **_constants(d, tiles),
     )  # fmt: skip
@@ -453,7 +512,7 @@ def interval_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    seen: Intervals,
+    seen: Intervals | Windows,
     scale: float,
     longest: int,
     before: Before | None = None,
@@ -476,14 +535,15 @@ def interval_backward(
     group = heads // kv_heads
     dq, dk, dv, *drows = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v, *rows))
     _query_gradients[_grid(queries, heads, tiles.queries)](
-        dout, q, k, v, out, lse, *seen, dq, delta, *strides[:10],
+        dout, q, k, v, out, lse, *seen.tensors(q.device), dq, delta, *strides[:10],
         heads, group, queries, keys, scale, *arguments, **_constants(d, tiles.queries),
     )  # fmt: skip
+    seen_by = seen.of_keys(keys).tensors(q.device)
     blocks = triton.cdiv(keys, tiles.keys.own)
     if before is not None:
         blocks += batch * triton.cdiv(before.k.shape[2], tiles.keys.own)
     _key_gradients[(blocks * kv_heads,)](
-        dout, q, k, v, lse, delta, *seen.of_keys(keys), dk, dv, *strides[:8],
+        dout, q, k, v, lse, delta, *seen_by, dk, dv, *strides[:8],
         kv_heads, group, queries, keys, scale, *arguments, *(drows or [None, None]),
         **_constants(d, tiles.keys),
     )  # fmt: skip

@@ -12,7 +12,12 @@ import torch
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from ..logsumexp import fold_lse_gradient
 from ..memory_layout import sequence_first
-from .interval_attention import Before, Intervals, interval_backward, interval_forward
+from .interval_attention import (
+    Before,
+    Windows,
+    interval_backward,
+    interval_forward,
+)
 from .launch import define
 
 
@@ -21,7 +26,7 @@ def keys_seen(
     k: torch.Tensor,
     window: int,
     documents: torch.Tensor | None = None,
-) -> Intervals:
+) -> Windows:
     """The keys that each query sees, in the joined rows of a batch.
 
     Args:
@@ -29,26 +34,14 @@ def keys_seen(
         k: [B, Hkv, M, D].
         documents: the first key that each query may see, [B, N].
     """
-    batch, queries, keys = len(q), q.shape[2], k.shape[2]
-    options = {"dtype": torch.int32, "device": q.device}
+    queries, keys = q.shape[2], k.shape[2]
     place = keys - queries + 1
-    first = torch.arange(place - window, place - window + queries, **options).clamp_(min=0)
-    end = torch.arange(place, keys + 1, **options)
-    if documents is not None:
-        first = torch.maximum(first, documents.int())
-    if batch > 1:
-        sequence = torch.arange(0, batch * keys, keys, **options)[:, None]
-        first, end = first + sequence, end + sequence
-    return Intervals(first.flatten(), end.flatten())
+    return Windows(len(q), queries, keys, place - window, place, documents)
 
 
-def _of_dense(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Intervals:
-    batch, queries, keys = len(q), q.shape[2], k.shape[2]
-    if is_causal:
-        return keys_seen(q, k, keys)
-    sequence = torch.arange(batch, dtype=torch.int32, device=q.device) * keys
-    sequence = sequence.repeat_interleave(queries, output_size=batch * queries)
-    return Intervals(sequence, sequence + keys)
+def _of_dense(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Windows:
+    queries, keys = q.shape[2], k.shape[2]
+    return Windows(len(q), queries, keys, -queries, 1 if is_causal else keys)
 
 
 def dense_forward(

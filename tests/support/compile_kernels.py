@@ -156,6 +156,9 @@ def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
             more = seen, 0.1, length, before
             interval_attention.interval_forward(q, k, k, *more)
             interval_attention.interval_backward(q, q, k, k, q, lse, *more)
+    for dtype in (None, torch.int32, torch.int64):
+        layout = None if dtype is None else ends.to(dtype)[0].view(batch, length)
+        interval_attention.Windows(batch, length, length, -511, 1, layout).tensors(q.device)
     Compiler.shared_memory = SHARED_MEMORY
 
 
@@ -188,7 +191,8 @@ def main() -> None:
                (document_selection, "_select_by_documents"), (gather, "_gather"),
                (scatter, "_spread"), (scatter, "_collect"), (scoring, "_gla_norms"),
                (interval_attention, "_attend"), (interval_attention, "_query_gradients"),
-               (interval_attention, "_key_gradients"), (merge, "_merge"), (merge, "_collect"),
+               (interval_attention, "_key_gradients"), (interval_attention, "_write_windows"),
+               (merge, "_merge"), (merge, "_collect"),
                (seams, "_seam_sums"), (seams, "_add_seam_sums"),
                (online_softmax, "_merge_in_place"), (row_sums, "_add_rows"),
                (cross_entropy_kernel, "_cross_entropy")]  # fmt: skip
