@@ -200,12 +200,13 @@ class ContextParallel:
         place = self.rank, self.world_size, self.balanced, step
         coming = torch.ops.lighthouse.send(parts, self.group.group_name, *place)
 
+        sizes, count = [x.numel() * x.element_size() for x in parts], len(parts[0])
+
         def receive() -> list[torch.Tensor]:
-            rest, rows = torch.ops.lighthouse.receive(coming, parts, *place), []
-            for x in parts:
-                size = x.numel() * x.element_size()
+            rest, rows = torch.ops.lighthouse.receive(coming, sizes, count, *place), []
+            for x, size in zip(parts, sizes, strict=True):
                 rows.append(rest[:size].view(x.dtype).view(x.shape))
-                rest = rest[size + _padding(x) :]
+                rest = rest[size + _padding(size) :]
             return rows
 
         return receive
@@ -406,12 +407,13 @@ def _send(
 @torch.library.custom_op(
     "lighthouse::receive",
     mutates_args=(),
-    schema="(Tensor coming, Tensor[] parts, int rank, int world_size, bool balanced, int step)"
-    " -> Tensor",
+    schema="(Tensor coming, SymInt[] sizes, SymInt rows, int rank, int world_size, bool balanced,"
+    " int step) -> Tensor",
 )
 def _receive(
     coming: torch.Tensor,
-    parts: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    rows: int,
     rank: int,
     world_size: int,
     balanced: bool,
@@ -422,7 +424,9 @@ def _receive(
     One kernel reads all of them. An operation's results may not be views of one tensor.
 
     Args:
-        coming: what ``send`` returned for ``parts``.
+        coming: what ``send`` returned.
+        sizes: bytes of each part. Given the parts, a compiler would compute them in backward again.
+        rows: rows B M of each part.
 
     Returns:
         The bytes of each part, and after it ``_padding``.
@@ -444,19 +448,18 @@ def _receive(
     order = _crossing(rank, world_size, balanced, step).order
     lines, count = dict(zip(order, coming, strict=True)), len(order)
     pieces, start = [], 0
-    for x in parts:
-        size = x[0].numel() * x.element_size()
-        for row in range(len(x)):
-            first = start + row // count * size
-            pieces.append(lines[row % count][first : first + size])
-        pieces.append(coming.new_empty(_padding(x)))
-        start += len(x) // count * size
+    for size in sizes:
+        each = size // rows
+        for first in range(start, start + size // count, each):
+            pieces.extend(lines[place][first : first + each] for place in range(count))
+        pieces.append(coming.new_empty(_padding(size)))
+        start += size // count
     return torch.cat(pieces)
 
 
-def _padding(x: torch.Tensor) -> int:
-    """Bytes after those of a part, so that the next one may be viewed in its dtype, and fast."""
-    return -x.numel() * x.element_size() % 16
+def _padding(size: int) -> int:
+    """Bytes after so many of a part, so that the next one may be viewed in its dtype, and fast."""
+    return -size % 16
 
 
 def _length_of_line(parts: Sequence[torch.Tensor], count: int) -> int:
@@ -476,8 +479,8 @@ def _(parts: Sequence[torch.Tensor], group_name: str, *place: Any) -> torch.Tens
 
 
 @_receive.register_fake
-def _(coming: torch.Tensor, parts: Sequence[torch.Tensor], *place: Any) -> torch.Tensor:
-    return coming.new_empty(sum(x.numel() * x.element_size() + _padding(x) for x in parts))
+def _(coming: torch.Tensor, sizes: Sequence[int], *place: Any) -> torch.Tensor:
+    return coming.new_empty(sum(size + _padding(size) for size in sizes))
 
 
 ONE_DEVICE = ContextParallel(None, 0, 1)

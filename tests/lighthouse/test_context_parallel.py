@@ -168,7 +168,7 @@ def test_rows_are_not_read_from_a_copy_made_before_they_came() -> None:
     """A compiler that copied them would otherwise train on what the memory held before."""
     coming = torch.zeros(2, 16, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="got a copy of what lighthouse::send returned"):
-        torch.ops.lighthouse.receive(coming, [torch.zeros(2, 4)], 0, 2, True, 1)
+        torch.ops.lighthouse.receive(coming, [32], 2, 0, 2, True, 1)
 
 
 def test_a_copy_where_earlier_rows_lay_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,16 +177,15 @@ def test_a_copy_where_earlier_rows_lay_is_refused(monkeypatch: pytest.MonkeyPatc
     try:
         layout = ContextParallel(dist.group.WORLD, 0, 2)
         place = layout.rank, layout.world_size, layout.balanced, 1
-        parts = [torch.zeros(2, 4)]
-        coming = torch.ops.lighthouse.send(parts, layout.group.group_name, *place)
+        coming = torch.ops.lighthouse.send([torch.zeros(2, 4)], layout.group.group_name, *place)
         for _ in range(2):
-            torch.ops.lighthouse.receive(coming, parts, *place)
+            torch.ops.lighthouse.receive(coming, [32], 2, *place)
         monkeypatch.setattr(context_parallel, "_ON_THE_WAY", dict(context_parallel._ON_THE_WAY))
         copy, address = coming.clone(), coming.data_ptr()
         # As if the copy lay there.
         context_parallel._ON_THE_WAY[copy.data_ptr()] = context_parallel._ON_THE_WAY.pop(address)
         del coming
         with pytest.raises(RuntimeError, match="got a copy of what lighthouse::send returned"):
-            torch.ops.lighthouse.receive(copy, parts, *place)
+            torch.ops.lighthouse.receive(copy, [32], 2, *place)
     finally:
         dist.destroy_process_group()
