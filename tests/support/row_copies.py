@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse import context_parallel, halo
-from lighthouse.kernels import window
+from lighthouse.kernels import merge, seams, window
 from torchtitan.models.llama3_lighthouse.infra import ring_operations
 
 # They make no pass over a tensor: some give a view of it, and others memory that nobody has filled.
@@ -25,11 +25,14 @@ class Pass(NamedTuple):
         name: torch's name of the operation.
         elements: of the largest tensor among its arguments and results.
         line: the line of ours that called it.
+        operation: the operation of ours in which it ran, or None. A compiler joins what runs in
+            none.
     """
 
     name: str
     elements: int
     line: str
+    operation: str | None
 
 
 def bodies() -> dict[Any, Callable[..., Any]]:
@@ -43,6 +46,10 @@ def bodies() -> dict[Any, Callable[..., Any]]:
         ours.halo_window_backward.default: halo._backward._init_fn,
         ours.window_by_kernel.default: window.launch_forward,
         ours.window_by_kernel_backward.default: window.launch_backward,
+        ours.merge_outputs.default: merge.launch_merge,
+        ours.collect_merged.default: merge.launch_collect,
+        ours.seam_sums.default: seams.launch_seam_sums,
+        ours.add_seam_sums.default: seams.launch_add_seam_sums,
         ring.attention.default: ring_operations._run_forward,
         ring.attention_backward.default: ring_operations._run_backward,
     }
@@ -58,25 +65,29 @@ class RowPasses(TorchDispatchMode):
         super().__init__()
         self.least, self.found = least, list[Pass]()
         self.bodies = bodies()
+        self.operation: str | None = None
 
     def __torch_dispatch__(
         self, function: Any, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = function._schema.name.partition("::")[2]
         if body := self.bodies.get(function):
+            outer, self.operation = self.operation, self.operation or name
             with self:
-                return body(*args, **kwargs)
+                result = body(*args, **kwargs)
+            self.operation = outer
+            return result
         # Below autograd, what torch composes of other operations comes as it is.
         with self:
             result = function.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
         result = function(*args, **kwargs)
-        name = function._schema.name.removeprefix("aten::")
         if function.namespace == "aten" and not function.is_view and "attention" not in name:
             elements = max((x.numel() for x in tensors_of((args, kwargs, result))), default=0)
             if elements >= self.least and name not in NO_PASS and (line := line_of_ours()):
-                self.found.append(Pass(name, elements, line))
+                self.found.append(Pass(name, elements, line, self.operation))
         return result
 
 
