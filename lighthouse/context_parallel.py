@@ -199,7 +199,6 @@ class ContextParallel:
         assert self.group is not None
         place = self.rank, self.world_size, self.balanced, step
         coming = torch.ops.lighthouse.send(parts, self.group.group_name, *place)
-
         sizes, count = [x.numel() * x.element_size() for x in parts], len(parts[0])
 
         def receive() -> list[torch.Tensor]:
@@ -382,7 +381,8 @@ def _send(
     crossing = _crossing(rank, world_size, balanced, step)
     count = len(crossing.order)
     # A line has all parts of a chunk, as bytes because they may be of several dtypes. It takes
-    # hardly longer to send than a kernel to start, so one kernel writes all lines.
+    # hardly longer to send than a kernel to start, so one kernel writes all lines, and one reads
+    # them.
     pieces = [_bytes_of(row) for place in crossing.sent for x in parts for row in x[place::count]]
     outgoing = torch.cat(pieces) if pieces else parts[0].new_empty(0, dtype=torch.uint8)
     incoming = outgoing.new_empty(count, _length_of_line(parts, count))
@@ -421,7 +421,7 @@ def _receive(
 ) -> torch.Tensor:
     """For each chunk c, the parts of chunk c - ``step``, or zeros where there is no such chunk.
 
-    One kernel reads all of them. An operation's results may not be views of one tensor.
+    An operation's results may not be views of one tensor, so callers make those.
 
     Args:
         coming: what ``send`` returned.

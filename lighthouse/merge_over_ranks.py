@@ -141,12 +141,12 @@ class _MergedOverRanks(torch.autograd.Function):
         seams = [seam_rows(rows, slot, geometry) for rows in (far, far_lse)]
         far_lse = far_lse.squeeze(-1)
         (seam, seam_lse), halo = seams_and_halo(seams, k, v, geometry.config.window, layout)()
-        seam_lse, place = seam_lse.squeeze(-1), (layout.first, len(layout.held))
-        settings = geometry.config.window, scale, impl, *place
+        seam_lse, chunks = seam_lse.squeeze(-1), (layout.first, len(layout.held))
+        settings = geometry.config.window, scale, impl, *chunks
         near, near_lse = torch.ops.lighthouse.halo_window(
             q, k, v, *halo, *settings, documents, seen
         )
-        crossing = seam, seam_lse, continues, *place
+        crossing = seam, seam_lse, continues, *chunks
         out, lse = kernels.merge_outputs(
             far, far_lse, near, near_lse, slot, *pyramid, documents, *crossing
         )

@@ -413,6 +413,7 @@ class Intervals(NamedTuple):
         return Intervals(first, torch.searchsorted(self.first, key, right=True, out_int32=True))
 
     def tensors(self, device: torch.device) -> "Intervals":
+        """These; as ``Windows.tensors``."""
         return self
 
 
@@ -425,7 +426,7 @@ class Windows(NamedTuple):
     Attributes:
         batch: sequences of each side.
         own, other: rows of a sequence, and of the other side's.
-        documents: a row of the other side's sequence, before which each row meets none, [B, N].
+        documents: the first row of the other side's sequence that each row may meet, [B, N].
     """
 
     batch: int
@@ -444,13 +445,13 @@ class Windows(NamedTuple):
     def tensors(self, device: torch.device) -> Intervals:
         """The same, written by one kernel."""
         rows = self.batch * self.own
-        found = Intervals(*torch.empty(2, rows, dtype=torch.int32, device=device))
+        first, end = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
         documents = None if self.documents is None else self.documents.contiguous()
         _write_windows[(triton.cdiv(rows, WRITTEN),)](
-            *found, documents, self.low, self.high, self.own, self.other, rows,
+            first, end, documents, self.low, self.high, self.own, self.other, rows,
             BLOCK=WRITTEN, num_warps=4,
         )  # fmt: skip
-        return found
+        return Intervals(first, end)
 
 
 class Before(NamedTuple):

@@ -163,6 +163,26 @@ def test_the_queries_of_a_key_are_those_that_see_it(seed: int) -> None:
         assert ends.dtype == torch.int32 and (ends.diff() >= 0).all()
 
 
+@pytest.mark.parametrize("queries, keys", [(1, 1), (7, 7), (5, 9), (600, 600)])
+@pytest.mark.parametrize("window", [1, 4, 2000])
+@pytest.mark.parametrize("documents", [False, True])
+def test_windows_are_the_intervals_that_they_stand_for(
+    queries: int, keys: int, window: int, documents: bool
+) -> None:
+    place = torch.arange(keys - queries + 1, keys + 1, device=DEVICE)
+    layout = torch.randint(0, keys, (3, queries)).sort().values.to(DEVICE).minimum(place - 1)
+    layout = layout if documents else torch.zeros_like(layout)
+    begin = torch.arange(0, 3 * keys, keys, device=DEVICE)[:, None]
+    first = (place - window).maximum(layout) + begin
+    expected = kernels.Intervals(first.flatten().int(), (place + begin).flatten().int())
+    q, k = (torch.empty(3, 1, length, 1, device=DEVICE) for length in (queries, keys))
+    seen = kernels.window.keys_seen(q, k, window, layout if documents else None)
+    of_keys = seen.of_keys(3 * keys).tensors(q.device)
+    for found, want in ((seen.tensors(q.device), expected), (of_keys, expected.of_keys(3 * keys))):
+        for value, other in zip(found, want, strict=True):
+            assert torch.equal(value, other)
+
+
 def test_what_a_query_does_not_see_changes_no_bit(tiles: None) -> None:
     """Neither of its output and gradient, nor of those of keys that only others see."""
     *rows, dout = random_rows((60, 60, 2, 1, 16), torch.float32)
