@@ -151,7 +151,7 @@ def test_checkpoints_with_masks_and_without_read_the_same(
     rows = call(*both)
     said = "begin at multiples of 8 positions, and context is counted within them; they do not see"
     assert said in (out := capsys.readouterr().out)
-    assert "except without masks and with padding in sight: seeing\n" in out
+    assert "without masks, these see all of them and the padding too: seeing\n" in out
     first, second = rows[:4], rows[4:]
     for one, other in zip(first, second, strict=True):
         for column in ("context in", "context from", "context to", "sequences", "tokens"):
@@ -198,7 +198,8 @@ def test_documents_lie_where_the_longest_entries_of_all_need_them(
 def test_lighthouse_attention_without_a_window_takes_no_masks(run: Path, call: Call) -> None:
     step = step_of(run, 2)
     message = call(step, "--attention", "lighthouse", "--training.document_mask")
-    assert "needs a window beside Lighthouse attention: with lighthouse.window = 0" in message
+    assert f"{step}: training.document_mask = true needs a window beside" in message
+    assert "with lighthouse.window = 0" in message
     rows = call(step, "--training.document_mask")
     assert {row["document mask"] for row in rows} == {"True"}
 

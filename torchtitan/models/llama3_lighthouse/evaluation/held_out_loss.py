@@ -114,7 +114,10 @@ def span_of(path: Path, config: JobConfig, attention: Sequence[str]) -> int:
     run = parse_over(record.config, []) if record else config
     spans = [document_span(run), document_span(config)]
     if "lighthouse" in attention and (method := selecting_config(config.lighthouse)):
-        check_window(config.lighthouse)
+        try:
+            check_window(config.lighthouse)
+        except UserValueError as error:
+            raise UserValueError(f"{path}: {error}") from None
         spans.append(method.coarsest_span)
     return max(spans)
 

@@ -107,7 +107,7 @@ def _say_layout(labels: list[str], spans: list[int]) -> None:
         "them; they do not see each other"
     )
     if without := [label for label, span in zip(labels, spans, strict=True) if not span]:
-        line += f", except without masks and with padding in sight: {'; '.join(without)}"
+        line += f"; without masks, these see all of them and the padding too: {'; '.join(without)}"
     say(line)
 
 
