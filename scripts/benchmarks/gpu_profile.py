@@ -96,18 +96,14 @@ def _between(events: list[Any]) -> Iterator[tuple[float, float, str, str]]:
 def _waits(computing: list[Any], sending: list[Any], steps: int) -> list[dict[str, Any]]:
     """The times between ``computing``, by the kernels before and after and by what was sent."""
     waits: dict[tuple[str, ...], list[float]] = {}
-    first = 0
     for start, end, after, before in _between(computing):
-        # No kernel of NCCL overlaps another one of its group.
-        while first < len(sending) and sending[first].time_range.end <= start:
-            first += 1
-        sent = [e for e in sending[first : first + 8] if e.time_range.start < end]
+        sent = [e for e in sending if e.time_range.start < end and e.time_range.end > start]
         names = " and ".join(sorted({e.name for e in sent}))
-        alone = sum(min(e.time_range.end, end) - max(e.time_range.start, start) for e in sent)
+        alone = _busy(sent, start, end)
         found = waits.setdefault((after, names, before), [0, 0.0, 0.0])
         found[0] += 1 / steps
         found[1] += (end - start) / 1e3 / steps
-        found[2] += alone / 1e3 / steps
+        found[2] += alone / steps
     rows = [
         {"ms": ms, "count": count, "sending ms": alone, "after": after, "sent": sent,
          "before": before}
@@ -116,11 +112,15 @@ def _waits(computing: list[Any], sending: list[Any], steps: int) -> list[dict[st
     return sorted(rows, key=lambda row: -row["ms"])[:LISTED_WAITS]
 
 
-def _busy(events: list[Any]) -> float:
-    """ms in which at least one of ``events`` ran, given in the order in which they started."""
-    busy, reached = 0.0, -math.inf
+def _busy(events: list[Any], since: float = -math.inf, until: float = math.inf) -> float:
+    """ms in which at least one of ``events`` ran, given in the order in which they started.
+
+    Args:
+        since, until: the time that counts, in microseconds.
+    """
+    busy, reached = 0.0, since
     for event in events:
-        start, end = event.time_range.start, event.time_range.end
+        start, end = event.time_range.start, min(event.time_range.end, until)
         busy += max(0.0, end - max(start, reached)) / 1e3
         reached = max(reached, end)
     return busy

@@ -40,6 +40,19 @@ def test_kernels_that_overlap_count_once() -> None:
     )
 
 
+def test_sending_by_several_groups_counts_once_in_each_wait() -> None:
+    """One kernel lies across two waits, others end before the second, and many follow."""
+    events = [event("attend", 0, 100), event("ncclA", 50, 700), event("ncclB", 110, 180)]
+    events += [event("merge", 200, 500), event("loss", 1000, 1100)]
+    events += [event("ncclB", start, start + 10) for start in range(650, 900, 20)]
+    found = kernels_of(SimpleNamespace(events=lambda: events))["waits"]
+    # From 500 to 700, and then ten of ten microseconds.
+    assert [(wait["sent"], wait["after"]) for wait in found] == [
+        ("ncclA and ncclB", "merge"), ("ncclA and ncclB", "attend")
+    ]  # fmt: skip
+    assert [wait["sending ms"] for wait in found] == pytest.approx([0.3, 0.1])
+
+
 def test_nothing_ran() -> None:
     found = kernels_of(SimpleNamespace(events=list))
     times = {"busy ms": 0.0, "sending alone ms": 0.0}
