@@ -450,8 +450,9 @@ def _receive(
     pieces, start = [], 0
     for size in sizes:
         each = size // rows
-        for first in range(start, start + size // count, each):
-            pieces.extend(lines[place][first : first + each] for place in range(count))
+        for row in range(rows):
+            first = start + row // count * each
+            pieces.append(lines[row % count][first : first + each])
         pieces.append(coming.new_empty(_padding(size)))
         start += size // count
     return torch.cat(pieces)
