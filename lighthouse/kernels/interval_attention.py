@@ -326,6 +326,9 @@ def _key_gradients(
     kv_head, start = (program % heads).to(tl.int64), program // heads * OWN
     lane, other_lane, column = tl.arange(0, OWN), tl.arange(0, OTHER), tl.arange(0, BLOCK_D)
     own = start < keys
+    if k_before is not None:
+        # A single key is a constant of the program's text, which no branch may change.
+        keys += tl.zeros((), tl.int32)
     if k_before is None or own:
         key, inside, first, end, lows, highs = _own_rows(firsts, ends, start, keys, OWN, OTHER)
     else:

@@ -132,6 +132,9 @@ def launch_all(levels, p, n, batch, heads, kv_heads, d, m, strata, dtype) -> Non
         sums = seams.launch_seam_sums(q, q, lse, slot, crossing[1], p, levels, 0, 2, continues)
         seams.launch_add_seam_sums(gathered, gathered, gathered, *sums, slot, n, p, levels)
     launch_interval_attention(q, k)
+    if n == p ** (levels - 1):
+        # A chunk may be a single position.
+        launch_interval_attention(q[:, :, :1], k[:, :, :1])
     for x in (q, q.float()):
         online_softmax.launch_merge_in_place(x, lse, q, lse)
         row_sums.launch_add_rows(q, q, x[:, :, n // 2 :], n // 2)
