@@ -12,12 +12,7 @@ import torch
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from ..logsumexp import fold_lse_gradient
 from ..memory_layout import sequence_first
-from .interval_attention import (
-    Before,
-    Windows,
-    interval_backward,
-    interval_forward,
-)
+from .interval_attention import Before, Windows, interval_backward, interval_forward
 from .launch import define
 
 

@@ -14,7 +14,7 @@ from training_case import of_rank
 
 CASE_SCRIPT = Path(__file__).with_name("training_case.py")
 # The first step compiles, the next one fills the allocator's reserve, and the last are profiled.
-WARM_UP, PROFILED, STEPS = 3, 3, 10
+WARM_UP, PROFILED_STEPS, STEPS = 3, 3, 10
 
 
 def profile(
@@ -30,7 +30,7 @@ def profile(
 
         def command(processes: int, line: list[str], result: Path = result) -> list[str]:
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            case = [str(CASE_SCRIPT), "lighthouse", str(WARM_UP), str(PROFILED), str(result)]
+            case = [str(CASE_SCRIPT), "lighthouse", str(WARM_UP), str(PROFILED_STEPS), str(result)]
             return [sys.executable, *start, str(processes), *case, *line]
 
         settings = of_270m(sizes, changed | Mesh(context=len(used)).settings())
@@ -52,7 +52,7 @@ def profile(
 
 
 def of_sending(profile: dict[str, Any]) -> dict[str, float]:
-    """What tells whether a rank waits for the others: who comes first waits within a transfer."""
+    """Figures that tell whether a rank waits for the others: the first one waits in a transfer."""
     sending = (row["ms"] for row in profile["kernels"] if row["name"].startswith(SENDING))
     return {key: profile[key] for key in ("busy ms", "sending alone ms")} | {
         "sending ms": sum(sending)

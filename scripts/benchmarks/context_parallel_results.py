@@ -107,8 +107,8 @@ def comparisons(rows: list[dict[str, Any]]) -> list[str]:
 def rank_lines(ranks: list[dict[str, float]]) -> list[str]:
     """List items of what each rank's GPU did in a step."""
     return [
-        f"- rank {rank}: {found['busy ms']:.1f} ms busy, {found['sending ms']:.1f} with sending, "
-        f"{found['sending alone ms']:.1f} with sending alone"
+        f"- rank {rank}: {found['busy ms']:.1f} ms busy, {found['sending ms']:.1f} in kernels that "
+        f"send, {found['sending alone ms']:.1f} with sending alone"
         for rank, found in enumerate(ranks)
     ]
 

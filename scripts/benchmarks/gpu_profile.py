@@ -47,6 +47,8 @@ def kernels_of(profile: Any, steps: int = 1) -> dict[str, Any]:
     """
     events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
     counted = [e.time_range.start for e in events if e.name == COUNTED]
+    if steps > 1 and events and not counted:
+        raise RuntimeError(f"the profiler lists no {COUNTED!r} on the GPU; profile one step")
     begin = min(counted, default=-math.inf)
     # An annotation, such as the optimizer's step, spans kernels that are there themselves.
     events = [

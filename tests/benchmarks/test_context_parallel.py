@@ -190,8 +190,8 @@ def test_profiles_are_compared_with_the_share_of_one_gpu() -> None:
     )
     assert head == "**profile**, Lighthouse, 1,024 tokens, ms on rank 0"
     assert step == "| step | 30.0 | 25.0 | 5.0 |" and busy == "| busy | 29.0 | 24.8 | 4.2 |"
-    assert first == "- rank 0: 29.0 ms busy, 5.0 with sending, 0.0 with sending alone"
-    assert second == "- rank 1: 28.0 ms busy, 6.0 with sending, 0.0 with sending alone"
+    assert first == "- rank 0: 29.0 ms busy, 5.0 in kernels that send, 0.0 with sending alone"
+    assert second == "- rank 1: 28.0 ms busy, 6.0 in kernels that send, 0.0 with sending alone"
     assert wait == "| 0.50 | 0.40 | 1 | `attend` | `nccl` | `loss` |"
     assert kernels == [
         "| `nccl` | 5.0 | 0.0 | 5.0 |",
