@@ -284,6 +284,19 @@ def test_run_that_never_gets_dense_is_warned_of(tmp_path: Path, settings, warned
         assert "lighthouse.dense_from_step = 12 is not below training.steps = 12" in warnings[0]
 
 
+def test_validation_on_another_text_is_warned_of(tmp_path: Path) -> None:
+    own = {"training.dataset": "c4_local", "training.dataset_path": str(tmp_path)}
+    (tmp_path / "a.txt").write_text("Some text.")
+    (tmp_path / "validation.txt").write_text("Some other text.")
+    assert not warnings_of(check(tmp_path, **own), 1)
+    own |= {"validation.enable": True, "validation.seq_len": 512}
+    (warning,) = warnings_of(check(tmp_path, **own), 1)
+    assert "validation.dataset = 'python_stdlib' is another text" in warning
+    assert f"--validation.dataset c4_local --validation.dataset_path {tmp_path} for" in warning
+    held_out = {"validation.dataset": "c4_local", "validation.dataset_path": str(tmp_path)}
+    assert not warnings_of(check(tmp_path, **own, **held_out), 1)
+
+
 @pytest.mark.parametrize("ids", [320, 321])
 def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(tmp_path: Path, ids: int) -> None:
     config, tokenizer = check(tmp_path), SimpleNamespace(get_vocab_size=lambda: ids)

@@ -69,25 +69,3 @@ def test_every_key_is_on_the_page_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.MULTILINE))
     keys = {key: json.dumps(default) for key, default in asdict(Lighthouse()).items()}
     assert rows == keys, f"{PAGE} and job_config.Lighthouse differ"
-
-
-def test_held_out_text_is_that_of_training(tmp_path: Path) -> None:
-    """Unless file or command line name another one."""
-
-    def held_out(*line: str, toml: str = "") -> tuple[str, str | None]:
-        (tmp_path / "run.toml").write_text(toml)
-        line = ("--job.config_file", str(tmp_path / "run.toml"), *line)
-        section = LighthouseConfigManager().parse_args(list(line)).validation
-        return section.dataset, section.dataset_path
-
-    own = "--training.dataset", "c4_local", "--training.dataset_path", "books"
-    assert held_out() == ("python_stdlib", None)
-    assert held_out(*own) == ("c4_local", "books")
-    assert held_out(*own, "--validation.dataset_path=other") == ("c4_local", "other")
-    assert held_out(*own, "--validation.dataset", "c4") == ("c4", None)
-    assert held_out(*own, toml='[validation]\ndataset = "python_stdlib"') == (
-        "python_stdlib", None
-    )  # fmt: skip
-    assert held_out("--validation.dataset_path", "other", toml='[training]\ndataset = "c4"') == (
-        "c4", "other"
-    )  # fmt: skip

@@ -169,8 +169,6 @@ class Training(upstream.Training):
 @dataclass
 class Validation(upstream.Validation):
     dataset: str = "python_stdlib"
-    """Source whose held-out split is read. A file or command line that leaves it out gets that of
-    training.dataset, with its dataset_path."""
 
     def __post_init__(self) -> None:
         """Upstream asserts here what the table of bounds says with a message."""
@@ -293,7 +291,6 @@ class LighthouseConfigManager(ConfigManager):
 
     def __init__(self) -> None:
         super().__init__(JobConfig)
-        self._toml: dict[str, Any] = {}
 
     def parse_args(self, args: list[str] | None = None) -> JobConfig:
         """The configuration of a command line, by default of this process's.
@@ -307,26 +304,14 @@ class LighthouseConfigManager(ConfigManager):
         try:
             with contextlib.redirect_stderr(printed):
                 # Upstream returns an object of the class that it was made with, or of a subclass.
-                config = cast(JobConfig, super().parse_args(args))
+                return cast(JobConfig, super().parse_args(args))
         except SystemExit as exit:
             if not exit.code:
                 raise
             message = first_part_of_box(printed.getvalue()).rstrip(".")
-            if message.startswith("Unrecognized") and (stray := with_a_second_value(args)):
-                message += f", after {stray}; lists of names are written with commas"
-            raise UserValueError(f"{message}; {ALL_KEYS}") from None
-        if not self._gives("validation.dataset", args):
-            # Held-out text is that of training, not another text that happens to be a default.
-            config.validation.dataset = config.training.dataset
-            if not self._gives("validation.dataset_path", args):
-                config.validation.dataset_path = config.training.dataset_path
-        return config
-
-    def _gives(self, key: str, args: list[str]) -> bool:
-        """Whether the file or the command line has ``key``."""
-        section, name = key.split(".")
-        flags = (arg.split("=")[0].replace("-", "_").lstrip("_") for arg in args)
-        return name in self._toml.get(section, {}) or key in flags
+        if message.startswith("Unrecognized") and (stray := with_a_second_value(args)):
+            message += f", after {stray}; lists of names are written with commas"
+        raise UserValueError(f"{message}; {ALL_KEYS}")
 
     def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
         # Upstream's version also logs a traceback when the file cannot be read.
@@ -356,7 +341,6 @@ class LighthouseConfigManager(ConfigManager):
     def _maybe_add_custom_config(
         self, args: list[str], toml_values: dict[str, Any] | None
     ) -> type[upstream.JobConfig]:
-        self._toml = toml_values or {}
         try:
             config_cls = super()._maybe_add_custom_config(args, toml_values)
         except (ImportError, AttributeError, IndexError, TypeError, ValueError) as error:
@@ -364,7 +348,7 @@ class LighthouseConfigManager(ConfigManager):
                 f"job.custom_config_module cannot be used: {error}; name a module on PYTHONPATH "
                 "that holds a dataclass JobConfig"
             ) from error
-        check_toml(config_cls, self._toml)
+        check_toml(config_cls, toml_values or {})
         _check_flags(config_cls, args)
         return config_cls
 

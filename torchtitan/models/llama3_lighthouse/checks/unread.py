@@ -96,6 +96,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
 def warnings_of(config: JobConfig, world_size: int) -> list[str]:
     """Warnings before a run of ``world_size`` processes begins, one line each."""
     found = [*_unused(config), *_folder(config), *_yarn(config), *_stages(config)]
+    found += _held_out_text(config)
     for stage in distinct_stages(config):
         found += [f"{named(stage)}{line}" for line in _window(stage.config, world_size)]
     return found
@@ -109,6 +110,20 @@ def _folder(config: JobConfig) -> list[str]:
     return [
         f"model.hf_folder = '{config.model.hf_folder}' is gone; the model is as the copy of its "
         f"config.json in {folder} says"
+    ]
+
+
+def _held_out_text(config: JobConfig) -> list[str]:
+    """Whether validation reads another text than training, as it does by default for own text."""
+    training, validation = config.training, config.validation
+    if not validation.enable or validation.dataset == training.dataset:
+        return []
+    fix = f"--validation.dataset {training.dataset}"
+    if training.dataset_path:
+        fix += f" --validation.dataset_path {training.dataset_path}"
+    return [
+        f"validation.dataset = '{validation.dataset}' is another text than training.dataset = "
+        f"'{training.dataset}'; pass {fix} for the held-out split of the text that trains"
     ]
 
 

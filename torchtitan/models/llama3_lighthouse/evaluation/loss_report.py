@@ -193,7 +193,9 @@ def plot(rows: list[Row], path: Path) -> None:
         band = 0.15 if with_bands else 0
         draw_curve(axis, points, ("context to", "loss"), style_of[checkpoint], checkpoint, band)
     length_axis(axis, ends)
-    axis.set(xlabel=f"context in the {rows[0]['context in']}, tokens (upper end of each bucket)",
+    # Records from before document masks do not say so.
+    within = rows[0].get("context in", CONTEXTS[0])
+    axis.set(xlabel=f"context in the {within}, tokens (upper end of each bucket)",
              ylabel=f"held-out loss, nats per token{', 95% interval' if with_bands else ''}",
              )  # fmt: skip
     axis.grid(alpha=0.3)
