@@ -14,8 +14,8 @@ W is the number of GPUs. The parts layer, training, alone and profile run for ea
                  against a run on one that never stops
     meshes       both for each mesh of FSDP with context parallelism: 2 x 2 of four GPUs, 2 x 4 and
                  4 x 2 of eight; where there is none, for FSDP and for context parallelism
-    training     tokens/s and memory of 270M on W GPUs, with Lighthouse, with and without the
-                 recipe's window, and with dense attention
+    training     tokens/s and memory of 270M on W GPUs: dense, and with Lighthouse with the recipe's
+                 window, without it, and as published, with the first and last two layers dense
     alone        the same context lengths on each of W GPUs alone, all at the same time, where the
                  slowest counts
     short        the same at the length that each of W GPUs has, alone

@@ -59,6 +59,16 @@ SMALL = {
 }
 
 
+def published(dense_layers: list[int]) -> Settings:
+    """Settings of the paper's method, with the model's first and last layers dense."""
+    return {
+        "lighthouse.window": 0,
+        "lighthouse.entry_score": "max",
+        "lighthouse.combine": "sum",
+        "lighthouse.dense_layers": dense_layers,
+    }
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the runs.
@@ -66,12 +76,14 @@ class Sizes:
     Attributes:
         per_gpu: tokens of each GPU in the parts that train 270M.
         top_k: ``lighthouse.top_k`` for so many tokens.
+        published: settings of the method as it was published, for the model of these parts.
         small: settings of the parts that compare losses, in place of those in ``SMALL``.
         large: settings of the other parts, in place of those of their recipes.
     """
 
     per_gpu: int = PER_GPU
     top_k: int = 1536
+    published: Settings = field(default_factory=lambda: published([0, 1, 28, 29]))
     small: Settings = field(default_factory=dict)
     large: Settings = field(default_factory=dict)
 
@@ -102,6 +114,7 @@ class Sizes:
 TINY = Sizes(
     per_gpu=512,
     top_k=32,
+    published=published([0, 5]),
     small={
         "training.seq_len": 512,
         "training.mixed_precision_param": "float32",

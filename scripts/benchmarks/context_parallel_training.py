@@ -55,7 +55,7 @@ def of_270m(sizes: Sizes, changed: Settings) -> Settings:
 def throughput(
     folder: Path, sets: list[list[int]], config: str, sizes: Sizes, changed: Settings
 ) -> Iterator[list[Row]]:
-    """Rows for 270M: Lighthouse, with and without the recipe's window, and dense attention.
+    """Rows for 270M: dense, and Lighthouse with the recipe's window, without, and as published.
 
     Args:
         sets: the GPUs of each run. All runs train at the same time, and the slowest counts.
@@ -66,12 +66,13 @@ def throughput(
     settings = of_270m(sizes, lasting | changed)
     plain = "Lighthouse", *LIGHTHOUSE_STEPS
     beside_window = f"Lighthouse, window {window}", *LIGHTHOUSE_STEPS
-    runs = [(window, [beside_window if window else plain, ("dense", *DENSE_STEPS)])]
+    runs = [(f"window {window}", {}, [beside_window if window else plain, ("dense", *DENSE_STEPS)])]
     if window:
-        runs.append((0, [plain]))
-    for window, stages in runs:
-        changes = {"lighthouse.window": window, "training.steps": stages[-1][-1]}
-        found = trained(folder / f"window {window}", sets, config, settings | changes)
+        runs.append(("no window", {"lighthouse.window": 0}, [plain]))
+    runs.append(("published", sizes.published, [("Lighthouse, as published", *LIGHTHOUSE_STEPS)]))
+    for name, changes, stages in runs:
+        changes = changes | {"training.steps": stages[-1][-1]}
+        found = trained(folder / name, sets, config, settings | changes)
         yield [
             {
                 "stage": stage,

@@ -144,10 +144,11 @@ def test_configurations_of_long_runs_are_valid(gpus: int, tiny: bool, monkeypatc
         return [row for some in found for row in some]
 
     n = arguments.sizes.per_gpu * gpus
-    assert [row["stage"] for row in rows("training")][1:] == ["dense", "Lighthouse"]
-    assert [row["tps"] for row in rows("alone")] == [1.0] * 3 and len(rows("short")) == 3
+    published = "Lighthouse, as published"
+    assert [row["stage"] for row in rows("training")][1:] == ["dense", "Lighthouse", published]
+    assert [row["tps"] for row in rows("alone")] == [1.0] * 4 and len(rows("short")) == 4
     window = max(window for *_, window in checked)
-    assert set(checked[: 2 * gpus + 2]) == {
+    assert set(checked[: 3 * gpus + 3]) == {
         (n, used, each) for used in (gpus, 1) for each in (0, window)
     }  # fmt: skip
     assert len(rows("longest")) == len(arguments.lengths_longest)
@@ -293,7 +294,8 @@ def test_timed_parts_have_a_row_for_each_attention(tmp_path: Path) -> None:
     window = f"Lighthouse, window {TINY.large['lighthouse.window']}"
     assert stages == [
         (stage, gpus, 2 * TINY.per_gpu)
-        for gpus in (2, 1) for stage in (window, "dense", "Lighthouse")
+        for gpus in (2, 1)
+        for stage in (window, "dense", "Lighthouse", "Lighthouse, as published")
     ]  # fmt: skip
     assert all(len(row["tps of each"]) == 2 for row in run["alone"])
     assert (tmp_path / "tiny.png").exists()
