@@ -276,6 +276,18 @@ def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warn
         (["--x"], "unknown key '--x' on the command line; lighthouse train --list-keys"),
         (["--training.steps", "many"], "--training.steps: .*'many'; lighthouse train --list-keys"),
         (["--training.steps", "1", "2"], "Unrecognized options: 2, after --training.steps"),
+        *(
+            (
+                words,
+                f"{words[0].partition('=')[0]} takes no value, got '{value}'; pass "
+                "--training.document_mask, or --training.no-document_mask for false",
+            )
+            for words, value in [
+                (["--training.document_mask", "false", "--training.steps", "3"], "false"),
+                (["--training.document-mask=true"], "true"),
+                (["--training.no-document_mask", "yes"], "yes"),
+            ]
+        ),
         (
             ["--lighthouse.scorer", "best"],
             "'best'.*Expected one of .'norm', 'dilated', 'gla', 'random'",
@@ -298,6 +310,10 @@ def test_command_lines_that_cannot_be_read_end_in_one_line(line, message, capsys
     [
         ("[training]\nsteps = true", "training.steps = True in the TOML file: true and false are"),
         ("[optimizer]\nlr = true", "optimizer.lr = True"),
+        (
+            "[training]\ndocument_mask = 'true'",
+            "training.document_mask = 'true' in the TOML file: the value must be true or false",
+        ),
         ("[lighthouse]\ndense_layers = [true]", "lighthouse.dense_layers"),
         ("[training]\nsteps = 3\nsteps = 4", "is not TOML: .*; mend it"),
         ("a = " + "[" * 5000, "is nested too deeply; mend it"),

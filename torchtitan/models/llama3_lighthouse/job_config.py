@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import itertools
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -279,6 +280,8 @@ def type_fault(value: Any, kind: Any) -> str | None:
     # Python takes a bool for a number, but no key means one.
     if kind is not bool and any(isinstance(item, bool) for item in items):
         return "true and false are no values of this key"
+    if kind is bool and not isinstance(value, bool):
+        return "the value must be true or false, without quotes"
     try:
         typeguard.check_type(value, kind)
     except typeguard.TypeCheckError as error:
@@ -354,20 +357,26 @@ class LighthouseConfigManager(ConfigManager):
 
 
 def _check_flags(config_cls: type, args: list[str]) -> None:
-    """Check that every flag of a command line is a key.
+    """Check that every flag of a command line is a key, and that switches have no value.
 
     Raises:
-        ValueError: one is unknown; the closest known key is suggested.
+        ValueError: one is unknown, and the closest known key is suggested; or a switch has a value.
     """
     keys = {leaf.key: leaf.kind for leaf in leaves(config_cls())}
-    for word in args:
-        flag = word.partition("=")[0]
+    for word, following in itertools.zip_longest(args, args[1:], fillvalue="--"):
+        flag, equals, value = word.partition("=")
         if not FLAG.match(flag) or flag == "--help":
             continue
         key = flag[2:].replace("-", "_")
         section, _, name = key.rpartition(".")
-        turned_off = f"{section}.{name.removeprefix('no_')}"
-        if key in keys or keys.get(turned_off) is bool:
+        switch = key if key in keys else f"{section}.{name.removeprefix('no_')}"
+        if keys.get(switch) is bool and (equals or not following.startswith("-")):
+            given = value if equals else following
+            raise UserValueError(
+                f"{flag} takes no value, got {given!r}; pass --{switch}, or "
+                f"--{section}.no-{switch.rpartition('.')[2]} for false"
+            )
+        if switch in keys and (switch == key or keys[switch] is bool):
             continue
         raise UserValueError(f"unknown key '{flag}' on the command line; {_closest(key, keys)}")
 
