@@ -66,6 +66,12 @@ class LighthouseTrainer(upstream.Trainer):
         check_device(job_config, device_type)
         self._locks = lock_folders(job_config)
         log_to_file(job_config.job.dump_folder)
+        if device_type == "cpu":
+            # A run that was meant for GPUs says so before it reads text or builds a model.
+            logger.info(
+                "device        CPU: torch sees no GPU; only models and sequences as small as those "
+                "of train_configs/debug_cpu.toml train in reasonable time"
+            )
         # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         with (
