@@ -80,7 +80,9 @@ def trainer_arguments(config: Path | None, overrides: list[str]) -> list[str]:
     ]
     if config is None:
         if not named:
-            raise CommandError("no configuration is given; pass CONFIG, its TOML file")
+            raise CommandError(
+                "no configuration is given; pass CONFIG, its TOML file, before the keys"
+            )
         return overrides
     if named:
         raise CommandError(f"{config} and --job.config_file name two configurations; give one")

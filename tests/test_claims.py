@@ -153,7 +153,7 @@ def half_beside_short_first() -> str:
     arm, control = "lighthouse_half", "short_then_long"
     _, low, high = difference("distance_17m", arm, control, "repeated/16384/loss")
     assert low < 0 < high
-    return f"differences of {max(-low, high):.2f} nats are possible"
+    return f"a difference of up to {max(-low, high):.2f} nats may be hidden"
 
 
 class Recipe(NamedTuple):

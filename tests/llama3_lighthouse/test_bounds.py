@@ -10,7 +10,10 @@ from launch import SMALL, arguments
 
 from torchtitan.models.llama3_lighthouse.checks.bounds import BOUNDS, check_bounds
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config, check_launch
-from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
+from torchtitan.models.llama3_lighthouse.checks.parallelism import (
+    check_device,
+    is_too_much_for_a_cpu,
+)
 from torchtitan.models.llama3_lighthouse.checks.unread import A_STAGE, READ_WHEN, warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserTypeError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import (
@@ -219,6 +222,13 @@ def test_what_needs_a_gpu_is_refused_without_one(config: JobConfig, key: str) ->
         check_device(given, "cpu")
 
 
+def test_runs_for_gpus_are_told_from_those_for_a_cpu(config: JobConfig) -> None:
+    assert not is_too_much_for_a_cpu(config)
+    assert not is_too_much_for_a_cpu(with_settings(config, {"training.seq_len": 65536}))
+    large = {"model.flavor": "270M", "training.seq_len": 98304}
+    assert is_too_much_for_a_cpu(with_settings(config, large))
+
+
 def test_sequences_that_no_memory_holds_are_refused_on_a_cpu(config: JobConfig) -> None:
     given = with_settings(config, {"training.seq_len": 2**31 - 512})
     check_device(given, "cuda")
@@ -256,6 +266,13 @@ def test_pinned_memory_is_refused_without_a_gpu(config: JobConfig) -> None:
           "lighthouse.pooling_factor": 4, "lighthouse.picks_per_stratum": 128,
           "training.mixed_precision_param": "bfloat16"},
          "lighthouse.top_k = 1024 has no effect: it is read when lighthouse.schedule has a stage"),
+        ({"training.document_mask": True, "lighthouse.window": 3, "lighthouse.combine": "finest",
+          "training.mixed_precision_param": "bfloat16", "lighthouse.levels": 3,
+          "lighthouse.pooling_factor": 2},
+         "lighthouse.window = 3 with training.document_mask is less than pooling_factor^(levels "),
+        ({"training.document_mask": True, "lighthouse.window": 4, "lighthouse.combine": "finest",
+          "training.mixed_precision_param": "bfloat16", "lighthouse.levels": 3,
+          "lighthouse.pooling_factor": 2}, None),
         # A dense run may carry the method's settings.
         ({"lighthouse.top_k": 64, "lighthouse.dense_layers": [], "lighthouse.stage": "dense"},
          None),
@@ -272,6 +289,7 @@ def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warn
     ("line", "message"),
     [
         (["--training.stepz", "3"], "unknown key '--training.stepz' .*did you mean 'training.step"),
+        (["--lighthouse.document_mask"], "did you mean 'training.document_mask'"),
         (["--checkpoint.no-enabel"], "unknown key '--checkpoint.no-enabel'.*did you mean 'check"),
         (["--x"], "unknown key '--x' on the command line; lighthouse train --list-keys"),
         (["--training.steps", "many"], "--training.steps: .*'many'; lighthouse train --list-keys"),

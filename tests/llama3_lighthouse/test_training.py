@@ -114,13 +114,6 @@ def test_stop_without_checkpoints_says_that_nothing_was_saved(tmp_path: Path) ->
     assert not (tmp_path / "dump/checkpoint").exists()
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about runs without a GPU")
-def test_a_run_without_a_gpu_says_so_before_it_builds_a_model(tmp_path: Path) -> None:
-    run = Run(tmp_path, {"training.steps": 1, "checkpoint.enable": False}).succeed()
-    before, _, _ = run.log.partition("  model         ")
-    assert "device        CPU: torch sees no GPU" in before
-
-
 def test_stage_key_and_auto_give_the_same_run(tmp_path: Path) -> None:
     """Flipping ``stage`` by hand on one checkpoint folder equals ``auto``; the change is logged.
 

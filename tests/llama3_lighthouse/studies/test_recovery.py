@@ -429,6 +429,8 @@ def test_runs_side_by_side_get_gpus_of_their_own(monkeypatch, visible) -> None:
         sweeps.slots_of(3, 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert sweeps.slots_of(3, 2) == [{}, {}, {}]
+    with pytest.raises(ValueError, match="--per-gpu 2 shares GPUs .* torch sees none here"):
+        sweeps.slots_of(4, 1, 2)
 
 
 def fake_checkpoint(run: Run, step: int, whole: bool = True) -> Path:

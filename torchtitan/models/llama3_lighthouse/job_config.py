@@ -382,8 +382,11 @@ def _check_flags(config_cls: type, args: list[str]) -> None:
 
 
 def _closest(key: str, known: Iterable[str]) -> str:
-    """A hint for an unknown key: the most similar key, or those that there are."""
+    """A hint for an unknown key: that of another section, the most similar, or those there are."""
     known = list(known)
+    name = key.rpartition(".")[2]
+    if elsewhere := [each for each in known if each.rpartition(".")[2] == name]:
+        return f"did you mean '{elsewhere[0]}'?"
     if close := difflib.get_close_matches(key, known, n=1):
         return f"did you mean '{close[0]}'?"
     if len(known) > MOST_LISTED:

@@ -22,7 +22,7 @@ from . import train_spec  # noqa: F401
 from .checkpoints.manager import LighthouseCheckpointManager
 from .checkpoints.model_folder import files_to_keep, model_arguments_of
 from .checks.configuration import check_launch
-from .checks.parallelism import check_device
+from .checks.parallelism import check_device, is_too_much_for_a_cpu
 from .checks.text import check_vocabulary
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
@@ -66,11 +66,11 @@ class LighthouseTrainer(upstream.Trainer):
         check_device(job_config, device_type)
         self._locks = lock_folders(job_config)
         log_to_file(job_config.job.dump_folder)
-        if device_type == "cpu":
-            # A run that was meant for GPUs says so before it reads text or builds a model.
-            logger.info(
-                "device        CPU: torch sees no GPU; only models and sequences as small as those "
-                "of train_configs/debug_cpu.toml train in reasonable time"
+        if device_type == "cpu" and is_too_much_for_a_cpu(job_config):
+            # Text and model of a run that was meant for GPUs can take minutes to come.
+            logger.warning(
+                "torch sees no GPU, and a CPU needs minutes or hours for a step of this run; train "
+                "it on GPUs, or begin with train_configs/debug_cpu.toml"
             )
         # Norms under autocast have float32 weights; compiled code fuses them nevertheless.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")

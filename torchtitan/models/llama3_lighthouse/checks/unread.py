@@ -162,6 +162,13 @@ def _window(config: JobConfig, world_size: int) -> list[str]:
             f"{config.training.seq_len:,} positions: this is dense attention, at its cost; use a "
             "few hundred positions"
         )
+    span = config.lighthouse.pooling_factor ** (config.lighthouse.levels - 1)
+    if config.training.document_mask and window < span and model_arguments_of(config).selects:
+        found.append(
+            f"lighthouse.window = {window} with training.document_mask is less than "
+            f"pooling_factor^(levels - 1) = {span}: the first positions of a document see those "
+            f"before them in the window alone; use a window of {span} or more"
+        )
     key, beside = precision_key(config, world_size), ""
     if key == "dtype":
         beside = ", which nothing lowers under tensor or pipeline parallelism without FSDP"

@@ -123,9 +123,14 @@ def slots_of(at_once: int, processes: int, per_gpu: int = 1) -> list[Environment
     """For each of the runs that train side by side, the environment that gives it its GPUs.
 
     Raises:
-        ValueError: there are too few GPUs.
+        ValueError: there are too few GPUs, or none that runs could share.
     """
     gpus = torch.cuda.device_count()
+    if per_gpu > 1 and not gpus:
+        raise UserValueError(
+            f"--per-gpu {per_gpu} shares GPUs among runs, and torch sees none here; leave it out, "
+            "and let --at-once be the runs that this machine's processors can train side by side"
+        )
     if at_once == 1 or gpus == 0:
         return [{}] * at_once
     needed = math.ceil(at_once * processes / per_gpu)
