@@ -287,12 +287,14 @@ def test_the_kernel_agrees_with_the_vectorised_code(size: int) -> None:
     for value, want in zip(found, expected, strict=True):
         assert relative_error(value, want) < 1e-5
     assert found[0].transpose(1, 2).is_contiguous()
-    out, lse = expected[:2]
+
+
+def test_the_operations_by_kernel_are_well_formed() -> None:
+    *inputs, grad = (x.float() for x in rows(20, 4, 2, 2, 8))
     ops = torch.ops.lighthouse
-    torch.library.opcheck(ops.window_by_kernel.default, (*inputs, size, 0.5))
-    torch.library.opcheck(
-        ops.window_by_kernel_backward.default, (grad, *inputs, out, lse, size, 0.5)
-    )
+    out, lse = ops.window_by_kernel(*inputs, 5, 0.5)
+    torch.library.opcheck(ops.window_by_kernel.default, (*inputs, 5, 0.5))
+    torch.library.opcheck(ops.window_by_kernel_backward.default, (grad, *inputs, out, lse, 5, 0.5))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
