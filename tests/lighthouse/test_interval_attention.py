@@ -95,9 +95,20 @@ def beside_nan(batch: int, heads: int, length: int, d: int) -> torch.Tensor:
 
 
 # Sequences shorter than a tile and longer; one key before them, some, as many as their own, none.
-@pytest.mark.parametrize("length, reach", [(3, 1), (40, 17), (20, 20), (9, 0)])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("heads, kv_heads, d", [(4, 2, 24), (1, 1, 1)])
+# Any two values stand together in one of these.
+@pytest.mark.parametrize(
+    "length, reach, documents, heads, kv_heads, d",
+    [
+        (*lengths, documents, *((1, 1, 1) if documents == even else (4, 2, 24)))
+        for lengths, even in (
+            ((3, 1), True),
+            ((40, 17), False),
+            ((20, 20), True),
+            ((9, 0), False),
+        )
+        for documents in (False, True)
+    ],
+)
 def test_keys_before_sequences(
     tiles: None, length: int, reach: int, documents: bool, heads: int, kv_heads: int, d: int
 ) -> None:
