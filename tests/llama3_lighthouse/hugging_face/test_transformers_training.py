@@ -15,8 +15,8 @@ from launch import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers_models import METHOD, WITH_WINDOW, build, tokens
+from transformers import LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers_models import METHOD, SIZE, WITH_WINDOW, build, tokens
 
 import lighthouse.attention
 import lighthouse.transformers as module
@@ -90,7 +90,8 @@ def test_key_value_heads_are_never_repeated() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_into_one_graph(backend: str) -> None:
-    model, rows = build().train(), tokens()
+    # One layer under Lighthouse and one dense.
+    model, rows = build(LlamaConfig(**SIZE | {"num_hidden_layers": 2})).train(), tokens()
     torch.compiler.reset()
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -162,30 +163,30 @@ def losses_of(model: PreTrainedModel, rows: torch.Tensor, steps: int = 6) -> lis
     return losses
 
 
-def sharded_worker(rank: int, port: int, folder: Path, recompute: bool) -> None:
+def sharded_worker(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     register(WITH_WINDOW, dense_layers=[1])
-    model = build().train()
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    losses = losses_of(model, tokens(4)[rank::2])
+    losses = []
+    for recompute in (False, True):
+        model = build().train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        losses.append(losses_of(model, tokens(4)[rank::2]))
     if rank == 0:
         torch.save(losses, folder / "losses.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_sharded_over_two_ranks_the_losses_are_those_of_one(
-    recompute: bool, free_port: int, tmp_path: Path
-) -> None:
-    run_ranks(sharded_worker, free_port, tmp_path, recompute, processes=2)
-    sharded = torch.load(tmp_path / "losses.pt")
+def test_sharded_over_two_ranks_the_losses_are_those_of_one(free_port: int, tmp_path: Path) -> None:
+    """With and without recomputation, in one launch."""
+    run_ranks(sharded_worker, free_port, tmp_path, processes=2)
     alone = losses_of(build().train(), tokens(4))
-    torch.testing.assert_close(sharded, alone, rtol=0, atol=1e-5)
-    assert sharded[-1] < sharded[0] - 0.1
+    for sharded in torch.load(tmp_path / "losses.pt"):
+        torch.testing.assert_close(sharded, alone, rtol=0, atol=1e-5)
+        assert sharded[-1] < sharded[0] - 0.1
