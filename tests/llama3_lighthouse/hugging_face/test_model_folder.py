@@ -130,7 +130,7 @@ def test_extending_changes_base_and_scaling_in_another_place(tied: Path, tmp_pat
     assert config == TIED | {"max_position_embeddings": 4096}
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "fsdp-chunked", "tensor"])
+@pytest.mark.parametrize("kind", ["fsdp-chunked", "tensor"])
 def test_tied_embeddings_train_alike_on_two_ranks(tied: Path, tmp_path: Path, kind: str) -> None:
     step = import_model(tied, tmp_path / "imported")
     settings = SETTINGS | {

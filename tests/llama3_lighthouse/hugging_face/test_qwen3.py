@@ -148,7 +148,6 @@ def test_extends_as_its_authors_do(qwen: Path, tmp_path: Path) -> None:
     "kind",
     [
         "fsdp",
-        "tensor",
         "tensor-checkpointed",
         pytest.param("fsdp-compiled", marks=pytest.mark.slow),
     ],
