@@ -29,7 +29,7 @@ def test_training_and_measuring(tmp_path: Path) -> None:
     }  # fmt: skip
     overrides = arguments(settings)
     planned = lighthouse("dry-run", DEBUG, "--processes", 2, *overrides)
-    assert "2 processes = 1 replicas x 2 FSDP" in planned
+    assert "2 processes = 2 FSDP" in planned
     log = lighthouse("train", DEBUG, "--processes", 1, *overrides)
     assert "Stage 'dense' begins at step 3 after lighthouse" in log
 
@@ -45,7 +45,8 @@ def test_training_and_measuring(tmp_path: Path) -> None:
     assert float(rows[-1]["loss"]) == pytest.approx(logged[3], abs=1e-5)
 
     out = lighthouse("evaluate", "causality", tmp_path / "run", "--output", tmp_path / "causality",
-                     "--device", "cpu", "--batches", 1, "--positions", 2)  # fmt: skip
+                     "--attention", "dense", "lighthouse", "--device", "cpu", "--batches", 1,
+                     "--positions", 2)  # fmt: skip
     record = json.loads((tmp_path / "causality/causality.json").read_text())
     dense, under_lighthouse = record["results"]
     assert (dense["attention"], under_lighthouse["attention"]) == ("dense", "lighthouse")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import SMALL, Run, arguments
+from launch import SMALL, TRAINED, Run, arguments
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -458,7 +458,7 @@ def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "model.safetensors (1 of 1)" in done.stdout
     assert load(tmp_path / "exported").config.max_position_embeddings == 1024
-    tokens = random_tokens(512, seed=6)
+    tokens = random_tokens(TRAINED["training.seq_len"], seed=6)
     expected = load_trained_model(run / "checkpoint/step-2").model(tokens)
     actual = load(tmp_path / "exported")(tokens).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
