@@ -1,0 +1,66 @@
+"""Mistakes in runs and text of a contest are found before its first process starts."""
+
+import json
+
+import pytest
+from contest_cases import at_equal_time, with_start
+
+
+def test_text_of_a_start_is_recorded_too(call, faked, path, tmp_path) -> None:
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/a.txt").write_text("A book. " * 99)
+    with_start(path, f'training.dataset = "c4_local"\ntraining.dataset_path = "{tmp_path}/short"')
+    assert not call()[1]
+    text = json.loads((tmp_path / "out/contest.json").read_text())["text"]
+    assert len({*text.values()}) == 3 and text.keys() == {"training", "validation", "start"}
+    (tmp_path / "short/a.txt").write_text("Another book. " * 99)
+    assert "were begun with text" in call()[1]
+
+
+STREAMS = (
+    "the 4 sequences of a step cannot be shared by the text's 3 streams (lighthouse.data_streams "
+    "= 3); set lighthouse.data_streams to 4, which the batches of all stages divide"
+)
+
+
+@pytest.mark.parametrize(("settings", "line", "message"), [
+    # All of it fits the long stage, which comes last.
+    (["lighthouse.data_streams = 3", "training.global_batch_size = 1",
+      'lighthouse.schedule = ["dense until=50% seq_len=128", "dense"]'], (),
+     f"lighthouse.schedule, stage 'dense until=24 seq_len=128': {STREAMS}"),
+    (["rates = [1e-3, 1.0]", "optimizer.weight_decay = 1.0"], (),
+     "optimizer.weight_decay = 1.0 with optimizer.lr = 1.0 takes away"),
+    (['training.dataset = "c4_local"', 'training.dataset_path = "/none"'], (),
+     "training.dataset_path = '/none' is not a folder"),
+    (["training.global_batch_size = 3"], ("--processes", "2"),
+     "training.global_batch_size = 3 must be a multiple of training.local_batch_size"),
+    (["activation_checkpoint.offload_inputs = true", 'activation_checkpoint.mode = "full"'], (),
+     "activation_checkpoint.offload_inputs = true needs a GPU"),
+    (["lighthouse.dense_layers = [99]"], (), "lighthouse.dense_layers = [99]: "),
+])  # fmt: skip
+def test_a_bad_arm_is_refused_before_any_process(
+    call, faked, path, tmp_path, monkeypatch, settings, line, message
+) -> None:
+    """Other arms train before it, so that its own process would find the mistake late."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    at_equal_time(path, 40)
+    arm = ["rates = [2e-3]", 'lighthouse.schedule = ["window until=75%", "dense"]']
+    keys = [each.partition(" ")[0] for each in settings]
+    changed = [*settings, *(each for each in arm if each.partition(" ")[0] not in keys)]
+    before = "\n".join(["[arms.window]", *arm])
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, "\n".join(["[arms.window]", *changed])))
+    _, found = call(*line)
+    assert f"contest.toml, arms.window: {message}" in str(found) and "\n" not in str(found)
+    assert not faked.trained and not list((tmp_path / "out").iterdir())
+
+
+def test_seeds_and_the_start_are_checked_before_any_process(call, faked, path) -> None:
+    path.write_text(path.read_text().replace("seeds = [1, 2]", f"seeds = [1, {2**70}]"))
+    _, found = call()
+    assert f"contest.toml, seed {2**70}: " in str(found) and "debug.seed" in str(found)
+    path.write_text(path.read_text().replace(f"{2**70}", "2"))
+    with_start(path, "lighthouse.data_streams = 3")
+    assert "contest.toml, start: lighthouse.schedule, stage 'dense seq_len=128': the 4" in call(
+        "--list")[1]  # fmt: skip
+    assert not faked.trained

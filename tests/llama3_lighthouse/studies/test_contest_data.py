@@ -1,0 +1,29 @@
+"""Seconds of steps from the logs of a contest's runs."""
+
+from contest_cases import DEBUG
+
+from torchtitan.models.llama3_lighthouse.studies import contest as contests
+from torchtitan.models.llama3_lighthouse.studies.contest_data import (
+    mark_trained,
+    seconds_of_steps,
+    steps_by_kind,
+)
+from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
+
+
+def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
+    planner = contests.Planner(read_contest(DEBUG), tmp_path, [])
+    run = planner.run(planner.contest.arms["window"], 2e-3, 1)
+    run.folder.mkdir()
+    # Six steps under the window, then two dense ones of three times the length.
+    seconds = [40.0, 1.0, 1.0, 1.0, 9.0, 1.0, 30.0, 3.0]
+    flags = [1.0] * 6 + [0.0] * 2
+    entries = {
+        step: {"time_metrics/end_to_end(s)": each, "lighthouse/stage": flag}
+        for step, (each, flag) in enumerate(zip(seconds, flags, strict=True), 1)
+    }
+    mark_trained(run, alone=False)
+    assert seconds_of_steps([(run, entries)]) == {}
+    mark_trained(run, alone=True)
+    assert seconds_of_steps([(run, entries)]) == {"1 lighthouse": 1.0, "2 dense": 16.5}
+    assert steps_by_kind(run.config) == {"1 lighthouse": 6, "2 dense": 2}
