@@ -14,6 +14,7 @@ from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManag
 from torchtitan.models.llama3_lighthouse.stages import stages_of
 from torchtitan.models.llama3_lighthouse.studies import contest as contests
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
+from torchtitan.models.llama3_lighthouse.studies.contest_plan import Planner
 from torchtitan.models.llama3_lighthouse.studies.contest_plots import PLOTS
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
@@ -129,7 +130,7 @@ def test_arms_begin_from_one_run_of_each_seed(call, faked, path, tmp_path) -> No
         "from the weights of 12 steps at rate 0.0005" in (tmp_path / "out/results.md").read_text()
     )
     contest = read_contest(path)
-    planner = contests.Planner(contest, tmp_path / "out", ["--training.max_norm", "0.5"])
+    planner = Planner(contest, tmp_path / "out", ["--training.max_norm", "0.5"])
     arm, start = planner.run(contest.arms["window"], 2e-3, 2), planner.start_run(2)
     read = LighthouseConfigManager().parse_args
     section = read(arm.arguments).checkpoint

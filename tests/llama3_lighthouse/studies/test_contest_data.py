@@ -2,17 +2,17 @@
 
 from contest_cases import DEBUG
 
-from torchtitan.models.llama3_lighthouse.studies import contest as contests
 from torchtitan.models.llama3_lighthouse.studies.contest_data import (
     mark_trained,
     seconds_of_steps,
     steps_by_kind,
 )
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
+from torchtitan.models.llama3_lighthouse.studies.contest_plan import Planner
 
 
 def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
-    planner = contests.Planner(read_contest(DEBUG), tmp_path, [])
+    planner = Planner(read_contest(DEBUG), tmp_path, [])
     run = planner.run(planner.contest.arms["window"], 2e-3, 1)
     run.folder.mkdir()
     # Six steps under the window, then two dense ones of three times the length.

@@ -37,7 +37,6 @@ from torchtitan.models.llama3_lighthouse.studies.contest_report import EQUAL_TIM
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 from torchtitan.models.llama3_lighthouse.studies.sweeps import Run
 
-ROOT = Path(__file__).parents[3]
 MASKED = "window"
 ONE, SEVERAL = "one document", "several documents"
 # Median seconds of steps; those without documents are of the arm without masks.
@@ -51,15 +50,12 @@ def random() -> np.random.Generator:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(path: Path) -> Path:
     """The debug contest, whose arm with a window has document masks here."""
-    text = (ROOT / "train_configs/contests/debug.toml").read_text()
-    text = text.replace("../debug", f"{ROOT}/train_configs/debug")
     mask = f"[arms.{MASKED}]\ntraining.document_mask = true"
-    text = text.replace(f"[arms.{MASKED}]", mask)
-    text = text.replace("steps = 8", "steps = 80", 1).replace("until=6", "until=60")
-    (tmp_path / "contest.toml").write_text(text)
-    return tmp_path / "contest.toml"
+    text = path.read_text().replace(f"[arms.{MASKED}]", mask)
+    path.write_text(text.replace("steps = 8", "steps = 80", 1).replace("until=6", "until=60"))
+    return path
 
 
 def log_run(

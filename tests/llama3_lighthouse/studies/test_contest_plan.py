@@ -10,9 +10,10 @@ from pages import ROOT
 
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.stages import stages_of
-from torchtitan.models.llama3_lighthouse.studies import contest as contests
+from torchtitan.models.llama3_lighthouse.studies.contest_checks import check_runs
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
-from torchtitan.models.llama3_lighthouse.studies.contest_plan import last_checkpoint
+from torchtitan.models.llama3_lighthouse.studies.contest_plan import Planner, last_checkpoint
+from torchtitan.models.llama3_lighthouse.studies.contest_rates import rates_of
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 
 FILES = sorted((ROOT / "train_configs/contests").glob("*.toml"))
@@ -25,7 +26,7 @@ def test_a_timing_run_has_a_few_steps_of_every_stage(path, tmp_path) -> None:
     )
     path.write_text(text)
     contest = read_contest(path)
-    planner = contests.Planner(contest, tmp_path / "out", ["--training.max_norm", "0.5"])
+    planner = Planner(contest, tmp_path / "out", ["--training.max_norm", "0.5"])
     run = planner.timing_run(contest.arms["window"])
     assert [(stage.attention, stage.seq_len, stage.last) for stage in stages_of(run.config)] == [
         ("dense", 128, 40), ("lighthouse", 512, 80), ("dense", 512, 120)]  # fmt: skip
@@ -83,9 +84,9 @@ def test_the_contests_of_the_repository_can_be_planned(file: Path, tmp_path: Pat
     contest = read_contest(file)
     text = ["--training.dataset_path", str(ROOT), "--validation.dataset_path", str(ROOT)]
     extra = text if "--training.dataset_path FOLDER" in file.read_text() else []
-    planner = contests.Planner(contest, tmp_path / "out", extra)
+    planner = Planner(contest, tmp_path / "out", extra)
     # They are for a GPU, which need not be here.
-    contests.check_runs(planner, contests.rates_of(contest, tmp_path), timed=True, device="cuda")
+    check_runs(planner, rates_of(contest, tmp_path), timed=True, device="cuda")
     arm = next(iter(contest.arms.values()))
     run = planner.run(arm, arm.rates[0], contest.seeds[-1])
     assert run.config.lighthouse.shuffle_seed == run.config.debug.seed == contest.seeds[-1]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from contest_cases import contest_with
 from scipy import stats
 
-from torchtitan.models.llama3_lighthouse.studies.contest_file import Contest, read_contest
+from torchtitan.models.llama3_lighthouse.studies.contest_file import Contest
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 
-ROOT = Path(__file__).parents[3]
 ARMS, SEEDS, DOCUMENTS = ("dense", "window", "lighthouse"), (11, 5, 8), range(4)
 PAIRS = [("lighthouse", "dense"), ("window", "dense")]
 SHORT, LONG = "retrieval/passkey/512", "retrieval/passkey/1024"
@@ -165,9 +165,8 @@ def numbers_of(row: dict[str, str]) -> tuple[float, float, float]:
 @pytest.fixture(scope="module")
 def base() -> Contest:
     """A contest of two comparisons, 97.5% each for 95% of both."""
-    contest = read_contest(ROOT / "train_configs/contests/debug.toml")
-    return replace(contest, seeds=list(SEEDS), compare=PAIRS, level=0.95, primary="loss",
-                   direction="lower", margin=0.01, rule="mean")  # fmt: skip
+    return contest_with(seeds=list(SEEDS), compare=PAIRS, level=0.95, primary="loss",
+                        direction="lower", margin=0.01, rule="mean")  # fmt: skip
 
 
 @pytest.fixture

@@ -16,13 +16,12 @@ from launch import exit_code_of
 from matplotlib.figure import Figure
 
 from lighthouse_commands.main import main
-from torchtitan.models.llama3_lighthouse.errors import UserError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 from torchtitan.models.llama3_lighthouse.studies import recovery, recovery_plan, sweeps
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 from torchtitan.models.llama3_lighthouse.studies.recovery_results import below_from, interpolate
 from torchtitan.models.llama3_lighthouse.studies.settings import command_line, with_settings
-from torchtitan.models.llama3_lighthouse.studies.sweeps import Run, slots_of
+from torchtitan.models.llama3_lighthouse.studies.sweeps import Run
 
 ROOT = Path(__file__).parents[3]
 DEBUG = ROOT / "train_configs/debug_cpu.toml"
@@ -437,9 +436,10 @@ def test_runs_side_by_side_get_gpus_of_their_own(monkeypatch, visible) -> None:
 def test_runs_can_share_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots_of(4, 1, 2)] == ["0", "1", "0", "1"]
-    with pytest.raises(UserError, match="needs 3 GPUs"):
-        slots_of(5, 1, 2)
+    names = [slot["CUDA_VISIBLE_DEVICES"] for slot in sweeps.slots_of(4, 1, 2)]
+    assert names == ["0", "1", "0", "1"]
+    with pytest.raises(ValueError, match="needs 3 GPUs"):
+        sweeps.slots_of(5, 1, 2)
 
 
 def fake_checkpoint(run: Run, step: int, whole: bool = True) -> Path:
