@@ -1,11 +1,14 @@
 """The commands of docs/guides/extend.md, one after the other, at a size that takes seconds."""
 
 import json
+import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,13 +47,13 @@ def smaller(line: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder in the place of the clone's root."""
     (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return tmp_path
+    # The command names itself there as the launcher, and no other launcher's processes may see it.
+    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}):
+        yield tmp_path
 
 
 HEADINGS = (
