@@ -162,8 +162,9 @@ def _window(config: JobConfig, world_size: int) -> list[str]:
             f"{config.training.seq_len:,} positions: this is dense attention, at its cost; use a "
             "few hundred positions"
         )
-    span = config.lighthouse.pooling_factor ** (config.lighthouse.levels - 1)
-    if config.training.document_mask and window < span and model_arguments_of(config).selects:
+    section = config.lighthouse
+    span = section.pooling_factor ** (section.levels - 1)
+    if config.training.document_mask and section.attention == "lighthouse" and window < span:
         found.append(
             f"lighthouse.window = {window} with training.document_mask is less than "
             f"pooling_factor^(levels - 1) = {span}: the first positions of a document see those "
