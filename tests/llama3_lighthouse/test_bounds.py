@@ -299,6 +299,9 @@ def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warn
     [
         (["--training.stepz", "3"], "unknown key '--training.stepz' .*did you mean 'training.step"),
         (["--lighthouse.document_mask"], "did you mean 'training.document_mask'"),
+        (["--lighthouse.no-document_mask"], "did you mean 'training.document_mask'"),
+        (["--lighthouse.steps", "3"], "did you mean 'training.steps'"),
+        (["--complie.enable"], "did you mean 'compile.enable'"),
         (["--checkpoint.no-enabel"], "unknown key '--checkpoint.no-enabel'.*did you mean 'check"),
         (["--x"], "unknown key '--x' on the command line; lighthouse train --list-keys"),
         (["--training.steps", "many"], "--training.steps: .*'many'; lighthouse train --list-keys"),

@@ -150,6 +150,8 @@ def test_validation_lengths_are_checked_when_it_is_enabled(tmp_path: Path) -> No
     [
         ("[lighthouse]\ntop_q = 4", r"lighthouse\.top_q.*did you mean 'top_k'"),
         ("[lighthous]\ntop_k = 4", "lighthous.*did you mean 'lighthouse'"),
+        ("[lighthouse]\ndocument_mask = true", "did you mean 'training.document_mask'"),
+        ("steps = 3", "did you mean 'training.steps'"),
         ("[training]\nfoo = 1", r"training\.foo"),
         ('[lighthouse]\ntop_k = "many"', r"lighthouse\.top_k = 'many'"),
         ('[lighthouse]\nstage = "sparse"', r"lighthouse\.stage = 'sparse'"),

@@ -368,25 +368,30 @@ def _check_flags(config_cls: type, args: list[str]) -> None:
         if not FLAG.match(flag) or flag == "--help":
             continue
         key = flag[2:].replace("-", "_")
-        section, _, name = key.rpartition(".")
-        switch = key if key in keys else f"{section}.{name.removeprefix('no_')}"
+        switch = key if key in keys else key.replace(".no_", ".", 1)
         if keys.get(switch) is bool and (equals or not following.startswith("-")):
             given = value if equals else following
             raise UserValueError(
                 f"{flag} takes no value, got {given!r}; pass --{switch}, or "
-                f"--{section}.no-{switch.rpartition('.')[2]} for false"
+                f"--{'.no-'.join(switch.rsplit('.', 1))} for false"
             )
         if switch in keys and (switch == key or keys[switch] is bool):
             continue
-        raise UserValueError(f"unknown key '{flag}' on the command line; {_closest(key, keys)}")
+        hint = _in_another_section(switch, keys) or _closest(switch, keys)
+        raise UserValueError(f"unknown key '{flag}' on the command line; {hint}")
+
+
+def _in_another_section(key: str, keys: Iterable[str]) -> str:
+    """A hint at a key of the same name, in a similar section if one is; else an empty string."""
+    name = key.rpartition(".")[2]
+    namesakes = [each for each in keys if each.rpartition(".")[2] == name]
+    found = difflib.get_close_matches(key, namesakes, n=1, cutoff=0.8) or namesakes
+    return f"did you mean '{found[0]}'?" if found else ""
 
 
 def _closest(key: str, known: Iterable[str]) -> str:
-    """A hint for an unknown key: that of another section, the most similar, or those there are."""
+    """A hint for an unknown key: the most similar key, or those that there are."""
     known = list(known)
-    name = key.rpartition(".")[2]
-    if elsewhere := [each for each in known if each.rpartition(".")[2] == name]:
-        return f"did you mean '{elsewhere[0]}'?"
     if close := difflib.get_close_matches(key, known, n=1):
         return f"did you mean '{close[0]}'?"
     if len(known) > MOST_LISTED:
@@ -394,23 +399,32 @@ def _closest(key: str, known: Iterable[str]) -> str:
     return f"known keys: {', '.join(known)}."
 
 
-def check_toml(config_cls: type, values: dict[str, Any], section: str = "") -> None:
+def check_toml(
+    config_cls: type, values: dict[str, Any], section: str = "", whole: type | None = None
+) -> None:
     """Check that every key of a TOML table is a field of ``config_cls`` and has that field's type.
+
+    Args:
+        section: the section that the table is, whose class is ``config_cls``.
+        whole: the class of all sections, if this is one.
 
     Raises:
         ValueError: a key is unknown; the closest known one is suggested.
         TypeError: a value has another type than the key takes.
     """
     known = {f.name: f.type for f in fields(config_cls)}
+    whole = whole or config_cls
     for key, value in values.items():
         path = f"{section}.{key}" if section else key
         if key not in known:
-            raise UserValueError(f"unknown key '{path}' in the TOML file; {_closest(key, known)}")
+            keys = (leaf.key for leaf in leaves(whole()))
+            hint = _in_another_section(path, keys) or _closest(key, known)
+            raise UserValueError(f"unknown key '{path}' in the TOML file; {hint}")
         expected = known[key]
         if isinstance(expected, type) and is_dataclass(expected):
             if not isinstance(value, dict):
                 raise UserTypeError(f"'{path}' is a section: write [{path}] in the TOML file")
-            check_toml(expected, value, path)
+            check_toml(expected, value, path, whole)
             continue
         if fault := type_fault(value, expected):
             raise UserTypeError(f"{path} = {value!r} in the TOML file: {fault}")
