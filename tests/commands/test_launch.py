@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from launch import TRAINED, Run, arguments
 
 from torchtitan.models.llama3_lighthouse.metrics import LOSS, METRICS_FILE
@@ -34,12 +35,19 @@ def start(tmp_path: Path, processes: int, settings: dict, *options: str) -> subp
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_mistake_that_training_finds_ends_in_one_line(tmp_path: Path, processes: int) -> None:
-    """All processes find it, and one line is printed."""
-    settings = {"training.dataset": "c4_local", "training.dataset_path": tmp_path / "none"}
+    """All processes find it, and one line is printed. One said before that no GPU is there."""
+    settings = {
+        "training.dataset": "c4_local", "training.dataset_path": tmp_path / "none",
+        "training.seq_len": 2**18,
+    }  # fmt: skip
     process = start(tmp_path, processes, settings)
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert out == f"starting {processes} training process{'es' if processes > 1 else ''}\n"
+    started, *warned = out.splitlines()
+    assert started == f"starting {processes} training process{'es' if processes > 1 else ''}"
+    if not torch.cuda.is_available():
+        (warning,) = warned
+        assert "torch sees no GPU, and a CPU needs minutes or hours for a step" in warning
     (line,) = errors.splitlines()
     assert line.startswith("Error: training.dataset_path = '") and "is not a folder" in line
 

@@ -67,7 +67,7 @@ class LighthouseTrainer(upstream.Trainer):
         self._locks = lock_folders(job_config)
         log_to_file(job_config.job.dump_folder)
         if device_type == "cpu" and is_too_much_for_a_cpu(job_config):
-            # Text and model of a run that was meant for GPUs can take minutes to come.
+            # Loading the text and building the model can take minutes.
             logger.warning(
                 "torch sees no GPU, and a CPU needs minutes or hours for a step of this run; train "
                 "it on GPUs, or begin with train_configs/debug_cpu.toml"

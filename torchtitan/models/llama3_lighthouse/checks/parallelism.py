@@ -17,7 +17,7 @@ from ..job_config import JobConfig, Parallelism
 from ..model.model import LighthouseModelArgs
 from ..stages import distinct_stages, naming, stages_of
 
-# At 100 GFLOP/s, as of a laptop.
+# A laptop's processor does about 100 GFLOP/s.
 FLOPS_OF_A_CPU_MINUTE = 6e12
 
 
@@ -258,7 +258,7 @@ def check_world_size(section: Parallelism, world_size: int) -> None:
 
 
 def is_too_much_for_a_cpu(config: JobConfig) -> bool:
-    """Whether the weights' products of one sequence alone take a CPU a minute or more."""
+    """Whether the matrix products of one sequence with the weights take a CPU a minute or more."""
     args = model_arguments_of(config)
     weights = 12 * args.n_layers * args.dim**2
     return 6 * weights * config.training.seq_len > FLOPS_OF_A_CPU_MINUTE
