@@ -136,7 +136,9 @@ OTHERS = [
 @pytest.mark.parametrize("peak", [*PEAKS.values(), *OTHERS], ids=str)
 def test_measured_is_near_the_estimate(peak: Peak) -> None:
     text = (ROOT / "README.md").read_text()
-    ((less, more),) = re.findall(r"what was\s+measured is from (\d+)% less to (\d+)% more", text)
+    ((less, more),) = re.findall(
+        r"measured\s+memory\s+is\s+between\s+(\d+)%\s+below\s+them\s+and\s+(\d+)%\s+above", text
+    )
     assert -int(less) <= 100 * (peak.over_estimate - 1) <= int(more)
 
 
