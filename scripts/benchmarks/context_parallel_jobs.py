@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from context_parallel_layer import PER_GPU
-from measuring import method_of
+from measuring import PAPERS, method_of
 
 from torchtitan.models.llama3_lighthouse.metrics import (
     GRAD_NORM,
@@ -59,16 +59,6 @@ SMALL = {
 }
 
 
-def published(dense_layers: list[int]) -> Settings:
-    """Settings of the paper's method, with the model's first and last layers dense."""
-    return {
-        "lighthouse.window": 0,
-        "lighthouse.entry_score": "max",
-        "lighthouse.combine": "sum",
-        "lighthouse.dense_layers": dense_layers,
-    }
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the runs.
@@ -76,16 +66,22 @@ class Sizes:
     Attributes:
         per_gpu: tokens of each GPU in the parts that train 270M.
         top_k: ``lighthouse.top_k`` for so many tokens.
-        published: settings of the method as it was published, for the model of these parts.
+        dense_layers: layers of 270M that are dense in the method as it was published.
         small: settings of the parts that compare losses, in place of those in ``SMALL``.
         large: settings of the other parts, in place of those of their recipes.
     """
 
     per_gpu: int = PER_GPU
     top_k: int = 1536
-    published: Settings = field(default_factory=lambda: published([0, 1, 28, 29]))
+    dense_layers: tuple[int, ...] = (0, 1, 28, 29)
     small: Settings = field(default_factory=dict)
     large: Settings = field(default_factory=dict)
+
+    @property
+    def published(self) -> Settings:
+        """Settings of the method as it was published."""
+        settings = PAPERS | {"window": 0, "dense_layers": list(self.dense_layers)}
+        return {f"lighthouse.{key}": value for key, value in settings.items()}
 
     def of_small_runs(self, gpus: int) -> Settings:
         """Settings of the runs whose losses are compared, on as many as ``gpus`` GPUs."""
@@ -114,7 +110,7 @@ class Sizes:
 TINY = Sizes(
     per_gpu=512,
     top_k=32,
-    published=published([0, 5]),
+    dense_layers=(0, 5),
     small={
         "training.seq_len": 512,
         "training.mixed_precision_param": "float32",

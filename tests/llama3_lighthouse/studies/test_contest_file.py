@@ -63,6 +63,15 @@ def test_a_changed_base_is_refused_too(path, tmp_path) -> None:
         fix(read_contest(path), tmp_path / "out")
 
 
+def check_refusal(call, path, old: str, new: str, message: str) -> None:
+    """With ``new`` for ``old`` in the file, the contest ends in one line."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    _, line = call()
+    assert message in line and "\n" not in line
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -91,11 +100,7 @@ def test_a_changed_base_is_refused_too(path, tmp_path) -> None:
 def test_a_bad_start_ends_in_one_line(call, path, old: str, new: str, message: str) -> None:
     path.write_text(path.read_text().replace("[settings]", "[settings]\ntraining.max_norm = 1"))
     with_start(path)
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-    _, line = call()
-    assert message in line and "\n" not in line
+    check_refusal(call, path, old, new, message)
 
 
 def test_steps_beside_seconds_are_refused(call, path) -> None:
@@ -148,8 +153,4 @@ def test_steps_beside_seconds_are_refused(call, path) -> None:
     ],
 )
 def test_a_bad_contest_ends_in_one_line(call, path, old: str, new: str, message: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-    _, line = call()
-    assert message in line and "\n" not in line
+    check_refusal(call, path, old, new, message)

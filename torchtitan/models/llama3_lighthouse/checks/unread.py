@@ -10,6 +10,7 @@ from lighthouse.config import ATTENDS
 
 from ..checkpoints.model_folder import model_arguments_of, model_folder
 from ..job_config import JobConfig, leaves
+from ..model.model import selecting_config
 from ..model.rope_scaling import LENGTH
 from ..stages import distinct_stages, named, stages_of
 from .parallelism import precision_key, running_window
@@ -162,9 +163,8 @@ def _window(config: JobConfig, world_size: int) -> list[str]:
             f"{config.training.seq_len:,} positions: this is dense attention, at its cost; use a "
             "few hundred positions"
         )
-    section = config.lighthouse
-    span = section.pooling_factor ** (section.levels - 1)
-    if config.training.document_mask and section.attention == "lighthouse" and window < span:
+    method = selecting_config(config.lighthouse)
+    if config.training.document_mask and method and window < (span := method.coarsest_span):
         found.append(
             f"lighthouse.window = {window} with training.document_mask is less than "
             f"pooling_factor^(levels - 1) = {span}: the first positions of a document see those "
