@@ -106,3 +106,47 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
     first = curves[curves.step == 1].set_index("arm").validation
     assert f"`lighthouse` in seed 2 is {first['lighthouse']:.3f}" in page
     assert f"that of `lighthouse_half` {first['lighthouse_half']:.3f}" in page
+
+
+def test_page_of_the_headline_is_its_record() -> None:
+    results, page = results_of("headline_270m_98k"), words(DOCS / "studies/headline.md")
+    runs = results.runs.set_index("arm")
+    folder = DOCS / "studies/results/contest_headline_270m_98k"
+    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])["GPU seconds"]
+    rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 7, page)
+    assert {arm for arm, *_ in rows} == set(runs.index) and len(rows) == 2
+    for arm, trained, tokens, loss, returned, gain, seconds, dense in rows:
+        steps = json.loads(runs.loc[arm, "steps by kind"])
+        assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
+        kind, number = list(steps.items())[-1]
+        assert kind.endswith("dense") and dense == f"{times[arm, kind] * number:,.0f}"
+        assert tokens == f"{runs.loc[arm, 'tokens'] / 1e6:.1f}M"
+        assert seconds == f"{runs.loc[arm, 'GPU seconds']:,.0f}"
+        measures = ("loss", "repeated/65536/loss", "repeated/65536")
+        values = [round(results.value(arm, 1, measure), 3) for measure in measures]
+        assert [float(loss), float(returned), float(gain)] == values
+    found = pandas.read_csv(folder / "comparisons.csv")
+    found = found[found.arm == "short_to_lighthouse"].set_index("measure")
+    row = found.loc["loss"]
+    interval = between(row["bootstrap, low"], row["bootstrap, high"])
+    assert f"{-row.difference:.3f} nats {interval} below dense training" in page
+    assert f"{-found.loc['validation, equal time'].difference:.3f} nats lower" in page
+    assert runs.tokens["short_to_lighthouse"] / runs.tokens["dense"] > 4
+    # The loss over time.
+    curves = pandas.read_csv(folder / "curves.csv").set_index(["arm", "step"]).validation
+    fast, last = curves["short_to_lighthouse"], curves["dense"].iloc[-1]
+    after = (fast < last).idxmax()
+    before, second = fast.loc[:after].index[-2], times["short_to_lighthouse", "1 dense"]
+    step = before + (after - before) * (fast[before] - last) / (fast[before] - fast[after])
+    assert f"{last:.3f}, takes the other arm some {round(step * second, -1):.0f} seconds" in page
+    assert f"It is {fast[600]:.3f} before Lighthouse" in page
+    assert f"{fast[920]:.3f} after {920 - 624} of its steps, and {fast[1040]:.3f}" in page
+    assert 455 < 624 * second < 470
+    # Neither copies, uses distance or finds what the other does not.
+    for arm in runs.index:
+        distances = results.contest.distance.distances
+        assert max(abs(results.value(arm, 1, f"repeated/{n}")) for n in distances) < 0.001
+        assert results.value(arm, 1, "beyond/8192") < 0.0035
+    retrieval = [name for name in results.measures if name.startswith("retrieval/")]
+    shares = [[results.value(arm, 1, name) for name in retrieval] for arm in runs.index]
+    assert shares[0] == shares[1] and (min(shares[0]), max(shares[0])) == (0, 0.15)
