@@ -34,7 +34,7 @@ from .merge_over_ranks import (
 )
 from .reach import seam_rows
 from .scatter import scatter_back
-from .selection import Selection, select_by_kernels, select_entries
+from .selection import DocumentSelection, Selection, select_by_kernels, select_entries
 
 
 def lighthouse_attention(
@@ -80,7 +80,8 @@ def lighthouse_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
             ``documents`` are no layout, or come with ``sdpa``, or with context parallelism and no
-            window, or on CPUs with a selection for other documents.
+            window, or on CPUs with a selection for other documents; or are left out where
+            ``select`` was given them.
         RuntimeError: a transform of ``torch.func`` runs, such as grad.
     """
     check_transforms()
@@ -97,6 +98,11 @@ def lighthouse_attention(
             own = documents_of_chunks(documents, context_parallel).own
     check_halo(config.window, geometry.sequence_length * chunks, chunks)
     if selection is not None:
+        if isinstance(selection, DocumentSelection) and own is None:
+            raise ValueError(
+                "selection was made for documents, and documents are left out, so that they would "
+                "see each other; give them to this call too, or select without them"
+            )
         selection = Selection(*checked_selection(selection, k, geometry))
         if own is not None:
             check_selected(selection.index, own, geometry)

@@ -36,6 +36,10 @@ class Selection(NamedTuple):
     slot: torch.Tensor
 
 
+class DocumentSelection(Selection):
+    """A selection in which documents shared the picks, for calls that are given them too."""
+
+
 def select(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -60,7 +64,8 @@ def select(
 
     Returns:
         The selection. Under context parallelism there is one for each chunk on this rank, with
-        indices into the chunk's own pyramid: index [B M, Hkv, S] and slot [B M, Hkv, P].
+        indices into the chunk's own pyramid: index [B M, Hkv, S] and slot [B M, Hkv, P]. One that
+        was made for documents is refused where they are left out.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit one another or the config; or
@@ -75,8 +80,10 @@ def select(
             documents = documents_of_chunks(documents, context_parallel).own
     if choose_implementation(impl, q) == "triton":
         a, b = kernels.score(q, k, v, geometry, documents)
-        return select_by_kernels(a, b, geometry, documents)
-    return select_entries(q, k, v, geometry, documents)
+        selection = select_by_kernels(a, b, geometry, documents)
+    else:
+        selection = select_entries(q, k, v, geometry, documents)
+    return selection if documents is None else DocumentSelection(*selection)
 
 
 def select_by_kernels(

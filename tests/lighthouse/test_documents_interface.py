@@ -189,6 +189,34 @@ def test_messages() -> None:
         first_positions([[0, 1]])
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_selection_for_documents_that_are_left_out_is_refused(impl: str) -> None:
+    config = LighthouseConfig(3, 2, 8, picks_per_stratum=4, window=3)
+    case = dict(n=64, batch=2, heads=4, kv_heads=2, tied=False, seed=3)
+    inputs = random_inputs(case, torch.float32)
+    documents = random_layout(2, 64, 4, torch.Generator().manual_seed(5))
+
+    def attend(
+        *rows: torch.Tensor, given: torch.Tensor | None, used: torch.Tensor | None
+    ) -> torch.Tensor:
+        selection = select(*rows, config, documents=given, impl=impl)
+        return lighthouse_attention(*rows, config, selection=selection, documents=used, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    assert torch.equal(
+        compiled(*inputs, given=documents, used=documents),
+        lighthouse_attention(*inputs, config, documents=documents, impl=impl),
+    )
+    assert torch.equal(
+        compiled(*inputs, given=None, used=None), lighthouse_attention(*inputs, config, impl=impl)
+    )
+    with pytest.raises(ValueError, match="selection was made for documents, and documents are"):
+        attend(*inputs, given=documents, used=None)
+    with pytest.raises(Exception, match="selection was made for documents"):
+        compiled(*inputs, given=documents, used=None)
+
+
 def test_a_selection_for_other_documents_is_refused() -> None:
     """With it, documents would see each other."""
     config = LighthouseConfig(3, 2, 8, picks_per_stratum=4, window=3)
