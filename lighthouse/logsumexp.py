@@ -18,7 +18,7 @@ SMALLEST_SHARE_OF_OTHERS = 2.0**-20
 
 
 def fold_lse_gradient(
-    dout: torch.Tensor, dlse: torch.Tensor, out: torch.Tensor
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows dout' and out', such that rowsum(dout' out') = rowsum(dout' out) - dlse.
 
@@ -28,8 +28,10 @@ def fold_lse_gradient(
 
     Args:
         dout, out: [B, Hq, N, D].
-        dlse: [B, Hq, N].
+        dlse: [B, Hq, N], or None where the logsumexp has no gradient; both rows are then as given.
     """
+    if dlse is None:
+        return dout, out
     dtype, sums = dout.dtype, accumulation_dtype(dout.dtype)
     dlse = dlse.to(sums).unsqueeze(-1)
     rows = dout.to(sums)

@@ -416,7 +416,7 @@ class Intervals(NamedTuple):
         return Intervals(first, torch.searchsorted(self.first, key, right=True, out_int32=True))
 
     def tensors(self, device: torch.device) -> "Intervals":
-        """These; as ``Windows.tensors``."""
+        """These, which are written already."""
         return self
 
 
@@ -429,7 +429,6 @@ class Windows(NamedTuple):
     Attributes:
         batch: sequences of each side.
         own, other: rows of a sequence, and of the other side's.
-        documents: the first row of the other side's sequence that each row may meet, [B, N].
     """
 
     batch: int
@@ -437,19 +436,20 @@ class Windows(NamedTuple):
     other: int
     low: int
     high: int
-    documents: torch.Tensor | None = None
 
-    def of_keys(self, keys: int) -> "Intervals | Windows":
+    def of_keys(self, keys: int) -> "Windows":
         """As ``Intervals.of_keys``."""
-        if self.documents is not None:
-            return self.tensors(self.documents.device).of_keys(keys)
         return Windows(self.batch, self.other, self.own, 1 - self.high, 1 - self.low)
 
-    def tensors(self, device: torch.device) -> Intervals:
-        """The same, written by one kernel."""
+    def tensors(self, device: torch.device, documents: torch.Tensor | None = None) -> Intervals:
+        """The same, written by one kernel.
+
+        Args:
+            documents: the first row of the other side's sequence that each row may meet, [B, N].
+        """
         rows = self.batch * self.own
         first, end = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
-        documents = None if self.documents is None else self.documents.contiguous()
+        documents = None if documents is None else documents.contiguous()
         _write_windows[(triton.cdiv(rows, WRITTEN),)](
             first, end, documents, self.low, self.high, self.own, self.other, rows,
             BLOCK=WRITTEN, num_warps=4,

@@ -12,7 +12,7 @@ import torch
 from ..cudnn import cudnn_backward, cudnn_forward, takes_cudnn
 from ..logsumexp import fold_lse_gradient
 from ..memory_layout import sequence_first
-from .interval_attention import Before, Windows, interval_backward, interval_forward
+from .interval_attention import Before, Intervals, Windows, interval_backward, interval_forward
 from .launch import define
 
 
@@ -21,7 +21,7 @@ def keys_seen(
     k: torch.Tensor,
     window: int,
     documents: torch.Tensor | None = None,
-) -> Windows:
+) -> Intervals | Windows:
     """The keys that each query sees, in the joined rows of a batch.
 
     Args:
@@ -31,7 +31,8 @@ def keys_seen(
     """
     queries, keys = q.shape[2], k.shape[2]
     place = keys - queries + 1
-    return Windows(len(q), queries, keys, place - window, place, documents)
+    windows = Windows(len(q), queries, keys, place - window, place)
+    return windows if documents is None else windows.tensors(q.device, documents)
 
 
 def _of_dense(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> Windows:
@@ -176,8 +177,7 @@ def window_backward(
     Args:
         documents: as in ``launch_forward``.
     """
-    if dlse is not None:
-        dout, out = fold_lse_gradient(dout, dlse, out)
+    dout, out = fold_lse_gradient(dout, dlse, out)
     rows = dout, q, k, v, out, lse
     operation = torch.ops.lighthouse.window_by_kernel_backward
     return operation(*rows, window, scale, documents)
@@ -216,7 +216,6 @@ def halo_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k and v, and of the keys and values before each sequence."""
     with torch.cuda.device_of(q):
-        if dlse is not None:
-            dout, out = fold_lse_gradient(dout, dlse, out)
+        dout, out = fold_lse_gradient(dout, dlse, out)
         seen = keys_seen(q, k, window, documents)
         return interval_backward(dout, q, k, v, out, lse, seen, scale, window, before)

@@ -161,7 +161,7 @@ def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
             interval_attention.interval_backward(q, q, k, k, q, lse, *more)
     for dtype in (None, torch.int32, torch.int64):
         layout = None if dtype is None else ends.to(dtype)[0].view(batch, length)
-        interval_attention.Windows(batch, length, length, -511, 1, layout).tensors(q.device)
+        interval_attention.Windows(batch, length, length, -511, 1).tensors(q.device, layout)
     Compiler.shared_memory = SHARED_MEMORY
 
 

@@ -63,8 +63,7 @@ def _backward(
     scale: float,
     documents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if dlse is not None:
-        dout, out = fold_lse_gradient(dout, dlse, out)
+    dout, out = fold_lse_gradient(dout, dlse, out)
     rows = dout, q, k, v, out, lse
     return torch.ops.lighthouse_ring.attention_backward(*rows, scale, *ring, documents)
 
