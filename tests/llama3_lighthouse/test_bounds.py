@@ -316,6 +316,7 @@ def test_settings_without_effect_are_warned_of(config: JobConfig, settings, warn
                 (["--training.document_mask", "false", "--training.steps", "3"], "false"),
                 (["--training.document-mask=true"], "true"),
                 (["--training.no-document_mask", "yes"], "yes"),
+                (["--training.document_mask", "-3"], "-3"),
             ]
         ),
         (

@@ -369,7 +369,8 @@ def _check_flags(config_cls: type, args: list[str]) -> None:
             continue
         key = flag[2:].replace("-", "_")
         switch = key if key in keys else key.replace(".no_", ".", 1)
-        if keys.get(switch) is bool and (equals or not following.startswith("-")):
+        # A negative number begins as an option of one letter does, of which there is -h alone.
+        if keys.get(switch) is bool and (equals or not following.startswith(("--", "-h"))):
             given = value if equals else following
             raise UserValueError(
                 f"{flag} takes no value, got {given!r}; pass --{switch}, or "
