@@ -202,6 +202,10 @@ def test_dry_run_counts_what_is_there(tied: Path, tmp_path: Path) -> None:
     assert flavors["debugmodel"].dim == 256
     # No GPU is needed to learn what two ranks would hold.
     assert f"{whole // 2:,}" in dry_run(configured(tied), 2)
+    # Tensor parallelism copies the seven norms, and leaves one embedding, which FSDP gathers once.
+    norms = 7 * 48
+    divided = configured(tied, parallelism__tensor_parallel_degree=2)
+    assert f"{(whole + norms) // 2:,} parameters" in dry_run(divided, 2)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def parallelize_lighthouse(
 
     def divide(model: LighthouseTransformer, *arguments: Any, **options: Any) -> None:
         apply_tp(model, *arguments, **options)
-        # Tensor parallelism has made a sharded parameter of each use, both over the vocabulary.
+        # Tensor parallelism has made a sharded parameter of each use, both over the vocabulary. If
+        # init_weights alone tied them, a dry run would count both, and FSDP would send both.
         if model.model_args.tied:
             model.tie()
         if plan := model.model_args.attention_class.tensor_parallel_plan():
