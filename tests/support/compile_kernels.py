@@ -33,8 +33,8 @@ SHARED_MEMORY = 99 * 1024
 HOPPER, SHARED_MEMORY_OF_HOPPER = 90, 227 * 1024
 # Lines of a kernel's text before optimisation. Several thousand take minutes to compile.
 MOST_LINES = 4000
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
-            torch.int64: "*i64", torch.bool: "*i1"}  # fmt: skip
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+            torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}  # fmt: skip
 # L, p, N, B, Hq, Hkv, D, picks per stratum, strata, dtype.
 CASES = [
     (3, 4, 98304, 1, 8, 8, 128, 128, 12, torch.bfloat16),
@@ -42,6 +42,7 @@ CASES = [
     (4, 4, 2**22, 1, 32, 8, 256, 128, 3, torch.bfloat16),
     # One of everything: one program selects, and it has one coarsest entry.
     (3, 2, 4, 1, 1, 1, 16, 2, 1, torch.bfloat16),
+    (2, 2, 8192, 1, 4, 2, 64, 16, 4, torch.float16),
 ]
 
 
@@ -149,7 +150,7 @@ def launch_interval_attention(q: torch.Tensor, k: torch.Tensor) -> None:
     halo = k[:, :, -511:]
     keys_before = interval_attention.Before(halo, halo, shown)
     tables = [interval_attention.launches(q, length)]
-    if q.dtype == torch.bfloat16 and interval_attention._attend.target.arch == HOPPER:
+    if q.dtype != torch.float32 and interval_attention._attend.target.arch == HOPPER:
         for table in (interval_attention.LARGE, interval_attention.SHORT):
             tables.append(next(x for largest, x in table.items() if d <= largest))
     for number, table in enumerate(tables):
