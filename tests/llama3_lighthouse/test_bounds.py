@@ -10,10 +10,7 @@ from launch import SMALL, arguments
 
 from torchtitan.models.llama3_lighthouse.checks.bounds import BOUNDS, check_bounds
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config, check_launch
-from torchtitan.models.llama3_lighthouse.checks.parallelism import (
-    check_device,
-    is_too_much_for_a_cpu,
-)
+from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
 from torchtitan.models.llama3_lighthouse.checks.unread import A_STAGE, READ_WHEN, warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserTypeError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import (
@@ -23,6 +20,7 @@ from torchtitan.models.llama3_lighthouse.job_config import (
     leaves,
 )
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
+from torchtitan.models.llama3_lighthouse.run_stages import is_too_much_for_a_cpu
 from torchtitan.models.llama3_lighthouse.studies.settings import with_settings
 from torchtitan.models.llama3_lighthouse.train import LighthouseTrainer
 
@@ -224,9 +222,16 @@ def test_what_needs_a_gpu_is_refused_without_one(config: JobConfig, key: str) ->
 
 def test_runs_for_gpus_are_told_from_those_for_a_cpu(config: JobConfig) -> None:
     assert not is_too_much_for_a_cpu(config)
-    assert not is_too_much_for_a_cpu(with_settings(config, {"training.seq_len": 65536}))
-    large = {"model.flavor": "270M", "training.seq_len": 98304}
-    assert is_too_much_for_a_cpu(with_settings(config, large))
+    # Both stages of such a length attend for a minute in their dense layers.
+    assert is_too_much_for_a_cpu(with_settings(config, {"training.seq_len": 65536}))
+    assert is_too_much_for_a_cpu(with_settings(config, {"training.global_batch_size": 4096}))
+    # All stages count, each with its length.
+    short = "dense until=2 seq_len=512 local_batch_size=1"
+    schedule = {"training.seq_len": 65536, "training.steps": 2, "lighthouse.schedule": [short],
+                "lighthouse.dense_from_step": 10000}  # fmt: skip
+    assert not is_too_much_for_a_cpu(with_settings(config, schedule))
+    schedule |= {"training.steps": 3, "lighthouse.schedule": [short, "dense"]}
+    assert is_too_much_for_a_cpu(with_settings(config, schedule))
 
 
 def test_sequences_that_no_memory_holds_are_refused_on_a_cpu(config: JobConfig) -> None:

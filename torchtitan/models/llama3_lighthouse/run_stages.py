@@ -6,10 +6,15 @@ from functools import cached_property
 
 import torch
 
+from .checkpoints.model_folder import model_arguments_of
+from .data.packing import global_batch_size
 from .job_config import JobConfig
 from .metrics import TimeLeft
 from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .stages import ATTENTIONS, Stage, attention_at, stage_at, stages_of
+
+# A laptop's processor does about 100 GFLOP/s.
+FLOPS_OF_A_CPU_MINUTE = 6e12
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,12 @@ class RunStages:
             tokens = training.local_batch_size * training.seq_len
             flops |= {f"{each.number} {name}": tokens * x for name, x in each.flops.items()}
         return TimeLeft([self.kind_of(step) for step in steps], flops)
+
+
+def is_too_much_for_a_cpu(config: JobConfig) -> bool:
+    """Whether a step of any stage takes a CPU a minute or more."""
+    for each in RunStages(config, model_arguments_of(config)).all:
+        tokens = global_batch_size(each.stage.config, 1) * each.stage.seq_len
+        if tokens * each.flops[each.stage.attention] > FLOPS_OF_A_CPU_MINUTE:
+            return True
+    return False

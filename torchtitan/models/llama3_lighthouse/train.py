@@ -22,7 +22,7 @@ from . import train_spec  # noqa: F401
 from .checkpoints.manager import LighthouseCheckpointManager
 from .checkpoints.model_folder import files_to_keep, model_arguments_of
 from .checks.configuration import check_launch
-from .checks.parallelism import check_device, is_too_much_for_a_cpu
+from .checks.parallelism import check_device
 from .checks.text import check_vocabulary
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
@@ -40,7 +40,7 @@ from .model.architecture import architecture
 from .model.flavors import flavors
 from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .processes import lock_folders
-from .run_stages import RunStages
+from .run_stages import RunStages, is_too_much_for_a_cpu
 from .selection_statistics import Selected, selection_statistics, selections
 from .stopping import StopRequest, ends_as_the_launcher_expects, stopped
 from .verdict import Verdicts, skips_non_finite_steps

@@ -17,9 +17,6 @@ from ..job_config import JobConfig, Parallelism
 from ..model.model import LighthouseModelArgs
 from ..stages import distinct_stages, naming, stages_of
 
-# A laptop's processor does about 100 GFLOP/s.
-FLOPS_OF_A_CPU_MINUTE = 6e12
-
 
 def check_parallelism(config: JobConfig, args: LighthouseModelArgs) -> None:
     """Check that the degrees go with one another, with the model and with what the run is to do.
@@ -255,13 +252,6 @@ def check_world_size(section: Parallelism, world_size: int) -> None:
         f"has {world_size}; set --processes or NGPU, times the machines, to as many, or change a "
         "degree"
     )
-
-
-def is_too_much_for_a_cpu(config: JobConfig) -> bool:
-    """Whether the matrix products of one sequence with the weights take a CPU a minute or more."""
-    args = model_arguments_of(config)
-    weights = 12 * args.n_layers * args.dim**2
-    return 6 * weights * config.training.seq_len > FLOPS_OF_A_CPU_MINUTE
 
 
 def check_device(config: JobConfig, device_type: str) -> None:
