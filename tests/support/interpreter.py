@@ -3,8 +3,9 @@
 The interpreter puts its own versions of the language's functions in place when a kernel starts, and
 again each time a kernel calls another function. Once a kernel is enough for each set of modules.
 
-It also describes the type and the shape of every value anew, although few differ, and computes
-whether integers overflow for an assertion that it makes only when it debugs.
+It also describes the type and the shape of every value anew, although few differ, converts operands
+that agree, repeats each constant for each block, and computes whether integers overflow for an
+assertion that it makes only when it debugs.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ def speed_up_interpreter() -> None:
     prepare_language_once(interpreter)
     describe_types_once(interpreter)
     describe_shapes_once()
+    combine_agreeing_operands_at_once()
     options = interpreter.interpreter_builder.options
     # Without ``debug``, nothing reads whether integers overflowed.
     if not options.debug:
@@ -76,8 +78,11 @@ def describe_types_once(interpreter: ModuleType) -> None:
     from triton.language import core
 
     numpy_type, describe = interpreter._get_np_dtype, core.block_type.__init__
+    translate = core.block_type.to_ir
     numpy_types: dict[str, Any] = {}
-    blocks: dict[tuple[str, str], dict[str, Any]] = {}
+    blocks: dict[tuple[Any, str], dict[str, Any]] = {}
+    # Texts of the shapes that ``blocks`` keeps, by identity.
+    texts: dict[int, str] = {}
 
     @functools.wraps(numpy_type)
     def remembered_numpy_type(each: Any) -> Any:
@@ -92,18 +97,29 @@ def describe_types_once(interpreter: ModuleType) -> None:
 
     @functools.wraps(describe)
     def describe_once(self: Any, element_ty: Any, shape: Any) -> None:
-        if type(element_ty) is not core.dtype:
+        if type(element_ty) is core.dtype:
+            element = element_ty.name
+        elif type(element_ty) is core.pointer_type:
+            element = element_ty.name, element_ty.address_space
+        else:
             describe(self, element_ty, shape)
             return
         # The text tells 2.0 from 2: only one of them is a length.
-        key = element_ty.name, repr(list(shape))
+        key = element, texts.get(id(shape)) or repr(list(shape))
         if key not in blocks:
             describe(self, element_ty, shape)
             blocks[key] = dict(vars(self))
+            texts[id(self.shape)] = key[1]
         vars(self).update(blocks[key])
+
+    @functools.wraps(translate)
+    def unchanged(self: Any, builder: Any) -> Any:
+        # The interpreter's types are the language's own.
+        return self
 
     interpreter._get_np_dtype = remembered_numpy_type
     core.block_type.__init__ = describe_once
+    core.block_type.to_ir = unchanged
 
 
 def describe_shapes_once() -> None:
@@ -124,3 +140,38 @@ def describe_shapes_once() -> None:
         self.numel, self.shape = shapes[lengths]
 
     core.tensor.__init__ = describe_once
+
+
+def combine_agreeing_operands_at_once() -> None:
+    """Convert neither operand when types agree, and a constant once for all blocks of a shape.
+
+    Values of one shape share what describes it, so that identity tells whether shapes agree.
+    """
+    from triton.language import core, semantic
+
+    combine = semantic.TritonSemantic.binary_op_type_checking_impl
+    spread = semantic.TritonSemantic.broadcast_impl_value
+    constants: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(spread)
+    def spread_if_needed(self: Any, left: Any, right: Any) -> tuple[Any, Any]:
+        return (left, right) if left.shape is right.shape else spread(self, left, right)
+
+    @functools.wraps(combine)
+    def combine_at_once(self: Any, left: Any, right: Any, *options: bool) -> tuple[Any, Any]:
+        # Two options let an operand be a pointer; only divisions have more, and convert both.
+        if type(left) is core.tensor and type(left.dtype) is core.dtype:
+            if type(right) is core.tensor and left.dtype is right.dtype and len(options) < 3:
+                return spread_if_needed(self, left, right)
+            if type(right) in (int, float):
+                key = left.dtype.name, id(left.shape), type(right), right, options
+                if key not in constants:
+                    converted, constant = combine(self, left, right, *options)
+                    if converted is not left:
+                        return converted, constant
+                    constants[key] = constant
+                return left, constants[key]
+        return combine(self, left, right, *options)
+
+    semantic.TritonSemantic.binary_op_type_checking_impl = combine_at_once
+    semantic.TritonSemantic.broadcast_impl_value = spread_if_needed
