@@ -10,7 +10,7 @@ from types import FrameType
 import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from torchtitan.models.llama3_lighthouse.stopping import SECONDS_OF_ONE_SIGNAL, SIGNALS
+from .protocol import SECONDS_OF_ONE_SIGNAL, SIGNALS
 
 
 class Grace:

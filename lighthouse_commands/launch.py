@@ -13,6 +13,7 @@ from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING, NoReturn
 
 from .arguments import CommandError
+from .protocol import LAUNCHER, STOPPED, USERS_MISTAKE
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -158,8 +159,6 @@ def run_torchrun(line: list[str], environment: dict[str, str], grace: int) -> No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    from torchtitan.models.llama3_lighthouse.errors import LAUNCHER
-
     from .grace import Grace
 
     os.environ.clear()
@@ -194,9 +193,6 @@ def end_of(error: "ChildFailedError", watch: "Grace", held_back: MemoryHandler) 
         CommandError: one of them found a user's mistake, whose message this is.
         SystemExit: a signal stopped them, or one of them crashed.
     """
-    from torchtitan.models.llama3_lighthouse.errors import USERS_MISTAKE
-    from torchtitan.models.llama3_lighthouse.stopping import STOPPED
-
     # Other processes may have failed since, because the first one was gone.
     first = error.get_first_failure()[1]
     reports = {

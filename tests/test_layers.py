@@ -11,7 +11,7 @@ OVERLAY = "torchtitan.models.llama3_lighthouse"
 PACKAGES = ["lighthouse", OVERLAY, "lighthouse_commands"]
 # The lowest layer comes first. Modules and packages of one layer may import one another.
 LAYERS = [
-    ["lighthouse"],
+    ["lighthouse", "lighthouse_commands.protocol"],
     [
         f"{OVERLAY}.{name}"
         for name in (
@@ -129,6 +129,12 @@ def test_the_method_needs_torch_and_triton_alone() -> None:
         if target.split(".")[0] not in allowed | ({"transformers"} if module == adapter else set())
     ]
     assert not foreign, f"the light install has torch and Triton alone: {foreign}"
+
+
+def test_the_launcher_needs_no_trainer() -> None:
+    """Importing it would take seconds in a process that does not train."""
+    for module in ("lighthouse_commands.launch", "lighthouse_commands.grace"):
+        assert not [target for target in imported(module) if target.startswith("torchtitan")]
 
 
 def test_the_oracle_and_the_kernels_are_independent() -> None:

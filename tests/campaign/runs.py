@@ -192,7 +192,7 @@ class Launch:
         return self._end(first, hung)
 
     def _end(self, code: int, hung: bool) -> End:
-        from torchtitan.models.llama3_lighthouse.errors import USERS_MISTAKE
+        from lighthouse_commands.protocol import USERS_MISTAKE
 
         message, crash = "", ""
         for file in sorted(self.folder.glob("error-*.json")):
@@ -257,7 +257,8 @@ def _rank(
     import torch
     import torchtitan.train as upstream
 
-    from torchtitan.models.llama3_lighthouse import errors, train
+    from lighthouse_commands.protocol import LAUNCHER
+    from torchtitan.models.llama3_lighthouse import train
 
     if rank == 0:
         _join_group(0, 0)
@@ -267,14 +268,13 @@ def _rank(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     faulthandler.enable()
-    launcher_key = getattr(errors, "LAUNCHER", "LIGHTHOUSE_LAUNCHER")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["OMP_NUM_THREADS"] = "1"
     environment = {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), launcher_key: str(os.getppid()),
+        "MASTER_PORT": str(port), LAUNCHER: str(os.getppid()),
         "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{rank}.json"),
     }  # fmt: skip
     os.environ.update({} if launcher else environment)

@@ -1,10 +1,5 @@
 """Errors that a user can mend; commands print the message without a traceback."""
 
-# A training process marks its report to the launcher with this key if a user can mend the error.
-USERS_MISTAKE = "users_mistake"
-# This environment variable holds the launcher's process id. The launcher prints the report.
-LAUNCHER = "LIGHTHOUSE_LAUNCHER"
-
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the rule, what was given and the fix."""

@@ -12,16 +12,19 @@ from types import FrameType
 
 from torchtitan.tools.logging import logger
 
-from .errors import LAUNCHER, USERS_MISTAKE, UserError
+from lighthouse_commands.protocol import (
+    LAUNCHER,
+    SECONDS_OF_ONE_SIGNAL,
+    SIGNALS,
+    STOPPED,
+    USERS_MISTAKE,
+)
+
+from .errors import UserError
 from .processes import die_with_parent
 
 # This code tells a scheduler to run the same command again: nothing is lost.
 EXIT_SAVED = os.EX_TEMPFAIL
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Launcher, scheduler and terminal may each pass on one signal. Those within a second are one.
-SECONDS_OF_ONE_SIGNAL = 1.0
-# A training process marks its report to the launcher with this key if a signal stopped it.
-STOPPED = "stopped"
 # The launcher looks after its processes ten times a second.
 SECONDS_FOR_THE_LAUNCHER = 3.0
 

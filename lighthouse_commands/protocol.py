@@ -1,0 +1,16 @@
+"""Names, signals and times that the launcher and its training processes agree on.
+
+Both import them from here, because importing the trainer would take the launcher seconds.
+"""
+
+import signal
+
+# This environment variable holds the launcher's process id. The launcher prints the report.
+LAUNCHER = "LIGHTHOUSE_LAUNCHER"
+# A training process marks its report to the launcher with this key if a user can mend the error.
+USERS_MISTAKE = "users_mistake"
+# It marks the report with this key if a signal stopped it.
+STOPPED = "stopped"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Launcher, scheduler and terminal may each pass on one signal. Those within a second are one.
+SECONDS_OF_ONE_SIGNAL = 1.0
