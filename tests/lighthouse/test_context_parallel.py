@@ -94,17 +94,18 @@ def check(rank, world_size, balanced, levels, heads, impl, **options) -> None:
 
 
 EQUAL, SHARED = (2, 2, 2), (4, 2, 2)
+PAPER = {"entry_score": "max", "combine": "sum"}
 FIRST = {"entry_score": "first", "combine": "finest"}
-ALL = list(itertools.product((True, False), (2, 3, 4), (EQUAL, SHARED), ({}, FIRST)))
+ALL = list(itertools.product((True, False), (2, 3, 4), (EQUAL, SHARED), (PAPER, FIRST)))
 RANDOM = (True, 3, SHARED, {"scorer": "random"})
 # Any two values stand together in one of these.
 EVERY_PAIR = [
-    (True, 2, EQUAL, {}),
+    (True, 2, EQUAL, PAPER),
     (False, 2, SHARED, FIRST),
     (True, 3, SHARED, FIRST),
-    (False, 3, EQUAL, {}),
+    (False, 3, EQUAL, PAPER),
     (True, 4, EQUAL, FIRST),
-    (False, 4, SHARED, {}),
+    (False, 4, SHARED, PAPER),
 ]
 
 
@@ -129,7 +130,7 @@ def test_ranks_together_give_what_one_device_gives(world_size: int, free_port: i
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-@pytest.mark.parametrize("options", [{}, FIRST, {"scorer": "random"}], ids=str)
+@pytest.mark.parametrize("options", [PAPER, FIRST, {"scorer": "random"}], ids=str)
 def test_one_rank_costs_nothing(balanced: bool, options: dict) -> None:
     """One rank runs the same operations in the same order, hence gives the same bits."""
     config = LighthouseConfig(3, 2, 16, picks_per_stratum=4, **options)
