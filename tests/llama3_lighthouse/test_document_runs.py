@@ -140,12 +140,19 @@ def one_process(text: Path, tmp_path_factory) -> Run:
     [
         {"parallelism.data_parallel_shard_degree": 2},
         {"parallelism.tensor_parallel_degree": 2, "lighthouse.document_positions": "restart"},
-        {"parallelism.context_parallel_degree": 2},
         {
             "parallelism.context_parallel_degree": 2, "lighthouse.document_positions": "restart",
-            "parallelism.context_parallel_load_balancer": "None",
             "activation_checkpoint.mode": "lighthouse",
         },
+        # ``test_document_chunks.py`` has attention over chunks in order, ``test_parallelism.py``
+        # training on them.
+        pytest.param(
+            {
+                "parallelism.context_parallel_degree": 2,
+                "parallelism.context_parallel_load_balancer": "None",
+            },
+            marks=pytest.mark.slow,
+        ),
         {
             "parallelism.pipeline_parallel_degree": 2, "training.local_batch_size": 2,
             "validation.local_batch_size": 2, "lighthouse.document_positions": "restart",
