@@ -96,3 +96,17 @@ def test_shapes_that_no_block_has_are_refused_each_time(
     for _ in range(2):
         with pytest.raises(error, match=message):
             core.block_type(core.float32, lengths)
+
+
+def test_a_number_takes_the_type_and_the_shape_of_the_block_beside_it() -> None:
+    core, semantic = interpreter.tl.core, interpreter.interpreter_semantic
+    divided = False, False, True, True
+    for _ in range(2):
+        for kind, length in ((core.int32, 4), (core.int64, 4), (core.float16, 4), (core.int32, 8)):
+            block = semantic.full([length], 1, kind)
+            left, right = semantic.binary_op_type_checking_impl(block, 2)
+            assert left is block and right.type == block.type
+            assert right.handle.data.tolist() == [2] * length
+            both = semantic.binary_op_type_checking_impl(block, 2, *divided)
+            expected = core.float32 if kind is core.float16 else kind
+            assert [each.dtype for each in both] == [expected] * 2
