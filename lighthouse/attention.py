@@ -100,8 +100,8 @@ def lighthouse_attention(
     if selection is not None:
         if isinstance(selection, DocumentSelection) and own is None:
             raise ValueError(
-                "selection was made for documents, and documents are left out, so that they would "
-                "see each other; give them to this call too, or select without them"
+                "selection was made for documents, and documents are left out; they would then see "
+                "each other. Give them to this call too, or select without them"
             )
         selection = Selection(*checked_selection(selection, k, geometry))
         if own is not None:
