@@ -232,6 +232,12 @@ def test_runs_for_gpus_are_told_from_those_for_a_cpu(config: JobConfig) -> None:
     assert not is_too_much_for_a_cpu(with_settings(config, schedule))
     schedule |= {"training.steps": 3, "lighthouse.schedule": [short, "dense"]}
     assert is_too_much_for_a_cpu(with_settings(config, schedule))
+    # So do dense steps between those of Lighthouse.
+    between = {"training.seq_len": 32768, "training.global_batch_size": 1,
+               "lighthouse.dense_from_step": 10000, "lighthouse.dense_layers": []}  # fmt: skip
+    assert not is_too_much_for_a_cpu(with_settings(config, between))
+    between["lighthouse.dense_every"] = 2
+    assert is_too_much_for_a_cpu(with_settings(config, between))
 
 
 def test_sequences_that_no_memory_holds_are_refused_on_a_cpu(config: JobConfig) -> None:

@@ -94,7 +94,8 @@ class RunStages:
 def is_too_much_for_a_cpu(config: JobConfig) -> bool:
     """Whether a step of any stage takes a CPU a minute or more."""
     for each in RunStages(config, model_arguments_of(config)).all:
-        tokens = global_batch_size(each.stage.config, 1) * each.stage.seq_len
-        if tokens * each.flops[each.stage.attention] > FLOPS_OF_A_CPU_MINUTE:
+        stage = each.stage
+        tokens = global_batch_size(stage.config, 1) * stage.seq_len
+        if tokens * max(each.flops[name] for name in stage.attentions) > FLOPS_OF_A_CPU_MINUTE:
             return True
     return False

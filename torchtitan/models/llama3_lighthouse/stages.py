@@ -62,6 +62,11 @@ class Stage:
         return self.last // every - (self.first - 1) // every if every else 0
 
     @property
+    def attentions(self) -> list[str]:
+        """Those that its steps use, by name."""
+        return sorted({self.attention, "dense"} if self.dense_steps else {self.attention})
+
+    @property
     def says_last(self) -> bool:
         return LAST in self.text.split()
 
