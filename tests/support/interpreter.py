@@ -158,7 +158,11 @@ def combine_agreeing_operands_at_once() -> None:
         return (left, right) if left.shape is right.shape else spread(self, left, right)
 
     @functools.wraps(combine)
-    def combine_at_once(self: Any, left: Any, right: Any, *options: bool) -> tuple[Any, Any]:
+    def combine_at_once(
+        self: Any, left: Any, right: Any, *options: bool, **named: bool
+    ) -> tuple[Any, Any]:
+        if named:
+            return combine(self, left, right, *options, **named)
         # Two options let an operand be a pointer; only divisions have more, and convert both.
         if type(left) is core.tensor and type(left.dtype) is core.dtype:
             if type(right) is core.tensor and left.dtype is right.dtype and len(options) < 3:
