@@ -99,19 +99,15 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
         stage, training = each.stage, each.stage.config.training
         batch = global_batch_size(stage.config, dims.dp_replicate * dims.dp_shard)
         tokens = training.local_batch_size * stage.seq_len // dims.cp // dims.tp
-        estimate = memory_estimate(
-            stage.config, dims, each.args, tokens, parameters, stage.attentions
-        )
+        steps = stage.steps
+        estimate = memory_estimate(stage.config, dims, each.args, tokens, parameters, tuple(steps))
         state = estimate.pop("state")
-        steps = {"dense": stage.dense_steps}
-        steps["lighthouse"] = stage.last - stage.first + 1 - stage.dense_steps
-        flops = sum(steps[attention] * each.flops[attention] for attention in stage.attentions)
+        flops = sum(count * each.flops[attention] for attention, count in steps.items())
         work.append(batch * stage.seq_len * flops)
         time.append(
             sum(
-                steps[attention]
-                * step_seconds(each.args, stage.seq_len, batch * stage.seq_len, attention)
-                for attention in stage.attentions
+                count * step_seconds(each.args, stage.seq_len, batch * stage.seq_len, attention)
+                for attention, count in steps.items()
             )
         )
         runs = ""

@@ -96,6 +96,6 @@ def is_too_much_for_a_cpu(config: JobConfig) -> bool:
     for each in RunStages(config, model_arguments_of(config)).all:
         stage = each.stage
         tokens = global_batch_size(stage.config, 1) * stage.seq_len
-        if tokens * max(each.flops[name] for name in stage.attentions) > FLOPS_OF_A_CPU_MINUTE:
+        if tokens * max(each.flops[name] for name in stage.steps) > FLOPS_OF_A_CPU_MINUTE:
             return True
     return False

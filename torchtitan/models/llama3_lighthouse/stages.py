@@ -62,9 +62,12 @@ class Stage:
         return self.last // every - (self.first - 1) // every if every else 0
 
     @property
-    def attentions(self) -> list[str]:
-        """Those that its steps use, by name."""
-        return sorted({self.attention, "dense"} if self.dense_steps else {self.attention})
+    def steps(self) -> dict[str, int]:
+        """How many steps train under each attention that the stage uses."""
+        dense = {"dense": self.dense_steps} if self.dense_steps else {}
+        if self.attention == "dense":
+            return dense
+        return dense | {self.attention: self.last - self.first + 1 - self.dense_steps}
 
     @property
     def says_last(self) -> bool:

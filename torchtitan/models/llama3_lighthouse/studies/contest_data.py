@@ -129,8 +129,9 @@ def steps_by_kind(config: JobConfig) -> dict[str, int]:
     """How many steps of each kind a run without document masks has."""
     found: dict[str, int] = {}
     for number, stage in enumerate(stages_of(config), 1):
-        steps = {False: stage.dense_steps, True: stage.last - stage.first + 1 - stage.dense_steps}
-        found |= {_kind(number, selects): count for selects, count in steps.items() if count}
+        for attention, count in stage.steps.items():
+            if count:
+                found[_kind(number, attention != "dense")] = count
     return found
 
 
