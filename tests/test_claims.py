@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import pandas
 import pytest
 from contest_records import between, difference, results_of, with_half
 from pages import DOCS, ROOT, words
@@ -243,11 +242,9 @@ def test_figure_stands_in_its_record(name: str) -> None:
 
 def test_the_lowest_losses_are_those_of_the_most_dense_time() -> None:
     results = results_of("distance_17m")
-    times = pandas.read_csv(DOCS / "studies/results/contest_distance_17m/times.csv")
-    times = times.set_index(["arm", "kind"])["GPU seconds"]
     losses: dict[bool, list[float]] = {True: [], False: []}
     for arm in results.contest.arms:
-        seconds = [times[arm, kind] * steps for kind, steps in kinds_of_steps(arm).items()]
+        seconds = [results.times[arm][kind] * steps for kind, steps in kinds_of_steps(arm).items()]
         values = [results.value(arm, s, "repeated/16384/loss") for s in results.contest.seeds]
         losses[seconds[-1] > sum(seconds) / 2].append(statistics.fmean(values))
     assert len(losses[True]) == 3 and max(losses[True]) < min(losses[False])

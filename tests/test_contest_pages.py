@@ -54,7 +54,6 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
     assert len(rows) == len(results.contest.arms) == 6
     means = {arm: statistics.fmean(values(arm, RETURNED)) for arm, *_ in rows}
     assert list(means) == sorted(means, key=means.__getitem__)
-    times = pandas.read_csv(FOLDER / "times.csv").set_index(["arm", "kind"])["GPU seconds"]
     for arm, trained, tokens, rate, returned, gain, loss, seconds, dense in rows:
         own = runs[(runs.arm == arm) & (runs.stage == "seeds")]
         assert tokens == f"{own.tokens.iloc[0] / 1e6:.1f}M"
@@ -62,7 +61,7 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
         steps = json.loads(own["steps by kind"].iloc[0])
         assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
         kind, number = list(steps.items())[-1]
-        assert kind.endswith("dense") and dense == f"{times[arm, kind] * number:.1f}"
+        assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:.1f}"
         assert returned == with_half(values(arm, RETURNED))
         assert gain == f"{statistics.fmean(values(arm, 'repeated/16384')):.3f}"
         assert loss == with_half(values(arm, "loss"))
@@ -111,36 +110,32 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
 def test_page_of_the_headline_is_its_record() -> None:
     results, page = results_of("headline_270m_98k"), words(DOCS / "studies/headline.md")
     runs = results.runs.set_index("arm")
-    folder = DOCS / "studies/results/contest_headline_270m_98k"
-    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])["GPU seconds"]
     rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 7, page)
     assert {arm for arm, *_ in rows} == set(runs.index) and len(rows) == 2
     for arm, trained, tokens, loss, returned, gain, seconds, dense in rows:
         steps = json.loads(runs.loc[arm, "steps by kind"])
         assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
         kind, number = list(steps.items())[-1]
-        assert kind.endswith("dense") and dense == f"{times[arm, kind] * number:,.0f}"
+        assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:,.0f}"
         assert tokens == f"{runs.loc[arm, 'tokens'] / 1e6:.1f}M"
         assert seconds == f"{runs.loc[arm, 'GPU seconds']:,.0f}"
         measures = ("loss", "repeated/65536/loss", "repeated/65536")
         values = [round(results.value(arm, 1, measure), 3) for measure in measures]
         assert [float(loss), float(returned), float(gain)] == values
-    found = pandas.read_csv(folder / "comparisons.csv")
-    found = found[found.arm == "short_to_lighthouse"].set_index("measure")
+    pair = "short_to_lighthouse", "dense"
     for measure, words_before in (
         ("repeated/65536/loss", "its steps dense is "),
         ("loss", "there the arms differ by "),
     ):
-        row = found.loc[measure]
-        interval = between(row["bootstrap, low"], row["bootstrap, high"])
-        assert f"{words_before}{-row.difference:.3f} nats {interval}" in page
-    assert f"{-found.loc['validation, equal time'].difference:.3f} nats lower" in page
+        found = results.over_documents(*pair, measure)
+        assert f"{words_before}{-found.mean:.3f} nats {between(found.low, found.high)}" in page
+    assert f"{-results.at_equal_time(*pair)[0]:.3f} nats lower" in page
     assert runs.tokens["short_to_lighthouse"] / runs.tokens["dense"] > 4
     # The loss over time.
-    curves = pandas.read_csv(folder / "curves.csv").set_index(["arm", "step"]).validation
+    curves = results.curves.set_index(["arm", "step"]).validation
     fast, last = curves["short_to_lighthouse"], curves["dense"].iloc[-1]
     after = (fast < last).idxmax()
-    before, second = fast.loc[:after].index[-2], times["short_to_lighthouse", "1 dense"]
+    before, second = fast.loc[:after].index[-2], results.times["short_to_lighthouse"]["1 dense"]
     step = before + (after - before) * (fast[before] - last) / (fast[before] - fast[after])
     assert f"{last:.3f}, takes the other arm some {round(step * second, -1):.0f} seconds" in page
     assert f"It is {fast[600]:.3f} before Lighthouse" in page
