@@ -37,7 +37,7 @@ class Selection(NamedTuple):
 
 
 class DocumentSelection(Selection):
-    """A selection in which documents shared the picks, for calls that are given them too."""
+    """A selection made for documents. Calls that leave them out refuse it."""
 
 
 def select(
