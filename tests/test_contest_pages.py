@@ -110,26 +110,31 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
 def test_page_of_the_headline_is_its_record() -> None:
     results, page = results_of("headline_270m_98k"), words(DOCS / "studies/headline.md")
     runs = results.runs.set_index("arm")
-    rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 7, page)
-    assert {arm for arm, *_ in rows} == set(runs.index) and len(rows) == 2
-    for arm, trained, tokens, loss, returned, gain, seconds, dense in rows:
+    rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 8, page)
+    assert {arm for arm, *_ in rows} == set(runs.index) and len(rows) == 3
+    for arm, trained, tokens, loss, returned, near, far, seconds, dense in rows:
         steps = json.loads(runs.loc[arm, "steps by kind"])
         assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
         kind, number = list(steps.items())[-1]
         assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:,.0f}"
         assert tokens == f"{runs.loc[arm, 'tokens'] / 1e6:.1f}M"
         assert seconds == f"{runs.loc[arm, 'GPU seconds']:,.0f}"
-        measures = ("loss", "repeated/65536/loss", "repeated/65536")
+        measures = ("loss", "repeated/65536/loss", "repeated/8192", "repeated/65536")
         values = [round(results.value(arm, 1, measure), 3) for measure in measures]
-        assert [float(loss), float(returned), float(gain)] == values
-    pair = "short_to_lighthouse", "dense"
-    for measure, words_before in (
-        ("repeated/65536/loss", "its steps dense is "),
-        ("loss", "there the arms differ by "),
+        assert [float(loss), float(returned), float(near), float(far)] == values
+    for control, measure, before, after in (
+        ("dense", "repeated/65536/loss", "`short_to_lighthouse`, is ", " below dense"),
+        ("short_to_window", "repeated/65536/loss", "It is ", " above the same recipe"),
+        ("dense", "loss", "`short_to_lighthouse` is ", " below `dense`"),
+        ("short_to_window", "loss", "below `dense` and ", " above `short_to_window`"),
     ):
-        found = results.over_documents(*pair, measure)
-        assert f"{words_before}{-found.mean:.3f} nats {between(found.low, found.high)}" in page
-    assert f"{-results.at_equal_time(*pair)[0]:.3f} nats lower" in page
+        found = results.over_documents("short_to_lighthouse", control, measure)
+        assert f"{before}{abs(found.mean):.3f} nats {between(found.low, found.high)}{after}" in page
+    below, above = (
+        results.at_equal_time("short_to_lighthouse", control)[0]
+        for control in ("dense", "short_to_window")
+    )
+    assert f"is {-below:.3f} nats below `dense` in held-out loss, and {above:.3f} above" in page
     assert runs.tokens["short_to_lighthouse"] / runs.tokens["dense"] > 4
     # The loss over time.
     curves = results.curves.set_index(["arm", "step"]).validation
@@ -137,15 +142,26 @@ def test_page_of_the_headline_is_its_record() -> None:
     after = (fast < last).idxmax()
     before, second = fast.loc[:after].index[-2], results.times["short_to_lighthouse"]["1 dense"]
     step = before + (after - before) * (fast[before] - last) / (fast[before] - fast[after])
-    assert f"{last:.3f}, takes the other arm some {round(step * second, -1):.0f} seconds" in page
-    assert f"It is {fast[600]:.3f} before Lighthouse" in page
+    assert (
+        f"{last:.3f}, takes `short_to_lighthouse` some {round(step * second, -1):.0f} sec" in page
+    )
+    assert f"it is {fast[600]:.3f} before Lighthouse" in page
     assert f"{fast[920]:.3f} after {920 - 624} of its steps, and {fast[1040]:.3f}" in page
-    assert f"does not train on until {round(624 * second, -1):.0f} seconds" in page
-    # Neither copies, uses distance or finds what the other does not.
+    assert f"do not train on until {round(624 * second, -1):.0f} seconds" in page
+    # Two arms train alike in their first stage.
+    gaps = (fast - curves["short_to_window"]).loc[40:600]
+    assert f"up to {gaps.abs().max():.3f} nats there, with either" in page
+    assert gaps.min() < -0.02 < 0.02 < gaps.max()
+    # One arm uses distance; none copies from far or finds what the others do not.
+    arms = "short_to_window", "dense", "short_to_lighthouse"
+    window, _, lighthouse = (results.value(arm, 1, "repeated/8192") for arm in arms)
+    assert f"after 8,192 tokens gain {window:.3f} nats in the one" in page and lighthouse < 0.001
+    window, dense, lighthouse = (results.value(arm, 1, "beyond/1024") for arm in arms)
+    assert f"by {window:.3f} nats after the window and by {dense:.3f} in `dense`" in page
+    assert f"the whole context is {-lighthouse:.3f} nats higher" in page
     for arm in runs.index:
-        distances = results.contest.distance.distances
-        assert max(abs(results.value(arm, 1, f"repeated/{n}")) for n in distances) < 0.001
-        assert results.value(arm, 1, "beyond/8192") < 0.003
+        far = [results.value(arm, 1, f"repeated/{n}") for n in (32768, 65536)]
+        assert max(map(abs, far)) < 0.005 and results.value(arm, 1, "beyond/8192") < 0.003
     retrieval = [name for name in results.measures if name.startswith("retrieval/")]
     shares = [[results.value(arm, 1, name) for name in retrieval] for arm in runs.index]
-    assert shares[0] == shares[1] and (min(shares[0]), max(shares[0])) == (0, 0.15)
+    assert shares == [shares[0]] * 3 and (min(shares[0]), max(shares[0])) == (0, 0.15)
