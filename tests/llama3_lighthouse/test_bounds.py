@@ -161,6 +161,10 @@ def test_bounds_themselves_are_taken(config: JobConfig) -> None:
     [
         ({"training.steps": 14, "lr_scheduler.total_steps": 8},
          "lr_scheduler.total_steps = 8 is below training.steps = 14: .*total_steps 14 or more"),
+        ({"training.dataset": "c4_locl"},
+         "training.dataset = 'c4_locl' is not known; use one of c4, c4_local, python_stdlib"),
+        ({"training.dataset": "c4_local"},
+         "training.dataset = 'c4_local' needs a folder; pass --training.dataset_path FOLDER"),
         ({"training.dataset_path": "books"},
          "training.dataset_path = 'books' is not read by training.dataset = 'python_stdlib'"),
         ({"validation.enable": True, "validation.dataset_path": "books", "validation.seq_len": 512},

@@ -96,8 +96,8 @@ def _text_line(config: JobConfig) -> str:
         path, source = section.dataset_path, section.dataset
         if path:
             source += f" from {path}"
-        if section.dataset == "c4_local" and not (path and Path(path).is_dir()):
-            source += ", which is not a folder on this machine" if path else " from no folder"
+        if section.dataset == "c4_local" and path and not Path(path).is_dir():
+            source += ", which is not a folder on this machine"
         found.append(source)
     return "text          " + "; held out: ".join(found)
 

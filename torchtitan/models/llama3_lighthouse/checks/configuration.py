@@ -12,6 +12,7 @@ from ..checkpoints.folders import checkpoints_in
 from ..checkpoints.model_folder import model_arguments_of, named_model
 from ..data.mixes import mixes_of
 from ..data.packing import can_share, global_batch_size, stream_count
+from ..data.text_sources import check_source
 from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
@@ -42,8 +43,6 @@ OF_THE_MODEL = (
 )
 # Keys that a stage of a schedule sets, or that follow from them.
 OF_A_STAGE = ("lighthouse.", "training.")
-# Sources of text that come from no folder.
-WITHOUT_PATH = ("python_stdlib", "python_packages")
 
 
 def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> None:
@@ -63,7 +62,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
     check_lengths_in_pipeline(config)
     _check_optimizer(config)
     _check_schedule(config)
-    _check_paths_of_text(config)
+    _check_sources_of_text(config)
     _check_checkpoints(config)
     _check_activation_checkpoint(config)
     _check_profiling(config)
@@ -280,17 +279,12 @@ def _check_schedule(config: JobConfig) -> None:
         )
 
 
-def _check_paths_of_text(config: JobConfig) -> None:
+def _check_sources_of_text(config: JobConfig) -> None:
     sections: dict[str, Training | Validation] = {"training": config.training}
     if config.validation.enable:
         sections["validation"] = config.validation
     for key, section in sections.items():
-        if section.dataset_path and section.dataset in WITHOUT_PATH:
-            raise UserValueError(
-                f"{key}.dataset_path = '{section.dataset_path}' is not read by {key}.dataset = "
-                f"'{section.dataset}'; pass --{key}.dataset c4_local to read the folder, or leave "
-                f"{key}.dataset_path out"
-            )
+        check_source(section.dataset, section.dataset_path, key)
 
 
 def _check_checkpoints(config: JobConfig) -> None:

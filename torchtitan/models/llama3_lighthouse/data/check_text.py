@@ -8,7 +8,7 @@ from typing import BinaryIO
 from ..errors import UserValueError
 from .text_files import Row, TextFiles, document_problem, one_line
 from .text_folder import read_folder
-from .text_sources import find_source
+from .text_sources import check_source, find_source
 
 # Bad documents that a report names.
 MOST_NAMED = 10
@@ -79,13 +79,14 @@ class TextCheck:
                 f"{key}.dataset = 'c4' is streamed from the network, and only local text can be "
                 f"checked whole; use {key}.dataset = 'c4_local' with a folder"
             )
+        check_source(name, path, key)
         self._open = lambda: find_source(name, split, path, key).open()
         self._key = key
         self._files: TextFiles | None = None
         self.size = 0
         self.described: list[str] = []
         if name == "c4_local":
-            folder = read_folder(path, key)
+            folder = read_folder(path or "", key)
             self._files = folder.files(split, key)
             self.described = folder.describe(split)
             self.size = sum(Path(file).stat().st_size for file in self._files.paths)

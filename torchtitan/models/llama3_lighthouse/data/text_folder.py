@@ -109,7 +109,7 @@ class TextFolder:
         return self.train if split == "train" else self.held_out
 
 
-def read_folder(path: str | None, key: str) -> TextFolder:
+def read_folder(path: str, key: str) -> TextFolder:
     """Find the files of text below a folder.
 
     Files are read in the order of their paths, which are compared as strings, "/" included. A
@@ -123,10 +123,6 @@ def read_folder(path: str | None, key: str) -> TextFolder:
             reader can open.
         OSError: a folder below it may not be read.
     """
-    if not path:
-        raise UserValueError(
-            f"{key}.dataset = 'c4_local' needs a folder; pass --{key}.dataset_path FOLDER"
-        )
     if not os.path.isdir(path):
         raise UserValueError(
             f"{key}.dataset_path = {path!r} is not a folder; pass --{key}.dataset_path FOLDER "

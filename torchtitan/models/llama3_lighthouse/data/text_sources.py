@@ -74,7 +74,7 @@ def c4_local(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> T
         ValueError, OSError: as ``read_folder`` and ``TextFolder.files``, or the first file cannot
             be read.
     """
-    folder = read_folder(path, key)
+    folder = read_folder(path or "", key)
     files = folder.files(split, key, shuffle_seed)
     # Each file is a shard. The library's own readers of files resume at a wrong document if one
     # before it is long.
@@ -197,6 +197,29 @@ SOURCES: dict[str, Callable[[str, str | None, str, int], TextSource]] = {
     "python_stdlib": python_stdlib,
     "python_packages": python_packages,
 }
+# Sources of text that come from no folder.
+WITHOUT_PATH = ("python_stdlib", "python_packages")
+
+
+def check_source(name: str, path: str | None, key: str) -> None:
+    """Check what ``find_source`` is given, as far as no text has to be there.
+
+    Raises:
+        ValueError: the source is unknown, lacks its folder, or is given one that it does not read.
+    """
+    if name not in SOURCES:
+        raise UserValueError(
+            f"{key}.dataset = '{name}' is not known; use one of {', '.join(SOURCES)}"
+        )
+    if name == "c4_local" and not path:
+        raise UserValueError(
+            f"{key}.dataset = 'c4_local' needs a folder; pass --{key}.dataset_path FOLDER"
+        )
+    if name in WITHOUT_PATH and path:
+        raise UserValueError(
+            f"{key}.dataset_path = '{path}' is not read by {key}.dataset = '{name}'; pass "
+            f"--{key}.dataset c4_local to read the folder, or leave {key}.dataset_path out"
+        )
 
 
 def find_source(
@@ -211,10 +234,7 @@ def find_source(
         shuffle_seed: seed of the order of the files; 0 reads them in that of their names.
 
     Raises:
-        ValueError: the source is unknown, cannot be shuffled, or cannot be opened.
+        ValueError: as ``check_source``, or the source cannot be shuffled or opened.
     """
-    if name not in SOURCES:
-        raise UserValueError(
-            f"{key}.dataset = '{name}' is not known; use one of {', '.join(SOURCES)}"
-        )
+    check_source(name, path, key)
     return SOURCES[name](split, path, key, shuffle_seed)
