@@ -5,6 +5,8 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -120,7 +122,7 @@ class Contest:
         """The same for the measure that chooses the rate."""
         if self.tuned_by == self.primary:
             return self.sign
-        return 1 if self.tuned_by.startswith(RETRIEVAL) else -1
+        return 1 if _better_side(self.tuned_by) == "higher" else -1
 
 
 # Each key with its type and its default; None: it must be given.
@@ -171,7 +173,10 @@ def read_contest(path: Path) -> Contest:
     values = _values(path, tables)
     base = path.parent / values["config"]
     if not base.is_file():
-        raise UserValueError(f"{path}: config = '{values['config']}' is no file ({base})")
+        raise UserValueError(
+            f"{path}: config = '{values['config']}' is no file; name it from the "
+            "folder of the contest"
+        )
     digest = hashlib.sha256(path.read_bytes() + b"\0" + base.read_bytes()).hexdigest()
     arms = {name: _arm(path, name, table) for name, table in values["arms"].items()}
     seeds, chosen = values["seeds"], values.pop("rate_seed") or values["seeds"][:1]
@@ -209,6 +214,15 @@ def _values(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def _naming(place: str) -> Generator[None]:
+    """Let the messages of users' mistakes begin with the place of the mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{place}: {error}") from None
+
+
 def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -217,10 +231,8 @@ def _settings(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     settings = flatten(table)
     if bare := [key for key in settings if "." not in key]:
         raise UserValueError(f"{path}: '{bare[0]}' names no section; write section.{bare[0]}")
-    try:
+    with _naming(str(path)):
         check_toml(JobConfig, nested(settings))
-    except UserError as error:
-        raise type(error)(f"{path}: {error}") from None
     return settings
 
 
@@ -229,7 +241,8 @@ def _arm(path: Path, name: str, table: Any) -> Arm:
         raise UserTypeError(f"{path}: arms.{name} must be a table; write [arms.{name}]")
     if not name.replace("_", "").replace("-", "").isalnum():
         raise UserValueError(f"{path}: arm '{name}' names a folder; use letters, digits, _ and -")
-    rates = table.get("rates")
+    if (rates := table.get("rates")) is None:
+        raise UserValueError(f"{path}: arms.{name} names no rates; add rates = [1e-3, 2e-3]")
     numbers = rates and isinstance(rates, list) and all(isinstance(rate, float) for rate in rates)
     # Runs are named by six digits of their rate.
     distinct = numbers and len(set(map("{:g}".format, rates))) == len(rates)
@@ -279,10 +292,24 @@ def _distance(path: Path, table: dict[str, Any]) -> DistanceSettings:
     return DistanceSettings(**values)
 
 
+def _better_side(measure: str) -> str | None:
+    """The better side of accuracies and losses; None for other measures."""
+    if measure.startswith(RETRIEVAL):
+        return "higher"
+    is_loss = measure == VALIDATION or measure.rpartition("/")[2] == "loss"
+    return "lower" if is_loss else None
+
+
 def _check(contest: Contest) -> None:
     for key, known in (("direction", DIRECTIONS), ("rule", RULES)):
         if (value := getattr(contest, key)) not in known:
             raise UserValueError(f"{contest.path}: {key} = '{value}'; use {' or '.join(known)}")
+    side = _better_side(contest.primary)
+    if side not in (None, contest.direction):
+        raise UserValueError(
+            f"{contest.path}: direction = '{contest.direction}', but {side} is better in primary = "
+            f"'{contest.primary}'; write direction = \"{side}\""
+        )
     if not 0 <= contest.margin < math.inf:
         raise UserValueError(f"{contest.path}: margin = {contest.margin} must be at least 0")
     names = all(isinstance(key, str) for key in contest.seed_keys)
@@ -310,9 +337,11 @@ def _check(contest: Contest) -> None:
         )
     if contest.prompts < 1:
         raise UserValueError(f"{contest.path}: prompts = {contest.prompts} must be at least 1")
-    for task in contest.retrieval:
-        find_task(task)
-    check_toml(JobConfig, nested(dict.fromkeys(contest.seed_keys, 1)))
+    with _naming(f"{contest.path}: retrieval = {contest.retrieval}"):
+        for task in contest.retrieval:
+            find_task(task)
+    with _naming(f"{contest.path}: seed_keys = {contest.seed_keys}"):
+        check_toml(JobConfig, nested(dict.fromkeys(contest.seed_keys, 1)))
     tables = {"settings": contest.settings}
     tables |= {f"arms.{name}": arm.settings for name, arm in contest.arms.items()}
     tables |= {"start": contest.start.settings} if contest.start else {}
@@ -323,7 +352,9 @@ def _check(contest: Contest) -> None:
         varied |= {"training.steps"} if contest.gpu_seconds and name != "start" else set()
         varied |= INITIAL_KEYS if contest.start else set()
         if clash := varied & settings.keys():
-            raise UserValueError(f"{contest.path}: {name} sets {min(clash)}, which runs vary")
+            raise UserValueError(
+                f"{contest.path}: {name} sets {min(clash)}, which runs vary; leave it out"
+            )
         for key in settings:
             if key in OWN_KEYS or key.startswith("job."):
                 raise UserValueError(
