@@ -214,7 +214,7 @@ def test_good_schedules_are_taken(base: JobConfig, stages, settings) -> None:
     check(scheduled(base, *stages, **settings))
 
 
-def test_the_launcher_and_toml_read_the_same_stages(base: JobConfig, tmp_path: Path) -> None:
+def test_the_launcher_and_toml_read_the_same_stages(tmp_path: Path) -> None:
     stages = [SHORT, "lighthouse until=8 top_k=64", "dense"]
     file = tmp_path / "config.toml"
     file.write_text(f"[lighthouse]\nschedule = {stages}\n")
@@ -222,7 +222,7 @@ def test_the_launcher_and_toml_read_the_same_stages(base: JobConfig, tmp_path: P
     by_line = LighthouseConfigManager().parse_args(["--lighthouse.schedule", ",".join(stages)])
     assert by_toml.lighthouse.schedule == by_line.lighthouse.schedule == stages
     spaced = LighthouseConfigManager().parse_args(["--lighthouse.schedule", ", ".join(stages)])
-    check(scheduled(base, *spaced.lighthouse.schedule))
+    assert spaced.lighthouse.schedule == stages
 
 
 def test_none_turns_the_schedule_of_a_file_off(tmp_path: Path) -> None:

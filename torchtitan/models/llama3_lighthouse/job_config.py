@@ -133,6 +133,10 @@ class Lighthouse(Method, Schedule):
     """"byte" is the built-in byte-level tokenizer; "hf" reads the one in model.hf_assets_path."""
 
     def __post_init__(self) -> None:
+        # A resume compares stages as texts, and the command line has a space after each comma.
+        self.schedule = [
+            " ".join(stage.split()) if isinstance(stage, str) else stage for stage in self.schedule
+        ]
         if self.schedule == [NO_SCHEDULE]:
             self.schedule = []
 

@@ -191,8 +191,8 @@ def check_dataloader_state(
         raise _no_position(f"checkpoint {checkpoint}")
     if saved != stream_count:
         raise UserValueError(
-            f"checkpoint {checkpoint} holds the position of {saved} streams of text, this run "
-            f"deals it to {stream_count}, the sequences of its global batch; pass "
+            f"checkpoint {checkpoint} has lighthouse.data_streams = {saved}, this run "
+            f"{stream_count}, by default the sequences of its global batch; pass "
             f"--lighthouse.data_streams {saved}, or {START_OVER}"
         )
 
