@@ -132,6 +132,7 @@ def test_steps_beside_seconds_are_refused(call, path) -> None:
             'margin = 0.01\nseed_keys = ["debug.sed"]',
             "= ['debug.sed']: unknown",
         ),
+        ("window until=6", "window until=7..5%", "arms.window says until=7..5%; write a share of"),
         ("rates = [2e-3]", "rate = [2e-3]", "names no rates; add rates = [1e-3, 2e-3]"),
         ("margin = 0.01", 'margin = "1"', "margin = '1' must be a number"),
         ("margin = 0.01", "margin = 0.01\nseed_keys = [1]", "seed_keys = [1] must name keys"),
@@ -155,9 +156,9 @@ def test_steps_beside_seconds_are_refused(call, path) -> None:
         (
             "until=6",
             "until=150%",
-            "arms.window: lighthouse.schedule, stage 'window until=12': ",
+            "arms.window says until=150%; write a share of the steps above 0%",
         ),
-        ("until=6", "until=x%", "arms.window: lighthouse.schedule, stage 'window until=x%': until"),
+        ("until=6", "until=x%", "arms.window says until=x%; write a share of"),
     ],
 )
 def test_a_bad_contest_ends_in_one_line(call, path, old: str, new: str, message: str) -> None:

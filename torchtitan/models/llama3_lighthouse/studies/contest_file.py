@@ -292,6 +292,10 @@ def _distance(path: Path, table: dict[str, Any]) -> DistanceSettings:
     return DistanceSettings(**values)
 
 
+def _is_share(text: str) -> bool:
+    return bool(re.fullmatch(r"\d+(\.\d+)?", text)) and 0 < float(text) <= 100
+
+
 def _better_side(measure: str) -> str | None:
     """The better side of accuracies and losses; None for other measures."""
     if measure.startswith(RETRIEVAL):
@@ -366,6 +370,13 @@ def _check(contest: Contest) -> None:
                 place = f"{contest.path}: {name}"
                 raise UserValueError(f"{place} sets {key}, which all runs share; use [settings]")
         for stage in settings.get("lighthouse.schedule", ()):
+            for word in stage.split():
+                share = word.removeprefix("until=").removesuffix("%")
+                if word == f"until={share}%" and not _is_share(share):
+                    raise UserValueError(
+                        f"{contest.path}: {name} says {word}; write a share of the steps above 0% "
+                        "and at most 100%, such as until=90%"
+                    )
             timed = contest.gpu_seconds and name != "start"
             if timed and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):
                 raise UserValueError(
