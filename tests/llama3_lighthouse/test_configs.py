@@ -2,6 +2,8 @@
 
 import json
 import re
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,9 @@ def test_only_the_papers_runs_leak_later_tokens(path: Path) -> None:
     settings = (section.entry_score, section.combine)
     if path.stem.startswith("paper_"):
         assert settings == ("max", "sum")
+        # The paper's values do not hang on defaults. Its scorer has no dilation.
+        named = tomllib.loads(path.read_text())["lighthouse"].keys()
+        assert {field.name for field in fields(LighthouseConfig)} - named == {"dilation"}
         assert "not for models that matter" in path.read_text()
     else:
         assert settings == ("first", "finest")
