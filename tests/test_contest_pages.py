@@ -41,6 +41,20 @@ def test_page_of_the_contest_on_books_is_its_record() -> None:
     means += [statistics.fmean(results.value(arm, seed, name) for seed in results.contest.seeds)
               for name in context for arm in results.contest.arms]  # fmt: skip
     assert len(means) == 54 and max(means) < 0.01 and "No arm gains 0.01 nats" in page
+    worth = {arm: statistics.fmean(results.value(arm, seed, "beyond/1024")
+             for seed in results.contest.seeds) for arm in results.contest.arms}  # fmt: skip
+    assert f"That of `window_tail_5` falls by {-worth.pop('window_tail_5'):.3f}" in page
+    assert (
+        f"rises by {max(worth.values()):.3f} nats at most" in page and min(worth.values()) > -0.01
+    )
+    # An arm that was not timed: by the times of the other contest, scaled by the window's and not.
+    elsewhere, window = results_of("distance_17m").times, results.times["window"]
+    steps, lag = elsewhere["lighthouse"]["1 lighthouse"], elsewhere["window"]["1 lighthouse"]
+    assert f"takes {1000 * steps:.1f} ms, and one" in page and f"alone {1000 * lag:.1f} ms" in page
+    assert f"took {1000 * window['1 lighthouse']:.1f} ms here" in page
+    seconds = [525 * each + 75 * window["2 dense"]
+               for each in (steps * window["1 lighthouse"] / lag, steps)]  # fmt: skip
+    assert "take {:.0f} to {:.0f} seconds".format(*seconds) in page
 
 
 def test_page_of_the_contest_of_distance_is_its_record() -> None:
