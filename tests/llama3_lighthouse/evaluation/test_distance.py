@@ -133,6 +133,24 @@ def test_copying_is_worth_what_lies_within_its_context_to_the_token() -> None:
     assert found["context/full"] == 0.0
 
 
+def test_targets_are_the_same_in_each_context_and_stand_at_its_end() -> None:
+    documents = [torch.arange(LENGTH + 1).expand(2, -1)]
+    of_token = torch.from_numpy(np.random.default_rng(0).random(LENGTH + 1))
+
+    def by_label(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = of_token[labels.clamp(min=0)]
+        return found.masked_fill(labels == IGNORE_INDEX, math.nan)
+
+    def by_place(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = torch.arange(1.0, inputs.shape[1] + 1).repeat(len(inputs), 1)
+        return found.masked_fill(labels == IGNORE_INDEX, math.nan)
+
+    for context in (512, 1024):
+        assert numbers(by_label, documents)[f"beyond/{context}"] == 0.0
+        # Targets of a block have from 127 tokens less than the context to all of it.
+        assert numbers(by_place, documents)[f"context/{context}"] == context - 127 / 2
+
+
 @pytest.mark.parametrize("contexts", [(512, 1024), (1536,), (4, 1000), (1400, 1535)])
 def test_blocks_have_enough_context_and_do_not_overlap(contexts: tuple[int, ...]) -> None:
     for seed in range(20):
