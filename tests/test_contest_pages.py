@@ -3,16 +3,29 @@
 import json
 import math
 import re
+import shutil
 import statistics
+from pathlib import Path
 
 import pandas
+import pytest
 from contest_records import between, difference, results_of, with_half
 from pages import DOCS, words
 
+from torchtitan.models.llama3_lighthouse.studies.contest_report import report
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
 RETURNED = "repeated/16384/loss"
 FOLDER = DOCS / "studies/results/contest_distance_17m"
+
+
+@pytest.mark.parametrize("folder", sorted(DOCS.glob("studies/results/contest_*")),
+                         ids=lambda folder: folder.name)  # fmt: skip
+def test_reports_are_those_of_their_records(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.*"):
+        shutil.copy(path, tmp_path)
+    report(results_of(folder.name.removeprefix("contest_")).contest, tmp_path, plots=False)
+    assert (tmp_path / "results.md").read_text() == (folder / "results.md").read_text()
 
 
 def test_page_of_the_contest_on_books_is_its_record() -> None:
