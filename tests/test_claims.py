@@ -161,21 +161,23 @@ class Recipe(NamedTuple):
     # The arm of the contest of distance, and that of the same kind on books.
     at_distance: str
     on_books: str | None = None
-    # Whether a benchmark timed both of its stages at 98,304 tokens, with a model of 268M.
-    timed: bool = False
-    # The arm of the headline that has its stages, and the kinds of their steps.
+    # The arm of the headline that has its two stages, and the kinds of their steps.
     at_98k: tuple[str, str, str] | None = None
 
 
 RECIPES = {
-    "dense": Recipe("dense", "dense", timed=True),
+    "dense": Recipe("dense", "dense", ("dense", "1 dense", "1 dense")),
     "short sequences first": Recipe(
-        "short_then_long", "short_to_long_30", at_98k=("short_to_long", "1 dense", "2 dense")
+        "short_then_long", "short_to_long_30", ("short_to_long", "1 dense", "2 dense")
     ),
-    "Lighthouse, half dense": Recipe("lighthouse_half", timed=True),
-    "Lighthouse, an eighth dense": Recipe("lighthouse", "recommended", timed=True),
+    "Lighthouse, half dense": Recipe(
+        "lighthouse_half", None, ("short_to_lighthouse", "2 lighthouse", "3 dense")
+    ),
+    "Lighthouse, an eighth dense": Recipe(
+        "lighthouse", "recommended", ("short_to_lighthouse", "2 lighthouse", "3 dense")
+    ),
     "window of 256, an eighth dense": Recipe(
-        "window", "window", at_98k=("short_to_window", "2 lighthouse", "3 dense")
+        "window", "window", ("short_to_window", "2 lighthouse", "3 dense")
     ),
     "published selection, an eighth dense": Recipe("published", "published"),
 }
@@ -188,26 +190,16 @@ def kinds_of_steps(arm: str) -> dict[str, int]:
     return json.loads(steps)
 
 
-def share_of_last(arm: str) -> float:
-    """The share of an arm's steps that are dense at full length, in the contest of distance."""
-    steps = list(kinds_of_steps(arm).values())
-    return steps[-1] / sum(steps)
-
-
-def speed_of(arm: str) -> str:
-    """How much faster a whole run is than dense training in its fastest mode, at 98,304 tokens."""
-    lighthouse, dense = speeds("270m_98k")
-    share = share_of_last(arm)
-    if share == 1:
-        return "1x"
-    return f"{1 / fastest_dense(98304) / ((1 - share) / lighthouse + share / dense):.1f}x"
-
-
-def speed_in_headline(share: float, arm: str, first: str, last: str) -> str:
-    """The same by the times of steps of the headline, of two kinds of an arm."""
+def speed_of(recipe: Recipe) -> str:
+    """How much faster a whole run is than dense training, by the times of the headline's steps."""
+    if recipe.at_98k is None:
+        return ""
+    steps = list(kinds_of_steps(recipe.at_distance).values())
+    share = steps[-1] / sum(steps)
+    arm, first, last = recipe.at_98k
     times = results_of("headline_270m_98k").times
     own = (1 - share) * times[arm][first] + share * times[arm][last]
-    return f"{times['dense']['1 dense'] / own:.1f}x"
+    return f"{times['dense']['1 dense'] / own:.2g}x"
 
 
 def row_of(name: str) -> str:
@@ -221,10 +213,7 @@ def row_of(name: str) -> str:
             [results.value(arm, seed, measure) for seed in results.contest.seeds] if arm else []
         )
         cells.append(with_half(values) if values else "")
-    if recipe.at_98k:
-        cells.append(speed_in_headline(share_of_last(recipe.at_distance), *recipe.at_98k))
-    else:
-        cells.append(speed_of(recipe.at_distance) if recipe.timed else "")
+    cells.append(speed_of(recipe))
     return " ".join(" | ".join(cells).split())
 
 
@@ -259,12 +248,6 @@ def test_figure_stands_in_its_record(name: str) -> None:
     assert text in README, f"the record says: {text}"
     listed = re.sub(r"( \|)+ ", ", ", text).rstrip(" |")
     assert listed in CLAIMS, f"docs/claims.md has no row for: {listed}"
-
-
-def test_the_other_record_of_times_agrees_about_lighthouse() -> None:
-    share = share_of_last("lighthouse")
-    found = speed_in_headline(share, "short_to_lighthouse", "2 lighthouse", "3 dense")
-    assert f"Lighthouse with an eighth dense would have {found}" in CLAIMS
 
 
 def test_the_lowest_losses_are_those_of_the_most_dense_time() -> None:

@@ -28,6 +28,7 @@ GRIDS = {"topk": (6, 0), "pool": (6, 0), "levels": (6, 0), "scorer": (6, 0), "sp
          "debug": (9, 3), "books_16k": (8, 0), "passkey_16k": (6, 0)}  # fmt: skip
 
 
+FOLDERS_OF_TEXT = ["--training.dataset_path", "text", "--validation.dataset_path", "text"]
 # The models that a configuration extends: Llama 3 8B, and the one of docs/guides/extend.md.
 EXTENDED = {
     "extend_llama": {
@@ -84,6 +85,10 @@ def test_config_builds_what_it_says(
         (tmp_path / "config.json").write_text(json.dumps(EXTENDED[path.stem]))
         for key in ("model.hf_folder", "checkpoint.initial_load_path"):
             line += [f"--{key}", str(tmp_path)]
+    if 'dataset = "c4_local"' in path.read_text():
+        with pytest.raises(ValueError, match="--training.dataset_path FOLDER"):
+            check_config(LighthouseConfigManager().parse_args(line), flavors)
+        line += FOLDERS_OF_TEXT
     config = LighthouseConfigManager().parse_args(line)
     check_config(config, flavors)
     found = warnings_of(config, 8)
@@ -160,7 +165,9 @@ def test_every_grid_is_known() -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_grid_expands_to_runs_that_build(name: str, tmp_path: Path) -> None:
-    runs = expand(CONFIGS / f"ablations/{name}.toml", tmp_path, [])
+    needs_folder = name in ("books_16k", "passkey_16k")
+    words = FOLDERS_OF_TEXT if needs_folder else []
+    runs = expand(CONFIGS / f"ablations/{name}.toml", tmp_path, words)
     refused = [run for run in runs if run.refusal]
     assert (len(runs), len(refused)) == GRIDS[name]
     for run in runs:
