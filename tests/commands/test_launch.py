@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import TRAINED, Run, arguments
+from launch import DEBUG, TRAINED, Run, arguments
 
 from torchtitan.models.llama3_lighthouse.metrics import LOSS, METRICS_FILE
 from torchtitan.models.llama3_lighthouse.processes import lock_run
@@ -19,7 +19,7 @@ from torchtitan.models.llama3_lighthouse.studies.sweeps import read_metrics
 
 
 def start(tmp_path: Path, processes: int, settings: dict, *options: str) -> subprocess.Popen:
-    line = arguments({"job.dump_folder": tmp_path / "run", **TRAINED, **settings})
+    line = arguments({"job.dump_folder": tmp_path / "run", **TRAINED, **DEBUG, **settings})
     config = tmp_path / "run.toml"
     config.write_text("")
     train = ["-m", "lighthouse_commands.main", "train", str(config), "--no-check"]
@@ -90,7 +90,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {step: line[LOSS] for step, line in read_metrics(folder).items()}
 
 
-LONG = {"training.steps": 12, "checkpoint.interval": 100}
+LONG = {**DEBUG, "training.steps": 12, "checkpoint.interval": 100}
 
 
 @pytest.mark.parametrize(

@@ -164,17 +164,22 @@ def test_import_needs_no_torchtitan_and_no_triton() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_compiles_whole_and_once() -> None:
+@pytest.mark.parametrize(
+    "backend",
+    # The same graphs as inductor's, without the C++ that it compiles when its cache is empty.
+    ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)],
+)
+def test_compiles_whole_and_once(backend: str) -> None:
     """fullgraph, forward and backward, no second compilation, the eager result."""
     module = LighthouseAttention(CONFIG, Dense())
     torch._dynamo.reset()
     compilations = []
 
-    def backend(graph, example_inputs):
+    def compiler(graph, example_inputs):
         compilations.append(graph)
-        return torch._dynamo.lookup_backend("inductor")(graph, example_inputs)
+        return torch._dynamo.lookup_backend(backend)(graph, example_inputs)
 
-    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    compiled = torch.compile(module, backend=compiler, fullgraph=True)
     for seed in range(3):
         torch.manual_seed(seed)
         results = []

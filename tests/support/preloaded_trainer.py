@@ -8,6 +8,7 @@ import gc
 
 # Forks import it too.
 import launch  # noqa: F401
+import small_flavor  # noqa: F401
 import torchtitan.train  # noqa: F401
 
 from torchtitan.models.llama3_lighthouse import train  # noqa: F401

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import small_flavor  # noqa: F401
 import torch
 
 from torchtitan.models.llama3_lighthouse import baseline

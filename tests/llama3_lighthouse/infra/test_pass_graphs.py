@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from document_cases import random_layout
-from launch import TRAINED, Run, arguments, validation_losses
+from launch import DEBUG, TRAINED, Run, arguments, validation_losses
 from small_model import FOUR_LAYERS, N, build
 from text_data import write_jsonl
 from torch import nn
@@ -417,6 +417,7 @@ def whole_run(folder: Path, masks: bool) -> dict[str, Any]:
 
     path = write_jsonl(folder, {"a.jsonl": documents(200), "validation.jsonl": documents(20)})
     return {
+        **DEBUG,
         # Its default, which a schedule asks for.
         "lighthouse.dense_from_step": 10000,
         "lighthouse.schedule": [
@@ -493,6 +494,7 @@ def test_dense_steps_and_records_between_graphs(tmp_path: Path) -> None:
     """24 steps of one length: dense ones in between, selection statistics, and checkpoints that are
     written while the next step replays."""
     settings = {
+        **DEBUG,
         **{"lighthouse.stage": "lighthouse", "lighthouse.dense_every": 4},
         **{"lighthouse.log_selection_every": 5, "training.steps": 24, "compile.enable": True},
         **{"training.mixed_precision_param": "bfloat16", "debug.deterministic": True},
