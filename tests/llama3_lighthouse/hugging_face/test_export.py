@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import SMALL, TRAINED, Run, arguments
+from launch import DEBUG, SMALL, TRAINED, Run, arguments
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -443,7 +443,8 @@ def run_command(name: str, source: Path, output: Path, *line: str) -> subprocess
 def run(tmp_path_factory) -> Path:
     """A run of a Lighthouse step and a dense one."""
     folder = tmp_path_factory.mktemp("run")
-    steps = {"lighthouse.dense_from_step": 1, "training.steps": 2, "checkpoint.interval": 1}
+    steps = {**DEBUG, "lighthouse.dense_from_step": 1, "training.steps": 2}
+    steps["checkpoint.interval"] = 1
     Run(folder, steps).succeed()
     return folder / "dump"
 
@@ -472,7 +473,7 @@ def test_training_from_an_import(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     step = tmp_path / "there/dump/checkpoint/step-0"
     assert str(step) in done.stdout
-    steps = {"training.steps": 2, "lighthouse.dense_from_step": 1}
+    steps = {**DEBUG, "training.steps": 2, "lighthouse.dense_from_step": 1}
     there = Run(tmp_path / "there", steps).succeed()
     (tmp_path / "elsewhere").mkdir()
     elsewhere = Run(tmp_path / "elsewhere", {**steps, "checkpoint.initial_load_path": step})

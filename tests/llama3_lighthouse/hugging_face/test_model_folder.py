@@ -89,7 +89,7 @@ def test_trains_on_resumes_without_the_folder_and_refuses_another(
         ({"training.steps": 6}, "intermediate_size = 90 (checkpoint: 100)"),
         (
             {"training.steps": 6, "model.hf_folder": "", "lighthouse.dense_layers": [0]},
-            "hidden_size = 256 (checkpoint: 48)",
+            "hidden_size = 64 (checkpoint: 48)",
         ),
     ):
         refused = Run(tmp_path, settings | other)
