@@ -27,3 +27,11 @@ def test_the_list_says_what_has_finished(call, faked, path, tmp_path) -> None:
     call()
     chosen = "finished: 2 of 2 runs that choose the rate, which is 0.002; seeds 1, 2"
     assert listed() == ["finished: seeds 7, 1, 2", chosen, *["finished: seeds 1, 2"] * 2]
+
+
+def test_the_list_says_that_one_seed_gives_no_verdict(call, path) -> None:
+    before = call("--list")[0]
+    path.write_text(path.read_text().replace("seeds = [1, 2]", "seeds = [1]"))
+    out, code = call("--list")
+    assert not code and "no verdict" not in before
+    assert out.splitlines()[-1] == f"{path}: one seed gives no verdict; name two or more in seeds"

@@ -10,7 +10,7 @@ from .contest_rates import best_rates, tried_places
 def plan_lines(
     planner: Planner, rates: Mapping[str, list[float]], arms: Sequence[str]
 ) -> Iterator[str]:
-    """A line for the start, if there is one, and one for each arm.
+    """A line for the start, if there is one, one for each arm, and one if no verdict can follow.
 
     Raises:
         ValueError, OSError: the folder holds results of another file or of other overrides.
@@ -35,6 +35,8 @@ def plan_lines(
             rate = f"rates {shown} ({_seeds(contest.rate_seeds)}), then"
         line = f"{name}: {of_steps}{rate} {_seeds(contest.seeds)}"
         yield f"{line}; {_finished(planner, rates, name)}"
+    if len(contest.seeds) == 1:
+        yield f"{contest.path}: one seed gives no verdict; name two or more in seeds"
 
 
 def _finished(planner: Planner, rates: Mapping[str, list[float]], name: str) -> str:

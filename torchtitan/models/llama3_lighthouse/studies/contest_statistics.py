@@ -70,9 +70,10 @@ def in_words(contest: Contest, arm: str, control: str, verdict: Verdict) -> str:
     """One sentence that says the verdict, its interval and the margin."""
     found = verdict.difference
     if found.low is None or found.high is None:
+        without = "one seed gives" if verdict.seeds == 1 else "equal differences give"
         return (
-            f"{arm} against {control}: no verdict, as one seed, or equal differences, have no "
-            f"interval (difference {found.mean:+.4f}, seeds: {verdict.seeds})."
+            f"{arm} against {control}: no verdict, as {without} no interval "
+            f"(difference {found.mean:+.4f}, seeds: {verdict.seeds})."
         )
     why = ""
     if verdict.word == NO_DIFFERENCE:
