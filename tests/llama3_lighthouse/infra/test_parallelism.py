@@ -206,9 +206,10 @@ def test_six_steps_under_a_window_equal_those_of_one_process(
     expected, found = (run.steps() for run in runs)
     assert list(expected) == list(range(1, 7))
     for step, want in expected.items():
-        for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        for key in ("loss", "grad_norm"):
             value, wanted = float.fromhex(found[step][key]), float.fromhex(want[key])
-            assert value == pytest.approx(wanted, rel=tolerance), (step, key)
+            # Without the gradient of the halo the norm differs by 6e-5, and by rounding by 5e-7.
+            assert value == pytest.approx(wanted, rel=1e-5), (step, key)
 
 
 def test_training_continues_on_another_mesh(one_process: tuple[dict, Run], tmp_path: Path) -> None:
