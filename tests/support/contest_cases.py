@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from pages import ROOT
 
-from torchtitan.models.llama3_lighthouse.stages import stage_at, stages_of
+from torchtitan.models.llama3_lighthouse.stages import attention_at, stage_at, stages_of
 from torchtitan.models.llama3_lighthouse.studies.contest_file import Contest, read_contest
 
 DEBUG = ROOT / "train_configs/contests/debug.toml"
@@ -25,7 +25,7 @@ def write_logs(
     loss += shift - gain * run.name.startswith("lighthouse")
     lines, stages, last = [], stages_of(run.config), run.config.training.steps
     for step in range(1, last + 1):
-        selects = stage_at(step, stages).attention == "lighthouse"
+        selects = attention_at(step, stage_at(step, stages)) == "lighthouse"
         lines.append(
             {
                 "step": step,

@@ -4,6 +4,14 @@ import json
 
 import pytest
 from contest_cases import at_equal_time, with_start
+from pages import ROOT
+
+from torchtitan.models.llama3_lighthouse.studies.contest_checks import check_runs
+from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
+from torchtitan.models.llama3_lighthouse.studies.contest_plan import Planner
+from torchtitan.models.llama3_lighthouse.studies.contest_rates import rates_of
+
+FILES = sorted((ROOT / "train_configs/contests").glob("*.toml"))
 
 
 def test_text_of_a_start_is_recorded_too(call, faked, path, tmp_path) -> None:
@@ -64,3 +72,24 @@ def test_seeds_and_the_start_are_checked_before_any_process(call, faked, path) -
     assert "contest.toml, start: lighthouse.schedule, stage 'dense seq_len=128': the 4" in call(
         "--list")[1]  # fmt: skip
     assert not faked.trained
+
+
+def test_too_few_dense_steps_in_between_to_time_are_refused(call, faked, path) -> None:
+    at_equal_time(path, 40)
+    every = "\nlighthouse.dense_every = 8"
+    path.write_text(path.read_text().replace("[arms.lighthouse]", f"[arms.lighthouse]{every}"))
+    message = "timed_steps = 40, and the first ones compile; write timed_steps = 80 or more"
+    found = call()[1]
+    assert f"{path}, arms.lighthouse: lighthouse.dense_every = 8" in found and message in found
+    assert not faked.trained
+    path.write_text("timed_steps = 80\n" + path.read_text())
+    assert "lighthouse against dense: better" in call()[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_contest_of_the_repository_plans_runs_that_would_start(path, tmp_path) -> None:
+    contest = read_contest(path)
+    words = ["--training.dataset_path", "text", "--validation.dataset_path", "text"]
+    with_folder = path.stem not in ("debug", "documents_17m")
+    planner = Planner(contest, tmp_path, words if with_folder else [])
+    check_runs(planner, rates_of(contest, tmp_path))

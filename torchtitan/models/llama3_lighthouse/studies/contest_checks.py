@@ -14,8 +14,8 @@ from ..errors import UserValueError
 from ..evaluation.distance_text import held_out_sequences
 from ..evaluation.progress import say
 from ..job_config import JobConfig
-from ..stages import distinct_stages, naming
-from .contest_file import Contest
+from ..stages import distinct_stages, naming, stages_of
+from .contest_file import LEAST_TIMED, Contest
 from .contest_measures import known_measures
 from .contest_plan import Planner, in_table
 from .recovery_plan import check_base
@@ -66,7 +66,7 @@ def check_runs(
                     "false, or leave out gpu_seconds and set training.steps"
                 )
             if timed or contest.gpu_seconds:
-                planner.timing_run(arm)
+                _check_timed(contest, planner.timing_run(arm).config)
         lengths[runs[0].config.training.seq_len] = runs[0].config
     arm = next(iter(contest.arms.values()))
     for seed in (*contest.rate_seeds, *contest.seeds):
@@ -74,6 +74,18 @@ def check_runs(
             planner.run(arm, arm.rates[0], seed)
     for config in lengths.values():
         check_measures(contest, config)
+
+
+def _check_timed(contest: Contest, config: JobConfig) -> None:
+    """Check that the run that tells an arm's times has enough dense steps between others."""
+    every = config.lighthouse.dense_every
+    mixed = [stage for stage in stages_of(config) if stage.attention != "dense"]
+    if every and any(stage.dense_steps < LEAST_TIMED for stage in mixed):
+        raise UserValueError(
+            f"lighthouse.dense_every = {every} leaves less than {LEAST_TIMED} dense steps among a "
+            f"stage's timed_steps = {contest.timed_steps}, and the first ones compile; write "
+            f"timed_steps = {LEAST_TIMED * every} or more"
+        )
 
 
 def check_text(planner: Planner) -> dict[str, Any]:
