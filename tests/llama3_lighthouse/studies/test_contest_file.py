@@ -132,6 +132,7 @@ def test_steps_beside_seconds_are_refused(call, path) -> None:
             'margin = 0.01\nseed_keys = ["debug.sed"]',
             "= ['debug.sed']: unknown",
         ),
+        ('"window until=6", "dense"', '"window until=6", 3', "item 1 of list is not an instance"),
         ("window until=6", "window until=7..5%", "arms.window says until=7..5%; write a share of"),
         ("rates = [2e-3]", "rate = [2e-3]", "names no rates; add rates = [1e-3, 2e-3]"),
         ("margin = 0.01", 'margin = "1"', "margin = '1' must be a number"),
@@ -163,3 +164,13 @@ def test_steps_beside_seconds_are_refused(call, path) -> None:
 )
 def test_a_bad_contest_ends_in_one_line(call, path, old: str, new: str, message: str) -> None:
     check_refusal(call, path, old, new, message)
+
+
+@pytest.mark.parametrize(
+    "primary",
+    ["validation", "position/512", "context/full", "repeated/256/first", "repeated/256/control"],
+)
+def test_the_worse_side_of_every_loss_is_refused(call, path, primary: str) -> None:
+    path.write_text(path.read_text().replace('"lower"', '"higher"'))
+    message = f"but lower is better in primary = '{primary}'"
+    check_refusal(call, path, 'primary = "loss"', f'primary = "{primary}"', message)

@@ -287,7 +287,9 @@ def type_fault(value: Any, kind: Any) -> str | None:
     if kind is bool and not isinstance(value, bool):
         return "the value must be true or false, without quotes"
     try:
-        typeguard.check_type(value, kind)
+        # By default only the first item of a list is checked.
+        every = typeguard.CollectionCheckStrategy.ALL_ITEMS
+        typeguard.check_type(value, kind, collection_check_strategy=every)
     except typeguard.TypeCheckError as error:
         return f"the value {error}"
     return None

@@ -22,7 +22,8 @@ from .settings import nested
 DIRECTIONS, RULES = ("lower", "higher"), ("mean", "interval")
 # The last held-out loss of a run's own validation, which every run has.
 VALIDATION = "validation"
-# Names of accuracies begin with this.
+# Names of losses begin with one of these words, and those of accuracies with RETRIEVAL.
+LOSSES = (VALIDATION, "loss", "position", "context")
 RETRIEVAL = "retrieval/"
 RECORD, COPY = "contest.json", "contest.toml"
 # An arm may name its stage in the short form. What all arms must share decides the measures.
@@ -297,10 +298,11 @@ def _is_share(text: str) -> bool:
 
 
 def _better_side(measure: str) -> str | None:
-    """The better side of accuracies and losses; None for other measures."""
+    """The better side of accuracies and losses; None for gains and unknown names."""
     if measure.startswith(RETRIEVAL):
         return "higher"
-    is_loss = measure == VALIDATION or measure.rpartition("/")[2] == "loss"
+    kind, last = measure.partition("/")[0], measure.rpartition("/")[2]
+    is_loss = kind in LOSSES or last in ("loss", "first", "control")
     return "lower" if is_loss else None
 
 
