@@ -64,7 +64,7 @@ def test_page_of_the_contest_on_books_is_its_record() -> None:
     elsewhere, window = results_of("distance_17m").times, results.times["window"]
     steps, lag = elsewhere["lighthouse"]["1 lighthouse"], elsewhere["window"]["1 lighthouse"]
     assert f"takes {1000 * steps:.1f} ms, and one" in page and f"alone {1000 * lag:.1f} ms" in page
-    assert f"took {1000 * window['1 lighthouse']:.1f} ms here" in page
+    assert f"latter takes {1000 * window['1 lighthouse']:.1f} ms here" in page
     seconds = [525 * each + 75 * window["2 dense"]
                for each in (steps * window["1 lighthouse"] / lag, steps)]  # fmt: skip
     assert "take {:.0f} to {:.0f} seconds".format(*seconds) in page
@@ -150,8 +150,13 @@ def test_page_of_the_headline_is_its_record() -> None:
         values = [round(results.value(arm, 1, measure), 3) for measure in measures]
         assert [float(loss), float(returned), float(near), float(far)] == values
     for control, measure, before, after in (
-        ("dense", "repeated/65536/loss", "`short_to_lighthouse`, is ", " below dense"),
-        ("short_to_window", "repeated/65536/loss", "It is ", " above the same recipe"),
+        ("dense", "repeated/65536/loss", "window of 256 alone. It is ", " below dense"),
+        (
+            "short_to_window",
+            "repeated/65536/loss",
+            "`short_to_lighthouse`, is ",
+            " above the same recipe",
+        ),
         ("dense", "loss", "`short_to_lighthouse` is ", " below `dense`"),
         ("short_to_window", "loss", "below `dense` and ", " above `short_to_window`"),
     ):
@@ -179,13 +184,23 @@ def test_page_of_the_headline_is_its_record() -> None:
     gaps = (fast - curves["short_to_window"]).loc[40:600]
     assert f"up to {gaps.abs().max():.3f} nats there, with either" in page
     assert gaps.min() < -0.02 < 0.02 < gaps.max()
+    both = (fast - curves["short_to_window"]).loc[[680, 720]]
+    assert both.abs().max() < 0.003 and "At steps 680 and 720, when both do" in page
+    window = curves["short_to_window"]
+    assert f"it is {window[640]:.3f} before the window, and {window[1080]:.3f} at the end" in page
     # One arm uses distance; none copies from far or finds what the others do not.
     arms = "short_to_window", "dense", "short_to_lighthouse"
     window, _, lighthouse = (results.value(arm, 1, "repeated/8192") for arm in arms)
     assert f"after 8,192 tokens gain {window:.3f} nats in the one" in page and lighthouse < 0.001
     window, dense, lighthouse = (results.value(arm, 1, "beyond/1024") for arm in arms)
-    assert f"by {window:.3f} nats after the window and by {dense:.3f} in `dense`" in page
-    assert f"the whole context is {-lighthouse:.3f} nats higher" in page
+    assert f"by {window:.3f} nats in the window's arm and by {dense:.3f} in `dense`" in page
+    assert f"In Lighthouse's it raises the loss by {-lighthouse:.3f} nats" in page
+    near, whole = (
+        results.value("short_to_lighthouse", 1, name) - results.value("short_to_window", 1, name)
+        for name in ("context/1024", "context/full")
+    )
+    assert f"{near:.3f} nats apart on the same targets with 1,024 tokens of context" in page
+    assert f"and {whole:.3f} with all" in page
     for arm in runs.index:
         far = [results.value(arm, 1, f"repeated/{n}") for n in (32768, 65536)]
         assert max(map(abs, far)) < 0.005 and results.value(arm, 1, "beyond/8192") < 0.003
