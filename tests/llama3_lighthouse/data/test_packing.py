@@ -206,6 +206,14 @@ def test_python_stdlib_is_large_held_out_and_stable() -> None:
     assert [sorted(texts) for texts in seeded] == [sorted(train), sorted(held_out)]
 
 
+def test_most_of_the_debug_runs_text_is_one_file() -> None:
+    left, longest = 45 * 8192, 0
+    for document in text_sources.python_stdlib("train", None, "training").open():
+        taken = min(left, len(document["text"].encode()))
+        left, longest = left - taken, max(longest, taken)
+    assert left == 0 and longest > 45 * 8192 / 2
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
