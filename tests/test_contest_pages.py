@@ -181,12 +181,12 @@ def test_page_of_the_headline_is_its_record() -> None:
     assert f"{fast[920]:.3f} after {920 - 624} of its steps, and {fast[1040]:.3f}" in page
     assert f"do not train on until {round(624 * second, -1):.0f} seconds" in page
     # Two arms train alike in their first stage.
-    gaps = (fast - curves["short_to_window"]).loc[40:600]
+    window = curves["short_to_window"]
+    gaps = (fast - window).loc[40:600]
     assert f"up to {gaps.abs().max():.3f} nats there, with either" in page
     assert gaps.min() < -0.02 < 0.02 < gaps.max()
-    both = (fast - curves["short_to_window"]).loc[[680, 720]]
+    both = (fast - window).loc[[680, 720]]
     assert both.abs().max() < 0.003 and "At steps 680 and 720, when both do" in page
-    window = curves["short_to_window"]
     assert f"it is {window[640]:.3f} before the window, and {window[1080]:.3f} at the end" in page
     # One arm uses distance; none copies from far or finds what the others do not.
     arms = "short_to_window", "dense", "short_to_lighthouse"

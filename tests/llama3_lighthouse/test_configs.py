@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from text_data import FOLDERS_OF_TEXT
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.geometry import PyramidGeometry
@@ -28,7 +29,6 @@ GRIDS = {"topk": (6, 0), "pool": (6, 0), "levels": (6, 0), "scorer": (6, 0), "sp
          "debug": (9, 3), "books_16k": (8, 0), "passkey_16k": (6, 0)}  # fmt: skip
 
 
-FOLDERS_OF_TEXT = ["--training.dataset_path", "text", "--validation.dataset_path", "text"]
 # The models that a configuration extends: Llama 3 8B, and the one of docs/guides/extend.md.
 EXTENDED = {
     "extend_llama": {

@@ -14,6 +14,9 @@ from torchtitan.models.llama3_lighthouse.data.packing import PackedTextDataloade
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 
+# Words of a command line for runs that read folders of text and only have to be planned.
+FOLDERS_OF_TEXT = ["--training.dataset_path", "text", "--validation.dataset_path", "text"]
+
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from contest_cases import at_equal_time, with_start
 from pages import ROOT
+from text_data import FOLDERS_OF_TEXT
 
 from torchtitan.models.llama3_lighthouse.studies.contest_checks import check_runs
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
@@ -89,7 +90,6 @@ def test_too_few_dense_steps_in_between_to_time_are_refused(call, faked, path) -
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_contest_of_the_repository_plans_runs_that_would_start(path, tmp_path) -> None:
     contest = read_contest(path)
-    words = ["--training.dataset_path", "text", "--validation.dataset_path", "text"]
     with_folder = path.stem not in ("debug", "documents_17m")
-    planner = Planner(contest, tmp_path, words if with_folder else [])
+    planner = Planner(contest, tmp_path, FOLDERS_OF_TEXT if with_folder else [])
     check_runs(planner, rates_of(contest, tmp_path))

@@ -1,5 +1,8 @@
 """Errors that a user can mend; commands print the message without a traceback."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message names the rule, what was given and the fix."""
@@ -19,3 +22,12 @@ class UserFileError(UserError, OSError):
 
 class NonFiniteError(UserError, RuntimeError):
     """A loss, a gradient norm, a weight or an optimizer's moment is NaN or infinite."""
+
+
+@contextmanager
+def in_place(place: str) -> Generator[None]:
+    """Let messages about wrong values and types begin with the place of the mistake."""
+    try:
+        yield
+    except (UserValueError, UserTypeError) as error:
+        raise type(error)(f"{place}: {error}") from None

@@ -79,8 +79,7 @@ def check_runs(
 def _check_timed(contest: Contest, config: JobConfig) -> None:
     """Check that the run that tells an arm's times has enough dense steps between others."""
     every = config.lighthouse.dense_every
-    mixed = [stage for stage in stages_of(config) if stage.attention != "dense"]
-    if every and any(stage.dense_steps < LEAST_TIMED for stage in mixed):
+    if every and any(stage.dense_steps < LEAST_TIMED for stage in stages_of(config)):
         raise UserValueError(
             f"lighthouse.dense_every = {every} leaves less than {LEAST_TIMED} dense steps among a "
             f"stage's timed_steps = {contest.timed_steps}, and the first ones compile; write "

@@ -5,15 +5,13 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..data.retrieval import find_task
 from ..environment import environment
-from ..errors import UserError, UserFileError, UserTypeError, UserValueError
+from ..errors import UserFileError, UserTypeError, UserValueError, in_place
 from ..evaluation.distance import DistanceSettings
 from ..job_config import JobConfig, check_toml, flatten, type_fault
 from .recovery_plan import SETTINGS
@@ -215,15 +213,6 @@ def _values(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-@contextmanager
-def _naming(place: str) -> Generator[None]:
-    """Let the messages of users' mistakes begin with the place of the mistake."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"{place}: {error}") from None
-
-
 def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -232,7 +221,7 @@ def _settings(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     settings = flatten(table)
     if bare := [key for key in settings if "." not in key]:
         raise UserValueError(f"{path}: '{bare[0]}' names no section; write section.{bare[0]}")
-    with _naming(str(path)):
+    with in_place(str(path)):
         check_toml(JobConfig, nested(settings))
     return settings
 
@@ -343,10 +332,10 @@ def _check(contest: Contest) -> None:
         )
     if contest.prompts < 1:
         raise UserValueError(f"{contest.path}: prompts = {contest.prompts} must be at least 1")
-    with _naming(f"{contest.path}: retrieval = {contest.retrieval}"):
+    with in_place(f"{contest.path}: retrieval = {contest.retrieval}"):
         for task in contest.retrieval:
             find_task(task)
-    with _naming(f"{contest.path}: seed_keys = {contest.seed_keys}"):
+    with in_place(f"{contest.path}: seed_keys = {contest.seed_keys}"):
         check_toml(JobConfig, nested(dict.fromkeys(contest.seed_keys, 1)))
     tables = {"settings": contest.settings}
     tables |= {f"arms.{name}": arm.settings for name, arm in contest.arms.items()}
@@ -372,12 +361,11 @@ def _check(contest: Contest) -> None:
                 place = f"{contest.path}: {name}"
                 raise UserValueError(f"{place} sets {key}, which all runs share; use [settings]")
         for stage in settings.get("lighthouse.schedule", ()):
-            for word in stage.split():
-                share = word.removeprefix("until=").removesuffix("%")
-                if word == f"until={share}%" and not _is_share(share):
+            for share in re.findall(r"(?<!\S)until=(\S*)%(?!\S)", stage):
+                if not _is_share(share):
                     raise UserValueError(
-                        f"{contest.path}: {name} says {word}; write a share of the steps above 0% "
-                        "and at most 100%, such as until=90%"
+                        f"{contest.path}: {name} says until={share}%; write a share of the steps "
+                        "above 0% and at most 100%, such as until=90%"
                     )
             timed = contest.gpu_seconds and name != "start"
             if timed and (found := re.search(r"\buntil=[^%\s]+(?!\S)", stage)):

@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..checks.configuration import check_launch
-from ..errors import UserTypeError, UserValueError
+from ..errors import UserValueError, in_place
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..stages import stages_of
@@ -26,13 +26,9 @@ STEPS_FILE = "steps.json"
 START_SEEDS = 1000
 
 
-@contextmanager
-def in_table(contest: Contest, name: str) -> Generator[None, None, None]:
+def in_table(contest: Contest, name: str) -> AbstractContextManager[None]:
     """Name the file and its table in errors about the settings there."""
-    try:
-        yield
-    except (UserValueError, UserTypeError) as error:
-        raise type(error)(f"{contest.path}, {name}: {error}") from None
+    return in_place(f"{contest.path}, {name}")
 
 
 def last_checkpoint(run: Run) -> Path:
