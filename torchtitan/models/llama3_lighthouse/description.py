@@ -115,6 +115,8 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
             runs = f", S = {each.gathered['lighthouse']:,}"
         if stage.attention == "lighthouse" and stage.config.lighthouse.window:
             runs += f", window of {stage.config.lighthouse.window:,}"
+        if stage.config.lighthouse.skip_positions:
+            runs += f" that skip in {stage.config.lighthouse.skip_positions:,} positions"
         found.append(
             f"{_name(stage.config, stage.attention)} in steps {stage.first:,} to {stage.last:,}: "
             f"{_count(batch, 'sequence')} of {stage.seq_len:,} tokens{runs}; "

@@ -58,6 +58,12 @@ class Schedule:
     place of stage, dense_from_step and attention. "none" by itself means no schedule, also where
     the TOML file has one."""
 
+    skip_positions: int = 0
+    """Positions that the tokens of a stage with shorter sequences are spread over, at most
+    training.seq_len. Each sequence is cut in two at a random place, and the second part's rotary
+    positions skip ahead at random, so that short sequences train the distances of long ones. A
+    stage of the schedule may set it for itself. 0 skips none."""
+
     keep_position: bool = False
     """Go on at the checkpoint's place in the text although its sequences had another length than
     this run's, or than the schedule gives that step. By default this is refused."""
@@ -104,9 +110,9 @@ class Lighthouse(Method, Schedule):
     a batch then take streams in turn. 0 gives each sequence of a global batch one of its own."""
 
     shuffle_seed: int = 0
-    """Seed of the order of the training files, and of what is mixed into their text. 0 reads them
-    in the order of their names; "python_stdlib" has one of its own. Documents of one file keep
-    their order, and validation reads the same text in any case."""
+    """Seed of the order of the training files, of what is mixed into their text, and of skipped
+    positions. 0 reads the files in the order of their names; "python_stdlib" has one of its own.
+    Documents of one file keep their order, and validation reads the same text in any case."""
 
     log_selection_every: int = 0
     """Steps between records of what Lighthouse layers select. Each record takes two more forward

@@ -25,7 +25,7 @@ LAST = "last"
 # Types of the method's settings, which a stage may change.
 METHOD_TYPES = {field.name: get_type_hints(LighthouseConfig)[field.name]
                 for field in fields(LighthouseConfig)}  # fmt: skip
-COUNTS = ("until", "seq_len", "local_batch_size")
+COUNTS = ("until", "seq_len", "local_batch_size", "skip_positions")
 # Numbers beyond this, and longer texts, are not shown in full.
 MOST_DIGITS, MOST_SHOWN = 18, 100
 # Each stage has a configuration of its own, which is checked before anything is built.
@@ -279,7 +279,28 @@ def _changed(text: str, config: JobConfig, name: str, values: dict[str, Any]) ->
         # As many passes a step in every stage.
         training.global_batch_size = training.global_batch_size * training.local_batch_size // batch
     training.seq_len = length
+    section.skip_positions = _skipped(text, config, length, values)
     return changed
+
+
+def _skipped(text: str, config: JobConfig, length: int, values: dict[str, Any]) -> int:
+    """The positions that a stage's sequences are spread over, or 0 if they are as long."""
+    most = values.get("skip_positions", config.lighthouse.skip_positions)
+    longest = config.training.seq_len
+    if most > longest:
+        raise _fault(
+            text,
+            f"skip_positions = {most} exceeds training.seq_len = {longest}, the positions that "
+            "the model is built for",
+            f"lower it, or pass --training.seq_len {most}",
+        )
+    if "skip_positions" in values and most <= length:
+        raise _fault(
+            text,
+            f"skip_positions = {most} leaves sequences of {length} tokens nothing to skip",
+            "write more positions than seq_len, or leave it out",
+        )
+    return most if most > length else 0
 
 
 def _fault(text: str, problem: str, fix: str) -> UserValueError:

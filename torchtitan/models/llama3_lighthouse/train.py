@@ -27,6 +27,7 @@ from .checks.text import check_vocabulary
 from .checks.unread import warnings_of
 from .console import log_to_file, set_up_console
 from .data.documents import DOCUMENTS, model_options, without_idle_masks
+from .data.skipped_positions import POSITIONS
 from .data.staged import StagedDataloader
 from .description import describe, ending, output_line, what_runs
 from .document_statistics import Batch, DocumentStatistics
@@ -345,10 +346,12 @@ class LighthouseTrainer(upstream.Trainer):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """As upstream, but with documents, and ``held_batch`` takes this rank's part."""
+        """As upstream, but with documents and positions, and this rank's part by ``held_batch``."""
         extra_inputs = dict(input_dict)
         inputs, documents = extra_inputs.pop("input"), extra_inputs.pop(DOCUMENTS, None)
         options = model_options(documents, self.job_config.lighthouse)
+        if POSITIONS in extra_inputs:
+            options[POSITIONS] = extra_inputs.pop(POSITIONS)
         if self.parallel_dims.cp_enabled:
             mesh = self.parallel_dims.get_mesh("cp")
             batch = inputs, labels, options

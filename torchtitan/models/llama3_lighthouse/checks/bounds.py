@@ -256,6 +256,7 @@ BOUNDS: dict[str, Rule] = {
     ),
     # ``stages`` reads the stages, and checks them.
     "lighthouse.schedule": BY_TYPE,
+    "lighthouse.skip_positions": count(0, MOST_POSITIONS, note="0 skips none"),
     "lighthouse.keep_position": BY_TYPE,
     "lighthouse.levels": BY_TYPE,
     "lighthouse.pooling_factor": BY_TYPE,

@@ -17,7 +17,7 @@ from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
-from ..stages import Stage, distinct_stages, naming
+from ..stages import Stage, distinct_stages, naming, stages_of
 from .bounds import check_bounds
 from .documents import check_documents
 from .output import check_output_of_run, is_installed
@@ -60,6 +60,7 @@ def check_config(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> 
             check_parallelism(stage.config, args)
             check_documents(stage)
     check_lengths_in_pipeline(config)
+    _check_skipped_positions(config)
     _check_optimizer(config)
     _check_schedule(config)
     _check_sources_of_text(config)
@@ -197,6 +198,23 @@ def _check_dense_layers(config: JobConfig, n_layers: int) -> None:
         raise UserValueError(
             f"lighthouse.dense_layers = {dense_layers}: {outside} are not layers of "
             f"{named_model(config)}, which has layers 0 to {n_layers - 1}; name only those"
+        )
+
+
+def _check_skipped_positions(config: JobConfig) -> None:
+    """Check that a stage has positions to skip, and that its documents leave them as they are."""
+    asked = config.lighthouse.skip_positions
+    skipping = [x for x in stages_of(config) if x.text and x.config.lighthouse.skip_positions]
+    if asked and not skipping:
+        raise UserValueError(
+            f"lighthouse.skip_positions = {asked} is for stages whose sequences are shorter, and "
+            "lighthouse.schedule has none; write such a stage, or leave skip_positions out"
+        )
+    if skipping and config.training.document_mask:
+        most = skipping[0].config.lighthouse.skip_positions
+        raise UserValueError(
+            f"lighthouse.skip_positions = {most} does not go with training.document_mask, under "
+            "which no token sees beyond its document; leave one of them out"
         )
 
 

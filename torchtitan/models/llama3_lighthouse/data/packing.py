@@ -22,6 +22,7 @@ from .documents import layout_of
 from .fingerprint import BY_CONTENT
 from .mixes import mixes_of
 from .positions import START_OVER, decode, encode
+from .skipped_positions import skipped_positions_of
 from .stream_messages import StreamMessages
 from .streams import PackedTextDataset, TextStream, state_key
 from .text_sources import TextSource, find_source
@@ -272,10 +273,10 @@ def _build(
         of_step = global_batch_size(job_config, dp_world_size) // dp_world_size
     messages = StreamMessages(source, key, streams)
     layout = layout_of(job_config, section.seq_len, span)
+    skipped = skipped_positions_of(job_config) if split == "train" else None
+    inside = mixes, layout, skipped
     own = [
-        TextStream(
-            source, tokenizer, section.seq_len, number, streams, infinite, messages, mixes, layout
-        )
+        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, *inside)
         for number in range(dp_rank * share, (dp_rank + 1) * share)
     ]
     if check and source.is_local:

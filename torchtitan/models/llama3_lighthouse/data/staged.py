@@ -15,6 +15,7 @@ from .documents import DocumentLayout, layout_of
 from .mixes import mixes_of
 from .packing import PackedTextDataloader, build_dataloader, stream_count
 from .positions import decode
+from .skipped_positions import SkippedPositions, skipped_positions_of
 
 LENGTH = "training.seq_len"
 
@@ -109,9 +110,11 @@ class StagedDataloader(BaseDataLoader):
             )
 
 
-def _shape(config: JobConfig) -> tuple[int, int, DocumentLayout | None]:
-    length = config.training.seq_len
-    return length, config.training.local_batch_size, layout_of(config, length)
+def _shape(
+    config: JobConfig,
+) -> tuple[int, int, DocumentLayout | None, SkippedPositions | None]:
+    length, batch = config.training.seq_len, config.training.local_batch_size
+    return length, batch, layout_of(config, length), skipped_positions_of(config)
 
 
 def build_staged_dataloader(

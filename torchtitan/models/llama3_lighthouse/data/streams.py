@@ -18,6 +18,7 @@ from .documents import DOCUMENTS, PADDING, DocumentLayout
 from .mixes import Mixes
 from .older_positions import is_older_reader
 from .positions import check_stream, unreadable
+from .skipped_positions import POSITIONS, SkippedPositions
 from .stream_messages import StreamMessages
 from .text_files import document_problem
 from .text_sources import TextSource
@@ -76,6 +77,7 @@ class TextStream:
         mixes: what stands among and within the sequences of text.
         layout: how documents lie in a sequence if they do not see each other. Passages then do not
             return in it.
+        skipped: positions of the sequences if they skip some.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class TextStream:
         messages: StreamMessages,
         mixes: Mixes | None = None,
         layout: DocumentLayout | None = None,
+        skipped: SkippedPositions | None = None,
     ) -> None:
         self.number = number
         self.sequences = 0
@@ -100,6 +103,7 @@ class TextStream:
         self._messages = messages
         self._mixes = mixes
         self._layout = layout
+        self._skipped = skipped
         self._buffer = np.empty(0, dtype=np.int32)
         # Places in the buffer, from 1 on, at which documents begin. Only a layout drops those that
         # were cut, so without one there are none.
@@ -118,7 +122,8 @@ class TextStream:
     def __iter__(self) -> Iterator[TrainingSequence]:
         """Yield ({"input": int64 [seq_len]}, int64 [seq_len]) from the present position on.
 
-        A layout adds ``DOCUMENTS``, int32 [seq_len], and ``PADDING``, int64 [].
+        A layout adds ``DOCUMENTS``, int32 [seq_len], and ``PADDING``, int64 []. Skipped positions
+        add ``POSITIONS``, int32 [seq_len].
         """
         while True:
             # The buffer of a resumed position may hold whole sequences.
@@ -177,12 +182,12 @@ class TextStream:
         """Yield sequences until the buffer is too short for another."""
         while len(self._buffer) > self._seq_len:
             place = self.number, self.sequences
-            masks: dict[str, torch.Tensor] = {}
+            others = {POSITIONS: self._skipped.of(*place)} if self._skipped else {}
             if self._mixes and (drawn := self._mixes.documents(*place)):
                 window = torch.from_numpy(drawn.tokens.astype(np.int64))
                 labels = window.masked_fill(~torch.from_numpy(drawn.in_loss), IGNORE_INDEX)
                 if self._layout:
-                    masks = self._masks(torch.from_numpy(drawn.documents[:-1]), drawn.padding)
+                    others |= self._masks(torch.from_numpy(drawn.documents[:-1]), drawn.padding)
             elif self._layout:
                 yield self._laid_out(self._layout)
                 continue
@@ -194,7 +199,7 @@ class TextStream:
                 self._buffer = self._buffer[self._seq_len :]
                 self._cut_since += self._seq_len
             self.sequences += 1
-            yield {"input": window[:-1], **masks}, labels[1:]
+            yield {"input": window[:-1], **others}, labels[1:]
 
     def _laid_out(self, layout: DocumentLayout) -> TrainingSequence:
         inputs, labels, documents, padding, taken = layout.lay_out(self._buffer, self._begins)

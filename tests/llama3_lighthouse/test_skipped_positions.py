@@ -1,0 +1,186 @@
+"""Short stages whose rotary positions skip, so that they train the distances of long sequences."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import Run
+from small_model import SIZE, build
+from text_data import config, loader, write_jsonl
+from torch.nn.functional import scaled_dot_product_attention
+
+from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
+from torchtitan.models.llama3_lighthouse.data.skipped_positions import POSITIONS, SkippedPositions
+from torchtitan.models.llama3_lighthouse.data.staged import build_staged_dataloader
+from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
+from torchtitan.models.llama3_lighthouse.model.rotary import RotaryAttention, turns_at
+from torchtitan.models.llama3_lighthouse.stages import stage_at, stages_of
+
+N, MOST = 16, 64
+
+
+def test_second_part_skips_and_every_distance_occurs() -> None:
+    skipped = SkippedPositions(N, MOST)
+    seen, cuts, skips = set(), set(), set()
+    for sequence in range(4000):
+        positions = skipped.of(3, sequence)
+        assert positions.dtype == torch.int32 and positions.shape == (N,)
+        steps = positions.diff()
+        assert positions[0] == 0 and positions[-1] < MOST
+        # All steps are 1 but one, unless nothing is skipped.
+        assert (steps > 1).sum() <= 1 and (steps >= 1).all()
+        skip = int(steps.max()) - 1
+        skips.add(skip)
+        if skip:
+            cuts.add(int(steps.argmax()) + 1)
+        seen |= set((positions[:, None] - positions).flatten().tolist())
+    assert skips == set(range(MOST - N + 1)) and cuts == set(range(1, N))
+    assert seen == set(range(1 - MOST, MOST))
+
+
+def test_positions_depend_on_seed_stream_and_number_alone() -> None:
+    def of(seed: int, stream: int, sequence: int) -> list[int]:
+        return SkippedPositions(N, MOST, seed).of(stream, sequence).tolist()
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert of(0, 0, 0) == of(0, 0, 0)
+    assert len({tuple(of(*place)) for place in places}) == len(places)
+
+
+def job_of(folder: Path, stages: list[str], **options: Any) -> JobConfig:
+    job = config(path=folder, seq_len=MOST, batch_size=1, **options)
+    job.training.steps, job.training.global_batch_size = 6, 2
+    job.lighthouse.schedule = stages
+    return job
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "text", {"a.jsonl": [f"{i} " * 400 for i in range(8)]})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resume_has_the_same_positions(text: Path, workers: int) -> None:
+    """The text is that of a stage which skips nothing, and the next stage skips nothing either."""
+
+    def read(stages: list[str], stop: int) -> list[dict[str, torch.Tensor]]:
+        """The inputs of each of five steps, a row for each sequence; ``stop`` is the last of a
+        first loader."""
+        job, state, found = job_of(text, stages, workers=workers), None, []
+        for first, last in ((1, stop), (stop + 1, 5)):
+            each = build_staged_dataloader(1, 0, ByteTokenizer(), job)
+            if state:
+                each.load_state_dict(state)
+            reader = iter(each)
+            for step in range(first, last + 1):
+                stage = stage_at(step, stages_of(job)).config
+                each.use(stage)
+                passes = stage.training.global_batch_size // stage.training.local_batch_size
+                batches = [next(reader)[0] for _ in range(passes)]
+                found.append({key: torch.cat([x[key] for x in batches]) for key in batches[0]})
+            state = each.state_dict()
+        return found
+
+    stages = [f"dense until=3 seq_len={N} skip_positions={MOST}", "dense"]
+    whole, plain = read(stages, 5), read([f"dense until=3 seq_len={N}", "dense"], 5)
+    for step, (own, other) in enumerate(zip(whole, plain, strict=True), 1):
+        assert (POSITIONS in own) == (step <= 3) and POSITIONS not in other
+        assert torch.equal(own["input"], other["input"])
+    positions = torch.cat([x[POSITIONS] for x in whole[:3]])
+    assert len(positions.unique(dim=0)) == len(positions) == 24
+    for stop in (2, 4):
+        for own, other in zip(whole, read(stages, stop), strict=True):
+            assert own.keys() == other.keys()
+            assert all(torch.equal(own[key], other[key]) for key in own)
+
+
+def test_validation_counts_on(text: Path) -> None:
+    job = job_of(text, [f"dense until=3 seq_len={N} skip_positions={MOST}", "dense"])
+    held_out = write_jsonl(text, {"validation.jsonl": ["some other text " * 40]})
+    job.validation.dataset_path = str(held_out)
+    stage = stages_of(job)[0].config
+    inputs, _ = next(iter(loader(stage, build=build_validation_dataloader)))
+    assert set(inputs) == {"input"}
+
+
+def test_attention_is_that_of_a_long_sequence_without_the_tokens_between() -> None:
+    torch.manual_seed(0)
+    args = LighthouseModelArgs(**SIZE, dense_layers=[0, 1, 2, 3])
+    model = build(args=args).double()
+    attention = model.get_submodule("layers.0.attention")
+    assert isinstance(attention, RotaryAttention)
+    positions = SkippedPositions(N, 256, seed=5).of(0, 0)
+    assert positions[-1] > N
+    # Small inputs would leave attention nearly even, wherever positions are.
+    x = 20 * torch.randn(1, N, args.dim, dtype=torch.float64)
+    whole = torch.randn(1, 256, args.dim, dtype=torch.float64)
+    whole[:, positions] = x
+    table = model.freqs_cis
+    q, k, v = (
+        projection(whole).view(1, 256, -1, attention.head_dim)
+        for projection in (attention.wq, attention.wk, attention.wv)
+    )
+    q, k = attention.rotated(q, k, turns_at(table, 256, None))
+    rows = (each[:, positions].transpose(1, 2) for each in (q, k, v))
+    wanted = scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)
+    wanted = attention.wo(wanted.transpose(1, 2).flatten(2))
+    out = attention(x, table, None, positions[None])
+    assert torch.allclose(out, wanted, rtol=0, atol=1e-6)
+    assert not torch.allclose(out, attention(x, table), rtol=0, atol=1e-3)
+
+
+STAGES = ["dense until=3 seq_len=64 skip_positions=256", "dense"]
+SETTINGS = {
+    "lighthouse.dense_from_step": 10000, "training.steps": 4, "training.global_batch_size": 2,
+    "lighthouse.schedule": STAGES, "checkpoint.interval": 1,
+    # Without these two, AdamW's first steps show the rounding of each gradient.
+    "optimizer.lr": 2e-4, "optimizer.eps": 1e-6,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("one")
+    Run(folder, {**SETTINGS, "checkpoint.create_seed_checkpoint": True}).succeed()
+    shutil.move(folder / "dump/checkpoint/step-0", folder / "seed")
+    shutil.rmtree(folder / "dump")
+    settings = {**SETTINGS, "checkpoint.initial_load_path": folder / "seed"}
+    run = Run(folder, settings).succeed()
+    run.settings = settings
+    return run
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {step: float.fromhex(line["loss"]) for step, line in run.steps().items()}
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"parallelism.context_parallel_degree": 2},
+        pytest.param({"parallelism.tensor_parallel_degree": 2}, marks=pytest.mark.slow),
+        pytest.param({"parallelism.data_parallel_shard_degree": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["context", "tensor", "fsdp"],
+)
+def test_meshes_train_alike(one_process: Run, tmp_path: Path, mesh: dict[str, Any]) -> None:
+    run = Run(tmp_path, {**one_process.settings, **mesh}, processes=2).succeed()
+    assert losses(run) == pytest.approx(losses(one_process), rel=1e-6)
+
+
+def test_a_resume_leaves_no_trace_and_positions_matter(one_process: Run, tmp_path: Path) -> None:
+    assert "8 sequences of 64 tokens that skip in 256 positions" in one_process.log
+    (tmp_path / "resumed/dump/checkpoint").mkdir(parents=True)
+    before = one_process.record_file.parent / "dump/checkpoint/step-1"
+    shutil.copytree(before, tmp_path / "resumed/dump/checkpoint/step-1")
+    resumed = Run(tmp_path / "resumed", one_process.settings).succeed()
+    assert losses(resumed) == {step: x for step, x in losses(one_process).items() if step > 1}
+    (tmp_path / "plain").mkdir()
+    plain = ["dense until=2 seq_len=64", *STAGES[1:]]
+    other = Run(tmp_path / "plain", {**one_process.settings, "lighthouse.schedule": plain})
+    # By more than the tolerance between meshes.
+    assert losses(other.succeed())[3] != pytest.approx(losses(one_process)[3], rel=1e-5)
