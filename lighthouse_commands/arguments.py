@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 FLAG = re.compile(r"--?[A-Za-z]")
 # A key of the configuration, --section.key, as opposed to a flag of the command itself.
@@ -26,10 +26,21 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that shows its description as it is written and takes no shortened flags."""
+    """A parser that shows its description as it is written and takes no shortened flags.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        overrides: those of the command line, one of which may have taken a word of the command.
+    """
+
+    def __init__(self, overrides: Sequence[str] = (), **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+        self.overrides = overrides
+
+    def error(self, message: str) -> NoReturn:
+        missing = re.search(r"required: ([A-Z]+)", message)
+        if missing and (taken := taken_by_an_override(self.overrides)):
+            message += f"; {taken}: pass {missing[1]} before such keys"
+        super().error(message)
 
 
 def split_overrides(line: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -45,6 +56,27 @@ def split_overrides(line: Sequence[str]) -> tuple[list[str], list[str]]:
             target = overrides if OVERRIDE.match(word) else own
         target.append(word)
     return own, overrides
+
+
+def taken_by_an_override(overrides: Sequence[str]) -> str:
+    """A clause on the word that most looks as if it were the command's own, or an empty string.
+
+    Only the second value of a key, or a TOML file, looks so.
+    """
+    found: list[tuple[str, str]] = []
+    flag, values = "", 0
+    for word in overrides:
+        if FLAG.match(word):
+            flag, _, value = word.partition("=")
+            values = 1 if value else 0
+            continue
+        values += 1
+        if values > 1 or word.endswith(".toml"):
+            found.append((flag, word))
+    if not found:
+        return ""
+    flag, word = max(found, key=lambda each: each[1].endswith(".toml"))
+    return f"'{word}' follows {flag} and so belongs to it"
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +112,10 @@ def trainer_arguments(config: Path | None, overrides: list[str]) -> list[str]:
     ]
     if config is None:
         if not named:
+            taken = taken_by_an_override(overrides)
             raise CommandError(
-                "no configuration is given; pass CONFIG, its TOML file, before the keys"
+                f"no configuration is given{taken and f': {taken}'}; pass CONFIG, its TOML file, "
+                "before the keys"
             )
         return overrides
     if named:

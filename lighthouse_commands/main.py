@@ -36,9 +36,10 @@ EXTRAS = {
 }
 
 
-def build_parser() -> CommandParser:
+def build_parser(overrides: list[str]) -> CommandParser:
     """The parser of all commands; its result has the ``module`` and ``parser`` of the one given."""
     parser = CommandParser(
+        overrides,
         prog="lighthouse",
         description="Long-context pretraining with Lighthouse Attention.",
         epilog="lighthouse COMMAND --help says what a command takes and writes.",
@@ -52,7 +53,11 @@ def build_parser() -> CommandParser:
         module = importlib.import_module(f"lighthouse_commands.{name}")
         group, _, last = words.rpartition(" ")
         child = (evaluations if group else commands).add_parser(
-            last, help=module.SUMMARY, description=module.__doc__, epilog=OVERRIDES_HELP
+            last,
+            overrides=overrides,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            epilog=OVERRIDES_HELP,
         )
         module.add_arguments(child)
         child.set_defaults(module=module, parser=child)
@@ -62,7 +67,7 @@ def build_parser() -> CommandParser:
 def parse(line: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's options, and the overrides of the configuration. Ends on unknown words."""
     own, overrides = split_overrides(line)
-    options, unknown = build_parser().parse_known_args(own)
+    options, unknown = build_parser(overrides).parse_known_args(own)
     if unknown:
         options.parser.error(
             f"unknown argument {unknown[0]}; a configuration takes --section.key value"

@@ -101,6 +101,36 @@ def test_overrides_go_to_the_configuration_wherever_they_stand() -> None:
                          "--activation-checkpoint.mode", "none"]  # fmt: skip
 
 
+@pytest.mark.parametrize(("line", "words"), [
+    (["contest", "--training.dataset_path", "text", "a.toml", "--output", "out"],
+     "required: CONFIG; 'a.toml' follows --training.dataset_path and so belongs to it: pass CONFIG "
+     "before such keys"),
+    # A file is named before the second value of a list.
+    (["recovery", "--lighthouse.dense_layers", "0", "1", "--validation.enable", "a.toml"],
+     "required: CONFIG, --output; 'a.toml' follows --validation.enable and so"),
+    (["evaluate", "loss", "--validation.steps=2", "outputs/a", "--output", "out"],
+     "required: CHECKPOINT; 'outputs/a' follows --validation.steps and so belongs to it: pass CH"),
+    (["train", "--training.document_mask", "a.toml"],
+     "no configuration is given: 'a.toml' follows --training.document_mask and so belongs to it; "
+     "pass CONFIG, its TOML file, before the keys"),
+])  # fmt: skip
+def test_a_word_that_an_override_takes_is_named(line: list[str], words: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line)
+    assert words in f"{caught.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("line", [
+    ["contest", "--training.dataset_path", "text", "--output", "out"],
+    ["contest", "a.toml", "--lighthouse.dense_layers", "0", "1"],
+    ["train", "--debug.seed", "-1", "--training.steps=3"],
+])  # fmt: skip
+def test_values_of_an_override_are_not_taken_for_others(line: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line)
+    assert "belongs to" not in f"{caught.value}{capsys.readouterr().err}"
+
+
 WITHOUT_TRAINER = """
 import sys
 class Missing:
