@@ -43,20 +43,19 @@ def check(config: JobConfig, processes: int = 1) -> None:
 # The stages, of which the one with the number in the middle is named, and the rest of the message.
 FAULTS: list[tuple[list[str], int, str]] = [
     (["lighthouse until=8", "dense until=4"], 1,
-     "ends at step 4, and the stage before it at step 8; write until=STEP in rising order"),
+     "ends at step 4, and the stage before it at step 8; let until rise from stage to stage"),
     (["lighthouse until=4", "window until=4 window=8", "dense"], 1,
      "ends at step 4, and the stage before it at step 4;"),
     (["lighthouse", "dense"], 0,
-     "ends at the run's last step, 12, and a stage follows; write until=STEP with an earlier "
-     "one"),
+     "ends at the run's last step, 12, and a stage follows; give it an earlier until"),
     (["dense until=12 seq_len=128", "lighthouse", "dense"], 0, "ends at the run's last step, 12,"),
     (["dense until=13"], 0,
-     "ends at step 13, after training.steps = 12; write until=12 or less, or pass "
-     "--training.steps 13"),
+     "ends at step 13, after training.steps = 12; write until=12 or less, or set "
+     "training.steps to 13"),
     (["lighthouse until=30", "dense"], 0, "ends at step 30, after training.steps = 12;"),
     (["lighthouse until=4", "dense until=8"], 1,
      "ends at step 8, before training.steps = 12; leave its until out, or add a stage"),
-    (["lighthouse until=0", "dense"], 0, "until = 0 must be at least 1; write until=NUMBER"),
+    (["lighthouse until=0", "dense"], 0, "until = 0 must be at least 1; raise it"),
     (["lighthouse until=-4", "dense"], 0, "until = '-4' is no whole number"),
     (["lighthouse until=1e3", "dense"], 0,
      "until = '1e3' is no whole number of at most 18 digits; write until=NUMBER"),
@@ -87,7 +86,7 @@ FAULTS: list[tuple[list[str], int, str]] = [
      "length that does, or local_batch_size=SEQUENCES too"),
     (["dense until=4 seq_len=1024", "dense"], 0,
      "seq_len = 1024 exceeds training.seq_len = 512, the longest sequence that the model is "
-     "built for; lower it, or pass --training.seq_len 1024"),
+     "built for; lower it, or set training.seq_len to 1024"),
     (["dense until=4 local_batch_size=0", "dense"], 0, "local_batch_size = 0 must be at least 1;"),
     (["dense until=4 top_k=32", "dense"], 0,
      "top_k is not read under attention 'dense'; leave it out"),

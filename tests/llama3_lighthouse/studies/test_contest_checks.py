@@ -64,6 +64,27 @@ def test_a_bad_arm_is_refused_before_any_process(
     assert not faked.trained and not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(("gpu_seconds", "first", "advice"), [
+    (0, "until=9", "write until=8 or less, or set training.steps to 9"),
+    (0, "until=4 seq_len=1024", "lower it, or set training.seq_len to 1024"),
+    # Here a number of steps is refused, and so is training.steps.
+    (40, "until=100%", "give it an earlier until"),
+    (40, "until=0.1%", "until = 0 must be at least 1; raise it"),
+    (40, "until=80%", "let until rise from stage to stage"),
+])  # fmt: skip
+def test_advice_on_a_stage_is_what_a_contest_takes(call, faked, path, gpu_seconds, first, advice):
+    if gpu_seconds:
+        at_equal_time(path, gpu_seconds)
+    until = "until=75%" if gpu_seconds else "until=6"
+    stages = [f'"window {first}"', f'"lighthouse {until}"', '"dense"']
+    text = path.read_text().replace(f'"window {until}", "dense"', ", ".join(stages))
+    path.write_text(text)
+    found = str(call()[1])
+    assert "contest.toml, arms.window: lighthouse.schedule, stage '" in found
+    assert found.endswith(advice) and "--" not in found and "until=STEP" not in found
+    assert not faked.trained
+
+
 def test_seeds_and_the_start_are_checked_before_any_process(call, faked, path) -> None:
     path.write_text(path.read_text().replace("seeds = [1, 2]", f"seeds = [1, {2**70}]"))
     _, found = call()

@@ -171,7 +171,7 @@ def _scheduled(config: JobConfig) -> tuple[Stage, ...]:
     for text in config.lighthouse.schedule:
         if found and found[-1].last == steps:
             raise _fault(found[-1].text, f"ends at the run's last step, {steps}, and a stage "
-                         "follows", "write until=STEP with an earlier one")  # fmt: skip
+                         "follows", "give it an earlier until")  # fmt: skip
         found.append(_stage(text, config, found[-1].last if found else 0))
     _check_end(found, steps)
     return tuple(found)
@@ -205,10 +205,10 @@ def _stage(text: str, config: JobConfig, after: int) -> Stage:
     last = values.pop("until", steps)
     if not after < last:
         raise _fault(text, f"ends at step {last}, and the stage before it at step {after}",
-                     "write until=STEP in rising order")  # fmt: skip
+                     "let until rise from stage to stage")  # fmt: skip
     if last > steps:
         raise _fault(text, f"ends at step {last}, after training.steps = {steps}",
-                     f"write until={steps} or less, or pass --training.steps {last}")  # fmt: skip
+                     f"write until={steps} or less, or set training.steps to {last}")  # fmt: skip
     changed = _changed(text, config, name, values)
     return Stage("dense" if name == "dense" else "lighthouse", after + 1, last, changed, text)
 
@@ -236,7 +236,7 @@ def _typed(text: str, key: str, value: str) -> Any:
                      "digits", f"write {key}=NUMBER")  # fmt: skip
     number = int(value)
     if key in COUNTS and number < 1:
-        raise _fault(text, f"{key} = {number} must be at least 1", f"write {key}=NUMBER")
+        raise _fault(text, f"{key} = {number} must be at least 1", "raise it")
     return number
 
 
@@ -260,7 +260,7 @@ def _changed(text: str, config: JobConfig, name: str, values: dict[str, Any]) ->
             text,
             f"seq_len = {length} exceeds training.seq_len = {training.seq_len}, the longest "
             "sequence that the model is built for",
-            f"lower it, or pass --training.seq_len {length}",
+            f"lower it, or set training.seq_len to {length}",
         )
     batch = training.local_batch_size
     tokens = batch * training.seq_len
