@@ -160,6 +160,11 @@ def test_what_steps_ahead_do_is_warned_of(now: list[str], step: int, caplog) -> 
     assert "with other settings: lighthouse.schedule = [" in warning.message
 
 
+def test_spaces_in_the_schedule_of_an_older_record_are_no_change(caplog) -> None:
+    go_on([STAGES[0], f" {STAGES[1]}", " lighthouse  until=40", " dense"], STAGES)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("model__flavor", "15M"), ("model__converters", ["float8"]), ("lighthouse__tokenizer", "hf"),
 ])  # fmt: skip

@@ -54,6 +54,9 @@ def all_differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[D
         flatten(json.loads(json.dumps(each))) for each in (present, JobConfig().to_dict())
     )
     before = defaults | flatten(recorded)
+    # Older versions recorded stages with the spaces that the command line had.
+    key = "lighthouse.schedule"
+    before[key] = Lighthouse(schedule=before[key]).schedule
     return [
         Difference(key, before[key], value)
         for key, value in now.items()
