@@ -266,7 +266,7 @@ def test_a_window_as_long_as_a_stage_is_warned_of(base: JobConfig) -> None:
 
 @pytest.mark.parametrize("wrong", [5, ["dense"], None])
 def test_stages_are_strings(base: JobConfig, wrong: Any) -> None:
-    with pytest.raises(TypeError, match="lighthouse.schedule = .* item 1 of list is not"):
+    with pytest.raises(TypeError, match="lighthouse.schedule = .* each item a text in quotes"):
         check(scheduled(base, SHORT, wrong, "dense"))
 
 

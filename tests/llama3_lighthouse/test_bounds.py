@@ -145,6 +145,19 @@ def test_no_key_takes_what_its_type_does_not_mean(config: JobConfig, leaf: Leaf)
             check_bounds(with_settings(config, {leaf.key: value}))
 
 
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("training.steps", "many", "training.steps = 'many' must be a whole number; pass --training.s"),
+    ("debug.seed", "x", "debug.seed = 'x' must be a whole number; pass --debug.seed N"),
+    ("parallelism.module_fqns_per_model_part", [3],
+     "= [3] must be a list, each item a list, each item a text in quotes; pass --"),
+    ("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns", 1,
+     "= 1 must be a list, each item a text in quotes; pass --"),
+])  # fmt: skip
+def test_wrong_types_are_named_in_one_line(config: JobConfig, key: str, value, words: str) -> None:
+    message = refusal(config, **{key: value})
+    assert words in message and "\n" not in message
+
+
 def test_bounds_themselves_are_taken(config: JobConfig) -> None:
     for key, value in (
         ("checkpoint.keep_latest_k", 0), ("checkpoint.keep_latest_k", 2),
@@ -354,13 +367,26 @@ def test_command_lines_that_cannot_be_read_end_in_one_line(line, message, capsys
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("[training]\nsteps = true", "training.steps = True in the TOML file: true and false are"),
+        (
+            "[training]\nsteps = true",
+            "training.steps = True in the TOML file is no value of this key; write a whole number$",
+        ),
         ("[optimizer]\nlr = true", "optimizer.lr = True"),
         (
             "[training]\ndocument_mask = 'true'",
-            "training.document_mask = 'true' in the TOML file: the value must be true or false",
+            "training.document_mask = 'true' in the TOML file .*; write true or false$",
         ),
-        ("[lighthouse]\ndense_layers = [true]", "lighthouse.dense_layers"),
+        (
+            "[lighthouse]\ndense_layers = [true]",
+            r"dense_layers = \[True\] .*; write a list, each item a whole number$",
+        ),
+        (
+            "[lighthouse]\nschedule = ['dense until=5', 3]",
+            "schedule = .* 3.* in the TOML file .*; write a list, each item a text in quotes$",
+        ),
+        ("[debug]\nseed = 'x'", "debug.seed = 'x' in the TOML file .*; write a whole number$"),
+        ("[lighthouse]\nstage = 'sparse'", "; write one of 'auto', 'lighthouse', 'dense'$"),
+        ("[model]\nconverters = 3", "each item a text in quotes"),
         ("[training]\nsteps = 3\nsteps = 4", "is not TOML: .*; mend it"),
         ("a = " + "[" * 5000, "is nested too deeply; mend it"),
         ("[training]\nsteps = " + "9" * 5000, "is not TOML: .*; mend it"),

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import typeguard
 from torchtitan.config import ConfigManager
@@ -30,6 +31,8 @@ BYTE_TOKENIZER_FOLDER = str(Path(__file__).parent / "assets" / "byte_tokenizer")
 # Messages list no more keys than this.
 MOST_LISTED = 40
 ALL_KEYS = "lighthouse train --list-keys shows all keys"
+# Types as messages name them.
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}
 # The only stage of a schedule that is none. A command line cannot name an empty list.
 NO_SCHEDULE = "none"
 
@@ -284,21 +287,32 @@ def leaves(config: Any, defaults: Any = None, prefix: str = "") -> Iterator[Leaf
             yield Leaf(f"{prefix}{each.name}", kinds[each.name], value, default)
 
 
-def type_fault(value: Any, kind: Any) -> str | None:
-    """How ``value`` misses the type ``kind``, as typeguard words it; None if it does not."""
+def missed_type(value: Any, kind: Any) -> str | None:
+    """The type ``kind`` in words if ``value`` is not of it, else None."""
     items = value if isinstance(value, list) else [value]
     # Python takes a bool for a number, but no key means one.
     if kind is not bool and any(isinstance(item, bool) for item in items):
-        return "true and false are no values of this key"
-    if kind is bool and not isinstance(value, bool):
-        return "the value must be true or false, without quotes"
+        return _in_words(kind)
     try:
         # By default only the first item of a list is checked.
         every = typeguard.CollectionCheckStrategy.ALL_ITEMS
         typeguard.check_type(value, kind, collection_check_strategy=every)
-    except typeguard.TypeCheckError as error:
-        return f"the value {error}"
+    except typeguard.TypeCheckError:
+        return _in_words(kind)
     return None
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a message names it, without the None that a TOML file cannot hold."""
+    origin, parts = get_origin(kind), [each for each in get_args(kind) if each is not NoneType]
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if origin in (list, tuple):
+        length = "" if origin is list or ... in parts else f" of {len(parts)} items"
+        return f"a list{length}, each item {_in_words(parts[0])}"
+    if origin in (Union, UnionType):
+        return ", or ".join(map(_in_words, parts))
+    return TYPES.get(kind, f"of type {kind}")
 
 
 class LighthouseConfigManager(ConfigManager):
@@ -439,5 +453,7 @@ def check_toml(
                 raise UserTypeError(f"'{path}' is a section: write [{path}] in the TOML file")
             check_toml(expected, value, path, whole)
             continue
-        if fault := type_fault(value, expected):
-            raise UserTypeError(f"{path} = {value!r} in the TOML file: {fault}")
+        if missed := missed_type(value, expected):
+            raise UserTypeError(
+                f"{path} = {value!r} in the TOML file is no value of this key; write {missed}"
+            )

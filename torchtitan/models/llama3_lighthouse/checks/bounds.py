@@ -14,7 +14,7 @@ from lighthouse.config import MOST_POSITIONS
 
 from ..errors import UserTypeError, UserValueError
 from ..infra.pipeline import SCHEDULES
-from ..job_config import JobConfig, leaves, type_fault
+from ..job_config import JobConfig, leaves, missed_type
 from .rules import (
     MOST,
     MOST_SECONDS,
@@ -296,9 +296,8 @@ def check_bounds(config: JobConfig, beginnings: tuple[str, ...] = ("",)) -> None
     for leaf in sorted(found, key=lambda leaf: leaf.key not in COPIED):
         rule = BOUNDS.get(leaf.key, BY_TYPE)
         given = f"{leaf.key} = {shown(leaf.value)}"
-        wrong = type_fault(leaf.value, leaf.kind)
-        if wrong:
-            raise UserTypeError(f"{given}: {wrong}; {rule.fix(leaf.key)}")
+        if missed := missed_type(leaf.value, leaf.kind):
+            raise UserTypeError(f"{given} must be {missed}; {rule.fix(leaf.key)}")
         if leaf.value is None:
             continue
         fault = _too_large(leaf.value) or rule.fault(leaf.value, leaf.default)

@@ -13,7 +13,7 @@ from ..data.retrieval import find_task
 from ..environment import environment
 from ..errors import UserFileError, UserTypeError, UserValueError, in_place
 from ..evaluation.distance import DistanceSettings
-from ..job_config import JobConfig, check_toml, flatten, type_fault
+from ..job_config import JobConfig, check_toml, flatten, missed_type
 from .recovery_plan import SETTINGS
 from .settings import nested
 
@@ -277,8 +277,8 @@ def _distance(path: Path, table: dict[str, Any]) -> DistanceSettings:
         key: tuple(value) if isinstance(value, list) else value for key, value in table.items()
     }
     for key, value in values.items():
-        if fault := type_fault(value, kinds[key]):
-            raise UserTypeError(f"{path}: distance.{key} = {table[key]!r}: {fault.splitlines()[0]}")
+        if missed := missed_type(value, kinds[key]):
+            raise UserTypeError(f"{path}: distance.{key} = {table[key]!r} must be {missed}")
     return DistanceSettings(**values)
 
 
