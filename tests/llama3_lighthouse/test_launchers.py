@@ -124,6 +124,32 @@ def test_dry_run_of_one_process(tmp_path: Path) -> None:
     assert dict(os.environ) == environment
 
 
+def test_dry_run_names_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    """Its steps may have been dense, although the lines on all steps say otherwise."""
+
+    def line(*overrides: str) -> list[str]:
+        text = dry_run(parse(tmp_path, "debug_cpu", *overrides), 1)
+        return re.findall(r"^resume +(.+)$", text, re.MULTILINE)
+
+    def save(step: int) -> None:
+        (folder / f"step-{step}").mkdir(parents=True)
+        (folder / f"step-{step}/.metadata").touch()
+
+    folder = tmp_path / "checkpoint"
+    assert not line()
+    # A seed checkpoint was not trained.
+    save(0)
+    assert not line()
+    save(2)
+    save(4)
+    words = "stay as they were trained, also where stages named here are others"
+    assert line() == [f"goes on from {folder}/step-4: steps 1 to 4 {words}"]
+    assert line("--checkpoint.load_step", "2") == [
+        f"goes on from {folder}/step-2: steps 1 to 2 {words}"
+    ]
+    assert not line("--checkpoint.no-enable")
+
+
 def test_dry_run_says_what_text_is_read_and_whether_it_is_there(tmp_path: Path) -> None:
     def line(*overrides: str) -> str:
         text = dry_run(parse(tmp_path, "debug_cpu", *overrides), 1)

@@ -17,6 +17,7 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
+from .checkpoints.folders import complete_checkpoints
 from .checkpoints.model_folder import model_arguments_of
 from .checks.configuration import check_launch
 from .checks.parallelism import parallel_dims_of
@@ -41,6 +42,7 @@ def dry_run(config: JobConfig, world_size: int) -> str:
     with _fake_ranks(config, world_size) as dims:
         args, parameters = _shared_model(config, dims)
         lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
+    lines += _resume_line(config)
     lines.append(_text_line(config))
     warnings = (f"warning       {line}" for line in warnings_of(config, world_size))
     return "\n".join([*lines, *warnings])
@@ -86,6 +88,20 @@ def _shared_model(config: JobConfig, dims: ParallelDims) -> tuple[LighthouseMode
     with torch.device("meta"):
         model = LighthouseTransformer(args)
     return args, sum(local_parameters(part) for part in _parts(model, dims, config, args))
+
+
+def _resume_line(config: JobConfig) -> list[str]:
+    """The checkpoint that the run goes on from: other lines tell of all steps as configured now."""
+    section = config.checkpoint
+    own = Path(config.job.dump_folder, section.folder)
+    complete = complete_checkpoints(own) if section.enable else {}
+    step = max(complete, default=0) if section.load_step == -1 else section.load_step
+    if not step or step not in complete:
+        return []
+    return [
+        f"resume        goes on from {complete[step]}: steps 1 to {step:,} stay as they were "
+        "trained, also where stages named here are others"
+    ]
 
 
 def _text_line(config: JobConfig) -> str:
