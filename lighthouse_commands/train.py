@@ -117,12 +117,14 @@ def check(arguments: list[str], world_size: int, device_type: str) -> None:
     """
     from torchtitan.models.llama3_lighthouse.checks.configuration import check_launch
     from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
+    from torchtitan.models.llama3_lighthouse.checks.text import check_folders
     from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
     from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 
     config = LighthouseConfigManager().parse_args(arguments)
     check_launch(config, flavors, world_size)
     check_device(config, device_type)
+    check_folders(config)
 
 
 def list_keys(config: Path | None, overrides: list[str]) -> None:

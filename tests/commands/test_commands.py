@@ -1,5 +1,6 @@
 """The console command: help, the command line, and how commands end."""
 
+import os
 import re
 import resource
 import subprocess
@@ -292,6 +293,30 @@ def test_configuration_is_checked_before_processes_start(launched: dict, tmp_pat
     main([*line, "--no-check"])
     assert launched
     assert not (tmp_path / "run").exists()
+
+
+def test_text_that_may_not_be_read_is_found_before_processes_start(
+    launched: dict, tmp_path: Path, monkeypatch
+) -> None:
+    """Permissions do not bind an administrator, as whom tests may run."""
+    for name in ("a.txt", "secret/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    line = ["train", DEBUG, "--training.dataset", "c4_local"]
+    line += ["--training.dataset_path", str(tmp_path), "--job.dump_folder", str(tmp_path / "run")]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as caught:
+        patched.setattr(os, "scandir", scandir)
+        main(line)
+    assert "cannot be read: Permission denied: " in str(caught.value) and not launched
+    main(line)
+    assert launched
 
 
 def test_dry_run_is_an_option_of_train_too(launched: dict, tmp_path: Path, capsys) -> None:

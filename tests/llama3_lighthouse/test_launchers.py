@@ -151,18 +151,23 @@ def test_dry_run_names_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) ->
 
 
 def test_dry_run_says_what_text_is_read_and_whether_it_is_there(tmp_path: Path) -> None:
-    def line(*overrides: str) -> str:
+    def lines(*overrides: str) -> list[str]:
         text = dry_run(parse(tmp_path, "debug_cpu", *overrides), 1)
-        (found,) = re.findall(r"^text +(.+)$", text, re.MULTILINE)
-        return found
+        return re.findall(r"^(?:text|warning) +(.+)$", text, re.MULTILINE)
 
-    local = ["--training.dataset", "c4_local"]
-    assert line() == "python_stdlib"
-    assert line("--validation.enable", "--validation.seq_len", "8192",
-                "--validation.dataset", "c4") == "python_stdlib; held out: c4"  # fmt: skip
-    assert line(*local, "--training.dataset_path", str(tmp_path)) == f"c4_local from {tmp_path}"
-    missing = line(*local, "--training.dataset_path", "FOLDER")
-    assert missing == "c4_local from FOLDER, which is not a folder on this machine"
+    folder = tmp_path / "text"
+    local = ["--training.dataset", "c4_local", "--training.dataset_path", str(folder)]
+    held_out = ["--validation.enable", "--validation.seq_len", "8192", "--validation.dataset"]
+    assert lines() == ["python_stdlib"]
+    assert lines(*held_out, "c4")[0] == "python_stdlib; held out: c4"
+    read, warning = lines(*local)
+    assert read == f"c4_local from {folder}"
+    assert warning.startswith(f"training.dataset_path = '{folder}' is not a folder; pass --")
+    folder.mkdir()
+    (folder / "a.txt").touch()
+    assert lines(*local) == [f"c4_local from {folder}"]
+    _, warning = lines(*local, *held_out, "c4_local", "--validation.dataset_path", str(folder))
+    assert warning.startswith(f"validation.dataset_path = '{folder}' has no validation split")
 
 
 def test_ending_says_what_comes_next(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from .checkpoints.folders import complete_checkpoints
 from .checkpoints.model_folder import model_arguments_of
 from .checks.configuration import check_launch
 from .checks.parallelism import parallel_dims_of
+from .checks.text import check_folders
 from .checks.unread import warnings_of
 from .description import describe, memory_estimate
 from .errors import UserError, UserValueError
@@ -44,8 +45,13 @@ def dry_run(config: JobConfig, world_size: int) -> str:
         lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
     lines += _resume_line(config)
     lines.append(_text_line(config))
-    warnings = (f"warning       {line}" for line in warnings_of(config, world_size))
-    return "\n".join([*lines, *warnings])
+    warnings = warnings_of(config, world_size)
+    try:
+        check_folders(config)
+    except UserError as error:
+        # A dry run may come before the text is there.
+        warnings.append(str(error))
+    return "\n".join([*lines, *(f"warning       {line}" for line in warnings)])
 
 
 def estimated_bytes(config: JobConfig, world_size: int) -> dict[str, float]:
@@ -105,15 +111,13 @@ def _resume_line(config: JobConfig) -> list[str]:
 
 
 def _text_line(config: JobConfig) -> str:
-    """The sources of text. A dry run may come before they are there, and reads none of them."""
+    """The sources of text."""
     sections = [config.training, *([config.validation] if config.validation.enable else [])]
     found = []
     for section in sections:
         path, source = section.dataset_path, section.dataset
         if path:
             source += f" from {path}"
-        if section.dataset == "c4_local" and path and not Path(path).is_dir():
-            source += ", which is not a folder on this machine"
         found.append(source)
     return "text          " + "; held out: ".join(found)
 

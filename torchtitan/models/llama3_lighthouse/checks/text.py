@@ -1,8 +1,9 @@
-"""Checks of a run's tokenizer against its model."""
+"""Checks of a run's text: the folders that hold it, and its tokenizer against its model."""
 
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from ..checkpoints.model_folder import model_arguments_of, named_model
+from ..data.text_folder import read_folder
 from ..errors import UserValueError
 from ..job_config import JobConfig
 
@@ -19,3 +20,15 @@ def check_vocabulary(config: JobConfig, tokenizer: BaseTokenizer) -> None:
             f"the tokenizer has {ids} ids but {named_model(config)} has {rows} embeddings; choose "
             "another model or lighthouse.tokenizer"
         )
+
+
+def check_folders(config: JobConfig) -> None:
+    """Check that folders of text are there and may be read on this machine. Opens no file.
+
+    Raises:
+        ValueError, OSError: as ``read_folder`` and ``TextFolder.files``.
+    """
+    for key, split in (("training", "train"), ("validation", "validation")):
+        section = getattr(config, key)
+        if section.dataset == "c4_local" and (key == "training" or section.enable):
+            read_folder(section.dataset_path, key).files(split, key)
