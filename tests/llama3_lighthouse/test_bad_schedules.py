@@ -95,7 +95,7 @@ FAULTS: list[tuple[list[str], int, str]] = [
      "top_k is not read under attention 'window';"),
     (["dense until=4 seq_len=128 skip_positions=1024", "dense"], 0,
      "skip_positions = 1024 exceeds training.seq_len = 512, the positions that the model is built "
-     "for; lower it, or pass --training.seq_len 1024"),
+     "for; lower it, or set training.seq_len to 1024"),
     (["dense until=4 seq_len=128 skip_positions=128", "dense"], 0,
      "skip_positions = 128 leaves sequences of 128 tokens nothing to skip; write more positions "
      "than seq_len, or leave it out"),

@@ -292,7 +292,7 @@ def _skipped(text: str, config: JobConfig, length: int, values: dict[str, Any]) 
             text,
             f"skip_positions = {most} exceeds training.seq_len = {longest}, the positions that "
             "the model is built for",
-            f"lower it, or pass --training.seq_len {most}",
+            f"lower it, or set training.seq_len to {most}",
         )
     if "skip_positions" in values and most <= length:
         raise _fault(
