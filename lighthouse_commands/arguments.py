@@ -61,7 +61,7 @@ def split_overrides(line: Sequence[str]) -> tuple[list[str], list[str]]:
 def taken_by_an_override(overrides: Sequence[str]) -> str:
     """A clause on the word that most looks as if it were the command's own, or an empty string.
 
-    Only the second value of a key, or a TOML file, looks so.
+    Only the second value of a key, or a TOML file where no key takes one, looks so.
     """
     found: list[tuple[str, str]] = []
     flag, values = "", 0
@@ -71,7 +71,7 @@ def taken_by_an_override(overrides: Sequence[str]) -> str:
             values = 1 if value else 0
             continue
         values += 1
-        if values > 1 or word.endswith(".toml"):
+        if values > 1 or (word.endswith(".toml") and not re.search("config[-_]file", flag)):
             found.append((flag, word))
     if not found:
         return ""

@@ -125,6 +125,7 @@ def test_a_word_that_an_override_takes_is_named(line: list[str], words: str, cap
     ["contest", "--training.dataset_path", "text", "--output", "out"],
     ["contest", "a.toml", "--lighthouse.dense_layers", "0", "1"],
     ["train", "--debug.seed", "-1", "--training.steps=3"],
+    ["evaluate", "loss", "--job.config_file", "a.toml", "--output", "out"],
 ])  # fmt: skip
 def test_values_of_an_override_are_not_taken_for_others(line: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as caught:
