@@ -144,7 +144,9 @@ def test_dry_run_names_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) ->
     save(4)
     words = "stay as they were trained, also where stages named here are others"
     assert line() == [f"goes on from {folder}/step-4: steps 1 to 4 {words}"]
-    assert line("--checkpoint.load_step", "2") == [
+    # The run would overwrite step 4, and is refused.
+    assert not line("--checkpoint.load_step", "2")
+    assert line("--checkpoint.load_step", "2", "--checkpoint.load_only") == [
         f"goes on from {folder}/step-2: steps 1 to 2 {words}"
     ]
     assert not line("--checkpoint.no-enable")

@@ -101,8 +101,10 @@ def _resume_line(config: JobConfig) -> list[str]:
     section = config.checkpoint
     own = Path(config.job.dump_folder, section.folder)
     complete = complete_checkpoints(own) if section.enable else {}
-    step = max(complete, default=0) if section.load_step == -1 else section.load_step
-    if not step or step not in complete:
+    newest = max(complete, default=0)
+    step = newest if section.load_step == -1 else section.load_step
+    # Training on from an earlier checkpoint would overwrite later ones, and is refused.
+    if not step or step not in complete or (step < newest and not section.load_only):
         return []
     return [
         f"resume        goes on from {complete[step]}: steps 1 to {step:,} stay as they were "
