@@ -100,8 +100,6 @@ FAULTS: list[tuple[list[str], int, str]] = [
      "skip_positions = 128 leaves sequences of 128 tokens nothing to skip; write more positions "
      "than seq_len, or leave it out"),
     (["dense until=4 skip_positions=512", "dense"], 0, "leaves sequences of 512 tokens nothing"),
-    (["dense until=4 seq_len=128 skip_positions=0", "dense"], 0,
-     "skip_positions = 0 must be at least 1;"),
     (["lighthouse"], 0,
      "comes last and is not dense, so export refuses its checkpoints; add a dense stage, or "
      "the word last"),
@@ -163,8 +161,11 @@ def test_message_names_stage_value_and_fix(base: JobConfig, stages, number, word
      "lighthouse.skip_positions = 512 is for stages whose sequences are shorter, and .* has none"),
     ([SHORT, "dense"], 0, {"lighthouse.skip_positions": 1024}, 1,
      "skip_positions = 1024 exceeds training.seq_len = 512"),
-    ([SHORT, "dense"], None, {"lighthouse.skip_positions": 512, "training.document_mask": True}, 1,
-     "lighthouse.skip_positions = 512 does not go with training.document_mask, .*leave one of"),
+    ([SHORT, "dense"], 0, {"lighthouse.skip_positions": 512, "training.document_mask": True}, 1,
+     "skip_positions = 512 does not go with training.document_mask, .*leave one of"),
+    (["dense until=4 seq_len=128 skip_positions=0", "dense"], None,
+     {"lighthouse.skip_positions": 512}, 1,
+     "lighthouse.skip_positions = 512 is for stages whose sequences are shorter, and .* has none"),
     ([SHORT, "dense"], None, {"training.global_batch_size": 3, "training.local_batch_size": 2}, 1,
      "training.global_batch_size = 3 must be a multiple of training.local_batch_size = 2"),
     (["lighthouse until=4 window=130", "dense"], 0,

@@ -235,7 +235,8 @@ def _typed(text: str, key: str, value: str) -> Any:
         raise _fault(text, f"{key} = {_shown(value)} is no whole number of at most {MOST_DIGITS} "
                      "digits", f"write {key}=NUMBER")  # fmt: skip
     number = int(value)
-    if key in COUNTS and number < 1:
+    # A stage may turn off what [lighthouse] turns on.
+    if key in COUNTS and key != "skip_positions" and number < 1:
         raise _fault(text, f"{key} = {number} must be at least 1", "raise it")
     return number
 
@@ -294,7 +295,7 @@ def _skipped(text: str, config: JobConfig, length: int, values: dict[str, Any]) 
             "the model is built for",
             f"lower it, or set training.seq_len to {most}",
         )
-    if "skip_positions" in values and most <= length:
+    if values.get("skip_positions") and most <= length:
         raise _fault(
             text,
             f"skip_positions = {most} leaves sequences of {length} tokens nothing to skip",

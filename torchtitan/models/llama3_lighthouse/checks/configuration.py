@@ -17,7 +17,7 @@ from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
-from ..stages import Stage, distinct_stages, naming, stages_of
+from ..stages import Stage, distinct_stages, named, naming, stages_of
 from .bounds import check_bounds
 from .documents import check_documents
 from .output import check_output_of_run, is_installed
@@ -208,13 +208,13 @@ def _check_skipped_positions(config: JobConfig) -> None:
     if asked and not skipping:
         raise UserValueError(
             f"lighthouse.skip_positions = {asked} is for stages whose sequences are shorter, and "
-            "lighthouse.schedule has none; write such a stage, or leave skip_positions out"
+            "lighthouse.schedule has none that takes it; write such a stage, or leave it out"
         )
     if skipping and config.training.document_mask:
         most = skipping[0].config.lighthouse.skip_positions
         raise UserValueError(
-            f"lighthouse.skip_positions = {most} does not go with training.document_mask, under "
-            "which no token sees beyond its document; leave one of them out"
+            f"{named(skipping[0])}skip_positions = {most} does not go with training.document_mask, "
+            "under which no token sees beyond its document; leave one of them out"
         )
 
 
