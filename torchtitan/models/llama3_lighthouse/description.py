@@ -111,12 +111,12 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
             )
         )
         runs = ""
+        if stage.config.lighthouse.skip_positions:
+            runs = f" spread over {stage.config.lighthouse.skip_positions:,} positions"
         if stage.attention == "lighthouse" and each.args.selects:
-            runs = f", S = {each.gathered['lighthouse']:,}"
+            runs += f", S = {each.gathered['lighthouse']:,}"
         if stage.attention == "lighthouse" and stage.config.lighthouse.window:
             runs += f", window of {stage.config.lighthouse.window:,}"
-        if stage.config.lighthouse.skip_positions:
-            runs += f" that skip in {stage.config.lighthouse.skip_positions:,} positions"
         found.append(
             f"{_name(stage.config, stage.attention)} in steps {stage.first:,} to {stage.last:,}: "
             f"{_count(batch, 'sequence')} of {stage.seq_len:,} tokens{runs}; "
