@@ -147,6 +147,8 @@ def test_no_key_takes_what_its_type_does_not_mean(config: JobConfig, leaf: Leaf)
 
 @pytest.mark.parametrize(("key", "value", "words"), [
     ("training.steps", "many", "training.steps = 'many' must be a whole number; pass --training.s"),
+    ("training.max_norm", "x", "training.max_norm = 'x' must be a number; pass --training.max"),
+    ("training.mixed_precision_reduce", "x", "_reduce = 'x' must be 'float32'; pass --training"),
     ("debug.seed", "x", "debug.seed = 'x' must be a whole number; pass --debug.seed N"),
     ("parallelism.module_fqns_per_model_part", [3],
      "= [3] must be a list, each item a list, each item a text in quotes; pass --"),

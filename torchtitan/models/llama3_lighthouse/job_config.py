@@ -306,12 +306,14 @@ def _in_words(kind: Any) -> str:
     """A type as a message names it, without the None that a TOML file cannot hold."""
     origin, parts = get_origin(kind), [each for each in get_args(kind) if each is not NoneType]
     if origin is Literal:
-        return f"one of {', '.join(map(repr, parts))}"
+        return f"{'one of ' * (len(parts) > 1)}{', '.join(map(repr, parts))}"
     if origin in (list, tuple):
         length = "" if origin is list or ... in parts else f" of {len(parts)} items"
         return f"a list{length}, each item {_in_words(parts[0])}"
     if origin in (Union, UnionType):
-        return ", or ".join(map(_in_words, parts))
+        # A whole number is a number.
+        others = [each for each in parts if each is not int or float not in parts]
+        return ", or ".join(map(_in_words, others))
     return TYPES.get(kind, f"of type {kind}")
 
 
