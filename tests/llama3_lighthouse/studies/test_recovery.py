@@ -64,6 +64,8 @@ def call(tmp_path: Path, monkeypatch, capsys):
         (["--debug.seed", 3], "--debug.seed is set by the study"),
         (["--checkpoint.no-enable"], "--checkpoint.enable is set by the study"),
         (["--checkpoint.exclude_from_loading", "dataloader"], "carries whole checkpoints over"),
+        (["--lighthouse.schedule", "lighthouse until=4,dense"],
+         "name the stages of its runs; pass --lighthouse.schedule none, or compare schedules"),
         (["--checkpoint.load_step", 3], "checkpoint.load_step = 3: the study trains from scratch"),
         (["--dense-steps", 16], "below training.steps = 16, so that its end is validated; pass "
          "--dense-steps 12"),

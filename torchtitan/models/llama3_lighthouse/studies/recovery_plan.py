@@ -8,7 +8,7 @@ from typing import Any
 from ..checks.configuration import check_config
 from ..checks.output import check_output
 from ..errors import UserValueError
-from ..job_config import JobConfig, LighthouseConfigManager
+from ..job_config import NO_SCHEDULE, JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from .recovery_results import Track
 from .settings import command_line, keys_given, with_settings
@@ -192,6 +192,12 @@ def plan(study: Study, extra: list[str]) -> list[Track]:
     common = ["--job.config_file", str(study.config), *extra, *command_line(SETTINGS)]
     base = LighthouseConfigManager().parse_args([*common, f"--job.dump_folder={output}"])
     steps = split_steps(study.splits, base.training.steps)
+    if base.lighthouse.schedule:
+        raise UserValueError(
+            f"lighthouse.schedule = {base.lighthouse.schedule}: the study's splits name the stages "
+            f"of its runs; pass --lighthouse.schedule {NO_SCHEDULE}, or compare schedules by "
+            "lighthouse contest"
+        )
     check_base(base)
     check_dense_steps(base, study.dense_steps)
     planner = _Planner(output, common, base)
