@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from torchtitan.models.llama3_lighthouse.data.packing import build_validation_dataloader
 from torchtitan.models.llama3_lighthouse.data.skipped_positions import (
+    PARTS,
     POSITIONS,
     SkippedPositions,
     skipped_positions_of,
@@ -30,23 +31,42 @@ from torchtitan.models.llama3_lighthouse.stages import stage_at, stages_of
 N, MOST = 16, 64
 
 
-def test_second_part_skips_and_every_distance_occurs() -> None:
-    skipped = SkippedPositions(N, MOST)
-    seen, cuts, skips = set(), set(), set()
+def test_positions_skip_at_cuts_and_every_distance_occurs() -> None:
+    most = N + 8
+    skipped = SkippedPositions(N, most)
+    seen, cuts, first, last = set(), set(), set(), set()
     for sequence in range(4000):
         positions = skipped.of(3, sequence)
         assert positions.dtype == torch.int32 and positions.shape == (N,)
-        steps = positions.diff()
-        assert positions[0] == 0 and positions[-1] < MOST
-        # All steps are 1 but one, unless nothing is skipped.
-        assert (steps > 1).sum() <= 1 and (steps >= 1).all()
-        skip = int(steps.max()) - 1
-        skips.add(skip)
-        if skip:
-            cuts.add(int(steps.argmax()) + 1)
+        assert positions[0] == 0 and positions[-1] < most
+        skips = positions.diff() - 1
+        assert (skips >= 0).all() and (skips > 0).sum() < PARTS
+        places = skips.nonzero().flatten().tolist()
+        cuts |= {place + 1 for place in places}
+        last.add(int(skips.sum()))
+        if places:
+            first.add(int(skips[places[0]]))
         seen |= set((positions[:, None] - positions).flatten().tolist())
-    assert skips == set(range(MOST - N + 1)) and cuts == set(range(1, N))
-    assert seen == set(range(1 - MOST, MOST))
+    assert cuts == set(range(1, N)) and last == first | {0} == set(range(9))
+    assert seen == set(range(1 - most, most))
+
+
+def test_sixty_percent_of_pairs_lie_in_different_parts() -> None:
+    length, sequences = 256, 2000
+    # So many positions that a skip of 0 is rare.
+    skipped = SkippedPositions(length, 2**30)
+    plain, apart = torch.arange(length), 0
+    for sequence in range(sequences):
+        positions = skipped.of(0, sequence)
+        distances, before = (x[:, None] - x for x in (positions.long(), plain))
+        apart += (distances != before).sum().item()
+    assert apart / sequences / (length * (length - 1)) == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_sequence_may_be_shorter_than_its_parts(length: int) -> None:
+    positions = SkippedPositions(length, 8).of(0, 0)
+    assert len(positions) == length and positions[-1] < 8
 
 
 def test_positions_depend_on_seed_stream_and_number_alone() -> None:

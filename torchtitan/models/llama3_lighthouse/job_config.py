@@ -63,9 +63,9 @@ class Schedule:
 
     skip_positions: int = 0
     """Positions that the tokens of a stage with shorter sequences are spread over, at most
-    training.seq_len. Each sequence is cut in two at a random place, and the second part's rotary
-    positions skip ahead at random, so that short sequences train the distances of long ones. A
-    stage of the schedule may set it for itself, and 0 there turns it off."""
+    training.seq_len. Each sequence is cut into four parts at random places, where rotary positions
+    skip ahead at random, so that short sequences train the distances of long ones. A stage of the
+    schedule may set it for itself, and 0 there turns it off."""
 
     keep_position: bool = False
     """Go on at the checkpoint's place in the text although its sequences had another length than
