@@ -25,7 +25,8 @@ LAST = "last"
 # Types of the method's settings, which a stage may change.
 METHOD_TYPES = {field.name: get_type_hints(LighthouseConfig)[field.name]
                 for field in fields(LighthouseConfig)}  # fmt: skip
-COUNTS = ("until", "seq_len", "local_batch_size", "skip_positions")
+# Their least values. A stage may turn off the skips that [lighthouse] turns on.
+COUNTS = {"until": 1, "seq_len": 1, "local_batch_size": 1, "skip_positions": 0}
 # Numbers beyond this, and longer texts, are not shown in full.
 MOST_DIGITS, MOST_SHOWN = 18, 100
 # Each stage has a configuration of its own, which is checked before anything is built.
@@ -235,9 +236,8 @@ def _typed(text: str, key: str, value: str) -> Any:
         raise _fault(text, f"{key} = {_shown(value)} is no whole number of at most {MOST_DIGITS} "
                      "digits", f"write {key}=NUMBER")  # fmt: skip
     number = int(value)
-    # A stage may turn off what [lighthouse] turns on.
-    if key in COUNTS and key != "skip_positions" and number < 1:
-        raise _fault(text, f"{key} = {number} must be at least 1", "raise it")
+    if number < COUNTS.get(key, 0):
+        raise _fault(text, f"{key} = {number} must be at least {COUNTS[key]}", "raise it")
     return number
 
 
