@@ -274,9 +274,19 @@ def _build(
     messages = StreamMessages(source, key, streams)
     layout = layout_of(job_config, section.seq_len, span)
     skipped = skipped_positions_of(job_config) if split == "train" else None
-    inside = mixes, layout, skipped
     own = [
-        TextStream(source, tokenizer, section.seq_len, number, streams, infinite, messages, *inside)
+        TextStream(
+            source,
+            tokenizer,
+            section.seq_len,
+            number,
+            streams,
+            infinite,
+            messages,
+            mixes,
+            layout,
+            skipped,
+        )
         for number in range(dp_rank * share, (dp_rank + 1) * share)
     ]
     if check and source.is_local:
