@@ -8,7 +8,6 @@ memory and work.
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
-from .checkpoints.folders import complete_checkpoints
+from .checkpoints.folders import complete_checkpoints, folder_of
 from .checkpoints.model_folder import model_arguments_of
 from .checks.configuration import check_launch
 from .checks.parallelism import parallel_dims_of
@@ -27,7 +26,7 @@ from .description import describe, memory_estimate
 from .errors import UserError, UserValueError
 from .infra.parallelize import parallelize_lighthouse
 from .infra.pipeline import pipeline_lighthouse
-from .job_config import JobConfig
+from .job_config import JobConfig, sections_of_text
 from .memory_estimate import local_parameters
 from .model.flavors import flavors
 from .model.loss import build_loss
@@ -99,8 +98,7 @@ def _shared_model(config: JobConfig, dims: ParallelDims) -> tuple[LighthouseMode
 def _resume_line(config: JobConfig) -> list[str]:
     """The checkpoint that the run goes on from: other lines tell of all steps as configured now."""
     section = config.checkpoint
-    own = Path(config.job.dump_folder, section.folder)
-    complete = complete_checkpoints(own) if section.enable else {}
+    complete = complete_checkpoints(folder_of(config)) if section.enable else {}
     newest = max(complete, default=0)
     step = newest if section.load_step == -1 else section.load_step
     # Training on from an earlier checkpoint would overwrite later ones, and is refused.
@@ -114,9 +112,8 @@ def _resume_line(config: JobConfig) -> list[str]:
 
 def _text_line(config: JobConfig) -> str:
     """The sources of text."""
-    sections = [config.training, *([config.validation] if config.validation.enable else [])]
     found = []
-    for section in sections:
+    for section in sections_of_text(config).values():
         path, source = section.dataset_path, section.dataset
         if path:
             source += f" from {path}"

@@ -252,6 +252,12 @@ class JobConfig(upstream.JobConfig):
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
 
 
+def sections_of_text(config: JobConfig) -> dict[str, Training | Validation]:
+    """The sections, by name, that say which text a run reads."""
+    sections: dict[str, Training | Validation] = {"training": config.training}
+    return sections | ({"validation": config.validation} if config.validation.enable else {})
+
+
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested TOML tables as section.key to value."""
     flat: dict[str, Any] = {}

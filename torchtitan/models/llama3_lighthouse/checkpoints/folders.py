@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from ..job_config import JobConfig
 from ..model.architecture import DESCRIPTION_FILES
 from .record import RECORD_FILE
 
@@ -39,6 +40,11 @@ class CheckpointFolder:
     step: int
     path: Path
     condition: Condition
+
+
+def folder_of(config: JobConfig) -> Path:
+    """The folder of a run's own checkpoints."""
+    return Path(config.job.dump_folder, config.checkpoint.folder)
 
 
 def checkpoints_in(folder: str | Path) -> dict[int, CheckpointFolder]:

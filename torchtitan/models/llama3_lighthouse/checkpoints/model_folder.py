@@ -21,7 +21,7 @@ from ..model.architecture import (
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs
 from .checksums import FileFault, check_checksum, replace_file
-from .folders import complete_checkpoints
+from .folders import complete_checkpoints, folder_of
 from .record import CheckpointRecord
 
 
@@ -45,7 +45,7 @@ def model_folder(config: JobConfig) -> Path | None:
     named, section = Path(config.model.hf_folder), config.checkpoint
     places = [named]
     if section.enable:
-        own = complete_checkpoints(Path(config.job.dump_folder, section.folder))
+        own = complete_checkpoints(folder_of(config))
         places += reversed(own.values())
         places += [Path(section.initial_load_path)] if section.initial_load_path else []
     for place in places:

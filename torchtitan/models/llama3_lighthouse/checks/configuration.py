@@ -8,14 +8,14 @@ from lighthouse.config import MOST_POSITIONS
 from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
-from ..checkpoints.folders import checkpoints_in
+from ..checkpoints.folders import checkpoints_in, folder_of
 from ..checkpoints.model_folder import model_arguments_of, named_model
 from ..data.mixes import mixes_of
 from ..data.packing import can_share, global_batch_size, stream_count
 from ..data.text_sources import check_source
 from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
-from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, Training, Validation
+from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, sections_of_text
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
 from ..stages import Stage, distinct_stages, named, naming, stages_of
 from .bounds import check_bounds
@@ -298,10 +298,7 @@ def _check_schedule(config: JobConfig) -> None:
 
 
 def _check_sources_of_text(config: JobConfig) -> None:
-    sections: dict[str, Training | Validation] = {"training": config.training}
-    if config.validation.enable:
-        sections["validation"] = config.validation
-    for key, section in sections.items():
+    for key, section in sections_of_text(config).items():
         check_source(section.dataset, section.dataset_path, key)
 
 
@@ -319,7 +316,7 @@ def _check_checkpoints(config: JobConfig) -> None:
                 f"checkpoint.{key} = {shown(getattr(section, key))} needs checkpoint.enable = true,"
                 " without which no checkpoint is read or written; pass --checkpoint.enable"
             )
-    own = Path(config.job.dump_folder, section.folder)
+    own = folder_of(config)
     if section.load_step != -1 and not checkpoints_in(own):
         raise UserFileError(
             f"checkpoint.load_step = {section.load_step} but {own} holds no checkpoint; leave "

@@ -5,7 +5,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from ..checkpoints.model_folder import model_arguments_of, named_model
 from ..data.text_folder import read_folder
 from ..errors import UserValueError
-from ..job_config import JobConfig
+from ..job_config import JobConfig, sections_of_text
 
 
 def check_vocabulary(config: JobConfig, tokenizer: BaseTokenizer) -> None:
@@ -28,7 +28,7 @@ def check_folders(config: JobConfig) -> None:
     Raises:
         ValueError, OSError: as ``read_folder`` and ``TextFolder.files``.
     """
-    for key, split in (("training", "train"), ("validation", "validation")):
-        section = getattr(config, key)
-        if section.dataset == "c4_local" and (key == "training" or section.enable):
-            read_folder(section.dataset_path, key).files(split, key)
+    for key, section in sections_of_text(config).items():
+        if section.dataset == "c4_local":
+            split = "train" if key == "training" else key
+            read_folder(section.dataset_path or "", key).files(split, key)
