@@ -212,6 +212,24 @@ def test_six_steps_under_a_window_equal_those_of_one_process(
             assert value == pytest.approx(wanted, rel=1e-5), (step, key)
 
 
+def test_a_pipeline_cuts_the_batch_of_its_stages(
+    one_process: tuple[dict, Run], tmp_path: Path
+) -> None:
+    """The run's own local batch, one sequence, would be too few for two parts of a pipeline."""
+    changed = {
+        "lighthouse.schedule": ["lighthouse until=2 seq_len=256 top_k=32", "dense seq_len=256"],
+        "lighthouse.dense_from_step": 10000, "lighthouse.log_selection_every": 0,
+        "training.steps": 3, "validation.enable": False,
+    }  # fmt: skip
+    settings, losses = {**one_process[0], **changed}, []
+    for processes in (1, 2):
+        (tmp_path / f"{processes}").mkdir()
+        mesh = {"parallelism.pipeline_parallel_degree": processes}
+        run = Run(tmp_path / f"{processes}", {**settings, **mesh}, processes).succeed()
+        losses.append({step: float.fromhex(line["loss"]) for step, line in run.steps().items()})
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_training_continues_on_another_mesh(one_process: tuple[dict, Run], tmp_path: Path) -> None:
     """One process, then two data-parallel ones, then two that share each sequence.
 

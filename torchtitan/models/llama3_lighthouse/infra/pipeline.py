@@ -1,5 +1,7 @@
 """Pipeline parallelism: upstream's, with gradients of the mean loss."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.distributed.pipelining.schedules import _PipelineSchedule
@@ -11,6 +13,7 @@ from torchtitan.protocols.train_spec import ParallelizeFunction
 from ..errors import UserValueError
 from ..job_config import JobConfig, Parallelism
 from ..model.model import LighthouseModelArgs
+from ..stages import stages_of
 
 # Schedules differ in how they split layers over ranks and a batch over time; these were tested.
 SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B")
@@ -49,6 +52,10 @@ def pipeline_lighthouse(
         on this rank; and whether it has the first pipeline stage, and the last one.
     """
     share_of_mean = ShareOfMean(loss_fn)
+    # Upstream cuts this batch into microbatches. Stages of training all have the same one, and more
+    # sequences than the run as a whole if theirs are shorter.
+    job_config = copy.deepcopy(job_config)
+    job_config.training.local_batch_size = stages_of(job_config)[0].config.training.local_batch_size
     schedule, model_parts, has_first, has_last = upstream.pipeline_llm(
         model, parallel_dims, job_config, device, model_args, parallelize_fn, share_of_mean
     )
