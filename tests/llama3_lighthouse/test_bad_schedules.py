@@ -158,14 +158,16 @@ def test_message_names_stage_value_and_fix(base: JobConfig, stages, number, word
     ([SHORT, "dense"], None, {"lighthouse.attention": "window"}, 1,
      "lighthouse.attention = 'window' does not go with lighthouse.schedule, .*attention lighth"),
     (["dense"], None, {"lighthouse.skip_positions": 512}, 1,
-     "lighthouse.skip_positions = 512 is for stages whose sequences are shorter, and .* has none"),
+     "lighthouse.skip_positions = 512 is for stages whose sequences are shorter, and .* has none.*"
+     "leave this key out; stages that are to skip may say skip_positions=512 themselves"),
     ([SHORT, "dense"], 0, {"lighthouse.skip_positions": 1024}, 1,
      "skip_positions = 1024 exceeds training.seq_len = 512"),
     ([SHORT, "dense"], 0, {"lighthouse.skip_positions": 512, "training.document_mask": True}, 1,
      "skip_positions = 512 does not go with training.document_mask, .*leave one of"),
     (["dense until=4 seq_len=128 skip_positions=0", "dense"], None,
      {"lighthouse.skip_positions": 512}, 1,
-     "lighthouse.skip_positions = 512 is for stages whose sequences are shorter, and .* has none"),
+     "lighthouse.skip_positions = 512 is for stages whose sequences are shorter, and .* has none.*"
+     "leave this key out; stages that are to skip may say skip_positions=512 themselves"),
     ([SHORT, "dense"], None, {"training.global_batch_size": 3, "training.local_batch_size": 2}, 1,
      "training.global_batch_size = 3 must be a multiple of training.local_batch_size = 2"),
     (["lighthouse until=4 window=130", "dense"], 0,

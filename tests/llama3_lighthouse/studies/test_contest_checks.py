@@ -96,6 +96,18 @@ def test_seeds_and_the_start_are_checked_before_any_process(call, faked, path) -
     assert not faked.trained
 
 
+def test_positions_that_only_some_arms_skip_belong_into_their_stages(call, faked, path) -> None:
+    text, first = path.read_text(), '"window until=6'
+    assert first in text
+    path.write_text(text.replace("[settings]", "[settings]\nlighthouse.skip_positions = 512")
+                    .replace(first, f"{first} seq_len=128"))  # fmt: skip
+    _, found = call()
+    assert "contest.toml, arms.dense: lighthouse.skip_positions = 512 is for stages" in found
+    assert found.endswith("stages that are to skip may say skip_positions=512 themselves")
+    path.write_text(text.replace(first, f"{first} seq_len=128 skip_positions=512"))
+    assert not call()[1] and faked.trained
+
+
 def test_too_few_dense_steps_in_between_to_time_are_refused(call, faked, path) -> None:
     at_equal_time(path, 40)
     every = "\nlighthouse.dense_every = 8"

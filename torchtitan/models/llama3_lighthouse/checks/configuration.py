@@ -208,7 +208,8 @@ def _check_skipped_positions(config: JobConfig) -> None:
     if asked and not skipping:
         raise UserValueError(
             f"lighthouse.skip_positions = {asked} is for stages whose sequences are shorter, and "
-            "lighthouse.schedule has none that takes it; write such a stage, or leave it out"
+            "lighthouse.schedule has none that takes it; write such a stage, or leave this key "
+            f"out; stages that are to skip may say skip_positions={asked} themselves"
         )
     if skipping and config.training.document_mask:
         most = skipping[0].config.lighthouse.skip_positions
