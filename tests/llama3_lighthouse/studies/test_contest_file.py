@@ -117,6 +117,7 @@ def test_steps_beside_seconds_are_refused(call, path) -> None:
         ('direction = "lower"', "", "names no direction"),
         ('direction = "lower"', 'direction = "higher"', "but lower is better in primary = 'loss'"),
         ('primary = "loss"', 'primary = "retrieval/passkey/512"', 'write direction = "higher"'),
+        ('primary = "loss"', 'primary = "repeated/480"', 'write direction = "higher"'),
         ("margin = 0.01", "margin = -1", "margin = -1 must be at least 0"),
         ('["window", "dense"]', '["windw", "dense"]', "compare names 'windw'; the arms are dense"),
         ('["window", "dense"]', '["dense", "dense"]', "sets 'dense' against itself"),

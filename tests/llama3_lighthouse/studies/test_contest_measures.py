@@ -14,9 +14,11 @@ def test_a_measure_that_no_run_will_have_is_refused_before_any_runs(
 ) -> None:
     lines = path.read_text().splitlines()
     kept = [line for line in lines if not line.startswith(key)]
-    path.write_text("\n".join([f'{key} = "repeated/100"', *kept]))
+    path.write_text("\n".join([f'{key} = "repeated/100/loss"', *kept]))
     _, line = call()
-    assert f"{key} = 'repeated/100' is not measured; use validation, loss, position/256" in line
+    assert (
+        f"{key} = 'repeated/100/loss' is not measured; use validation, loss, position/256" in line
+    )
     assert "repeated/480" in line and "retrieval/passkey/512" in line and not faked.trained
 
 

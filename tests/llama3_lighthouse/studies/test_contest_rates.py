@@ -3,6 +3,7 @@
 import json
 
 import pandas
+import pytest
 
 from torchtitan.models.llama3_lighthouse.studies import contest as contests
 from torchtitan.models.llama3_lighthouse.studies.contest_measures import (
@@ -21,6 +22,25 @@ def test_a_best_rate_at_the_edge_is_said_and_widened_on_request(call, faked, tmp
     widened = json.loads((tmp_path / "out/widened.json").read_text())["dense"]
     assert widened == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
     assert "dense,lr=0.008,seed=2" in faked.trained
+
+
+@pytest.mark.parametrize(
+    ("measure", "best"),
+    [("repeated/480", 0.002), ("repeated/480/loss", 0.001), ("retrieval/passkey/512", 0.002)],
+)
+def test_the_best_rate_is_on_the_better_side_of_what_tunes(
+    call, faked, path, monkeypatch, measure: str, best: float
+) -> None:
+    """A gain and an accuracy choose the highest value, and a loss the lowest."""
+    path.write_text(f'tuned_by = "{measure}"\n' + path.read_text())
+
+    def measured(contest, run, environment, lock) -> int:
+        rate = run.settings["optimizer.lr"]
+        write_numbers(run.folder, [Number(name, None, rate) for name in ("loss", measure)])
+        return 0
+
+    monkeypatch.setattr(contests, "measure", measured)
+    assert f"dense: best rate {best}" in call()[0]
 
 
 def test_a_failed_rate_leaves_out_its_arm_alone(call, faked, path, tmp_path) -> None:

@@ -35,6 +35,8 @@ Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 DEFAULT_CONTEXTS = (1024, 8192)
 SHORTEST_DISTANCE = 4096
 DEFAULT_PASSAGE = (256, 1024)
+# Measures by their better side: less of a loss, and more of a gain.
+LOSSES, GAINS = ("loss", "position", "context"), ("beyond", "repeated")
 # Targets are taken in so many blocks of a sequence, each of this many tokens at most.
 BLOCKS = 8
 BLOCK_TARGETS = 128
@@ -90,9 +92,9 @@ class Value:
     """One number of one document.
 
     Attributes:
-        measure: "loss", "position", "context", "beyond" or "repeated".
+        measure: one of ``LOSSES`` and ``GAINS``.
         tokens: end of the bucket, tokens of context, or distance; None where there is none.
-        quantity: "" for the measure itself, or the name of a part of it.
+        quantity: "" for the measure itself, or the name of a loss that it is made of.
         document: number of the document, from 0.
         value: nats per token.
         targets: tokens that it is the mean of.
@@ -110,6 +112,14 @@ class Value:
         """The name of the number, such as "repeated/8192/control"."""
         parts = (self.measure, "" if self.tokens is None else str(self.tokens), self.quantity)
         return "/".join(filter(None, parts))
+
+
+def better_side(key: str) -> str | None:
+    """The better side of the number of a name, "lower" or "higher"; None if none is named so."""
+    kind, _, rest = key.partition("/")
+    if kind in GAINS:
+        return "higher" if rest.isdigit() else "lower"
+    return "lower" if kind in LOSSES else None
 
 
 def measure(

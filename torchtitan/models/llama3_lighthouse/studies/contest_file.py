@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from ..data.retrieval import find_task
 from ..environment import environment
 from ..errors import UserFileError, UserTypeError, UserValueError, in_place
-from ..evaluation.distance import DistanceSettings
+from ..evaluation.distance import DistanceSettings, better_side
 from ..job_config import JobConfig, check_toml, flatten, missed_type
 from .recovery_plan import SETTINGS
 from .settings import nested
@@ -20,8 +20,7 @@ from .settings import nested
 DIRECTIONS, RULES = ("lower", "higher"), ("mean", "interval")
 # The last held-out loss of a run's own validation, which every run has.
 VALIDATION = "validation"
-# Names of losses begin with one of these words, and those of accuracies with RETRIEVAL.
-LOSSES = (VALIDATION, "loss", "position", "context")
+# Names of accuracies begin with this.
 RETRIEVAL = "retrieval/"
 RECORD, COPY = "contest.json", "contest.toml"
 # An arm may name its stage in the short form. What all arms must share decides the measures.
@@ -72,7 +71,7 @@ class Contest:
         seed_keys: the keys that a seed sets.
         seeds: seeds of the runs at the best rate.
         rate_seeds: seeds of the runs that choose the rate.
-        tuned_by: name of the measure that chooses the rate; lower is better unless it is primary.
+        tuned_by: name of the measure that chooses the rate.
         primary: name of the measure that decides.
         direction: "lower" or "higher", the better side of the primary measure.
         margin: difference of the primary measure that matters.
@@ -119,8 +118,6 @@ class Contest:
     @property
     def tuning_sign(self) -> int:
         """The same for the measure that chooses the rate."""
-        if self.tuned_by == self.primary:
-            return self.sign
         return 1 if _better_side(self.tuned_by) == "higher" else -1
 
 
@@ -287,12 +284,10 @@ def _is_share(text: str) -> bool:
 
 
 def _better_side(measure: str) -> str | None:
-    """The better side of accuracies and losses; None for gains and unknown names."""
+    """The better side, "lower" or "higher"; None for unknown names."""
     if measure.startswith(RETRIEVAL):
         return "higher"
-    kind, last = measure.partition("/")[0], measure.rpartition("/")[2]
-    is_loss = kind in LOSSES or last in ("loss", "first", "control")
-    return "lower" if is_loss else None
+    return "lower" if measure == VALIDATION else better_side(measure)
 
 
 def _check(contest: Contest) -> None:
