@@ -164,6 +164,8 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
     ) as told:
         read(tmp_path / name)
     assert "\0" not in str(told.value)
+    with pytest.raises(UserValueError, match="dataset_path = None is not a folder"):
+        read_folder(None, "training")
 
 
 def test_what_may_not_be_read_is_refused(tmp_path: Path, monkeypatch) -> None:

@@ -31,4 +31,4 @@ def check_folders(config: JobConfig) -> None:
     for key, section in sections_of_text(config).items():
         if section.dataset == "c4_local":
             split = "train" if key == "training" else key
-            read_folder(section.dataset_path or "", key).files(split, key)
+            read_folder(section.dataset_path, key).files(split, key)

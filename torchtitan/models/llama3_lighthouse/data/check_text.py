@@ -86,7 +86,7 @@ class TextCheck:
         self.size = 0
         self.described: list[str] = []
         if name == "c4_local":
-            folder = read_folder(path or "", key)
+            folder = read_folder(path, key)
             self._files = folder.files(split, key)
             self.described = folder.describe(split)
             self.size = sum(Path(file).stat().st_size for file in self._files.paths)

@@ -109,21 +109,21 @@ class TextFolder:
         return self.train if split == "train" else self.held_out
 
 
-def read_folder(path: str, key: str) -> TextFolder:
+def read_folder(path: str | None, key: str) -> TextFolder:
     """Find the files of text below a folder.
 
     Files are read in the order of their paths, which are compared as strings, "/" included. A
     second name of a file, by a link, would train on it twice and is left out.
 
     Args:
-        path: value of ``{key}.dataset_path``.
+        path: value of ``{key}.dataset_path``; None is no folder.
 
     Raises:
         ValueError: it is no folder, or holds no text, text of several kinds, or a name that no
             reader can open.
         OSError: a folder below it may not be read.
     """
-    if not os.path.isdir(path):
+    if path is None or not os.path.isdir(path):
         raise UserValueError(
             f"{key}.dataset_path = {path!r} is not a folder; pass --{key}.dataset_path FOLDER "
             "with the folder that holds the text"

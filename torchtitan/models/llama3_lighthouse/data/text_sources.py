@@ -74,7 +74,7 @@ def c4_local(split: str, path: str | None, key: str, shuffle_seed: int = 0) -> T
         ValueError, OSError: as ``read_folder`` and ``TextFolder.files``, or the first file cannot
             be read.
     """
-    folder = read_folder(path or "", key)
+    folder = read_folder(path, key)
     files = folder.files(split, key, shuffle_seed)
     # Each file is a shard. The library's own readers of files resume at a wrong document if one
     # before it is long.
