@@ -137,13 +137,18 @@ def test_dry_run_names_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) ->
 
     folder = tmp_path / "checkpoint"
     assert not line()
+    other = ["--checkpoint.initial_load_path", str(tmp_path)]
+    assert line(*other) == [f"starts from the weights of {tmp_path}"]
+    whole = [*other, "--checkpoint.no-initial_load_model_only"]
+    assert line(*whole) == [f"starts from {tmp_path}"]
+    assert not line(*other, "--checkpoint.create_seed_checkpoint")
     # A seed checkpoint was not trained.
     save(0)
     assert not line()
     save(2)
     save(4)
     words = "stay as they were trained, also where stages named here are others"
-    assert line() == [f"goes on from {folder}/step-4: steps 1 to 4 {words}"]
+    assert line() == line(*other) == [f"goes on from {folder}/step-4: steps 1 to 4 {words}"]
     # The run would overwrite step 4, and is refused.
     assert not line("--checkpoint.load_step", "2")
     assert line("--checkpoint.load_step", "2", "--checkpoint.load_only") == [

@@ -16,7 +16,7 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
-from .checkpoints.folders import complete_checkpoints, folder_of
+from .checkpoints.folders import checkpoint_to_load, folder_of
 from .checkpoints.model_folder import model_arguments_of
 from .checks.configuration import check_launch
 from .checks.parallelism import parallel_dims_of
@@ -96,17 +96,26 @@ def _shared_model(config: JobConfig, dims: ParallelDims) -> tuple[LighthouseMode
 
 
 def _resume_line(config: JobConfig) -> list[str]:
-    """The checkpoint that the run goes on from: other lines tell of all steps as configured now."""
-    section = config.checkpoint
-    complete = complete_checkpoints(folder_of(config)) if section.enable else {}
-    newest = max(complete, default=0)
-    step = newest if section.load_step == -1 else section.load_step
-    # Training on from an earlier checkpoint would overwrite later ones, and is refused.
-    if not step or step not in complete or (step < newest and not section.load_only):
+    """What the run goes on from: other lines tell of all steps as configured now."""
+    section, folder = config.checkpoint, folder_of(config)
+    if not section.enable or section.create_seed_checkpoint:
         return []
+    try:
+        path = checkpoint_to_load(
+            folder, section.load_step, section.load_only, section.initial_load_path
+        )
+    except UserError:
+        # The run is refused, unless what lies there changes before it begins.
+        return []
+    if path is None or path == folder / "step-0":
+        return []
+    if path.parent != folder:
+        part = "the weights of " if section.initial_load_model_only else ""
+        return [f"resume        starts from {part}{path}"]
+    step = int(path.name.removeprefix("step-"))
     return [
-        f"resume        goes on from {complete[step]}: steps 1 to {step:,} stay as they were "
-        "trained, also where stages named here are others"
+        f"resume        goes on from {path}: steps 1 to {step:,} stay as they were trained, also "
+        "where stages named here are others"
     ]
 
 

@@ -1,4 +1,4 @@
-"""One rule for what is a checkpoint folder, and how far its save got.
+"""One rule for what is a checkpoint folder, how far its save got, and which one a run loads.
 
 A save makes ``step-N`` with the file ``.unfinished``, fills it, puts ``.metadata`` in place and
 then removes ``.unfinished``. A purge first renames the folder. So a folder without ``.metadata``
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from ..errors import UserValueError
 from ..job_config import JobConfig
 from ..model.architecture import DESCRIPTION_FILES
 from .record import RECORD_FILE
@@ -67,6 +68,48 @@ def complete_checkpoints(folder: str | Path) -> dict[int, Path]:
         for step, found in checkpoints_in(folder).items()
         if found.condition is Condition.COMPLETE
     }
+
+
+def checkpoint_to_load(
+    folder: str | Path, step: int, load_only: bool, initial_load_path: str | None
+) -> Path | None:
+    """What a run goes on from: a checkpoint of its own, or ``initial_load_path``; None if neither.
+
+    Args:
+        folder: of the run's own checkpoints.
+        step, load_only, initial_load_path: the keys ``checkpoint.load_step`` and so on.
+
+    Raises:
+        ValueError: there is no such checkpoint, or training on from it would overwrite others.
+    """
+    complete = complete_checkpoints(folder)
+    if step != -1 and step not in complete:
+        has = f"it has steps {', '.join(map(str, complete))}" if complete else "it has none"
+        raise UserValueError(
+            f"checkpoint.load_step = {step} is not a complete checkpoint of {folder}; "
+            f"{has}; pass one of them, or -1 for the newest"
+        )
+    if not Path(folder).exists():
+        return Path(initial_load_path) if initial_load_path else None
+    if not complete:
+        if initial_load_path:
+            raise UserValueError(
+                f"checkpoint.folder {folder} exists but holds no complete checkpoint, and "
+                "checkpoint.initial_load_path is only read when there is no such folder; "
+                f"remove {folder} to start from {initial_load_path}"
+            )
+        return None
+    newest = max(complete)
+    if step == -1:
+        step = newest
+    if step < newest and not load_only:
+        raise UserValueError(
+            f"checkpoint.load_step = {step} but {folder} goes up to step {newest}, "
+            "which training on would overwrite; continue in another place with "
+            f"--checkpoint.folder NEW --checkpoint.initial_load_path {complete[step]} "
+            "--checkpoint.no-initial_load_model_only"
+        )
+    return complete[step]
 
 
 def condition(path: Path) -> Condition:

@@ -141,10 +141,8 @@ class LighthouseCheckpointManager(CheckpointManager):
                 that training on would overwrite.
             DamagedCheckpointError: it cannot be read.
         """
-        existing = checkpoints_in(self.folder)
-        complete = complete_checkpoints(self.folder)
-        newest = max(complete, default=-1)
-        for found in existing.values():
+        newest = self._find_load_step()
+        for found in checkpoints_in(self.folder).values():
             if found.condition is not Condition.WITHOUT_METADATA:
                 continue
             if found.step > newest and step == -1:
@@ -154,38 +152,15 @@ class LighthouseCheckpointManager(CheckpointManager):
             logger.warning(
                 f"{found.path} has no file {METADATA_FILE} and is not used; copy all of it again"
             )
-
-        if step != -1 and step not in complete:
-            has = f"it has steps {', '.join(map(str, complete))}" if complete else "it has none"
-            raise UserValueError(
-                f"checkpoint.load_step = {step} is not a complete checkpoint of {self.folder}; "
-                f"{has}; pass one of them, or -1 for the newest"
-            )
-        if not Path(self.folder).exists():
-            if not self.initial_load_path or self.initial_load_in_hf:
+        path = folders.checkpoint_to_load(self.folder, step, self.load_only, self.initial_load_path)
+        if path is None:
+            return None
+        if path.parent != Path(self.folder):
+            if self.initial_load_in_hf:
                 return None
-            path = Path(self.initial_load_path)
             self._check_contents(path, self.initial_load_model_only)
             self._check_settings(path, elsewhere=True, weights_only=self.initial_load_model_only)
             return path
-        if not complete:
-            if self.initial_load_path:
-                raise UserValueError(
-                    f"checkpoint.folder {self.folder} exists but holds no complete checkpoint, and "
-                    "checkpoint.initial_load_path is only read when there is no such folder; "
-                    f"remove {self.folder} to start from {self.initial_load_path}"
-                )
-            return None
-        if step == -1:
-            step = newest
-        if step < newest and not self.load_only:
-            raise UserValueError(
-                f"checkpoint.load_step = {step} but {self.folder} goes up to step {newest}, "
-                "which training on would overwrite; continue in another place with "
-                f"--checkpoint.folder NEW --checkpoint.initial_load_path {complete[step]} "
-                "--checkpoint.no-initial_load_model_only"
-            )
-        path = complete[step]
         if TRAIN_STATE in self.exclude_from_loading and not self.load_only:
             raise UserValueError(
                 f"checkpoint.exclude_from_loading = {self.exclude_from_loading} would train from "
@@ -195,8 +170,9 @@ class LighthouseCheckpointManager(CheckpointManager):
         # It names an entry of the architecture, and the shapes of tensors do not.
         if record := undamaged_record(path):
             check_same_model(path, record, self.config, self.model)
-        self._check_contents(path, model_only=step == 0)
-        self._check_settings(path, elsewhere=False, weights_only=step == 0)
+        is_seed = path.name == "step-0"
+        self._check_contents(path, model_only=is_seed)
+        self._check_settings(path, elsewhere=False, weights_only=is_seed)
         return path
 
     def _check_contents(self, path: Path, model_only: bool) -> None:
