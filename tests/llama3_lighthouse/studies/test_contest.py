@@ -13,6 +13,7 @@ from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.stages import stages_of
 from torchtitan.models.llama3_lighthouse.studies import contest as contests
+from torchtitan.models.llama3_lighthouse.studies import contest_data
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
 from torchtitan.models.llama3_lighthouse.studies.contest_plan import Planner
 from torchtitan.models.llama3_lighthouse.studies.contest_plots import PLOTS
@@ -125,7 +126,7 @@ def test_arms_begin_from_one_run_of_each_seed(call, faked, path, tmp_path) -> No
     assert faked.trained.index("start,seed=2") < faked.trained.index("dense,lr=0.002,seed=2")
     # The runs that arms begin from are not measured, and stand in no table.
     assert not any("start" in name for name in faked.measured)
-    assert "start," not in (tmp_path / "out/runs.csv").read_text()
+    assert "start" not in {*pandas.read_csv(tmp_path / "out/runs.csv").arm}
     assert (
         "from the weights of 12 steps at rate 0.0005" in (tmp_path / "out/results.md").read_text()
     )
@@ -183,6 +184,33 @@ def test_a_run_that_goes_on_keeps_its_start(call, faked, path, tmp_path) -> None
     out, code = call()
     assert not code and "trains again" not in out
     assert faked.trained == [run.name] and (run / "start_id").read_text() == began
+
+
+def test_revisions_of_all_runs_are_named(call, faked, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    interrupted = out / "dense,lr=0.002,seed=2"
+    faked.failing = (interrupted.name,)
+    # These digits alone would be read as a number.
+    monkeypatch.setattr(contest_data, "git_revision", lambda: "0654530")
+    call("--arms", "dense")
+    (interrupted / "checkpoint/step-4").mkdir(parents=True)
+    (interrupted / "checkpoint/step-4/.metadata").touch()
+    (interrupted / "metrics.jsonl").write_text('{"step": 4, "validation_metrics/loss": 1.0}\n')
+    faked.failing = ()
+    monkeypatch.setattr(contest_data, "git_revision", lambda: "8e445e1")
+    assert not call()[1]
+    runs = pandas.read_csv(out / "runs.csv", dtype=str).query("stage == 'seeds'")
+    assert sorted(runs.revision) == ["0654530", "0654530 8e445e1", *["8e445e1"] * 4]
+    known = "Runs trained at revision 0654530, 8e445e1; the column `revision` of runs.csv tells"
+    assert f"{known} them apart.\n" in (out / "results.md").read_text()
+    # Those that finished under an older version have no such file.
+    (interrupted / "revisions").unlink()
+    call()
+    assert f"{known} them apart; it was not recorded for 1 of 8.\n" in (
+        out / "results.md").read_text()  # fmt: skip
+    for file in out.glob("*/revisions"):
+        file.unlink()
+    assert not call()[1] and "revision" not in (out / "results.md").read_text()
 
 
 @pytest.fixture

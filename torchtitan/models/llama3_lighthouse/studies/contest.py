@@ -30,6 +30,7 @@ from .contest_data import (
     TIMES,
     Logs,
     is_trained,
+    mark_revision,
     mark_start,
     mark_trained,
     read_times,
@@ -129,9 +130,10 @@ class _Contestants:
 
         def train_run(run: Run, title: str, environment: Environment) -> int:
             if not is_trained(run):
-                remove_cut_off(run)
+                goes_on = has_begun(run)
                 if run.needs:
                     mark_start(run, run.needs)
+                mark_revision(run, goes_on)
                 if code := train(run, options.processes, title, environment, self.lock):
                     if stage == RATES and run.folder not in sources and has_diverged(run):
                         say(f"{title}: diverged, so that this rate is not the best")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas
 
+from ..environment import git_revision
 from ..evaluation.tables import Row, write_csv
 from ..job_config import JobConfig
 from ..metrics import (
@@ -37,6 +38,9 @@ TRAINED = "trained"
 ALONE = "alone"
 # This file in the folder of a run that others begin from, and of those, tells its trainings apart.
 START = "start_id"
+# This file in a run's folder holds the git revisions that it was trained at, several if it was
+# interrupted. Runs of older versions have none, and an installed package does not know its own.
+REVISIONS, UNKNOWN = "revisions", "unknown"
 
 Entries = dict[int, dict[str, float]]
 # Seconds of a step by arm and kind. Steps of one kind take equal time: those of one stage that
@@ -82,6 +86,18 @@ def mark_start(run: Run, source: Run) -> None:
     """Note which training of ``source`` a run begins from."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / START).write_text(start_id(source))
+
+
+def mark_revision(run: Run, goes_on: bool) -> None:
+    """Note at which git revision a run begins, or goes on from its own weights."""
+    before = revisions_of(run) or [UNKNOWN] if goes_on else []
+    names = dict.fromkeys([*before, git_revision() or UNKNOWN])
+    (run.folder / REVISIONS).write_text(" ".join(names))
+
+
+def revisions_of(run: Run) -> list[str]:
+    path = run.folder / REVISIONS
+    return path.read_text().split() if path.exists() else []
 
 
 class Logs:
@@ -214,7 +230,9 @@ def write_data(placed: Sequence[tuple[Row, Run]], logs: Logs, output: Path) -> N
         last = rows[-1] if rows else {"step": 0, "tokens": 0, STEPS: "{}"}
         row = place | {key: value for key, value in last.items() if key != VALIDATION}
         began = run.folder / START
-        runs.append(row | ({"start": began.read_text()} if began.exists() else {}))
+        row |= {"start": began.read_text()} if began.exists() else {}
+        revisions = revisions_of(run)
+        runs.append(row | ({"revision": " ".join(revisions)} if revisions else {}))
         measures += [
             # Six digits are more than any of them is worth.
             place | {"measure": each.measure, "document": each.document,

@@ -63,6 +63,7 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
         text += f"All arms begin from the weights of {steps:,} steps at rate {start.rate:g}. "
         text += "Tokens and seconds below leave these steps out.\n\n"
         text += starts_apart(results)
+    text += revisions(results)
     text += f"{verdict}\n\n{markdown(arms, columns)}{NOTES}\n{times_unknown(results)}"
     text += markdown(short, list(rows[0])) if rows else ""
     (output / RESULTS).write_text(text)
@@ -83,6 +84,20 @@ def starts_apart(results: Results) -> str:
         f"Runs of seed {', '.join(seeds)} began from several trainings of their start, which are "
         "different models on GPUs. The column `start` of runs.csv tells them apart.\n\n"
     )
+
+
+def revisions(results: Results) -> str:
+    """A paragraph with the git revisions at which runs trained, as far as they are recorded."""
+    if "revision" not in results.all_runs:
+        return ""
+    known = results.all_runs.revision.dropna()
+    names = dict.fromkeys(name for each in known for name in each.split())
+    text = f"Runs trained at revision {', '.join(names)}"
+    if len(names) > 1:
+        text += "; the column `revision` of runs.csv tells them apart"
+    if unknown := len(results.all_runs) - len(known):
+        text += f"; it was not recorded for {unknown} of {len(results.all_runs)}"
+    return f"{text}.\n\n"
 
 
 def times_unknown(results: Results) -> str:

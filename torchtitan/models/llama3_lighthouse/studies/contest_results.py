@@ -28,7 +28,9 @@ class Results:
 
     def __init__(self, contest: Contest, output: Path) -> None:
         self.contest = contest
-        frames = [pandas.read_csv(output / name) for name in (RUNS, MEASURES, CURVES)]
+        # A revision may be of digits alone.
+        frames = [pandas.read_csv(output / name, dtype={"revision": str})
+                  for name in (RUNS, MEASURES, CURVES)]  # fmt: skip
         self.times = times = read_times(output)
         for frame in (frames[0], frames[2]):
             frame[GPU_SECONDS] = [
