@@ -1,6 +1,7 @@
 """Names, signals and times that the launcher and its training processes agree on.
 
-Both import them from here, because importing the trainer would take the launcher seconds.
+They stand here because the trainer's package imports torchtitan, which would take the launcher
+seconds, and the package of the method knows of no launch.
 """
 
 import signal
