@@ -70,7 +70,12 @@ def log_run(
     stages, lines, total = stages_of(run.config), [], 0.0
     for step in range(1, run.config.training.steps + 1):
         kind = stage_at(step, stages).attention
-        line = {"step": step, "n_tokens_seen": 512 * step, "lighthouse/stage": kind != "dense"}
+        line = {
+            "step": step,
+            "n_tokens_seen": 512 * step,
+            "loss_metrics/global_avg_loss": 1.0,
+            "lighthouse/stage": kind != "dense",
+        }
         if run.config.training.document_mask:
             line["lighthouse/documents"] = documents(step)
             kind += f", {SEVERAL if documents(step) > 1 else ONE}"

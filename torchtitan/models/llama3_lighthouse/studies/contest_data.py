@@ -29,7 +29,7 @@ from .sweeps import Run, read_metrics
 
 RUNS, MEASURES, CURVES = "runs.csv", "measures.csv", "curves.csv"
 TIMES = "times.csv"
-GPU_SECONDS, STEPS = "GPU seconds", "steps by kind"
+GPU_SECONDS, STEPS, TRAINING = "GPU seconds", "steps by kind", "training loss"
 RATES, SEEDS = "rates", "seeds"
 PLACES = ("stage", "arm", "rate", "seed")
 # This file in a run's folder says that it was trained, and may still have to be measured. It holds
@@ -228,7 +228,7 @@ def write_data(placed: Sequence[tuple[Row, Run]], logs: Logs, output: Path) -> N
         curves += [place | row for row in rows if VALIDATION in row]
         # A run that diverged may have logged no step.
         last = rows[-1] if rows else {"step": 0, "tokens": 0, STEPS: "{}"}
-        row = place | {key: value for key, value in last.items() if key != VALIDATION}
+        row = place | {key: last[key] for key in ("step", "tokens", STEPS)}
         began = run.folder / START
         row |= {"start": began.read_text()} if began.exists() else {}
         revisions = revisions_of(run)
@@ -244,10 +244,19 @@ def write_data(placed: Sequence[tuple[Row, Run]], logs: Logs, output: Path) -> N
 
 
 def _rows(run: Run, entries: Entries) -> Iterator[Row]:
-    """For each logged step its number, tokens, steps by kind so far, and held-out loss if any."""
+    """For each logged step its number, tokens and steps by kind so far.
+
+    A step of a validation also has the held-out loss, and the mean training loss of the steps that
+    were logged since the last one.
+    """
     counts: dict[str, int] = {}
+    losses: list[float] = []
     for step, kind in _kinds(run, entries).items():
         if TOKENS in (entry := entries[step]):
             counts[kind] = counts.get(kind, 0) + 1
             row: Row = {"step": step, "tokens": round(entry[TOKENS]), STEPS: json.dumps(counts)}
-            yield row | ({VALIDATION: entry[HELD_OUT_LOSS]} if HELD_OUT_LOSS in entry else {})
+            losses.append(entry[LOSS])
+            if HELD_OUT_LOSS in entry:
+                row |= {VALIDATION: entry[HELD_OUT_LOSS], TRAINING: statistics.fmean(losses)}
+                losses.clear()
+            yield row
