@@ -424,6 +424,9 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "studies/results/contest_headline_270m_98k/loss_over_time.png": contest(
         "headline_270m_98k", contest_plots.over_time
     ),
+    "studies/results/contest_headline_270m_98k/loss_over_distance.png": contest(
+        "headline_270m_98k", contest_plots.by_distance
+    ),
     "studies/results/contest_documents_17m/primary.png": contest(
         "documents_17m", contest_plots.primary
     ),

@@ -155,6 +155,15 @@ def half_beside_short_first() -> str:
     return f"a difference of up to {max(-low, high):.2f} nats may be hidden"
 
 
+def at_98k() -> str:
+    """How far two arms of the headline lie below Lighthouse's; the intervals are over books."""
+    results, ours = results_of("headline_270m_98k"), "short_to_lighthouse"
+    found = [results.over_documents(arm, ours, "repeated/65536/loss")
+             for arm in ("short_to_long", "short_to_window")]  # fmt: skip
+    long, window = (f"{-each.mean:.3f} nats {between(each.low, each.high)}" for each in found)
+    return f"short sequences first ends {long} below Lighthouse, and a window of 256 alone {window}"
+
+
 class Recipe(NamedTuple):
     """Where the README's table has a recipe's numbers from."""
 
@@ -230,6 +239,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         at_distance, "window", "lighthouse", "{} below a window of 256 alone"
     ),
     "half dense": half_beside_short_first,
+    "headline": at_98k,
     "laptop": on_a_laptop,
     "270m_256k_cp8": lambda: estimate("270m_256k_cp8", 8),
     "8b_128k": lambda: estimate("8b_128k", 8),
@@ -277,6 +287,7 @@ def test_every_number_of_the_readme_is_a_figure_or_a_setting() -> None:
             "8,192",
             "16,384",
             "32,768",
+            "65,536",
             "98,304",
             "131,072",
             "262,144",
