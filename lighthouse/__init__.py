@@ -6,6 +6,7 @@ from .context_parallel import ContextParallel
 from .dense_attention import document_attention
 from .documents import check_layout, first_positions
 from .selection import Selection, select
+from .strided import StridedAttention, strided_attention
 from .window import WindowAttention, window_attention
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "LighthouseAttention",
     "LighthouseConfig",
     "Selection",
+    "StridedAttention",
     "WindowAttention",
     "check_layout",
     "document_attention",
     "first_positions",
     "lighthouse_attention",
     "select",
+    "strided_attention",
     "window_attention",
 ]

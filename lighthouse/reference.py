@@ -133,6 +133,33 @@ def window_attention(
     )
 
 
+def strided_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    stride: int,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Arguments and result as ``lighthouse.strided_attention``."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    out = []
+    for head in range(q.shape[1]):
+        keys, values = k[:, head // group], v[:, head // group]
+        for position in range(q.shape[2]):
+            # Each key as often as it counts.
+            seen: list[int] = []
+            for block in range(position // stride + 1):
+                own = range(block * stride, min((block + 1) * stride, position + 1))
+                near = block > position // stride - window // stride
+                seen += own if near else [own[-1]] * stride
+            scores = scale * (keys[:, seen] @ q[:, head, position, :, None]).squeeze(-1)
+            out.append((scores.softmax(dim=-1)[:, None] @ values[:, seen]).squeeze(1))
+    return torch.stack(out, dim=1).unflatten(1, q.shape[1:3])
+
+
 @torch.no_grad()
 def select(
     q: torch.Tensor,
