@@ -101,6 +101,38 @@ def test_errors_are_those_of_rounding(dtype: torch.dtype) -> None:
         assert value.dtype == dtype and error < 4 * torch.finfo(dtype).eps
 
 
+def test_kernels_compute_the_same() -> None:
+    """In Triton's interpreter, or on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    *inputs, grad = (x.to(device, torch.float32) for x in rows(96, heads=4, kv_heads=2, d=16))
+    found = results(strided_attention, inputs, grad, 32, 8, impl="triton")
+    expected = results(strided_attention, inputs, grad, 32, 8, impl="torch")
+    for value, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("stride", [4, 8])
+def test_on_a_gpu_errors_are_those_of_rounding_and_bits_repeat(d: int, stride: int) -> None:
+    """Far attention is cuDNN's where it computes, whose bits need not repeat."""
+    *inputs, grad = (x.to("cuda", torch.bfloat16) for x in rows(2048, 8, 4, batch=2, d=d))
+    double = [x.double() for x in inputs], grad.double()
+    expected = results(strided_attention, *double, 256, stride, impl="torch")
+    for impl in (None, "triton"):
+        found = results(strided_attention, inputs, grad, 256, stride, impl=impl)
+        for value, want in zip(found, expected, strict=True):
+            error = (value.double() - want).norm() / want.norm()
+            assert value.dtype == torch.bfloat16 and error < 0.01
+    torch.use_deterministic_algorithms(True)
+    try:
+        twice = [results(strided_attention, inputs, grad, 256, stride) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(*twice, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("n", "window", "stride"), [(8, 4, 2), (24, 8, 8), (24, 40, 4), (30, 9, 3)]
 )

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import small_flavor  # noqa: F401
 import torch
-import torch.distributed.checkpoint as dcp
 from launch import Run
+from sharp_start import losses, run_from_sharp_weights
 from small_model import SIZE, build
 from text_data import config, loader, write_jsonl
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,7 +23,6 @@ from torchtitan.models.llama3_lighthouse.data.skipped_positions import (
 from torchtitan.models.llama3_lighthouse.data.staged import build_staged_dataloader
 from torchtitan.models.llama3_lighthouse.data.tokenizer import ByteTokenizer
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
-from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
 from torchtitan.models.llama3_lighthouse.model.rotary import RotaryAttention, turns_at
 from torchtitan.models.llama3_lighthouse.stages import stage_at, stages_of
@@ -185,21 +184,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("one")
-    state = build(args=flavors["small"]).state_dict()
-    # Attention that is nearly even, and adds little, would not show where positions are.
-    for name, weight in state.items():
-        if name.endswith(("wq.weight", "wk.weight", "wo.weight", "output.weight")):
-            weight.mul_(8)
-    dcp.save(state, checkpoint_id=str(folder / "sharp"), no_dist=True)
-    settings = {**SETTINGS, "checkpoint.initial_load_path": folder / "sharp"}
-    run = Run(folder, settings).succeed()
-    run.settings = settings
-    return run
-
-
-def losses(run: Run) -> dict[int, float]:
-    return {step: float.fromhex(line["loss"]) for step, line in run.steps().items()}
+    return run_from_sharp_weights(tmp_path_factory.mktemp("one"), SETTINGS)
 
 
 @pytest.mark.parametrize(

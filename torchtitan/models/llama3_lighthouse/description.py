@@ -11,6 +11,7 @@ from torchtitan.distributed import ParallelDims
 
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.implementation import choose_window_implementation
+from lighthouse.strided import strided_pairs
 from lighthouse.window import window_pairs
 
 from .checks.parallelism import layout_on_rank_0, precision_key
@@ -116,7 +117,7 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
         if stage.attention == "lighthouse" and each.args.selects:
             runs += f", S = {each.gathered['lighthouse']:,}"
         if stage.attention == "lighthouse" and stage.config.lighthouse.window:
-            runs += f", window of {stage.config.lighthouse.window:,}"
+            runs += f", window of {stage.config.lighthouse.window:,}{_far_keys(stage.config)}"
         found.append(
             f"{_name(stage.config, stage.attention)} in steps {stage.first:,} to {stage.last:,}: "
             f"{_count(batch, 'sequence')} of {stage.seq_len:,} tokens{runs}; "
@@ -224,10 +225,12 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
     method = selecting_config(config.lighthouse)
     if method is None:
         window = config.lighthouse.window
-        keys = window_pairs(seq_len, window) / seq_len
+        stride = config.lighthouse.key_stride
+        pairs = strided_pairs(seq_len, window, stride) if stride else window_pairs(seq_len, window)
         return (
             f"window        each position attends over the last {window:,} of {seq_len:,} "
-            f"positions, {keys:,.1f} on average; this is the Lighthouse stage's attention"
+            f"positions{_far_keys(config)}, {pairs / seq_len:,.1f} keys on average; this is the "
+            "Lighthouse stage's attention"
         )
     geometry = PyramidGeometry(method, seq_len)
     strata, gathered = geometry.strata, geometry.gathered_length
@@ -239,6 +242,14 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
         f"Lighthouse    S = {gathered:,} of {geometry.sequence_length:,} positions{shares}; "
         f"{strata} strata{in_chunks}{beside}"
     )
+
+
+def _far_keys(config: JobConfig) -> str:
+    """Words about the keys beside a window that stands alone, if there are any."""
+    section = config.lighthouse
+    if section.attention != "window" or not section.key_stride:
+        return ""
+    return f" and one key in every {section.key_stride} further back"
 
 
 def _ring_lines(stages: Sequence[RunStage], dims: ParallelDims) -> list[str]:
@@ -343,10 +354,10 @@ def what_runs(
     runs = f"attention runs on {length:,} of {seq_len:,} positions"
     if stage != "lighthouse" or not window:
         return runs
-    near = f"each position attends over a window of {window:,}"
-    runs = f"{runs}, {near} too" if args.selects else f"{near} of {seq_len:,} positions"
-    # A window of all positions is dense attention.
-    if window >= seq_len:
+    near, far = f"each position attends over a window of {window:,}", _far_keys(config)
+    runs = f"{runs}, {near} too" if args.selects else f"{near} of {seq_len:,} positions{far}"
+    # A window of all positions is dense attention, and far keys have kernels of their own.
+    if window >= seq_len or far:
         return runs
     dtype = TORCH_DTYPE_MAP[getattr(config.training, precision_key(config, world_size))]
     head = torch.empty(1, 1, 1, args.head_dim, dtype=dtype, device=device)

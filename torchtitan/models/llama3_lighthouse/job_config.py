@@ -90,6 +90,11 @@ class Lighthouse(Method, Schedule):
     """The attention of stage "lighthouse": Lighthouse attention, beside a window if there is one,
     or causal attention over the window alone."""
 
+    key_stride: int = 0
+    """Beside a window that stands alone, each position also attends to one key in every key_stride
+    before the window, which counts as often as the keys that it stands for. It divides the window
+    and the sequence. 0 means none."""
+
     dense_layers: list[int] = field(default_factory=list)
     """Layers that use dense attention in both stages, counted from 0."""
 

@@ -62,7 +62,8 @@ def layer_elements(
 ) -> tuple[float, float]:
     """Elements per token that a dense layer and a Lighthouse layer keep for backward.
 
-    Without a geometry the layer attends over a window, and keeps what a dense layer keeps.
+    Without a geometry the layer attends over a window, and keeps what a dense layer keeps, and what
+    attention to far keys returns if there are some.
 
     They depend on the mode of activation checkpointing: "lighthouse" keeps what
     ``infra/activation_checkpoint.py`` lists; "full" keeps the layer's input; "selective" also keeps
@@ -83,7 +84,8 @@ def layer_elements(
     attention = args.attention_width + words * args.n_heads
     dense = args.dim + sum(widths[name] for name in section.keep_products) + attention
     if geometry is None:
-        return dense, dense
+        # Far attention has an output and logsumexps of its own.
+        return dense, dense + (attention if args.key_stride else 0)
     share = geometry.gathered_length / geometry.sequence_length
     pyramid = geometry.pyramid_length / geometry.sequence_length
     # Selections hold the maps of both directions, between places and pyramid entries.
@@ -126,7 +128,8 @@ def attention_elements(
 
     Args:
         geometry: that of the selection, or None for a ``kind`` without one.
-        kind: "dense", "window", "selected", or "beside" for a window beside the selection.
+        kind: "dense", "window", "strided" for a window with far keys, "selected", or "beside" for a
+            window beside the selection.
         ranks: ranks that share a sequence.
     """
     widths = product_widths(args)
@@ -144,7 +147,8 @@ def attention_elements(
     # gradient of the output of attention.
     held = 3 * args.dim + q
     if geometry is None:
-        held += near if kind == "window" else everywhere
+        # Far attention's queries, output and both gradients lie in an order of their own.
+        held += {"window": near, "strided": near + 4 * q}.get(kind, everywhere)
     else:
         share = geometry.gathered_length / geometry.sequence_length
         # The output's gradient is collected, and so is the output if there is a window.
@@ -215,7 +219,9 @@ def activation_bytes(
     behind = max(head_bytes(args, tokens) + NORM_KEEPS * column, NORM_BACKWARD * column)
     selects = args.selects and attention == "lighthouse"
     geometry = PyramidGeometry(args.lighthouse, seq_len) if selects else None
-    sparse = "window" if geometry is None else "selected"
+    sparse = "selected"
+    if geometry is None:
+        sparse = "strided" if args.key_stride else "window"
     if geometry is not None and args.lighthouse.window:
         sparse = "beside"
     feed_forward = feed_forward_elements(args, section)

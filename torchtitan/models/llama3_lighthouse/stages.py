@@ -18,13 +18,18 @@ from .job_config import NO_SCHEDULE, JobConfig, Lighthouse
 
 ATTENTIONS = ("lighthouse", "dense")
 KEY = "lighthouse.schedule"
-# The attentions that a schedule names.
-NAMES = ("lighthouse", "window", "dense")
 # A stage with this word may be the last one although it is not dense.
 LAST = "last"
 # Types of the method's settings, which a stage may change.
 METHOD_TYPES = {field.name: get_type_hints(LighthouseConfig)[field.name]
                 for field in fields(LighthouseConfig)}  # fmt: skip
+# The attentions that a schedule names, and what a stage may set of each.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lighthouse": METHOD_TYPES,
+    "window": {"window": int, "key_stride": int},
+    "dense": {},
+}
+NAMES = tuple(SETTINGS)
 # Their least values. A stage may turn off the skips that [lighthouse] turns on.
 COUNTS = {"until": 1, "seq_len": 1, "local_batch_size": 1, "skip_positions": 0}
 # Numbers beyond this, and longer texts, are not shown in full.
@@ -219,7 +224,7 @@ def _values(text: str, words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        known = [*COUNTS, *METHOD_TYPES]
+        known = list(COUNTS | SETTINGS["lighthouse"] | SETTINGS["window"])
         if not equals or key not in known:
             raise _fault(text, f"{_shown(word)} is not understood",
                          f"write {LAST}, or KEY=VALUE with one of {', '.join(known)}")  # fmt: skip
@@ -230,7 +235,7 @@ def _values(text: str, words: list[str]) -> dict[str, Any]:
 
 
 def _typed(text: str, key: str, value: str) -> Any:
-    if key not in COUNTS and METHOD_TYPES[key] is not int:
+    if METHOD_TYPES.get(key, int) is not int:
         return value
     if not (value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS):
         raise _fault(text, f"{key} = {_shown(value)} is no whole number of at most {MOST_DIGITS} "
@@ -248,9 +253,8 @@ def _changed(text: str, config: JobConfig, name: str, values: dict[str, Any]) ->
     changed.lighthouse.schedule = []
     changed.lighthouse.stage = "dense" if name == "dense" else "lighthouse"
     training, section = changed.training, changed.lighthouse
-    allowed = {"lighthouse": set(METHOD_TYPES), "window": {"window"}, "dense": set[str]()}[name]
     for key in (key for key in values if key not in COUNTS):
-        if key not in allowed:
+        if key not in SETTINGS[name]:
             raise _fault(text, f"{key} is not read under attention '{name}'", "leave it out")
         setattr(section, key, values[key])
     if name != "dense":

@@ -46,6 +46,9 @@ def step_seconds(args: LighthouseModelArgs, seq_len: int, tokens: int, attention
     sparse = args.n_layers - len(args.dense_layers) if attention == "lighthouse" else 0
     values = args.n_layers * (PASSES * args.dim + SILU_PASSES * widths["w1"])
     rows = float(args.n_layers)
+    if sparse and args.key_stride:
+        # Attention to far keys begins from nearly every row too.
+        rows += sparse
     if sparse and args.selects:
         # A window beside the selection attends from every row too.
         beside = 1 if args.lighthouse.window else 0

@@ -20,9 +20,11 @@ ARCHITECTURE = {"model.flavor", "model.rope_theta", "model.rope_scaling"}
 MODEL = {"model.name", "model.converters", "lighthouse.tokenizer"} | ARCHITECTURE
 # Settings that decide it in steps of the Lighthouse stage alone.
 METHOD = {f"lighthouse.{field.name}" for field in fields(LighthouseConfig)}
+METHOD |= {"lighthouse.dense_layers", "lighthouse.attention"}
 # A window alone reads these.
-OF_THE_WINDOW = {"lighthouse.window", "lighthouse.dense_layers", "lighthouse.attention"}
-METHOD |= OF_THE_WINDOW
+OF_THE_WINDOW = {
+    f"lighthouse.{name}" for name in ("window", "key_stride", "dense_layers", "attention")
+}
 # Settings of these sections change training, except for those that do not touch what is computed.
 TRAINING = ("training.", "optimizer.", "lr_scheduler.", "lighthouse.", "quantize.")
 WITHOUT_EFFECT = ("training.dataloader.", "training.gc_", "lighthouse.log_selection_every")
@@ -112,7 +114,7 @@ def check_settings(
             continue
         if found.key in model_keys:
             model.append(found)
-        elif found.key in METHOD:
+        elif found.key in METHOD | OF_THE_WINDOW:
             (training if found.key in read else rest).append(found)
         elif found.key.startswith(TRAINING) and not found.key.startswith(WITHOUT_EFFECT):
             training.append(found)

@@ -248,6 +248,9 @@ BOUNDS: dict[str, Rule] = {
     "lighthouse.stage": BY_TYPE,
     "lighthouse.attention": BY_TYPE,
     "lighthouse.window": count(0, MOST_POSITIONS, note="0 means no window"),
+    "lighthouse.key_stride": count(
+        2, MOST_POSITIONS, note="0 means no keys beside the window", besides=(0,)
+    ),
     "lighthouse.dense_from_step": count(0, note="0 trains dense throughout"),
     "lighthouse.dense_every": count(
         2,

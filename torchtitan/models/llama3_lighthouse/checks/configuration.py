@@ -172,6 +172,34 @@ def _check_attention(config: JobConfig) -> None:
             "lighthouse.attention = 'window' needs lighthouse.window = 0 to be at least 1; pass "
             "--lighthouse.window N with the positions that each position attends over"
         )
+    if section.attention == "window" and section.key_stride:
+        _check_key_stride(config)
+
+
+def _check_key_stride(config: JobConfig) -> None:
+    """Check that keys beside the window are at places of their own, on one rank."""
+    section, stride = config.lighthouse, config.lighthouse.key_stride
+    key = f"lighthouse.key_stride = {stride}"
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for name, number in {"lighthouse.window": section.window, **lengths}.items():
+        if number % stride:
+            raise UserValueError(
+                f"{key} must divide {name} = {number}; set {name} to "
+                f"{(number // stride + 1) * stride}, or choose another stride"
+            )
+    degree = config.parallelism.context_parallel_degree
+    if degree > 1:
+        raise UserValueError(
+            f"{key} does not take parallelism.context_parallel_degree = {degree} yet; set one of "
+            "them to 0 or 1"
+        )
+    if config.training.document_mask:
+        raise UserValueError(
+            f"{key} does not take training.document_mask = true yet; set it to 0, or pass "
+            "--training.no-document_mask"
+        )
 
 
 def _check_selections(config: JobConfig) -> None:

@@ -52,6 +52,9 @@ MODE = "activation_checkpoint.mode"
 IN_PIPELINES = (_above("parallelism.pipeline_parallel_degree", 1),)
 UNDER_TENSOR_PARALLELISM = (_above("parallelism.tensor_parallel_degree", 1),)
 SPARSE = (Requirement(A_STAGE, "is not dense", lambda stages: "lighthouse" in stages),)
+OVER_A_WINDOW = (
+    Requirement(A_STAGE, "attends over a window alone", lambda stages: "window" in stages),
+)
 # Dense runs carry the settings of the method, so that one key on the command line turns it on.
 SELECTING = (
     _is("lighthouse.attention", "lighthouse"),
@@ -83,6 +86,7 @@ READ_WHEN: dict[str, tuple[Requirement, ...]] = {
     "parallelism.enable_async_tensor_parallel": UNDER_TENSOR_PARALLELISM,
     "quantize.": (_given("model.converters"),),
     "debug.deterministic_warn_only": (_is("debug.deterministic", True),),
+    "lighthouse.key_stride": OVER_A_WINDOW,
     "lighthouse.dense_every": SPARSE,
     "lighthouse.log_selection_every": SPARSE,
     "lighthouse.document_positions": (_is("training.document_mask", True),),
@@ -185,7 +189,11 @@ def _unused(config: JobConfig) -> list[str]:
     """Settings that nothing reads, because another setting has another value."""
     found, all_leaves = [], list(leaves(config))
     values = {leaf.key: leaf.value for leaf in all_leaves}
-    values[A_STAGE] = {stage.attention for stage in stages_of(config)}
+    stages = stages_of(config)
+    values[A_STAGE] = {stage.attention for stage in stages}
+    values[A_STAGE] |= {
+        stage.config.lighthouse.attention for stage in stages if stage.attention == "lighthouse"
+    }
     for leaf in (leaf for leaf in all_leaves if leaf.value != leaf.default):
         for beginning, requirements in READ_WHEN.items():
             missed = [each for each in requirements if not each.test(values[each.key])]

@@ -11,12 +11,13 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.model import model as upstream
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
-from lighthouse import LighthouseAttention, LighthouseConfig, WindowAttention
+from lighthouse import LighthouseAttention, LighthouseConfig, StridedAttention, WindowAttention
 from lighthouse.documents import gathered_documents
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.inner_attention import InnerAttention
 from lighthouse.precision import SDPA_BACKENDS
 from lighthouse.scoring import flops_per_position
+from lighthouse.strided import strided_pairs
 from lighthouse.window import window_pairs
 
 from ..errors import UserValueError
@@ -90,6 +91,8 @@ class LighthouseModelArgs(TransformerModelArgs):
     window: int = 0
     """Positions of the window that stands alone in stage "lighthouse"; 0 if Lighthouse attention
     runs, whose own window is a setting of the method."""
+    key_stride: int = 0
+    """Positions of which one key stands for all, before that window; 0 if there are none."""
     dense_layers: list[int] = field(default_factory=list)
     own_head_dim: int = 0
     """D where it is not dim / n_heads; 0 where it is."""
@@ -110,6 +113,7 @@ class LighthouseModelArgs(TransformerModelArgs):
         section = job_config.lighthouse
         self.lighthouse = lighthouse_config(section)
         self.window = section.window if section.attention == "window" else 0
+        self.key_stride = section.key_stride if self.window else 0
         self.dense_layers = list(job_config.lighthouse.dense_layers)
         self.chunked_loss = is_chunked(job_config, self.vocab_size)
 
@@ -164,13 +168,20 @@ class LighthouseModelArgs(TransformerModelArgs):
         """The inner attention of stage "lighthouse", around that of the dense stage."""
         if self.selects:
             return LighthouseAttention(self.lighthouse, dense)
+        if self.key_stride:
+            return StridedAttention(self.window, self.key_stride, dense)
         return WindowAttention(self.window, dense)
+
+    def _pairs_near(self, seq_len: int) -> int:
+        """Pairs of a query and a key in one head that attend in stage "lighthouse", ungathered."""
+        window = self.window or self.lighthouse.window
+        if self.key_stride:
+            return strided_pairs(seq_len, window, self.key_stride)
+        return window_pairs(seq_len, window) if window else 0
 
     def _stage_one_flops(self, seq_len: int) -> float:
         """FLOPs per token of one layer's attention in stage "lighthouse", forward and backward."""
-        window = self.window or self.lighthouse.window
-        pairs = window_pairs(seq_len, window) if window else 0
-        scoring = 0.0
+        pairs, scoring = self._pairs_near(seq_len), 0.0
         if self.selects:
             gathered = self.gathered_length(seq_len)
             pairs += window_pairs(gathered, gathered)
@@ -181,7 +192,8 @@ class LighthouseModelArgs(TransformerModelArgs):
         """FLOPs of forward and backward per token, counting what runs.
 
         A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
-        M has M (M + 1) / 2 pairs, and over a window of W positions W N - W (W - 1) / 2. A pair
+        M has M (M + 1) / 2 pairs, and over a window of W positions W N - W (W - 1) / 2; those of a
+        window with far keys are counted by ``strided_pairs``. A pair
         costs 2 products of 2 D in each head forward, and twice that backward. M is S in the layers
         under Lighthouse attention, to which a window adds its own, and N in dense ones. Scorers run
         forward only; ``lighthouse.scoring`` counts their operations. Recomputation, pooling and
@@ -328,7 +340,9 @@ class LighthouseTransformer(upstream.Transformer):
 
     def use_method(self, args: LighthouseModelArgs) -> None:
         """Use the first-stage attention of ``args`` from the next forward on."""
-        if (args.lighthouse, args.window) == (self.model_args.lighthouse, self.model_args.window):
+        names = ("lighthouse", "window", "key_stride")
+        wanted = {name: getattr(args, name) for name in names}
+        if wanted == {name: getattr(self.model_args, name) for name in names}:
             return
         for module in list(self.modules()):
             before = getattr(module, "inner_attention", None)
@@ -337,7 +351,7 @@ class LighthouseTransformer(upstream.Transformer):
             after = args.stage_one_attention(before.sdpa)
             after.context_parallel = before.context_parallel
             module.inner_attention = after
-        self.model_args = replace(self.model_args, lighthouse=args.lighthouse, window=args.window)
+        self.model_args = replace(self.model_args, **wanted)
 
     def use_attention(self, attention: str) -> None:
         """Use the attention of stage "lighthouse" or "dense" from the next forward on.
