@@ -2,8 +2,8 @@
 
 The sequence is cut into blocks of c positions. A position sees the keys of its own block and of the
 W / c - 1 blocks before it, as far as they lie before it, and the last key of every earlier block.
-That key stands for its block: it counts c times. So distance is there in full, and far attention
-takes 1 / c of the work of dense attention. No query is left out and nothing is pooled.
+That key stands for its block: it counts c times. So every query reaches back to the start, and far
+attention takes 1 / c of the work of dense attention. No query is left out and nothing is pooled.
 
 The pattern is the strided one of Sparse Transformers (arXiv 1904.10509); the count is ours.
 
@@ -78,10 +78,10 @@ def strided_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Causal attention over the last W positions or so, and one key in every c before them.
+    """Causal attention over the last W - c + 1 to W positions, and one key in every c before them.
 
-    Position t sees all keys from (t // c - W / c + 1) c on, which are the last W - c + 1 to W, and
-    the keys of positions c - 1, 2 c - 1 and so on before those, each of which counts c times.
+    Position t sees all keys from (t // c - W / c + 1) c on, and before those the keys of positions
+    c - 1, 2 c - 1 and so on, each of which counts c times.
     Results have exact first gradients.
 
     Args:
@@ -114,8 +114,8 @@ def strided_attention(
 class _Strided(torch.autograd.Function):
     """Two attentions, merged.
 
-    Backward gives both the merged output and logsumexp, by which their weights are those of the one
-    softmax. A far key's score has log c added, which the logsumexp takes off instead.
+    Both backwards get the merged output and logsumexp, so that each weight is that of the joint
+    softmax. Taking log c off the logsumexp equals adding it to the far scores.
     """
 
     @staticmethod

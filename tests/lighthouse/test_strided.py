@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lighthouse import StridedAttention, reference, strided_attention, window_attention
+from lighthouse import (
+    ContextParallel,
+    StridedAttention,
+    reference,
+    strided_attention,
+    window_attention,
+)
 from lighthouse.strided import strided_pairs
 
 
@@ -159,6 +165,27 @@ def test_bad_numbers_are_named(window: int, stride: int, message: str) -> None:
         strided_attention(q, k, v, window, stride)
 
 
+@pytest.mark.parametrize("stride", [4.0, True])
+def test_a_stride_is_an_integer(stride: Any) -> None:
+    q, k, v, _ = rows(32)
+    with pytest.raises(TypeError, match="stride must be of type int, got"):
+        strided_attention(q, k, v, 8, stride)
+
+
+def test_what_other_attentions_refuse_is_refused() -> None:
+    q, k, v, _ = rows(32)
+    with pytest.raises(ValueError, match="the same B, N and D"):
+        strided_attention(q, k[:, :, :16], v[:, :, :16], 8, 4)
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: strided_attention(x, k, v, 8, 4).sum())(q)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        strided_attention(q, k, v, 8, 4, impl="cudnn")
+    module = StridedAttention(8, 4)
+    module.context_parallel = ContextParallel(None, 0, 2)
+    with pytest.raises(ValueError, match="does not take context parallelism"):
+        module(q, k, v, enable_gqa=True)
+
+
 def test_module_attends_so_while_it_is_enabled() -> None:
     q, k, v, _ = rows(32)
     module = StridedAttention(8, 4)
@@ -170,5 +197,7 @@ def test_module_attends_so_while_it_is_enabled() -> None:
     )
     assert "window=8, stride=4, enabled=False" in repr(module) and not list(module.parameters())
     module.enabled = True
+    scaled = strided_attention(q, k, v, 8, 4, scale=0.3)
+    assert torch.equal(module(q, k, v, enable_gqa=True, scale=0.3), scaled)
     with pytest.raises(ValueError, match="does not know documents"):
         module(q, k, v, enable_gqa=True, documents=torch.zeros(1, 32, dtype=torch.int32))

@@ -1,5 +1,6 @@
 """Stages that attend over a window and to one key in every few before it."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import pytest
 import small_flavor  # noqa: F401
 import torch
-from launch import Run
+from launch import Run, exit_code_of
 from sharp_start import losses, run_from_sharp_weights
 from small_model import SIZE, build
 from text_data import config
 
 from lighthouse import StridedAttention, reference
+from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
+from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import JobConfig
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
@@ -144,3 +147,37 @@ def test_a_resume_leaves_no_trace_and_far_keys_matter(one_process: Run, tmp_path
     other.succeed()
     for step in (1, 2, 3):
         assert losses(other)[step] != pytest.approx(losses(one_process)[step], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("what", "asked", "length"),
+    [
+        # All digits of the answer but the last follow the prompt.
+        ("niah", ["--lengths", 125, "--trials", 1, "--depths", 50, "--tasks", "passkey"], 128),
+        ("distance", ["--documents", 1, "--contexts", 30, "--distances", 64,
+                      "--passage", 8, 16], None),
+    ],
+    ids=["niah", "distance"],
+)  # fmt: skip
+def test_evaluation_fills_sequences_up_to_the_stride(
+    one_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    what: str, asked: list[object], length: int | None,
+) -> None:  # fmt: skip
+    step = one_process.log_file.parent / "dump/checkpoint/step-2"
+    line = ["evaluate", what, step, "--output", tmp_path / what, "--device", "cpu", "--no-plots"]
+    line += ["--attention", "lighthouse", *asked]
+    assert not exit_code_of(main, monkeypatch, "lighthouse", *line)
+    if length:
+        results = json.loads((tmp_path / what / "results.json").read_text())
+        (cell,) = results["checkpoints"][0]["cells"]
+        assert cell["sequence_length"] == length
+
+
+def test_a_dense_run_may_carry_the_key_for_later_use() -> None:
+    job = job_of()
+    job.lighthouse.schedule, job.lighthouse.stage = [], "dense"
+    job.lighthouse.attention, job.lighthouse.window, job.lighthouse.key_stride = "window", 16, 4
+    assert not any("key_stride" in line for line in warnings_of(job, 1))
+    job.lighthouse.attention = "lighthouse"
+    (warning,) = (line for line in warnings_of(job, 1) if "key_stride" in line)
+    assert warning.endswith("it is read when the attention of a stage is a window")

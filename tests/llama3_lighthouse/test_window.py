@@ -294,7 +294,7 @@ def test_a_window_in_float32_is_warned_of_where_nothing_lowers_it(tmp_path: Path
 def test_dry_run_describes_the_window(tmp_path: Path) -> None:
     text = dry_run(parsed(tmp_path, **{"training.seq_len": 410}), 1)
     keys = sum(min(t + 1, 40) for t in range(410)) / 410
-    assert f"over the last 40 of 410 positions, {keys:.1f} on average" in text
+    assert f"over the last 40 of 410 positions, {keys:.1f} keys on average" in text
     assert "FLOPs/token   window " in text and " GiB window, " in text
     assert "S = " not in text
 
@@ -334,7 +334,7 @@ def test_evaluation_under_the_window(two_stages: Run, tmp_path: Path, monkeypatc
     asked = ["--lengths", 128, "--trials", 1, "--depths", 50, "--tasks", "passkey"]
     assert not evaluate("niah", step, "--attention", "lighthouse", *asked)
     (cell,) = json.loads((tmp_path / "niah/results.json").read_text())["checkpoints"][0]["cells"]
-    assert cell["sequence_length"] == sequence_length(find_task("passkey"), 128, "dense", None)
+    assert cell["sequence_length"] == sequence_length(find_task("passkey"), 128, int)
 
     message = evaluate("causality", step)
     assert "lighthouse.attention = 'window', which selects nothing" in str(message)

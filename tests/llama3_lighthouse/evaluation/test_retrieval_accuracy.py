@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseTransformer
 
 METHOD = LighthouseConfig(levels=3, pooling_factor=2, top_k=32, picks_per_stratum=16)
+FITTING = partial(fitting_length, METHOD)
 DEPTHS = (0.0, 0.1, 1 / 3, 0.5, 0.77, 1.0)
 # The other tasks fill their prompts with a list, which has tests of its own.
 WITH_STATEMENTS = [task.name for task in TASKS.values() if task.form == "statements"]
@@ -50,9 +52,10 @@ WITH_STATEMENTS = [task.name for task in TASKS.values() if task.form == "stateme
 @pytest.mark.parametrize("attention", ["dense", "lighthouse"])
 @pytest.mark.parametrize("name", TASKS)
 def test_copying_model_scores_one(name: str, attention: str) -> None:
+    fit = FITTING if attention == "lighthouse" else int
     for length, depth in ((231, 0.0), (230, 0.4), (400, 1.0)):
         cell = measure_cell(
-            copying, BYTES, TASKS[name], length, depth, 20, attention, METHOD, batch_tokens=2000
+            copying, BYTES, TASKS[name], length, depth, 20, attention, fit, batch_tokens=2000
         )
         assert cell.accuracy == cell.digit_accuracy == cell.high == 1.0
         assert cell.low == pytest.approx(wilson_interval(20, 20)[0]) and cell.low < 0.85
@@ -184,7 +187,7 @@ def test_every_checkpoint_sees_the_same_prompts_whatever_is_asked_around_them() 
     task = TASKS["several_keys"]
     measure_cell(recording("one"), BYTES, task, 222, 0.3, 12, batch_tokens=500)
     measure_cell(recording("between"), BYTES, task, 300, 0.3, 3)
-    measure_cell(recording("other"), BYTES, task, 222, 0.3, 12, "lighthouse", METHOD)
+    measure_cell(recording("other"), BYTES, task, 222, 0.3, 12, "lighthouse", FITTING)
     measure_cell(recording("more"), BYTES, task, 222, 0.3, 30)
     measure_cell(recording("seed"), BYTES, task, 222, 0.3, 12, seed=1)
     one = torch.stack(seen["one"])
@@ -202,7 +205,7 @@ def test_padding_follows_the_prompt_and_holds_no_answer() -> None:
         assert places == slice(228, 233)
         return torch.zeros(len(tokens), 5, PADDED_VOCABULARY_SIZE)
 
-    measure_cell(recording, BYTES, TASKS["long_passkey"], 229, 0.5, 10, "lighthouse", METHOD)
+    measure_cell(recording, BYTES, TASKS["long_passkey"], 229, 0.5, 10, "lighthouse", FITTING)
     for number, row in enumerate(rows):
         prompt = evaluation_prompt(BYTES, TASKS["long_passkey"], 229, 0.5, number)
         assert row.shape == (236,) and np.array_equal(row[:229], prompt.tokens)
@@ -334,7 +337,7 @@ def test_command_writes_tables_and_heat_maps(checkpoint, tmp_path, capsys, monke
         0.5,
         2,
         "lighthouse",
-        METHOD,
+        FITTING,
     )
     assert asdict(expected) in cells
     with (tmp_path / "results.csv").open() as file:

@@ -227,8 +227,9 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
         window = config.lighthouse.window
         stride = config.lighthouse.key_stride
         pairs = strided_pairs(seq_len, window, stride) if stride else window_pairs(seq_len, window)
+        near = f"{window - stride + 1:,} to {window:,}" if stride else f"{window:,}"
         return (
-            f"window        each position attends over the last {window:,} of {seq_len:,} "
+            f"window        each position attends over the last {near} of {seq_len:,} "
             f"positions{_far_keys(config)}, {pairs / seq_len:,.1f} keys on average; this is the "
             "Lighthouse stage's attention"
         )

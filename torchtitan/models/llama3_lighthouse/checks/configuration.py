@@ -187,17 +187,17 @@ def _check_key_stride(config: JobConfig) -> None:
         if number % stride:
             raise UserValueError(
                 f"{key} must divide {name} = {number}; set {name} to "
-                f"{(number // stride + 1) * stride}, or choose another stride"
+                f"{(number // stride + 1) * stride}, or key_stride to 4 or 8"
             )
     degree = config.parallelism.context_parallel_degree
     if degree > 1:
         raise UserValueError(
-            f"{key} does not take parallelism.context_parallel_degree = {degree} yet; set one of "
-            "them to 0 or 1"
+            f"{key} does not take parallelism.context_parallel_degree = {degree} yet; set "
+            "key_stride to 0, or pass --parallelism.context_parallel_degree 1"
         )
     if config.training.document_mask:
         raise UserValueError(
-            f"{key} does not take training.document_mask = true yet; set it to 0, or pass "
+            f"{key} does not take training.document_mask = true yet; set key_stride to 0, or pass "
             "--training.no-document_mask"
         )
 

@@ -17,12 +17,12 @@ from .parallelism import precision_key, running_window
 from .rules import shown
 
 # Stands for a key, whose values are the attentions of the run's stages.
-A_STAGE = "a stage"
+A_STAGE, ITS_ATTENTION = "a stage", "the attention of a stage"
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A requirement on the value of one key, or on ``A_STAGE``, in words and as a test."""
+    """A requirement on the value of a key, or on the stages, in words and as a test."""
 
     key: str
     words: str
@@ -52,9 +52,7 @@ MODE = "activation_checkpoint.mode"
 IN_PIPELINES = (_above("parallelism.pipeline_parallel_degree", 1),)
 UNDER_TENSOR_PARALLELISM = (_above("parallelism.tensor_parallel_degree", 1),)
 SPARSE = (Requirement(A_STAGE, "is not dense", lambda stages: "lighthouse" in stages),)
-OVER_A_WINDOW = (
-    Requirement(A_STAGE, "attends over a window alone", lambda stages: "window" in stages),
-)
+OVER_A_WINDOW = (Requirement(ITS_ATTENTION, "is a window", lambda names: "window" in names),)
 # Dense runs carry the settings of the method, so that one key on the command line turns it on.
 SELECTING = (
     _is("lighthouse.attention", "lighthouse"),
@@ -191,8 +189,11 @@ def _unused(config: JobConfig) -> list[str]:
     values = {leaf.key: leaf.value for leaf in all_leaves}
     stages = stages_of(config)
     values[A_STAGE] = {stage.attention for stage in stages}
-    values[A_STAGE] |= {
-        stage.config.lighthouse.attention for stage in stages if stage.attention == "lighthouse"
+    # Without a schedule, a run that is dense throughout carries what one key would turn on.
+    values[ITS_ATTENTION] = {
+        stage.config.lighthouse.attention
+        for stage in stages
+        if stage.attention == "lighthouse" or not stage.text
     }
     for leaf in (leaf for leaf in all_leaves if leaf.value != leaf.default):
         for beginning, requirements in READ_WHEN.items():

@@ -19,12 +19,10 @@ import torch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from lighthouse.geometry import fitting_length
-
 from ..data.retrieval import random_of
 from ..errors import UserValueError
 from ..job_config import JobConfig
-from ..model.model import LighthouseTransformer, selecting_config
+from ..model.model import LighthouseTransformer, fitting
 from .bootstrap import bootstrap
 from .distance_text import held_out_sequences, repeat_passage
 from .held_out_loss import Estimate, bucket_means, context_buckets, losses_by_position
@@ -162,7 +160,7 @@ def measure_documents(
     if documents is None:
         documents = held_out_sequences(config, tokenizer, settings.documents, settings.sequences)
     model.use_attention(attention)
-    fit = fitting(config, attention)
+    fit = fitting(config.lighthouse, attention)
 
     def losses(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         found = losses_by_position(model, inputs, labels)
@@ -170,14 +168,6 @@ def measure_documents(
         return found
 
     return list(values_of(losses, documents, plan, fit))
-
-
-def fitting(config: JobConfig, attention: str) -> Callable[[int], int]:
-    """The least length from a given one on that the attention takes."""
-    method = selecting_config(config.lighthouse)
-    if attention != "lighthouse" or method is None:
-        return lambda length: length
-    return lambda length: fitting_length(method, length)
 
 
 def plan_of(settings: DistanceSettings, length: int) -> Plan:

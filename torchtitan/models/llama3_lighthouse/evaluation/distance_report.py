@@ -119,7 +119,7 @@ def _under(
     documents: list[torch.Tensor],
 ) -> Measured:
     config = trained.config
-    total = tokens_read(documents, plan, fitting(config, attention))
+    total = tokens_read(documents, plan, fitting(config.lighthouse, attention))
     with Progress(f"{label}, {attention}", total, "tokens", scaled=True) as bar:
         values = measure_documents(
             trained.model, trained.tokenizer, config, attention, settings,

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lighthouse import LighthouseConfig
-from lighthouse.geometry import fitting_length
-
 from ..data.retrieval import (
     Prompt,
     PromptEncoder,
@@ -67,20 +64,15 @@ def wilson_interval(right: int, trials: int) -> tuple[float, float]:
     return 0.0 if right == 0 else low, 1.0 if right == trials else high
 
 
-def sequence_length(
-    task: Task, length: int, attention: str, config: LighthouseConfig | None
-) -> int:
+def sequence_length(task: Task, length: int, fit: Callable[[int], int]) -> int:
     """Tokens that the model reads for a prompt of ``length`` tokens, padding included.
 
     All digits of the answer but the last follow the prompt.
 
     Args:
-        config: settings of the method; None if the attention takes every length.
+        fit: the least length from a given one on that the attention takes.
     """
-    needed = length + task.digits - 1
-    if attention != "lighthouse" or config is None:
-        return needed
-    return fitting_length(config, needed)
+    return fit(length + task.digits - 1)
 
 
 def _rows(
@@ -100,7 +92,7 @@ def measure_cell(
     depth: float,
     trials: int = 50,
     attention: str = "dense",
-    config: LighthouseConfig | None = None,
+    fit: Callable[[int], int] = lambda length: length,
     seed: int = 0,
     batch_tokens: int = 65536,
     device: str | torch.device = "cpu",
@@ -115,14 +107,14 @@ def measure_cell(
     Args:
         predict: the model, under ``attention``.
         depth: depth of the needle, from 0 to 1.
-        config: as in ``sequence_length``.
+        fit: as in ``sequence_length``; by default every length fits.
         batch_tokens: tokens in a batch; one sequence at least.
         decode: gives the text of ids, for ``text_bytes``. None: each token but BOS is a byte.
 
     Raises:
         ValueError: the prompt is too short for the task, or the depth lies outside 0 to 1.
     """
-    total = sequence_length(task, length, attention, config)
+    total = sequence_length(task, length, fit)
     digit_ids = torch.from_numpy(encoder.digits).long().to(device)
     batch_size = max(1, batch_tokens // total)
     right = np.empty((trials, task.digits), dtype=bool)

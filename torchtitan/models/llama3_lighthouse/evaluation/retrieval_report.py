@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from lighthouse import LighthouseConfig
-
 from ..checks.output import check_output
 from ..data.retrieval import PromptEncoder, Task, check_length, find_task
 from ..data.tokenizer import ByteTokenizer, build_tokenizer
 from ..environment import environment
 from ..errors import UserValueError
-from ..model.model import selecting_config
+from ..job_config import Lighthouse
+from ..model.model import fitting
 from .figures import length_name, new_figure, save
 from .inference import (
     find_checkpoint,
@@ -88,8 +87,8 @@ def report_retrieval(options: RetrievalOptions, overrides: list[str]) -> None:
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
     """
-    options, checkpoints, methods = prepare(options, overrides)
-    _measure(options, overrides, checkpoints, methods)
+    options, checkpoints, sections = prepare(options, overrides)
+    _measure(options, overrides, checkpoints, sections)
     if options.plots:
         for task in options.tasks:
             plot(options.output, checkpoints, task)
@@ -99,12 +98,11 @@ def report_retrieval(options: RetrievalOptions, overrides: list[str]) -> None:
 
 def prepare(
     options: RetrievalOptions, overrides: list[str]
-) -> tuple[RetrievalOptions, list[Evaluated], list[LighthouseConfig | None]]:
+) -> tuple[RetrievalOptions, list[Evaluated], list[Lighthouse]]:
     """Check what can be checked before a model is loaded.
 
     Returns:
-        The options with their lengths filled in, the checkpoints, and the method of each, None
-        for the window.
+        The options with their lengths filled in, the checkpoints, and the [lighthouse] of each.
 
     Raises:
         ValueError, TypeError, OSError: something is wrong; the message names the value and the fix.
@@ -138,15 +136,15 @@ def prepare(
         Evaluated(label, path, None, None, config.training.seq_len)
         for label, (path, config) in zip(labels_of(list(found)), found.items(), strict=True)
     ]
-    methods = [selecting_config(config.lighthouse) for config in found.values()]
-    return replace(options, lengths=lengths), evaluated, methods
+    sections = [config.lighthouse for config in found.values()]
+    return replace(options, lengths=lengths), evaluated, sections
 
 
 def _measure(
     options: RetrievalOptions,
     overrides: list[str],
     checkpoints: list[Evaluated],
-    methods: list[LighthouseConfig | None],
+    sections: list[Lighthouse],
 ) -> None:
     """Measure every cell of every checkpoint, and write the tables as they grow."""
     plan = [
@@ -155,7 +153,11 @@ def _measure(
         for name in options.tasks
         for length in options.lengths or []
     ]
-    tokens = sum(sequence_length(t, n, attention, m) for m in methods for attention, t, n in plan)
+    tokens = sum(
+        sequence_length(task, length, fitting(section, attention))
+        for section in sections
+        for attention, task, length in plan
+    )
     names = ("tasks", "lengths", "depths", "trials", "attention", "seed", "dtype", "batch_tokens")
     settings = {**{name: getattr(options, name) for name in names}, "overrides": overrides}
     record = {
@@ -165,8 +167,8 @@ def _measure(
     }
     total = tokens * options.trials * len(options.depths)
     with Progress("retrieval", total, "tokens", scaled=True) as bar:
-        for checkpoint, method in zip(checkpoints, methods, strict=True):
-            for cells in _cells_of(options, overrides, checkpoint, method, plan, bar):
+        for checkpoint, section in zip(checkpoints, sections, strict=True):
+            for cells in _cells_of(options, overrides, checkpoint, section, plan, bar):
                 checkpoint.cells += cells
                 accuracies = [cell.accuracy for cell in cells]
                 say(
@@ -181,12 +183,12 @@ def _cells_of(
     options: RetrievalOptions,
     overrides: list[str],
     checkpoint: Evaluated,
-    method: LighthouseConfig | None,
+    section: Lighthouse,
     plan: Plan,
     bar: Progress,
 ) -> Iterator[list[Cell]]:
     """Yield the cells, one for each depth, of each entry of the plan; ``bar`` counts batches."""
-    longest = max(sequence_length(task, n, attention, method) for attention, task, n in plan)
+    longest = max(sequence_length(task, n, fitting(section, each)) for each, task, n in plan)
     prompt = max(n for _, _, n in plan)
     # A longer sequence may also be the answer or the padding after a prompt that fits.
     if prompt > checkpoint.trained_length:
@@ -221,7 +223,7 @@ def _cells_of(
                 depth / 100,
                 options.trials,
                 attention,
-                method,
+                fitting(section, attention),
                 options.seed,
                 options.batch_tokens,
                 options.device,

@@ -1,7 +1,8 @@
 """The Llama-3 model with Lighthouse or a window as the inner attention of most of its layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar, cast
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig, StridedAttention, WindowAttention
 from lighthouse.documents import gathered_documents
-from lighthouse.geometry import PyramidGeometry
+from lighthouse.geometry import PyramidGeometry, fitting_length
 from lighthouse.inner_attention import InnerAttention
 from lighthouse.precision import SDPA_BACKENDS
 from lighthouse.scoring import flops_per_position
@@ -49,6 +50,21 @@ def selecting_config(section: Lighthouse) -> LighthouseConfig | None:
         ValueError, TypeError: as ``lighthouse_config``.
     """
     return lighthouse_config(section) if section.attention == "lighthouse" else None
+
+
+def fitting(section: Lighthouse, attention: str) -> Callable[[int], int]:
+    """The least length from a given one on that an attention takes.
+
+    Args:
+        attention: "lighthouse", as the section has it, or "dense", which takes every length.
+    """
+    if attention != "lighthouse":
+        return lambda length: length
+    if method := selecting_config(section):
+        return partial(fitting_length, method)
+    # A window takes every length too.
+    step = section.key_stride or 1
+    return lambda length: -(-length // step) * step
 
 
 @dataclass
