@@ -150,7 +150,10 @@ def test_dry_run_names_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path) ->
     words = "stay as they were trained, also where stages named here are others"
     assert line() == line(*other) == [f"goes on from {folder}/step-4: steps 1 to 4 {words}"]
     # The run would overwrite step 4, and is refused.
-    assert not line("--checkpoint.load_step", "2")
+    refused = ["--checkpoint.load_step", "2"]
+    assert not line(*refused)
+    warning = f"\nwarning       checkpoint.load_step = 2 but {folder} goes up to step 4, which"
+    assert warning in dry_run(parse(tmp_path, "debug_cpu", *refused), 1)
     assert line("--checkpoint.load_step", "2", "--checkpoint.load_only") == [
         f"goes on from {folder}/step-2: steps 1 to 2 {words}"
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import small_flavor  # noqa: F401
 import torch
-from launch import Run, exit_code_of
+from launch import TRAINED, Run, arguments, exit_code_of
 from sharp_start import losses, run_from_sharp_weights
 from small_model import SIZE, build
 from text_data import config
@@ -17,8 +17,9 @@ from lighthouse import StridedAttention, reference
 from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config
 from torchtitan.models.llama3_lighthouse.checks.unread import warnings_of
+from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.errors import UserValueError
-from torchtitan.models.llama3_lighthouse.job_config import JobConfig
+from torchtitan.models.llama3_lighthouse.job_config import JobConfig, LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.model.flavors import flavors
 from torchtitan.models.llama3_lighthouse.model.model import LighthouseModelArgs
 from torchtitan.models.llama3_lighthouse.stages import stages_of
@@ -147,6 +148,23 @@ def test_a_resume_leaves_no_trace_and_far_keys_matter(one_process: Run, tmp_path
     other.succeed()
     for step in (1, 2, 3):
         assert losses(other)[step] != pytest.approx(losses(one_process)[step], rel=1e-4)
+
+
+def test_a_stage_that_has_begun_keeps_its_stride(one_process: Run, tmp_path: Path) -> None:
+    """A dry run says so before training refuses it."""
+    before = one_process.log_file.parent / "dump/checkpoint/step-2"
+    shutil.copytree(before, tmp_path / "dump/checkpoint/step-2")
+
+    def text(stage: str) -> str:
+        settings = {**TRAINED, **one_process.settings, "lighthouse.schedule": [stage, "dense"]}
+        line = arguments({"job.dump_folder": tmp_path / "dump", **settings})
+        return dry_run(LighthouseConfigManager().parse_args(line), 1)
+
+    assert "\nresume        goes on from " in text(STAGE)
+    changed = text(STAGE.replace("key_stride=4", "key_stride=8"))
+    assert "\nresume " not in changed
+    assert "warning       this run would make another model of checkpoint" in changed
+    assert "lighthouse.key_stride = 8 (checkpoint: 4)" in changed
 
 
 @pytest.mark.parametrize(

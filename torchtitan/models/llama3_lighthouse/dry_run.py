@@ -16,8 +16,10 @@ from torch import nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 
+from .checkpoints.contents import undamaged_record
 from .checkpoints.folders import checkpoint_to_load, folder_of
 from .checkpoints.model_folder import model_arguments_of
+from .checkpoints.resume import check_settings
 from .checks.configuration import check_launch
 from .checks.parallelism import parallel_dims_of
 from .checks.text import check_folders
@@ -42,13 +44,16 @@ def dry_run(config: JobConfig, world_size: int) -> str:
     with _fake_ranks(config, world_size) as dims:
         args, parameters = _shared_model(config, dims)
         lines = [f"{config.job.config_file}", *describe(config, dims, args, parameters)]
-    lines += _resume_line(config)
-    lines.append(_text_line(config))
     warnings = warnings_of(config, world_size)
+    # A dry run may come before the text is there, or before other checkpoints have gone.
+    try:
+        lines += _resume_line(config)
+    except UserError as error:
+        warnings.append(str(error))
+    lines.append(_text_line(config))
     try:
         check_folders(config)
     except UserError as error:
-        # A dry run may come before the text is there.
         warnings.append(str(error))
     return "\n".join([*lines, *(f"warning       {line}" for line in warnings)])
 
@@ -96,22 +101,24 @@ def _shared_model(config: JobConfig, dims: ParallelDims) -> tuple[LighthouseMode
 
 
 def _resume_line(config: JobConfig) -> list[str]:
-    """What the run goes on from: other lines tell of all steps as configured now."""
+    """What the run goes on from: other lines tell of all steps as configured now.
+
+    Raises:
+        ValueError: there is no such checkpoint, or training would refuse to go on from it.
+    """
     section, folder = config.checkpoint, folder_of(config)
     if not section.enable or section.create_seed_checkpoint:
         return []
-    try:
-        path = checkpoint_to_load(
-            folder, section.load_step, section.load_only, section.initial_load_path
-        )
-    except UserError:
-        # The run is refused, unless what lies there changes before it begins.
-        return []
+    path = checkpoint_to_load(
+        folder, section.load_step, section.load_only, section.initial_load_path
+    )
     if path is None or path == folder / "step-0":
         return []
     if path.parent != folder:
         part = "the weights of " if section.initial_load_model_only else ""
         return [f"resume        starts from {part}{path}"]
+    if record := undamaged_record(path):
+        check_settings(path, record, config.to_dict(), elsewhere=False, weights_only=False)
     step = int(path.name.removeprefix("step-"))
     return [
         f"resume        goes on from {path}: steps 1 to {step:,} stay as they were trained, also "

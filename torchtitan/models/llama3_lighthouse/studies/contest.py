@@ -162,7 +162,10 @@ class _Contestants:
 
 
 def has_begun(run: Run) -> bool:
-    """Whether a run has weights of its own to go on with, or none to train."""
+    """Whether a run has weights of its own to go on with, or none to train.
+
+    What an interruption left that no resume can use is removed.
+    """
     if run.is_finished or is_trained(run):
         return True
     if run.folder.is_dir():
