@@ -11,7 +11,12 @@ from launch import SMALL, arguments
 from torchtitan.models.llama3_lighthouse.checks.bounds import BOUNDS, check_bounds
 from torchtitan.models.llama3_lighthouse.checks.configuration import check_config, check_launch
 from torchtitan.models.llama3_lighthouse.checks.parallelism import check_device
-from torchtitan.models.llama3_lighthouse.checks.unread import A_STAGE, READ_WHEN, warnings_of
+from torchtitan.models.llama3_lighthouse.checks.unread import (
+    A_STAGE,
+    ITS_ATTENTION,
+    READ_WHEN,
+    warnings_of,
+)
 from torchtitan.models.llama3_lighthouse.errors import UserError, UserTypeError, UserValueError
 from torchtitan.models.llama3_lighthouse.job_config import (
     JobConfig,
@@ -105,7 +110,7 @@ def test_every_key_has_a_row() -> None:
     unknown = [key for key in READ_WHEN if not any(name.startswith(key) for name in keys)]
     assert not unknown
     conditions = {condition.key for each in READ_WHEN.values() for condition in each}
-    assert conditions <= keys | {A_STAGE}
+    assert conditions <= keys | {A_STAGE, ITS_ATTENTION}
 
 
 @pytest.mark.parametrize("key", BROKEN)
