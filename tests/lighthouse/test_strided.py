@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,17 +17,6 @@ from lighthouse import (
     window_attention,
 )
 from lighthouse.strided import strided_pairs
-
-
-def rows(
-    n: int, heads: int = 2, kv_heads: int = 1, batch: int = 1, d: int = 4, seed: int = 0
-) -> list[torch.Tensor]:
-    """q, k, v and a gradient of the output as a model has them, float64, not contiguous."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(batch, n, h, d, generator=generator, dtype=torch.float64).transpose(1, 2)
-        for h in (heads, kv_heads, kv_heads, heads)
-    ]
 
 
 def results(function: Any, inputs: list[torch.Tensor], grad: torch.Tensor, *arguments: Any,

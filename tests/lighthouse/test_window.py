@@ -6,24 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Dense, relative_error
+from attention_cases import Dense, relative_error, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lighthouse import LighthouseAttention, WindowAttention, reference, window, window_attention
 from lighthouse.logsumexp import fold_lse_gradient
 from lighthouse.window import window_pairs
-
-
-def rows(
-    n: int, heads: int = 2, kv_heads: int = 1, batch: int = 1, d: int = 4, seed: int = 0
-) -> list[torch.Tensor]:
-    """q, k, v and a gradient of the output as a model has them, float64, not contiguous."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(batch, n, h, d, generator=generator, dtype=torch.float64).transpose(1, 2)
-        for h in (heads, kv_heads, kv_heads, heads)
-    ]
 
 
 def results(function, inputs: list[torch.Tensor], grad, grad_lse, *arguments: Any, **options: Any):

@@ -137,3 +137,14 @@ def run_twice(device: str, dtype: torch.dtype, n: int, config: LighthouseConfig)
         results.append([*selection, out, *(x.grad for x in copies)])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def rows(
+    n: int, heads: int = 2, kv_heads: int = 1, batch: int = 1, d: int = 4, seed: int = 0
+) -> list[torch.Tensor]:
+    """q, k, v and a gradient of the output as a model has them, float64, not contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, n, h, d, generator=generator, dtype=torch.float64).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads, heads)
+    ]
