@@ -30,7 +30,7 @@ from .implementation import (
 from .inner_attention import InnerAttention
 from .inputs import check_rows, check_transforms
 from .online_softmax import merged_output
-from .window import check_window
+from .window import check_window, window_pairs
 
 
 def check_stride(window: int, stride: int, sequence_length: int | None = None) -> None:
@@ -59,13 +59,11 @@ def check_stride(window: int, stride: int, sequence_length: int | None = None) -
 
 def strided_pairs(sequence_length: int, window: int, stride: int) -> int:
     """Pairs of a query and a key that this attention takes in one head."""
-    blocks, near = sequence_length // stride, window // stride
-    before = max(0, blocks - near)
-    far = stride * before * (before + 1) // 2
-    in_own_block = stride * (stride + 1) // 2
-    whole = sum(min(block, near - 1) for block in range(min(blocks, near)))
-    whole += (near - 1) * before
-    return far + blocks * in_own_block + whole * stride**2
+    blocks = sequence_length // stride
+    # Pairs of blocks: all, and those that the window holds, a block with itself included.
+    pairs, near = window_pairs(blocks, blocks), window_pairs(blocks, window // stride)
+    within_blocks = blocks * stride * (stride + 1) // 2
+    return within_blocks + (near - blocks) * stride**2 + (pairs - near) * stride
 
 
 def strided_attention(

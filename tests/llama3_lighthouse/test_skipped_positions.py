@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import small_flavor  # noqa: F401
 import torch
-from launch import Run
-from sharp_start import losses, resumed, run_from_sharp_weights
+from launch import Run, continued
+from sharp_start import losses, run_from_sharp_weights
 from small_model import SIZE, build
 from text_data import config, loader, write_jsonl
 from torch.nn.functional import scaled_dot_product_attention
@@ -202,7 +202,7 @@ def test_meshes_train_alike(one_process: Run, tmp_path: Path, mesh: dict[str, An
 
 def test_a_resume_leaves_no_trace_and_positions_matter(one_process: Run, tmp_path: Path) -> None:
     assert "8 sequences of 64 tokens spread over 256 positions" in one_process.log
-    again = resumed(one_process, tmp_path / "resumed", 1)
+    again = continued(one_process, tmp_path / "resumed", 1)
     assert losses(again) == {step: x for step, x in losses(one_process).items() if step > 1}
     (tmp_path / "plain").mkdir()
     plain = [stage.replace(" skip_positions=256", "") for stage in STAGES]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import small_flavor  # noqa: F401
 import torch
-from launch import TRAINED, Run, arguments, exit_code_of
-from sharp_start import losses, resumed, run_from_sharp_weights
+from launch import TRAINED, Run, arguments, continued, exit_code_of
+from sharp_start import losses, run_from_sharp_weights
 from small_model import SIZE, build
 from text_data import config
 
@@ -137,7 +137,7 @@ def test_runs_train_alike(
 
 def test_a_resume_leaves_no_trace_and_far_keys_matter(one_process: Run, tmp_path: Path) -> None:
     assert "window of 16 and one key in every 4 further back" in one_process.log
-    again = resumed(one_process, tmp_path / "resumed", 1)
+    again = continued(one_process, tmp_path / "resumed", 1)
     assert losses(again) == {step: x for step, x in losses(one_process).items() if step > 1}
     plain = [STAGE.replace(" key_stride=4", ""), "dense"]
     (tmp_path / "plain").mkdir()

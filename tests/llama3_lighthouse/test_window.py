@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import SMALL, VALIDATED, Run, arguments, exit_code_of
+from launch import SMALL, VALIDATED, Run, arguments, continued, exit_code_of
 from small_model import FOUR_LAYERS, N, build
 
 from lighthouse import WindowAttention
@@ -61,14 +60,6 @@ def two_stages(tmp_path_factory) -> Run:
     run = Run(tmp_path_factory.mktemp("window"), settings).succeed()
     run.settings = settings
     return run
-
-
-def continued(run: Run, folder: Path, step: int, **settings: Any) -> Run:
-    """Go on from one of the run's checkpoints, in ``folder``."""
-    (folder / "dump/checkpoint").mkdir(parents=True)
-    name = f"dump/checkpoint/step-{step}"
-    shutil.copytree(run.log_file.parent / name, folder / name)
-    return Run(folder, run.settings | settings).succeed()
 
 
 def test_both_stages_train_and_say_what_they_run(two_stages: Run) -> None:

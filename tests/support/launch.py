@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,3 +275,11 @@ def validation_losses(run: Run) -> dict[str, float]:
     """The validation losses in a run's log, by step."""
     found = re.findall(r"step +(\d+) of \d+ +held-out loss +([\d.]+)", run.log)
     return {step: float(loss) for step, loss in found}
+
+
+def continued(run: Run, folder: Path, step: int, **settings: Any) -> Run:
+    """Go on from one of the run's checkpoints, in ``folder``."""
+    (folder / "dump/checkpoint").mkdir(parents=True)
+    name = f"dump/checkpoint/step-{step}"
+    shutil.copytree(run.log_file.parent / name, folder / name)
+    return Run(folder, run.settings | settings).succeed()

@@ -1,6 +1,5 @@
 """Runs that begin from weights whose attention is uneven."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ def run_from_sharp_weights(folder: Path, settings: dict[str, Any], processes: in
     run = Run(folder, settings, processes=processes).succeed()
     run.settings = settings
     return run
-
-
-def resumed(run: Run, folder: Path, step: int) -> Run:
-    """Go on from one of the run's checkpoints, in ``folder``."""
-    name = f"dump/checkpoint/step-{step}"
-    shutil.copytree(run.log_file.parent / name, folder / name)
-    return Run(folder, run.settings).succeed()
 
 
 def losses(run: Run) -> dict[int, float]:

@@ -11,8 +11,6 @@ from torchtitan.distributed import ParallelDims
 
 from lighthouse.geometry import PyramidGeometry
 from lighthouse.implementation import choose_window_implementation
-from lighthouse.strided import strided_pairs
-from lighthouse.window import window_pairs
 
 from .checks.parallelism import layout_on_rank_0, precision_key
 from .console import LOG_FILE, duration
@@ -72,7 +70,7 @@ def describe(
             *_ring_lines(stages, dims),
             *_offload_line(config, args, tokens),
         ]
-    lines.append(_lighthouse_line(config, dims))
+    lines.append(_lighthouse_line(config, dims, args))
     if dims.cp_enabled:
         lines.append(f"ring          {_sent_over_the_ring(config, dims, args)}")
     lines += [
@@ -219,18 +217,17 @@ def _batch_line(config: JobConfig, dims: ParallelDims) -> str:
     )
 
 
-def _lighthouse_line(config: JobConfig, dims: ParallelDims) -> str:
+def _lighthouse_line(config: JobConfig, dims: ParallelDims, args: LighthouseModelArgs) -> str:
     """The attention of the first stage."""
     seq_len = config.training.seq_len
     method = selecting_config(config.lighthouse)
     if method is None:
-        window = config.lighthouse.window
-        stride = config.lighthouse.key_stride
-        pairs = strided_pairs(seq_len, window, stride) if stride else window_pairs(seq_len, window)
+        window, stride = args.window, args.key_stride
+        keys = args.pairs_near(seq_len) / seq_len
         near = f"{window - stride + 1:,} to {window:,}" if stride else f"{window:,}"
         return (
             f"window        each position attends over the last {near} of {seq_len:,} "
-            f"positions{_far_keys(config)}, {pairs / seq_len:,.1f} keys on average; this is the "
+            f"positions{_far_keys(config)}, {keys:,.1f} keys on average; this is the "
             "Lighthouse stage's attention"
         )
     geometry = PyramidGeometry(method, seq_len)

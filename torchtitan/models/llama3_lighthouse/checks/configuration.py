@@ -180,10 +180,10 @@ def _check_key_stride(config: JobConfig) -> None:
     """Check that keys beside the window are at places of their own, on one rank."""
     section, stride = config.lighthouse, config.lighthouse.key_stride
     key = f"lighthouse.key_stride = {stride}"
-    lengths = {"training.seq_len": config.training.seq_len}
-    if config.validation.enable:
-        lengths["validation.seq_len"] = config.validation.seq_len
-    for name, number in {"lighthouse.window": section.window, **lengths}.items():
+    numbers = {"lighthouse.window": section.window}
+    for name, text in sections_of_text(config).items():
+        numbers[f"{name}.seq_len"] = text.seq_len
+    for name, number in numbers.items():
         if number % stride:
             raise UserValueError(
                 f"{key} must divide {name} = {number}; set {name} to "
@@ -266,11 +266,11 @@ def _method(config: JobConfig) -> LighthouseConfig:
 
 def _check_geometry(config: JobConfig) -> None:
     """Check that the sequences can be cut into strata, and these into a rank's chunks."""
-    method, seq_lens = _method(config), {"training": config.training.seq_len}
-    if config.validation.enable:
-        seq_lens["validation"] = config.validation.seq_len
+    method = _method(config)
     # A window takes every length.
-    for name, seq_len in seq_lens.items() if selecting_config(config.lighthouse) else ():
+    sections = sections_of_text(config) if selecting_config(config.lighthouse) else {}
+    for name, section in sections.items():
+        seq_len = section.seq_len
         try:
             PyramidGeometry(method, seq_len)
         except ValueError as error:

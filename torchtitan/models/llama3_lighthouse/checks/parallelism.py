@@ -13,7 +13,7 @@ from lighthouse.context_parallel import check_halo
 from ..checkpoints.model_folder import model_arguments_of, named_model
 from ..errors import UserValueError
 from ..infra.pipeline import check_pipeline
-from ..job_config import JobConfig, Parallelism
+from ..job_config import JobConfig, Parallelism, sections_of_text
 from ..model.model import LighthouseModelArgs
 from ..stages import distinct_stages, naming, stages_of
 
@@ -125,10 +125,8 @@ def running_window(config: JobConfig, n_layers: int) -> int:
 def _check_halo(config: JobConfig, n_layers: int) -> None:
     """Check that windows reach no further back than the chunk before their own."""
     window, degree = running_window(config, n_layers), config.parallelism.context_parallel_degree
-    seq_lens = {"training": config.training.seq_len}
-    if config.validation.enable:
-        seq_lens["validation"] = config.validation.seq_len
-    for name, seq_len in seq_lens.items():
+    for name, section in sections_of_text(config).items():
+        seq_len = section.seq_len
         try:
             check_halo(window, seq_len, layout_on_rank_0(config.parallelism).chunks)
         except ValueError as error:

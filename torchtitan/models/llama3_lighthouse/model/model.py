@@ -188,7 +188,7 @@ class LighthouseModelArgs(TransformerModelArgs):
             return StridedAttention(self.window, self.key_stride, dense)
         return WindowAttention(self.window, dense)
 
-    def _pairs_near(self, seq_len: int) -> int:
+    def pairs_near(self, seq_len: int) -> int:
         """Pairs of a query and a key in one head that attend in stage "lighthouse", ungathered."""
         window = self.window or self.lighthouse.window
         if self.key_stride:
@@ -197,7 +197,7 @@ class LighthouseModelArgs(TransformerModelArgs):
 
     def _stage_one_flops(self, seq_len: int) -> float:
         """FLOPs per token of one layer's attention in stage "lighthouse", forward and backward."""
-        pairs, scoring = self._pairs_near(seq_len), 0.0
+        pairs, scoring = self.pairs_near(seq_len), 0.0
         if self.selects:
             gathered = self.gathered_length(seq_len)
             pairs += window_pairs(gathered, gathered)
@@ -209,11 +209,11 @@ class LighthouseModelArgs(TransformerModelArgs):
 
         A parameter that multiplies costs 6 per token. Attention over a causal sequence of length
         M has M (M + 1) / 2 pairs, and over a window of W positions W N - W (W - 1) / 2; those of a
-        window with far keys are counted by ``strided_pairs``. A pair
-        costs 2 products of 2 D in each head forward, and twice that backward. M is S in the layers
-        under Lighthouse attention, to which a window adds its own, and N in dense ones. Scorers run
-        forward only; ``lighthouse.scoring`` counts their operations. Recomputation, pooling and
-        picking are not counted.
+        window with far keys are counted by ``strided_pairs``. A pair costs 2 products of 2 D in
+        each head forward, and twice that backward. M is S in the layers under Lighthouse attention,
+        to which a window adds its own, and N in dense ones. Scorers run forward only;
+        ``lighthouse.scoring`` counts their operations. Recomputation, pooling and picking are not
+        counted.
         """
         sparse_layers = self.n_layers - len(self.dense_layers) if attention == "lighthouse" else 0
         dense_flops = 12 * self.attention_width * window_pairs(seq_len, seq_len) / seq_len
