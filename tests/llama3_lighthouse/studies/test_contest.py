@@ -71,6 +71,22 @@ def test_seeds_can_train_one_after_the_other(call, faked, path, tmp_path) -> Non
     assert "--seeds 7 is no seed of" in call("--seeds", "7")[1]
 
 
+@pytest.mark.parametrize(
+    ("before", "then"),
+    [(("--seeds", "2"), ("--seeds", "1")), (("--arms", "dense"), ("--arms", "lighthouse"))],
+)
+def test_records_keep_finished_runs_while_others_train(call, faked, tmp_path, before, then) -> None:
+    def kept() -> set[tuple[str, int]]:
+        table = pandas.read_csv(tmp_path / "out/runs.csv").query("stage == 'seeds'")
+        return {*zip(table.arm, table.seed, strict=True)}
+
+    call(*before)
+    finished = kept()
+    faked.kill_at = len(faked.measured) + 2
+    call(*then)
+    assert finished and finished < kept()
+
+
 def test_runs_of_another_installation_count(call, faked, tmp_path) -> None:
     call()
     trained = len(faked.trained)

@@ -278,11 +278,12 @@ def run_contest(
             contestants.time(untimed)
             raise_if_failed(contestants.failed, list(contestants.timed.values()))
             planner.set_steps(read_times(output), untimed)
+        # Finished runs stay in the records while others train.
+        _place_others(contestants, rates, [name for name in contest.arms if name not in arms])
         best = _choose_rates(contestants, rates, arms, widened)
         places = [(name, best[name], seed) for name in best for seed in contest.seeds]
-        contestants.train_all(SEEDS, [each for each in places if not seeds or each[2] in seeds])
         contestants.place(SEEDS, places)
-        _place_others(contestants, rates, [name for name in contest.arms if name not in arms])
+        contestants.train_all(SEEDS, [each for each in places if not seeds or each[2] in seeds])
         if options.per_gpu > 1 and not contest.gpu_seconds:
             contestants.time(arms)
         contestants.tabulate()
