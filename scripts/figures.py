@@ -66,6 +66,8 @@ RECIPES = {
     "window": ("window of 256", WINDOW),
     "published": ("published selection", LIGHTHOUSE),
 }
+# Of these, the rivals of positions that skip.
+RIVALS = {arm: RECIPES[arm] for arm in ("dense", "short_then_long", "lighthouse_half")}
 
 
 def read_json(name: str) -> Any:
@@ -137,8 +139,9 @@ def learning_rates(path: Path) -> None:
 def overview(path: Path) -> None:
     """The README's figure: speed over the length, and loss of returning passages by recipe."""
     (run,) = [run for run in read_json("training_98k.json") if run["config"] == "270m_98k.toml"]
-    figure = new_figure(11, 4.2)
-    left, right = figure.subplots(1, 2)
+    figure = new_figure(11, 5.4)
+    grid = figure.add_gridspec(2, 2, height_ratios=[len(RECIPES), len(RIVALS)])
+    left, upper, lower = map(figure.add_subplot, (grid[:, 0], grid[0, 1], grid[1, 1]))
     speed: dict[str, dict[int, float]] = {}
     for stage, name, colour, style in (("lighthouse", "Lighthouse stage", LIGHTHOUSE, "s-"),
                                        ("dense", "dense", DENSE, "o-")):  # fmt: skip
@@ -166,9 +169,13 @@ def overview(path: Path) -> None:
     left.yaxis.set_major_formatter("{x:,.0f}")
     left.grid(alpha=0.3)
     left.legend(fontsize=8, loc="upper left")
-    contest_plots.by_arm(right, contest_results("distance_17m"), RECIPES)
-    right.set(xlabel="loss of passages that return after 16,384 tokens,\n"
+    contest_plots.by_arm(upper, contest_results("distance_17m"), RECIPES)
+    upper.set(xlabel="loss of passages that return after 16,384 tokens,\n"
                      "nats per token; lower is better; 17M model")  # fmt: skip
+    skips = contest_results("distance_skips_17m")
+    contest_plots.by_arm(lower, skips, RIVALS, less="skip_then_long")
+    lower.axvline(0, color="black", linewidth=0.8)
+    lower.set(xlabel="the same loss, minus that of short\nsequences first with positions that skip")
     save(figure, path)
 
 
@@ -420,6 +427,15 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     ),
     "studies/results/contest_distance_17m/loss_over_distance.png": contest(
         "distance_17m", contest_plots.by_distance
+    ),
+    "studies/results/contest_distance_skips_17m/primary.png": contest(
+        "distance_skips_17m", contest_plots.primary
+    ),
+    "studies/results/contest_distance_skips_17m/loss_over_time.png": contest(
+        "distance_skips_17m", contest_plots.over_time
+    ),
+    "studies/results/contest_distance_skips_17m/loss_over_distance.png": contest(
+        "distance_skips_17m", contest_plots.by_distance
     ),
     "studies/results/contest_headline_270m_98k/loss_over_time.png": contest(
         "headline_270m_98k", contest_plots.over_time

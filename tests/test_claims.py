@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from pages import DOCS, ROOT, words
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
 # Steps of a run, those of its first stage, and tokens of a step, in all configurations for 98K.
 STEPS, FIRST_STAGE, TOKENS = 16000, 10000, 32 * 98304
@@ -148,11 +150,30 @@ on_books = partial(in_contest, "books_17m", "loss")
 at_distance = partial(in_contest, "distance_17m", "repeated/16384/loss")
 
 
-def half_beside_short_first() -> str:
-    arm, control = "lighthouse_half", "short_then_long"
-    _, low, high = difference("distance_17m", arm, control, "repeated/16384/loss")
-    assert low < 0 < high
-    return f"a difference of up to {max(-low, high):.2f} nats may be hidden"
+def skips() -> str:
+    """How far short sequences whose positions skip lie below their rivals."""
+    measure = "repeated/16384/loss"
+    return ", and ".join(
+        in_contest("distance_skips_17m", measure, rival, "skip_then_long", f"{{}} below {text}")
+        for rival, text in (
+            ("short_then_long", "the same without skips"),
+            ("dense", "dense training"),
+        )  # fmt: skip
+    )
+
+
+def beside_half_dense() -> str:
+    """How much the intervals of Lighthouse with half of its steps dense leave open."""
+    arm, measure, ends = "lighthouse_half", "repeated/16384/loss", []
+    pairs = [*product(("distance_17m", "distance_skips_17m"), ("dense", "short_then_long"))]
+    for name, control in (*pairs, ("distance_skips_17m", "skip_then_long")):
+        results = results_of(name)
+        fixed = [*results.contest.compare, *((b, a) for a, b in results.contest.compare)]
+        level = results.level(measure) if (arm, control) in fixed else 0.95
+        found = t_interval(results.differences(arm, control, measure), level)
+        assert found.low is not None and found.high is not None and found.low < 0 < found.high
+        ends += [-found.low, found.high]
+    return f"differences of up to {max(ends):.2f} nats may be hidden"
 
 
 def at_98k() -> str:
@@ -170,34 +191,44 @@ def at_98k() -> str:
 class Recipe(NamedTuple):
     """Where the README's table has a recipe's numbers from."""
 
-    # The arm of the contest of distance, and that of the same kind on books.
-    at_distance: str
+    # The arms of the contests of distance, of skips, and of the same kind on books.
+    at_distance: str | None
+    with_skips: str | None = None
     on_books: str | None = None
     # The arm of the headline that has its two stages, and the kinds of their steps.
     at_98k: tuple[str, str, str] | None = None
 
 
 RECIPES = {
-    "dense": Recipe("dense", "dense", ("dense", "1 dense", "1 dense")),
+    "dense": Recipe("dense", "dense", "dense", ("dense", "1 dense", "1 dense")),
     "short sequences first": Recipe(
-        "short_then_long", "short_to_long_30", ("short_to_long", "1 dense", "2 dense")
+        "short_then_long",
+        "short_then_long",
+        "short_to_long_30",
+        ("short_to_long", "1 dense", "2 dense"),
+    ),
+    "short sequences first, positions skip": Recipe(
+        None, "skip_then_long", None, ("short_to_long", "1 dense", "2 dense")
     ),
     "Lighthouse, half dense": Recipe(
-        "lighthouse_half", None, ("short_to_lighthouse", "2 lighthouse", "3 dense")
+        "lighthouse_half",
+        "lighthouse_half",
+        None,
+        ("short_to_lighthouse", "2 lighthouse", "3 dense"),
     ),
     "Lighthouse, an eighth dense": Recipe(
-        "lighthouse", "recommended", ("short_to_lighthouse", "2 lighthouse", "3 dense")
+        "lighthouse", None, "recommended", ("short_to_lighthouse", "2 lighthouse", "3 dense")
     ),
     "window of 256, an eighth dense": Recipe(
-        "window", "window", ("short_to_window", "2 lighthouse", "3 dense")
+        "window", None, "window", ("short_to_window", "2 lighthouse", "3 dense")
     ),
-    "published selection, an eighth dense": Recipe("published", "published"),
+    "published selection, an eighth dense": Recipe("published", None, "published"),
 }
 
 
-def kinds_of_steps(arm: str) -> dict[str, int]:
-    """The steps of each kind of an arm of the contest of distance; the last are dense, in full."""
-    runs = results_of("distance_17m").runs
+def kinds_of_steps(contest: str, arm: str) -> dict[str, int]:
+    """The steps of each kind of an arm of a contest; the last are dense, in full."""
+    runs = results_of(contest).runs
     (steps,) = set(runs[(runs.arm == arm) & (runs.stage == "seeds")]["steps by kind"])
     return json.loads(steps)
 
@@ -206,7 +237,11 @@ def speed_of(recipe: Recipe) -> str:
     """How much faster a whole run is than dense training, by the times of the headline's steps."""
     if recipe.at_98k is None:
         return ""
-    steps = list(kinds_of_steps(recipe.at_distance).values())
+    if recipe.at_distance:
+        kinds = kinds_of_steps("distance_17m", recipe.at_distance)
+    else:
+        kinds = kinds_of_steps("distance_skips_17m", str(recipe.with_skips))
+    steps = list(kinds.values())
     share = steps[-1] / sum(steps)
     arm, first, last = recipe.at_98k
     times = results_of("headline_270m_98k").times
@@ -219,6 +254,7 @@ def row_of(name: str) -> str:
     recipe = RECIPES[name]
     cells = [name]
     for contest, arm, measure in (("distance_17m", recipe.at_distance, "repeated/16384/loss"),
+                                  ("distance_skips_17m", recipe.with_skips, "repeated/16384/loss"),
                                   ("books_17m", recipe.on_books, "loss")):  # fmt: skip
         results = results_of(contest)
         values = (
@@ -241,7 +277,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "window at distance": partial(
         at_distance, "window", "lighthouse", "{} below a window of 256 alone"
     ),
-    "half dense": half_beside_short_first,
+    "skips": skips,
+    "half dense": beside_half_dense,
     "headline": at_98k,
     "laptop": on_a_laptop,
     "270m_256k_cp8": lambda: estimate("270m_256k_cp8", 8),
@@ -267,7 +304,8 @@ def test_the_lowest_losses_are_those_of_the_most_dense_time() -> None:
     results = results_of("distance_17m")
     losses: dict[bool, list[float]] = {True: [], False: []}
     for arm in results.contest.arms:
-        seconds = [results.times[arm][kind] * steps for kind, steps in kinds_of_steps(arm).items()]
+        seconds = [results.times[arm][kind] * steps
+                   for kind, steps in kinds_of_steps("distance_17m", arm).items()]  # fmt: skip
         values = [results.value(arm, s, "repeated/16384/loss") for s in results.contest.seeds]
         losses[seconds[-1] > sum(seconds) / 2].append(statistics.fmean(values))
     assert len(losses[True]) == 3 and max(losses[True]) < min(losses[False])

@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 import statistics
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pandas
@@ -13,7 +15,8 @@ from contest_records import between, difference, results_of, with_half
 from pages import DOCS, words
 
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
-from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
+from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import Estimate, t_interval
 
 RETURNED = "repeated/16384/loss"
 FOLDER = DOCS / "studies/results/contest_distance_17m"
@@ -70,6 +73,20 @@ def test_page_of_the_contest_on_books_is_its_record() -> None:
     assert "take {:.0f} to {:.0f} seconds".format(*seconds) in page
 
 
+def check_steps(
+    results: Results, arm: str, trained: str, tokens: str, seconds: str, dense: str
+) -> None:
+    """The cells of a table that tell how an arm was trained, in how much time."""
+    own = results.runs[results.runs.arm == arm]
+    steps = json.loads(own["steps by kind"].iloc[0])
+    assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
+    kind, number = list(steps.items())[-1]
+    digits = len(seconds.partition(".")[2])
+    assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:,.{digits}f}"
+    assert tokens == f"{own.tokens.iloc[0] / 1e6:.1f}M"
+    assert seconds == f"{own['GPU seconds'].mean():,.{digits}f}"
+
+
 def test_page_of_the_contest_of_distance_is_its_record() -> None:
     results, page = results_of("distance_17m"), words(DOCS / "studies/distance.md")
     seeds, runs = results.contest.seeds, results.runs
@@ -82,17 +99,11 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
     means = {arm: statistics.fmean(values(arm, RETURNED)) for arm, *_ in rows}
     assert list(means) == sorted(means, key=means.__getitem__)
     for arm, trained, tokens, rate, returned, gain, loss, seconds, dense in rows:
-        own = runs[(runs.arm == arm) & (runs.stage == "seeds")]
-        assert tokens == f"{own.tokens.iloc[0] / 1e6:.1f}M"
-        assert float(rate) == own.rate.iloc[0]
-        steps = json.loads(own["steps by kind"].iloc[0])
-        assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
-        kind, number = list(steps.items())[-1]
-        assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:.1f}"
+        check_steps(results, arm, trained, tokens, seconds, dense)
+        assert {float(rate)} == {*runs[runs.arm == arm].rate}
         assert returned == with_half(values(arm, RETURNED))
         assert gain == f"{statistics.fmean(values(arm, 'repeated/16384')):.3f}"
         assert loss == with_half(values(arm, "loss"))
-        assert seconds == f"{own['GPU seconds'].mean():.1f}"
     for arm, control, measure, verb in (
         ("lighthouse", "dense", RETURNED, "is behind: "),
         ("lighthouse", "short_then_long", RETURNED, "dense training and "),
@@ -134,18 +145,108 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
     assert f"that of `lighthouse_half` {first['lighthouse_half']:.3f}" in page
 
 
+def test_page_of_the_contest_of_skips_is_its_record() -> None:
+    name, ours, mostly = "distance_skips_17m", "skip_then_long", "skip_mostly"
+    results, page = results_of(name), words(DOCS / "studies/skips.md")
+    runs = results.runs
+
+    def values(arm: str, measure: str) -> list[float]:
+        return [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
+
+    def gap(arm: str, control: str, measure: str, seeds: Sequence[int]) -> Estimate:
+        """A difference over some seeds, by itself."""
+        return t_interval([results.value(arm, seed, measure) - results.value(control, seed, measure)
+                           for seed in seeds], 0.95)  # fmt: skip
+
+    rows = re.findall(r"\| `(\w+)`(, seeds 1 to 3)? \|" + r" ([^|]*) \|" * 9, page)
+    assert {arm for arm, *_ in rows} == {*results.contest.arms} and len(rows) == 5
+    for arm, some, trained, tokens, rate, returned, far, gain, loss, seconds, dense in rows:
+        check_steps(results, arm, trained, tokens, seconds, dense)
+        assert {float(rate)} == {*runs[runs.arm == arm].rate}
+        assert results.seeds(arm, RETURNED) == ([1, 2, 3] if some else [1, 2, 3, 4, 5, 6])
+        assert [returned, far, loss] == [
+            with_half(values(arm, each)) for each in (RETURNED, "repeated/31744/loss", "loss")
+        ]
+        assert gain == f"{statistics.fmean(values(arm, 'repeated/16384')):.3f}"
+    first_three = [statistics.fmean(values(arm, RETURNED)[:3]) for arm in (mostly, ours)]
+    assert "one of 30%: {:.3f} nats and {:.3f}".format(*first_three) in page
+    for control, measure, before in (
+        ("short_then_long", RETURNED, "at the end, have a loss "),
+        ("dense", RETURNED, "without skips, and "),
+        ("short_then_long", "repeated/31744/loss", "`skip_then_long` ends "),
+        ("dense", "repeated/31744/loss", "below `short_then_long` and "),
+        ("dense", "loss", "That of `skip_then_long` is "),
+        ("short_then_long", "loss", "at the same rate. It is "),
+    ):
+        mean, low, high = difference(name, ours, control, measure)
+        assert mean < 0 and f"{before}{-mean:.3f} nats {between(low, high)} below" in page
+    mean, low, high = difference(name, ours, "lighthouse_half", RETURNED)
+    assert f"({-mean:.3f} below; {-low:.3f} below to {high:.3f} above)" in page
+    # Which runs differ most, and which have a start of their own.
+    for arm in results.contest.arms:
+        assert max(values(arm, RETURNED)) == values(arm, RETURNED)[3 if arm != mostly else -1]
+    starts = runs.set_index(["arm", "seed"]).start
+    own = {(arm, seed) for arm, seed in starts.index if starts[arm, seed] != starts[ours, seed]}
+    assert own == {*(("dense", seed) for seed in (1, 2, 3)),
+                   *((arm, 2) for arm in ("short_then_long", "lighthouse_half"))}  # fmt: skip
+    found = gap(ours, "short_then_long", RETURNED, [1, 3, 4, 5, 6])
+    assert found.low is not None and found.high is not None
+    assert f"is {-found.mean:.3f} nats {between(found.low, found.high)} below" in page
+    each = [gap(ours, "dense", RETURNED, [seed]).mean for seed in (4, 5, 6)]
+    assert f"with `dense` it is {-statistics.fmean(each):.3f} nats below, in each of them" in page
+    assert f"by {-max(each):.3f} to {-min(each):.3f}." in page
+    # The arm of which three seeds have finished.
+    found = gap(mostly, ours, RETURNED, [1, 2, 3])
+    assert found.low is not None and found.high is not None
+    assert (
+        f"{-found.mean:.3f} nats below `skip_then_long` ({-found.low:.3f} below to "
+        f"{found.high:.3f} above, by itself)" in page
+    )
+    for control, measure, after in (
+        ("short_then_long", RETURNED, "below `short_then_long` and"),
+        ("dense", RETURNED, "below `dense`"),
+        (ours, "loss", "below that of `skip_then_long`"),
+    ):
+        found = gap(mostly, control, measure, [1, 2, 3])
+        assert found.low is not None and found.high is not None
+        assert f"{-found.mean:.3f} nats {between(found.low, found.high)} {after}" in page
+    short, long = (json.loads(runs[runs.arm == arm]["steps by kind"].iloc[0])
+                   for arm in (mostly, ours))  # fmt: skip
+    assert (short["2 dense"] * 4 - long["2 dense"]) / long["2 dense"] < 0.02
+    # The rest: rates, the loss over time, passkeys and times.
+    for contest, arm, words_around in (
+        (name, ours, "{:.3f} and {:.3f} with skips"),
+        ("distance_17m", "short_then_long", "{:.3f} and {:.3f} without"),
+    ):
+        table = pandas.read_csv(DOCS / f"studies/results/contest_{contest}/measures.csv")
+        table = table.query("stage == 'rates' and measure == 'loss' and rate == 0.002")
+        losses = table.groupby(["arm", "seed"]).value.mean()
+        assert words_around.format(*losses[arm]) in page
+    assert runs[runs.arm == mostly].rate.min() == min(results.contest.arms[mostly].rates)
+    curves = results.curves.groupby(["arm", "step"]).validation.mean()
+    with_skips, without = curves[ours][60], curves["short_then_long"][60]
+    second = 60 * results.times[ours]["1 dense"]
+    assert f"After 60 short steps, {second:.1f} seconds" in page
+    assert f"is {with_skips:.3f} with skips and {without:.3f} without" in page
+    shares = {arm: statistics.fmean(values(arm, "retrieval/passkey/32768"))
+              for arm in results.contest.arms}  # fmt: skip
+    for arm, share in shares.items():
+        assert re.search(rf"`{arm}` (finds )?{share:.0%}", page)
+    for arm, control in combinations(shares, 2):
+        seeds = [1, 2, 3] if mostly in (arm, control) else results.contest.seeds
+        found = gap(arm, control, "retrieval/passkey/32768", seeds)
+        assert found.low is not None and found.high is not None and found.low < 0 < found.high
+    seconds = runs.groupby("arm")["GPU seconds"].mean()
+    assert 1.01 < seconds.max() / seconds.min() < 1.02 and "equal to 2%" in page
+
+
 def test_page_of_the_headline_is_its_record() -> None:
     results, page = results_of("headline_270m_98k"), words(DOCS / "studies/headline.md")
     runs = results.runs.set_index("arm")
     rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 8, page)
     assert {arm for arm, *_ in rows} == set(runs.index) and len(rows) == 4
     for arm, trained, tokens, loss, returned, near, far, seconds, dense in rows:
-        steps = json.loads(runs.loc[arm, "steps by kind"])
-        assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
-        kind, number = list(steps.items())[-1]
-        assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:,.0f}"
-        assert tokens == f"{runs.loc[arm, 'tokens'] / 1e6:.1f}M"
-        assert seconds == f"{runs.loc[arm, 'GPU seconds']:,.0f}"
+        check_steps(results, arm, trained, tokens, seconds, dense)
         measures = ("loss", "repeated/65536/loss", "repeated/8192", "repeated/65536")
         values = [round(results.value(arm, 1, measure), 3) for measure in measures]
         assert [float(loss), float(returned), float(near), float(far)] == values

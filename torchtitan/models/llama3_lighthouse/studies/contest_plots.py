@@ -32,16 +32,24 @@ def primary(results: Results, path: Path) -> None:
     save(figure, path)
 
 
-def by_arm(axis: Any, results: Results, arms: dict[str, tuple[str, Any]]) -> None:
+def by_arm(
+    axis: Any, results: Results, arms: dict[str, tuple[str, Any]], less: str | None = None
+) -> None:
     """Draw the primary measure into axes of matplotlib, a row for each arm.
 
     Args:
         arms: the name that is shown of each arm, and its colour, from top to bottom.
+        less: an arm whose measure of the same seed is taken off. The intervals are then those of
+            the contest's comparisons.
     """
     measure = results.contest.primary
+    level = results.level(measure) if less else 0.95
     for place, (arm, (_, colour)) in enumerate(arms.items()):
-        values = [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
-        found = t_interval(values, 0.95)
+        if less:
+            values = results.differences(arm, less, measure)
+        else:
+            values = [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
+        found = t_interval(values, level)
         axis.plot(values, [place] * len(values), "o", color=colour, markerfacecolor="none")
         axis.plot(found.mean, place, "|", color=colour, markersize=16)
         if found.low is not None and found.high is not None:
