@@ -112,6 +112,16 @@ def on_two_h200(revision: str, part: str, stage: str) -> Peak:
     return Peak("270m_98k.toml", *settings, row["GiB"], row["GPUs"])
 
 
+def of_a_stride() -> Peak:
+    """The peak of stages with keys at strides of 8 and 16, which the log has at the tenth step."""
+    log = (RECORDS / "keys_at_a_stride.log").read_text()
+    (peak,) = re.findall(r"step 10 of 20 .* ([\d.]+) GiB", log)
+    line = "--lighthouse.attention window --lighthouse.key_stride 8"
+    return Peak(
+        "270m_98k.toml", "lighthouse", "lighthouse:w1,w3", SHORTEST, 1536, line, float(peak)
+    )
+
+
 # The record before has the one row that the last one lacks. It has no window, and so the same code.
 WINDOW, WITHOUT, LAST = "Lighthouse, window 256", "Lighthouse", "4e40864"
 PEAKS = {
@@ -130,6 +140,7 @@ OTHERS = [
     *recorded("training_offload.json", BEFORE_WINDOW),
     *recorded("training_variants.json"),
     *of_several_gpus(),
+    of_a_stride(),
 ]
 
 

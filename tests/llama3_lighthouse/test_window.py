@@ -68,12 +68,10 @@ def test_both_stages_train_and_say_what_they_run(two_stages: Run) -> None:
     assert [line["lighthouse/gathered_length"] for line in lines] == [412] * 4
     assert "window        each position attends over the last 40 of 412 positions" in two_stages.log
     assert (
-        "Stage 'lighthouse' begins at step 1: each position attends over a window of 40 of 412 "
+        "Stage 'window' begins at step 1: each position attends over a window of 40 of 412 "
         "positions, by vectorised PyTorch, " in two_stages.log
     )
-    assert (
-        "Stage 'dense' begins at step 3 after lighthouse: attention runs on 412" in two_stages.log
-    )
+    assert "Stage 'dense' begins at step 3 after window: attention runs on 412" in two_stages.log
     assert "entry_score" not in two_stages.log
     assert "lighthouse.top_k = 1024 has no effect: it is read when lighthouse.attention is " in (
         two_stages.log

@@ -24,7 +24,7 @@ from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, pinned_bytes
 from .metrics import METRICS_FILE
 from .model.model import LighthouseModelArgs, LighthouseTransformer, selecting_config
 from .run_stages import RunStage, RunStages
-from .stages import ATTENTIONS, stages_of
+from .stages import ATTENTIONS, name_of, stages_of
 from .time_estimate import step_seconds
 
 GIB = 2**30
@@ -131,7 +131,7 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
 
 
 def _name(config: JobConfig, attention: str) -> str:
-    return NAMES[config.lighthouse.attention if attention == "lighthouse" else attention]
+    return NAMES[name_of(config, attention)]
 
 
 def _count(number: int, noun: str) -> str:

@@ -38,6 +38,11 @@ MOST_DIGITS, MOST_SHOWN = 18, 100
 MOST_STAGES = 100
 
 
+def name_of(config: JobConfig, attention: str) -> str:
+    """The name in a schedule of "dense" or "lighthouse", which may be a window."""
+    return config.lighthouse.attention if attention == "lighthouse" else attention
+
+
 @dataclass(frozen=True)
 class Stage:
     """Consecutive steps that train in one way.
@@ -58,6 +63,11 @@ class Stage:
     @property
     def seq_len(self) -> int:
         return self.config.training.seq_len
+
+    @property
+    def name(self) -> str:
+        """Its attention as a schedule names it."""
+        return name_of(self.config, self.attention)
 
     @property
     def dense_steps(self) -> int:

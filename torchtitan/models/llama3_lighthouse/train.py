@@ -43,6 +43,7 @@ from .model.model import LighthouseModelArgs, LighthouseTransformer
 from .processes import lock_folders
 from .run_stages import RunStages, is_too_much_for_a_cpu
 from .selection_statistics import Selected, selection_statistics, selections
+from .stages import name_of
 from .stopping import StopRequest, ends_as_the_launcher_expects, stopped
 from .verdict import Verdicts, skips_non_finite_steps
 
@@ -151,7 +152,7 @@ class LighthouseTrainer(upstream.Trainer):
             return False
         if self.graphs is not None:
             self.graphs.forget()
-        came_from = f" after {self.stage}" if self.stage else ""
+        came_from = f" after {self._now.stage.name}" if self.stage else ""
         if not self.stage and step > 1:
             self.dataloader.check_length(step - 1, self.stages.at(step - 1).stage.seq_len)
         self._now, self.stage, config = now, now.stage.attention, now.stage.config
@@ -163,7 +164,7 @@ class LighthouseTrainer(upstream.Trainer):
         length, world_size = now.gathered[self.stage], self.parallel_dims.world_size
         runs = what_runs(config, now.args, self.stage, length, self.device, world_size)
         logger.info(
-            f"Stage '{self.stage}' begins at step {step}{came_from}: {runs}, "
+            f"Stage '{now.stage.name}' begins at step {step}{came_from}: {runs}, "
             f"{now.flops[self.stage]:.3e} FLOPs per token"
         )
         section = config.lighthouse
@@ -203,8 +204,8 @@ class LighthouseTrainer(upstream.Trainer):
             device_module.synchronize()
             compiled = ", compilation included" if self.job_config.compile.enable else ""
             logger.info(
-                f"The first step of stage '{self.stage}' took {time.monotonic() - start:.1f} s"
-                f"{compiled}"
+                f"The first step of stage '{self._now.stage.name}' took "
+                f"{time.monotonic() - start:.1f} s{compiled}"
             )
 
     def _train_between_selections(self, microbatches: list[Batch]) -> None:
@@ -278,7 +279,7 @@ class LighthouseTrainer(upstream.Trainer):
         )
         # The device has this step to work on while the host waits for the verdict on the last one.
         verdict = self.verdicts.ask(
-            self.step, self.stage, loss_share, grad_norm, self.stop_request.number
+            self.step, self._now.stage.name, loss_share, grad_norm, self.stop_request.number
         )
         # Where optimizers skip steps themselves, the host queues the step without waiting.
         if all(skips_non_finite_steps(x, verdict.not_finite.device) for x in self.optimizers):
@@ -321,7 +322,8 @@ class LighthouseTrainer(upstream.Trainer):
         self, attention: str, microbatch: Batch, global_tokens: float
     ) -> torch.Tensor:
         if self.graphs is not None:
-            loss = self.graphs.run(attention, *microbatch, global_tokens)
+            name = name_of(self._now.stage.config, attention)
+            loss = self.graphs.run(name, *microbatch, global_tokens)
             self.metrics_processor.device_memory_monitor.in_graphs = self.graphs.held
             return loss
         if self.parallel_dims.pp_enabled:
