@@ -11,7 +11,8 @@ Each arm tries its rates and then trains all seeds at the best. If that is the s
 largest tried, the command says so; --widen tries rates beyond it. After each run the measures of
 distance and retrieval are taken from its last checkpoint.
 
-The same command goes on where it was interrupted, and repeats nothing that finished.
+The same command goes on where it was interrupted, and repeats nothing that finished. With --take
+it does not train what an earlier contest has, either.
 
 Writes a folder for each run; runs.csv, measures.csv, curves.csv and times.csv, after every run; and
 at the end comparisons.csv, results.md with the verdicts and, unless --no-plots, primary.png,
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train these at the best rates now; default: all",
     )
     parser.add_argument(
+        "--take",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="outputs of earlier contests, whose finished runs stand for equal ones of this",
+    )
+    parser.add_argument(
         "--only-times", action="store_true", help="learn how long a step of each arm takes here"
     )
     parser.add_argument(
@@ -74,6 +83,9 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if options.list and options.only_times:
         raise UserValueError("--list trains nothing and --only-times does; pass one of them")
+    if options.take and (options.list or options.report_only):
+        flag = "--list" if options.list else "--report-only"
+        raise UserValueError(f"{flag} takes no runs; leave out --take")
     if options.report_only and overrides:
         raise UserValueError(f"--report-only trains nothing; leave out {' '.join(overrides)}")
     if options.report_only:
@@ -88,6 +100,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> None:
         options.per_gpu,
     )
     if options.only_times:
-        time_arms(options.config, sweep, overrides)
+        time_arms(options.config, sweep, overrides, options.take)
         return
-    run_contest(options.config, sweep, overrides, options.widen, options.arms, options.seeds)
+    run_contest(
+        options.config, sweep, overrides, options.widen, options.arms, options.seeds, options.take
+    )

@@ -53,6 +53,7 @@ from .contest_rates import (
     widen,
 )
 from .contest_report import COMPARISONS, RESULTS, report
+from .contest_taken import Earlier, earlier_contests, take
 from .recovery import remove_cut_off
 from .recovery_plan import CHECKPOINTS
 from .sweeps import (
@@ -74,8 +75,10 @@ PATHS_OF_TEXT = ("training.dataset_path", "validation.dataset_path")
 class _Contestants:
     """Trains and measures the runs of a contest, and writes what they gave."""
 
-    def __init__(self, planner: Planner, options: SweepOptions, lock: TextIO) -> None:
-        self.contest, self.planner = planner.contest, planner
+    def __init__(
+        self, planner: Planner, options: SweepOptions, earlier: Sequence[Earlier], lock: TextIO
+    ) -> None:
+        self.contest, self.planner, self.earlier = planner.contest, planner, earlier
         self.options, self.lock, self.logs = options, lock, Logs()
         # Stage, arm, rate and seed to run.
         self.placed: dict[tuple[str, str, float, int], Run] = {}
@@ -86,7 +89,8 @@ class _Contestants:
     def train_all(self, stage: str, asked: Iterable[Place]) -> dict[Place, Run]:
         """Train and measure what has not finished."""
         planned = self._planned(asked)
-        for run in planned.values():
+        for (_, _, seed), run in planned.items():
+            take(run, self.earlier, PATHS_OF_TEXT, seed if seed in self.contest.seeds else None)
             clear_unmeasured(run)
         # A run that goes on, or only has to be measured, needs no weights to begin from.
         runs = {
@@ -95,6 +99,7 @@ class _Contestants:
         self.placed.update({(stage, *key): run for key, run in runs.items()})
         sources = {run.needs.folder: run.needs for run in runs.values() if run.needs}
         for source in sources.values():
+            take(source, self.earlier, PATHS_OF_TEXT, is_start=True)
             renew(source)
             # Before threads ask for it.
             if source.is_finished:
@@ -114,16 +119,26 @@ class _Contestants:
     def time(self, arms: Iterable[str]) -> None:
         """Learn the times of arms from short runs that share no GPU."""
         self.timed = {name: self.planner.timing_run(self.contest.arms[name]) for name in arms}
-        self._sweep(list(self.timed.values()), self.options.alone(), stage="")
+        # Times depend neither on the rate nor on the seed.
+        moved = {*PATHS_OF_TEXT, "optimizer.lr", *self.contest.seed_keys}
+        for run in self.timed.values():
+            take(run, self.earlier, moved)
+        self._sweep(list(self.timed.values()), self.options.alone(), stage="", moved=moved)
         self.tabulate()
 
     def _sweep(
-        self, runs: list[Run], options: SweepOptions, stage: str, sources: Container[Path] = ()
+        self,
+        runs: list[Run],
+        options: SweepOptions,
+        stage: str,
+        sources: Container[Path] = (),
+        moved: Container[str] = PATHS_OF_TEXT,
     ) -> None:
         """Train runs, and measure those of a stage; the runs that tell times belong to none.
 
         Args:
             sources: folders of runs that others begin from, which are not measured.
+            moved: keys that may have another value than when a run began.
         """
         # Without GPUs, runs side by side share the cores.
         alone = options.at_once == 1 or (options.per_gpu == 1 and torch.cuda.is_available())
@@ -148,7 +163,7 @@ class _Contestants:
             say(f"{title}: measuring")
             return measure(self.contest, run, environment, self.lock)
 
-        self.failed += sweep(runs, train_run, self.tabulate, options.slots(), PATHS_OF_TEXT)
+        self.failed += sweep(runs, train_run, self.tabulate, options.slots(), moved)
 
     def tabulate(self) -> None:
         done = {key: run for key, run in self.placed.items() if run.is_finished}
@@ -226,11 +241,19 @@ def measure(contest: Contest, run: Run, environment: Environment, lock: TextIO) 
 
 
 @contextmanager
-def _begun(planner: Planner, options: SweepOptions) -> Generator[_Contestants, None, None]:
-    """Record what rules the results, or compare it, and keep other sweeps out meanwhile."""
-    fix(planner.contest, options.output, check_text(planner))
+def _begun(
+    planner: Planner, options: SweepOptions, folders: Sequence[Path]
+) -> Generator[_Contestants, None, None]:
+    """Record what rules the results, or compare it, and keep other sweeps out meanwhile.
+
+    Args:
+        folders: outputs of earlier contests.
+    """
+    record = check_text(planner)
+    earlier = earlier_contests(folders, planner.contest, record)
+    fix(planner.contest, options.output, record)
     with lock_folder(options.output) as lock:
-        yield _Contestants(planner, options, lock)
+        yield _Contestants(planner, options, earlier, lock)
 
 
 def run_contest(
@@ -240,6 +263,7 @@ def run_contest(
     widened: bool = False,
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    earlier: Sequence[Path] = (),
 ) -> None:
     """Train and measure what is left of a contest, and report after every run.
 
@@ -248,6 +272,7 @@ def run_contest(
         widened: whether to add rates to grids whose best lies at the edge.
         arms: those to train now; all by default.
         seeds: those to train at the best rates now; all by default.
+        earlier: outputs of earlier contests, whose finished runs stand for equal ones of this.
 
     Raises:
         ValueError, TypeError, OSError: the user's mistakes; the message names the fix.
@@ -273,7 +298,7 @@ def run_contest(
     if options.only_list:
         print("\n".join(plan_lines(planner, rates, arms)))
         return
-    with _begun(planner, options) as contestants:
+    with _begun(planner, options, earlier) as contestants:
         if contest.gpu_seconds and (untimed := [n for n in arms if n not in planner.steps]):
             contestants.time(untimed)
             raise_if_failed(contestants.failed, list(contestants.timed.values()))
@@ -298,7 +323,9 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
+def time_arms(
+    path: Path, options: SweepOptions, extra: list[str], earlier: Sequence[Path] = ()
+) -> None:
     """Learn only the times of the arms on this machine, and write ``TIMES``.
 
     Raises:
@@ -309,7 +336,7 @@ def time_arms(path: Path, options: SweepOptions, extra: list[str]) -> None:
     check_output(output)
     planner = Planner(contest, output, extra, options.processes)
     check_runs(planner, rates_of(contest, output), timed=True, device=_device())
-    with _begun(planner, options) as contestants:
+    with _begun(planner, options, earlier) as contestants:
         contestants.time(contest.arms)
     say_what_was_written(output, TIMES)
     raise_if_failed(contestants.failed, list(contestants.timed.values()))

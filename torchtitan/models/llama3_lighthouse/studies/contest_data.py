@@ -41,6 +41,8 @@ START = "start_id"
 # This file in a run's folder holds the git revisions that it was trained at, several if it was
 # interrupted. Runs of older versions have none, and an installed package does not know its own.
 REVISIONS, UNKNOWN = "revisions", "unknown"
+# This file in a run's folder names the earlier contest that the run was taken from.
+TAKEN_FROM = "taken_from"
 
 Entries = dict[int, dict[str, float]]
 # Seconds of a step by arm and kind. Steps of one kind take equal time: those of one stage that
@@ -231,8 +233,9 @@ def write_data(placed: Sequence[tuple[Row, Run]], logs: Logs, output: Path) -> N
         row = place | {key: last[key] for key in ("step", "tokens", STEPS)}
         began = run.folder / START
         row |= {"start": began.read_text()} if began.exists() else {}
-        revisions = revisions_of(run)
-        runs.append(row | ({"revision": " ".join(revisions)} if revisions else {}))
+        revisions, source = revisions_of(run), run.folder / TAKEN_FROM
+        row |= {"revision": " ".join(revisions)} if revisions else {}
+        runs.append(row | ({"taken from": source.read_text()} if source.exists() else {}))
         measures += [
             # Six digits are more than any of them is worth.
             place | {"measure": each.measure, "document": each.document,

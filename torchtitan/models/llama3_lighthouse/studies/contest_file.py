@@ -160,13 +160,7 @@ def read_contest(path: Path) -> Contest:
     Raises:
         ValueError, TypeError, OSError: the file does not describe a contest.
     """
-    if not path.is_file():
-        raise UserValueError(f"no such contest: {path}; pass a TOML file")
-    try:
-        tables = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserValueError(f"{path} is not TOML: {error}") from None
-    values = _values(path, tables)
+    values = read_values(path)
     base = path.parent / values["config"]
     if not base.is_file():
         raise UserValueError(
@@ -186,7 +180,7 @@ def read_contest(path: Path) -> Contest:
         "settings": _settings(path, values["settings"]),
         "rate_seeds": rate_seeds,
         "compare": [_pair(path, pair, arms) for pair in values["compare"]],
-        "start": _start(path, values["start"]) if "start" in tables else None,
+        "start": None if values["start"] is None else _start(path, values["start"]),
         "distance": _distance(path, values["distance"]),
     }
     contest = Contest(path=path, digest=digest, **values)
@@ -194,8 +188,19 @@ def read_contest(path: Path) -> Contest:
     return contest
 
 
-def _values(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
-    """Every key of the file, or its default, of the right type."""
+def read_values(path: Path) -> dict[str, Any]:
+    """Every key of a contest's file, or its default, of the right type, and no further checked.
+
+    Raises:
+        ValueError, TypeError: the file is no TOML, or a key is missing, not known or of another
+            type.
+    """
+    if not path.is_file():
+        raise UserValueError(f"no such contest: {path}; pass a TOML file")
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserValueError(f"{path} is not TOML: {error}") from None
     if unknown := tables.keys() - KEYS.keys():
         raise UserValueError(f"{path}: '{min(unknown)}' is not known; use {', '.join(KEYS)}")
     values = {}
@@ -207,7 +212,8 @@ def _values(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
             kinds = kind if isinstance(kind, tuple) else (kind,)
             raise UserTypeError(f"{path}: {key} = {value!r} must be {TYPE_NAMES[kinds[-1]]}")
         values[key] = value
-    return values
+    # An empty table is a mistake, and no table is none.
+    return values | {"start": tables.get("start")}
 
 
 def _is_seed(value: Any) -> bool:

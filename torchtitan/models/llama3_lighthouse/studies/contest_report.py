@@ -63,7 +63,7 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
         text += f"All arms begin from the weights of {steps:,} steps at rate {start.rate:g}. "
         text += "Tokens and seconds below leave these steps out.\n\n"
         text += starts_apart(results)
-    text += revisions(results)
+    text += revisions(results) + taken(results)
     text += f"{verdict}\n\n{markdown(arms, columns)}{NOTES}\n{times_unknown(results)}"
     text += markdown(short, list(rows[0])) if rows else ""
     (output / RESULTS).write_text(text)
@@ -98,6 +98,18 @@ def revisions(results: Results) -> str:
     if unknown := len(results.all_runs) - len(known):
         text += f"; it was not recorded for {unknown} of {len(results.all_runs)}"
     return f"{text}.\n\n"
+
+
+def taken(results: Results) -> str:
+    """A paragraph about runs that were taken from earlier contests, if any."""
+    if "taken from" not in results.all_runs:
+        return ""
+    counts = results.all_runs["taken from"].value_counts(sort=False)
+    listed = ", ".join(f"{count} from {name}" for name, count in counts.items())
+    return (
+        f"Runs taken from earlier contests: {listed}; the column `taken from` of runs.csv names "
+        "them.\n\n"
+    )
 
 
 def times_unknown(results: Results) -> str:
