@@ -73,7 +73,11 @@ def test_seeds_can_train_one_after_the_other(call, faked, path, tmp_path) -> Non
 
 @pytest.mark.parametrize(
     ("before", "then"),
-    [(("--seeds", "2"), ("--seeds", "1")), (("--arms", "dense"), ("--arms", "lighthouse"))],
+    [
+        (("--seeds", "2"), ("--seeds", "1")),
+        (("--arms", "dense"), ("--arms", "lighthouse")),
+        (("--arms", "dense"), ()),
+    ],
 )
 def test_records_keep_finished_runs_while_others_train(call, faked, tmp_path, before, then) -> None:
     def kept() -> set[tuple[str, int]]:
@@ -85,6 +89,23 @@ def test_records_keep_finished_runs_while_others_train(call, faked, tmp_path, be
     faked.kill_at = len(faked.measured) + 2
     call(*then)
     assert finished and finished < kept()
+
+
+def test_widening_keeps_finished_runs_until_the_best_rate_moves(call, faked, tmp_path) -> None:
+    def rates() -> dict[str, set[float]]:
+        table = pandas.read_csv(tmp_path / "out/runs.csv").query("stage == 'seeds'")
+        return table.groupby("arm").rate.agg(set).to_dict()
+
+    call()
+    assert rates()["dense"] == {2e-3}
+    # The first run beyond the grid is the best one. The command is killed while it measures that.
+    faked.best, faked.shift, faked.kill_at = 4e-3, -0.1, len(faked.measured) + 1
+    call("--widen")
+    assert rates()["dense"] == {2e-3}
+    faked.kill_at = len(faked.measured) + 3
+    call("--widen")
+    call("--widen")
+    assert rates() == {"dense": {4e-3}, "window": {2e-3}, "lighthouse": {2e-3}}
 
 
 def test_runs_of_another_installation_count(call, faked, tmp_path) -> None:

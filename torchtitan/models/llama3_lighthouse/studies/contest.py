@@ -6,7 +6,7 @@ Each arm first tries its learning rates, then trains every seed at the best one.
 import math
 import shutil
 import sys
-from collections.abc import Container, Generator, Iterable, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +112,14 @@ class _Contestants:
         runs = self._planned(asked)
         self.placed.update({(stage, *key): run for key, run in runs.items() if run.is_finished})
         return runs
+
+    def forget_other_rates(self, arms: Container[str], best: Mapping[str, float]) -> None:
+        """Leave out runs that would judge an arm at another rate than its best."""
+        self.placed = {
+            (stage, arm, rate, seed): run
+            for (stage, arm, rate, seed), run in self.placed.items()
+            if stage != SEEDS or arm not in arms or rate == best.get(arm)
+        }
 
     def _planned(self, asked: Iterable[Place]) -> dict[Place, Run]:
         return {key: self.planner.run(self.contest.arms[key[0]], *key[1:]) for key in asked}
@@ -304,8 +312,9 @@ def run_contest(
             raise_if_failed(contestants.failed, list(contestants.timed.values()))
             planner.set_steps(read_times(output), untimed)
         # Finished runs stay in the records while others train.
-        _place_others(contestants, rates, [name for name in contest.arms if name not in arms])
+        _place_finished(contestants, rates)
         best = _choose_rates(contestants, rates, arms, widened)
+        contestants.forget_other_rates(arms, best)
         places = [(name, best[name], seed) for name in best for seed in contest.seeds]
         contestants.place(SEEDS, places)
         contestants.train_all(SEEDS, [each for each in places if not seeds or each[2] in seeds])
@@ -342,13 +351,12 @@ def time_arms(
     raise_if_failed(contestants.failed, list(contestants.timed.values()))
 
 
-def _place_others(
-    contestants: _Contestants, rates: dict[str, list[float]], arms: list[str]
-) -> None:
-    """Take in what finished before of arms that do not train now."""
+def _place_finished(contestants: _Contestants, rates: dict[str, list[float]]) -> None:
+    """Take in what finished before, of arms whose rate is known."""
     contest = contestants.contest
-    best = {name: rates[name][0] for name in arms if len(rates[name]) == 1}
-    best |= best_rates(contest, contestants.place(RATES, tried_places(contest, rates, arms)))
+    best = {name: rates[name][0] for name in contest.arms if len(rates[name]) == 1}
+    tried = contestants.place(RATES, tried_places(contest, rates, contest.arms))
+    best |= best_rates(contest, tried)
     contestants.place(SEEDS, [(name, best[name], seed) for name in best for seed in contest.seeds])
 
 
