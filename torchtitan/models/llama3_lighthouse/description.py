@@ -166,13 +166,13 @@ def _tokenizer(config: JobConfig, args: LighthouseModelArgs, total: int) -> str:
 def _steps_line(config: JobConfig, dims: ParallelDims) -> str:
     section, steps = config.lighthouse, config.training.steps
     last = {"auto": min(section.dense_from_step, steps), "lighthouse": steps, "dense": 0}
-    switch = last[section.stage]
+    switch, first = last[section.stage], f"in the {_name(config, 'lighthouse')} stage"
     if switch == 0:
         stages = "all dense"
     elif switch == steps:
-        stages = "all in the Lighthouse stage"
+        stages = f"all {first}"
     else:
-        stages = f"1 to {switch:,} in the Lighthouse stage, then dense"
+        stages = f"1 to {switch:,} {first}, then dense"
     if section.schedule:
         stages = f"in {_count(len(section.schedule), 'stage')}"
     every = section.dense_every
@@ -227,8 +227,7 @@ def _lighthouse_line(config: JobConfig, dims: ParallelDims, args: LighthouseMode
         near = f"{window - stride + 1:,} to {window:,}" if stride else f"{window:,}"
         return (
             f"window        each position attends over the last {near} of {seq_len:,} "
-            f"positions{_far_keys(config)}, {keys:,.1f} keys on average; this is the "
-            "Lighthouse stage's attention"
+            f"positions{_far_keys(config)}, {keys:,.1f} keys on average"
         )
     geometry = PyramidGeometry(method, seq_len)
     strata, gathered = geometry.strata, geometry.gathered_length

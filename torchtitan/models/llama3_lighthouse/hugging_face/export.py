@@ -97,7 +97,7 @@ def check_dense(path: Path, record: CheckpointRecord | None) -> None:
         scheduled = record.config.get("lighthouse", {}).get("schedule")
         stage = "a dense stage in lighthouse.schedule" if scheduled else "--lighthouse.stage dense"
         raise UserValueError(
-            f"step {record.step} of {path} belongs to the Lighthouse stage, and a Llama has dense "
+            f"step {record.step} of {path} was not dense, and a Llama has dense "
             "attention, which most layers have not been trained with: train on with "
             f"{stage} first, or pass --allow-lighthouse to export it as it is"
         )
