@@ -170,12 +170,13 @@ def overview(path: Path) -> None:
     left.grid(alpha=0.3)
     left.legend(fontsize=8, loc="upper left")
     contest_plots.by_arm(upper, contest_results("distance_17m"), RECIPES)
-    upper.set(xlabel="loss of passages that return after 16,384 tokens,\n"
-                     "nats per token; lower is better; 17M model")  # fmt: skip
+    upper.set(xlabel="first contest: loss of passages that return after 16,384\n"
+                     "tokens, nats per token; lower is better; 17M model")  # fmt: skip
     skips = contest_results("distance_skips_17m")
     contest_plots.by_arm(lower, skips, RIVALS, less="skip_then_long")
     lower.axvline(0, color="black", linewidth=0.8)
-    lower.set(xlabel="the same loss, minus that of short\nsequences first with positions that skip")
+    lower.set(xlabel="second contest: this loss minus that of short sequences\n"
+                     "first with positions that skip; right of 0 skips are better")  # fmt: skip
     save(figure, path)
 
 

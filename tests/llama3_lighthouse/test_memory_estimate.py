@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from pages import DOCS, ROOT
+from pages import DOCS, ROOT, words
 from small_model import FOUR_LAYERS, N
 from torch import nn
 from watched_memory import Watch
@@ -112,16 +112,6 @@ def on_two_h200(revision: str, part: str, stage: str) -> Peak:
     return Peak("270m_98k.toml", *settings, row["GiB"], row["GPUs"])
 
 
-def of_a_stride() -> Peak:
-    """The peak of stages with keys at strides of 8 and 16, which the log has at the tenth step."""
-    log = (RECORDS / "keys_at_a_stride.log").read_text()
-    (peak,) = re.findall(r"step 10 of 20 .* ([\d.]+) GiB", log)
-    line = "--lighthouse.attention window --lighthouse.key_stride 8"
-    return Peak(
-        "270m_98k.toml", "lighthouse", "lighthouse:w1,w3", SHORTEST, 1536, line, float(peak)
-    )
-
-
 # The record before has the one row that the last one lacks. It has no window, and so the same code.
 WINDOW, WITHOUT, LAST = "Lighthouse, window 256", "Lighthouse", "4e40864"
 PEAKS = {
@@ -140,7 +130,6 @@ OTHERS = [
     *recorded("training_offload.json", BEFORE_WINDOW),
     *recorded("training_variants.json"),
     *of_several_gpus(),
-    of_a_stride(),
 ]
 
 
@@ -167,6 +156,21 @@ def test_bounds_are_no_wider_than_what_was_measured() -> None:
 def test_the_guide_has_the_estimate_beside_the_peak(name: str) -> None:
     row = f"| {name} | {PEAKS[name].estimate:.1f} | {PEAKS[name].reserved:.1f} |\n"
     assert row in (DOCS / "guides/memory.md").read_text(), row
+
+
+def test_the_guide_has_the_memory_of_keys_at_a_stride() -> None:
+    """The record has peaks of three stages at two steps, so it is none of those above."""
+    log = (RECORDS / "keys_at_a_stride.log").read_text()
+    page = words(DOCS / "guides/training.md")
+    estimates = re.findall(r"; ([\d.]+) GiB a rank, estimated", log)
+    assert len(estimates) == 3 and estimates[0] == estimates[1]
+    assert "estimated at {} GiB and dense steps at {}.".format(*estimates[1:]) in page
+    first, later = (float(*re.findall(rf"step {step} of 20 .* ([\d.]+) GiB", log))
+                    for step in (10, 20))  # fmt: skip
+    assert f"the peak was {first:.1f} GiB. Later it was {later:.1f}," in page
+    strided, dense = map(float, estimates[1:])
+    off = min(1 - later / strided, later / dense - 1)
+    assert f"off by {100 * off:.0f}% or more" in page
 
 
 class PeakOfWatch(Watch):

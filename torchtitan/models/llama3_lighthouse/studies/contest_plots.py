@@ -55,7 +55,7 @@ def by_arm(
         if found.low is not None and found.high is not None:
             axis.plot([found.low, found.high], [place, place], "-", color=colour, linewidth=1)
     axis.set_yticks(range(len(arms)), [name for name, _ in arms.values()])
-    axis.invert_yaxis()
+    axis.set_ylim(len(arms) - 0.5, -0.5)
     axis.grid(alpha=0.3)
 
 
