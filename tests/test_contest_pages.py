@@ -1,21 +1,17 @@
 """The numbers on pages of contests are those of their records."""
 
-import json
 import math
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 
 import pandas
 import pytest
-from contest_records import between, difference, results_of, with_half
+from contest_records import between, check_steps, difference, results_of, with_half
 from pages import DOCS, words
 
 from torchtitan.models.llama3_lighthouse.studies.contest_report import report
-from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
 RETURNED = "repeated/16384/loss"
@@ -71,20 +67,6 @@ def test_page_of_the_contest_on_books_is_its_record() -> None:
     seconds = [525 * each + 75 * window["2 dense"]
                for each in (steps * window["1 lighthouse"] / lag, steps)]  # fmt: skip
     assert "take {:.0f} to {:.0f} seconds".format(*seconds) in page
-
-
-def check_steps(
-    results: Results, arm: str, trained: str, tokens: str, seconds: str, dense: str
-) -> None:
-    """The cells of a table that tell how an arm was trained, in how much time."""
-    own = results.runs[results.runs.arm == arm]
-    steps = json.loads(own["steps by kind"].iloc[0])
-    assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
-    kind, number = list(steps.items())[-1]
-    digits = len(seconds.partition(".")[2])
-    assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:,.{digits}f}"
-    assert tokens == f"{own.tokens.iloc[0] / 1e6:.1f}M"
-    assert seconds == f"{own['GPU seconds'].mean():,.{digits}f}"
 
 
 def test_page_of_the_contest_of_distance_is_its_record() -> None:
@@ -143,123 +125,6 @@ def test_page_of_the_contest_of_distance_is_its_record() -> None:
     first = curves[curves.step == 1].set_index("arm").validation
     assert f"`lighthouse` in seed 2 is {first['lighthouse']:.3f}" in page
     assert f"that of `lighthouse_half` {first['lighthouse_half']:.3f}" in page
-
-
-def test_page_of_the_contest_of_skips_is_its_record() -> None:
-    name, ours, mostly = "distance_skips_17m", "skip_then_long", "skip_mostly"
-    results, page = results_of(name), words(DOCS / "studies/skips.md")
-    runs = results.runs
-
-    def values(arm: str, measure: str) -> list[float]:
-        return [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
-
-    def gap(
-        arm: str, control: str, measure: str, seeds: Sequence[int]
-    ) -> tuple[float, float, float]:
-        """A difference over some seeds, at the page's level."""
-        values = [results.value(arm, seed, measure) - results.value(control, seed, measure)
-                  for seed in seeds]  # fmt: skip
-        found = t_interval(values, results.level(measure))
-        assert found.low is not None and found.high is not None
-        return found.mean, found.low, found.high
-
-    def either_way(mean: float, low: float, high: float) -> str:
-        return f"{-mean:.3f} nats below{{}} ({-low:.3f} below to {high:.3f} above)"
-
-    rows = re.findall(r"\| `(\w+)`(, seeds 1 to 3)? \|" + r" ([^|]*) \|" * 9, page)
-    assert {arm for arm, *_ in rows} == {*results.contest.arms} and len(rows) == 5
-    for arm, some, trained, tokens, rate, returned, far, gain, loss, seconds, dense in rows:
-        check_steps(results, arm, trained, tokens, seconds, dense)
-        assert {float(rate)} == {*runs[runs.arm == arm].rate}
-        assert results.seeds(arm, RETURNED) == ([1, 2, 3] if some else [1, 2, 3, 4, 5, 6])
-        assert [returned, far, loss] == [
-            with_half(values(arm, each)) for each in (RETURNED, "repeated/31744/loss", "loss")
-        ]
-        assert gain == f"{statistics.fmean(values(arm, 'repeated/16384')):.3f}"
-    first_three = [statistics.fmean(values(arm, RETURNED)[:3]) for arm in (mostly, ours)]
-    assert "`skip_mostly` has {:.3f} nats and `skip_then_long` {:.3f}.".format(*first_three) in page
-    for control, measure, before in (
-        ("short_then_long", RETURNED, "at the end, have a loss "),
-        ("dense", RETURNED, "without skips, and "),
-        ("short_then_long", "repeated/31744/loss", "`skip_then_long` ends "),
-        ("dense", "repeated/31744/loss", "below `short_then_long` and "),
-        ("dense", "loss", "That of `skip_then_long` is "),
-        ("short_then_long", "loss", "at the same rate. It is "),
-    ):
-        mean, low, high = difference(name, ours, control, measure)
-        assert mean < 0 and f"{before}{-mean:.3f} nats {between(low, high)} below" in page
-    mean, low, high = difference(name, ours, "lighthouse_half", RETURNED)
-    assert f"({-mean:.3f} below; {-low:.3f} below to {high:.3f} above)" in page
-    # Which runs differ most, and which have a start of their own.
-    for arm in results.contest.arms:
-        assert max(values(arm, RETURNED)) == values(arm, RETURNED)[3 if arm != mostly else -1]
-    starts = runs.set_index(["arm", "seed"]).start
-    own = {(arm, seed) for arm, seed in starts.index if starts[arm, seed] != starts[ours, seed]}
-    assert own == {*(("dense", seed) for seed in (1, 2, 3)),
-                   *((arm, 2) for arm in ("short_then_long", "lighthouse_half"))}  # fmt: skip
-    mean, low, high = gap(ours, "short_then_long", RETURNED, [1, 3, 4, 5, 6])
-    assert f"is {-mean:.3f} nats {between(low, high)} below `short_then_long`" in page
-    with_dense = either_way(*gap(ours, "dense", RETURNED, [4, 5, 6])).format("")
-    assert f"that it shares with `dense` it is {with_dense}" in page
-    for control, crossing in (("dense", [1, 3, 4, 5, 6]), ("short_then_long", [])):
-        rest = {seed: [each for each in results.contest.seeds if each != seed]
-                for seed in results.contest.seeds}  # fmt: skip
-        assert [n for n in rest if gap(ours, control, RETURNED, rest[n])[2] > 0] == crossing
-    assert "If seed 1, 3, 4, 5 or 6 is left out, its interval reaches beyond zero." in page
-    # The arm of which three seeds have finished.
-    found = either_way(*gap(mostly, ours, RETURNED, [1, 2, 3])).format(" `skip_then_long`")
-    assert f"it is {found}" in page
-    mean, low, high = gap(mostly, ours, "loss", [1, 2, 3])
-    assert f"held-out loss is {-mean:.3f} nats {between(low, high)} lower" in page
-    steps = {arm: json.loads(runs[runs.arm == arm]["steps by kind"].iloc[0])
-             for arm in (mostly, ours)}  # fmt: skip
-    shares = [each["2 dense"] / sum(each.values()) for each in steps.values()]
-    assert [f"{share:.0%}" for share in shares] == ["5%", "30%"]
-    assert round(steps[ours]["2 dense"] / steps[mostly]["2 dense"]) == 4
-    tokens = runs.groupby("arm").tokens.mean()
-    assert f"{tokens[mostly] / tokens[ours]:.1f} times its tokens" in page
-    near = [statistics.fmean(values(arm, f"repeated/{distance}/loss"))
-            for arm in (ours, "lighthouse_half") for distance in (4096, 8192)]  # fmt: skip
-    listed = "`skip_then_long` has {:.3f} and {:.3f} nats, and `lighthouse_half` {:.3f} and {:.3f}"
-    assert listed.format(*near) in page
-    found = [statistics.fmean(values(arm, "retrieval/passkey/8192")[:3]) for arm in (mostly, ours)]
-    assert "it finds {:.0%} and `skip_then_long` {:.0%}".format(*found) in page
-    # The rest: rates, the loss over time, passkeys and times.
-    chosen = {
-        contest: pandas.read_csv(DOCS / f"studies/results/contest_{contest}/measures.csv")
-        .query("stage == 'rates'")
-        .groupby(["measure", "arm", "rate", "seed"])
-        .value.mean()
-        for contest in (name, "distance_17m")
-    }
-    for contest, measure, arm, rate, words_around in (
-        (name, "loss", ours, 2e-3, "{:.3f} and {:.3f} with skips"),
-        ("distance_17m", "loss", "short_then_long", 2e-3, "{:.3f} and {:.3f} without"),
-        (name, "loss", mostly, 5e-4, "{:.3f} and {:.3f} for `skip_mostly`"),
-        (name, "loss", ours, 5e-4, "{:.3f} and {:.3f} for `skip_then_long`"),
-        (name, RETURNED, ours, 1e-3, "`skip_then_long` has {:.3f} and {:.3f} nats, and"),
-        ("distance_17m", RETURNED, "short_then_long", 2e-3, "other starts, {:.3f} and {:.3f}."),
-        (name, RETURNED, ours, 2e-3, "skips have {:.3f} and {:.3f}."),
-    ):
-        assert words_around.format(*chosen[contest][measure, arm, rate]) in page
-    assert runs[runs.arm == mostly].rate.min() == min(results.contest.arms[mostly].rates)
-    curves = results.curves.groupby(["arm", "step"]).validation.mean()
-    with_skips, without = curves[ours][60], curves["short_then_long"][60]
-    second = 60 * results.times[ours]["1 dense"]
-    assert f"After 60 short steps, {second:.1f} seconds" in page
-    assert f"is {with_skips:.3f} with skips and {without:.3f} without" in page
-    found = {arm: statistics.fmean(values(arm, "retrieval/passkey/32768"))
-             for arm in results.contest.arms if arm != mostly}  # fmt: skip
-    for arm, share in found.items():
-        assert re.search(rf"`{arm}` (finds )?{share:.0%}", page)
-    for arm, control in combinations(results.contest.arms, 2):
-        seeds = [1, 2, 3] if mostly in (arm, control) else results.contest.seeds
-        _, low, high = gap(arm, control, "retrieval/passkey/32768", seeds)
-        assert low < 0 < high
-    revisions = sorted({*results.all_runs.revision})
-    assert "of revisions {} and {}".format(*revisions) in page
-    seconds = runs.groupby("arm")["GPU seconds"].mean()
-    assert 1.01 < seconds.max() / seconds.min() < 1.02 and "equal to 2%" in page
 
 
 def test_page_of_the_headline_is_its_record() -> None:

@@ -1,5 +1,7 @@
 """Records of contests in the docs."""
 
+import json
+import re
 from functools import cache
 
 from pages import DOCS, ROOT
@@ -36,3 +38,17 @@ def with_half(values: list[float]) -> str:
     found = t_interval(values, 0.95)
     assert found.high is not None
     return f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
+
+
+def check_steps(
+    results: Results, arm: str, trained: str, tokens: str, seconds: str, dense: str
+) -> None:
+    """The cells of a table that tell how an arm was trained, in how much time."""
+    own = results.runs[results.runs.arm == arm]
+    steps = json.loads(own["steps by kind"].iloc[0])
+    assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
+    kind, number = list(steps.items())[-1]
+    digits = len(seconds.partition(".")[2])
+    assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:,.{digits}f}"
+    assert tokens == f"{own.tokens.iloc[0] / 1e6:.1f}M"
+    assert seconds == f"{own['GPU seconds'].mean():,.{digits}f}"
