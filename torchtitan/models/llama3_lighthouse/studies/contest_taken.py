@@ -79,7 +79,7 @@ def take(
     moved: Container[str],
     seed: int | None = None,
     is_start: bool = False,
-) -> bool:
+) -> None:
     """Copy a finished run of an earlier contest, if it is equal and this one has not begun.
 
     Args:
@@ -88,7 +88,7 @@ def take(
         is_start: whether others begin from its last checkpoint, which is left out otherwise.
     """
     if run.folder.exists():
-        return False
+        return
     for contest in earlier:
         theirs = contest.folder / run.name
         record = theirs / "config.json"
@@ -113,5 +113,4 @@ def take(
             source.write_text(contest.name)
         partial.replace(run.folder)
         say(f"{run.name} is taken from {contest.folder}")
-        return True
-    return False
+        return
