@@ -79,7 +79,9 @@ def rows_of_text(steps: int) -> torch.Tensor:
 
 def main() -> list[float]:
     """The loss of each step."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20, help="of each stage; default: 20")
     steps = parser.parse_args().steps
 

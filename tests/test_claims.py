@@ -176,10 +176,8 @@ def at_98k() -> str:
     found = [results.over_documents(arm, ours, "repeated/65536/loss")
              for arm in ("short_to_long", "short_to_window")]  # fmt: skip
     long, window = (f"{-each.mean:.3f} nats {between(each.low, each.high)}" for each in found)
-    return (
-        f"the one that stays dense ends {long} below the one that goes on under Lighthouse, and "
-        f"the one with a window of 256 alone {window}"
-    )
+    ends, other = "the one that stays dense ends", "the one with a window of 256 alone"
+    return f"{ends} {long} lower, and {other} {window}"
 
 
 class Recipe(NamedTuple):

@@ -137,7 +137,8 @@ OTHERS = [
 def test_measured_is_near_the_estimate(peak: Peak) -> None:
     text = (ROOT / "README.md").read_text()
     ((less, more),) = re.findall(
-        r"measured\s+memory\s+is\s+between\s+(\d+)%\s+below\s+them\s+and\s+(\d+)%\s+above", text
+        r"measured\s+on\s+GPUs\s+is\s+between\s+(\d+)%\s+below\s+them\s+and\s+(\d+)%\s+above",
+        text,
     )
     assert -int(less) <= 100 * (peak.over_estimate - 1) <= int(more)
 

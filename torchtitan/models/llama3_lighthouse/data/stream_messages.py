@@ -50,7 +50,8 @@ class StreamMessages:
         """The error for a stream that gets nothing."""
         return UserValueError(
             f"{self.key}.dataset has no document for stream {stream} (counted from 0); give it "
-            "more documents, or deal it to fewer streams by lighthouse.data_streams"
+            f"{self._streams} documents or more, one for each stream, or deal it to fewer streams "
+            "by lighthouse.data_streams"
         )
 
     def all_empty(self, stream: int, documents: int) -> UserValueError:

@@ -256,6 +256,8 @@ class _Sweep:
         moved: Container[str],
     ) -> None:
         self.runs, self.train_run, self.on_finished, self.pool = runs, train_run, on_finished, pool
+        # The time that others take is told by runs of which nothing was done before.
+        self.fresh = {run.folder for run in runs if not run.folder.exists()}
         self.waiting = [run for run in runs if begin(run, moved)]
         self.free = list(slots)
         self.slots = len(slots)
@@ -303,10 +305,12 @@ class _Sweep:
             return
         (run.folder / FINISHED).touch()
         self.on_finished()
-        self.seconds.append(seconds)
-        left = len(self.waiting) + len(self.active)
-        turns = math.ceil(left / self.slots)
-        rest = f"; about {duration(turns * statistics.fmean(self.seconds))} left" if left else ""
+        if run.folder in self.fresh:
+            self.seconds.append(seconds)
+        left, rest = len(self.waiting) + len(self.active), ""
+        if left and self.seconds:
+            turns = math.ceil(left / self.slots)
+            rest = f"; about {duration(turns * statistics.fmean(self.seconds))} left"
         say(f"{self.title(run)}: done in {duration(seconds)}{rest}")
 
 
