@@ -1,6 +1,7 @@
 """Whole contests: in which order they train, where they go on, and starts."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from lighthouse_commands.main import main
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
 from torchtitan.models.llama3_lighthouse.stages import stages_of
 from torchtitan.models.llama3_lighthouse.studies import contest as contests
-from torchtitan.models.llama3_lighthouse.studies import contest_data
+from torchtitan.models.llama3_lighthouse.studies import contest_data, sweeps
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
 from torchtitan.models.llama3_lighthouse.studies.contest_plan import Planner
 from torchtitan.models.llama3_lighthouse.studies.contest_plots import PLOTS
@@ -374,3 +375,17 @@ def test_three_arms_train_and_are_judged(path, tmp_path, monkeypatch) -> None:
     for name in PLOTS:
         assert (out / name).stat().st_size > 1000
     assert "against dense" in report(read_contest(path), out, plots=False)
+
+
+def test_the_time_left_is_told_by_runs_that_trained_whole(
+    call, faked, tmp_path, monkeypatch
+) -> None:
+    faked.kill_at = 2
+    call()
+    faked.kill_at = None
+    # Each look at the clock finds it a minute later.
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: float(next(clock)))
+    out, _ = call()
+    first, second = re.findall(r"done in .*", out)[:2]
+    assert "left" not in first and "left" in second
