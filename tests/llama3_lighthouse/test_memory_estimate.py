@@ -137,7 +137,7 @@ OTHERS = [
 def test_measured_is_near_the_estimate(peak: Peak) -> None:
     text = (ROOT / "README.md").read_text()
     ((less, more),) = re.findall(
-        r"measured\s+on\s+GPUs\s+is\s+between\s+(\d+)%\s+below\s+them\s+and\s+(\d+)%\s+above",
+        r"measured\s+on\s+GPUs\s+are\s+between\s+(\d+)%\s+below\s+them\s+and\s+(\d+)%\s+above",
         text,
     )
     assert -int(less) <= 100 * (peak.over_estimate - 1) <= int(more)
