@@ -48,8 +48,8 @@ class Grace:
             raise SignalException(f"no process runs yet: {self.number.name}", self.number)
         # print is not safe here: the signal may have interrupted it.
         text = (
-            f"{self.number.name}: processes that train finish their step and save, for "
-            f"{self.seconds:g} s at most; a second signal ends them at once\n"
+            f"{self.number.name}: processes save after the step under way, for {self.seconds:g} s "
+            "at most, or end now if it is their first; a second signal ends them at once\n"
         )
         os.write(2, text.encode())
         timer = threading.Timer(

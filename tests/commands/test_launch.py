@@ -118,7 +118,7 @@ def test_preempted_run_loses_no_step(
     assert (folder / ".metadata").is_file()
     # With several processes on a CPU, torchtitan warns once before.
     asked, ended = errors.splitlines()[-2:]
-    assert asked.startswith(f"{number.name}: processes that train finish their step and save, for ")
+    assert asked.startswith(f"{number.name}: processes save after the step under way, for ")
     assert ended == f"stopped by SIGTERM: saved step {step} in {folder}; the same command goes on"
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
