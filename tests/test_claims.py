@@ -144,6 +144,7 @@ def in_contest(name: str, measure: str, higher: str, lower: str, words: str) -> 
     return words.format(f"{mean:.3f} nats {between(low, high)}")
 
 
+on_books = partial(in_contest, "books_17m", "loss")
 at_distance = partial(in_contest, "distance_17m", "repeated/16384/loss")
 
 
@@ -259,6 +260,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "speed of a whole run": faster_in_all,
     "speed of the layer": layer,
     "shorter lengths": shorter,
+    "short sequences first": partial(
+        on_books, "recommended", "short_to_long_30", "short sequences first ends {} below"
+    ),
+    "dense on books": partial(on_books, "dense", "recommended", "that one {} below dense training"),
     "behind at distance": partial(at_distance, "lighthouse", "dense", "{} above dense training"),
     "window at distance": partial(
         at_distance, "window", "lighthouse", "{} below a window of 256 alone"

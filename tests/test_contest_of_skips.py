@@ -72,8 +72,8 @@ def test_starts_and_single_seeds() -> None:
                    *((arm, 2) for arm in ("short_then_long", "lighthouse_half"))}  # fmt: skip
     mean, low, high = gap(OURS, "short_then_long", RETURNED, [1, 3, 4, 5, 6])
     assert f"is {-mean:.3f} nats {between(low, high)} below `short_then_long`" in PAGE
-    with_dense = either_way(*gap(OURS, "dense", RETURNED, [4, 5, 6])).format("")
-    assert f"that it shares with `dense` it is {with_dense}" in PAGE
+    with_dense = either_way(*gap(OURS, "dense", RETURNED, [4, 5, 6])).format(" `dense`")
+    assert f"where both share a start, it is {with_dense}" in PAGE
     for control, crossing in (("dense", [1, 3, 4, 5, 6]), ("short_then_long", [])):
         rest = {seed: [each for each in RESULTS.contest.seeds if each != seed]
                 for seed in RESULTS.contest.seeds}  # fmt: skip

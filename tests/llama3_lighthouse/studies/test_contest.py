@@ -103,6 +103,10 @@ def test_widening_keeps_finished_runs_until_the_best_rate_moves(call, faked, tmp
     faked.best, faked.shift, faked.kill_at = 4e-3, -0.1, len(faked.measured) + 1
     call("--widen")
     assert rates()["dense"] == {2e-3}
+    # Other arms train on meanwhile.
+    faked.kill_at = None
+    out, _ = call("--arms", "window")
+    assert rates()["dense"] == {2e-3} and "window against dense: no difference" in out
     faked.kill_at = len(faked.measured) + 3
     call("--widen")
     call("--widen")

@@ -129,6 +129,60 @@ def test_times_and_starts_are_taken_too(both, faked, path, tmp_path) -> None:
     assert runs.groupby("seed").start.nunique().max() == 1
 
 
+def test_another_number_of_processes_is_refused(both) -> None:
+    assert "another processes than" in str(both("--processes", "2")[1])
+
+
+def test_runs_of_another_start_are_not_taken(both, faked, path) -> None:
+    """Their own settings are equal."""
+    with_start(path)
+    out, code = both(changed=("rate = 5e-4", "rate = 1e-4"))
+    assert not code
+    assert "window,lr=0.002,seed=1 is not taken from" in out and "another optimizer.lr" in out
+    assert " is taken from " not in out
+
+
+@pytest.mark.parametrize("file", ["config.json", "trained", "metrics.jsonl", "measures.json"])
+def test_runs_that_lack_a_file_are_not_taken(both, call, faked, tmp_path, file) -> None:
+    call()
+    (tmp_path / "out/window,lr=0.002,seed=1" / file).unlink()
+    out, code = both()
+    assert not code and "window,lr=0.002,seed=1 is taken" not in out
+    assert faked.trained.count("window,lr=0.002,seed=1") == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_records_are_named(both, call, tmp_path, text) -> None:
+    call()
+    (tmp_path / "out/window,lr=0.002,seed=1/config.json").write_text(text)
+    out, code = both()
+    assert not code and "another window,lr=0.002,seed=1/config.json" in out
+    (tmp_path / "out/contest.json").write_text(text)
+    code = str(call("--output", str(tmp_path / "three"), "--take", str(tmp_path / "out"))[1])
+    assert ("cannot be read" if text == "{" else "has no record, so nobody knows") in code
+    assert not [*(tmp_path / "three").glob("*")]
+
+
+def test_runs_that_only_waited_here_are_taken(call, faked, tmp_path) -> None:
+    call()
+    faked.kill_at = len(faked.measured) + 1
+    two = ("--output", str(tmp_path / "two"))
+    call(*two)
+    assert (tmp_path / "two/dense,lr=0.002,seed=1").is_dir()
+    faked.kill_at, trained = None, len(faked.trained)
+    out, code = call(*two, "--take", str(tmp_path / "out"))
+    assert not code and "dense,lr=0.002,seed=1 is taken from" in out
+    assert len(faked.trained) == trained
+
+
+def test_what_cannot_be_copied_is_named(both, call, tmp_path) -> None:
+    call()
+    (tmp_path / "out/window,lr=0.002,seed=1/dangling").symlink_to(tmp_path / "nothing")
+    code = str(both()[1])
+    assert "window,lr=0.002,seed=1 cannot be copied ([Errno 2] No such file" in code
+    assert "leave the folder out" in code
+
+
 def test_a_copy_that_is_cut_off_leaves_no_run(both, faked, tmp_path, monkeypatch) -> None:
     def cut_off(source: Path, target: Path, **options: object) -> None:
         target.mkdir()

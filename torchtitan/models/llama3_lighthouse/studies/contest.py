@@ -53,7 +53,7 @@ from .contest_rates import (
     widen,
 )
 from .contest_report import COMPARISONS, RESULTS, report
-from .contest_taken import Earlier, earlier_contests, take
+from .contest_taken import Earlier, Purpose, earlier_contests, take
 from .recovery import remove_cut_off
 from .recovery_plan import CHECKPOINTS
 from .sweeps import (
@@ -90,7 +90,8 @@ class _Contestants:
         """Train and measure what has not finished."""
         planned = self._planned(asked)
         for (_, _, seed), run in planned.items():
-            take(run, self.earlier, PATHS_OF_TEXT, seed if seed in self.contest.seeds else None)
+            purpose = Purpose.JUDGE if seed in self.contest.seeds else Purpose.CHOOSE
+            take(run, self.earlier, PATHS_OF_TEXT, purpose, seed)
             clear_unmeasured(run)
         # A run that goes on, or only has to be measured, needs no weights to begin from.
         runs = {
@@ -99,7 +100,7 @@ class _Contestants:
         self.placed.update({(stage, *key): run for key, run in runs.items()})
         sources = {run.needs.folder: run.needs for run in runs.values() if run.needs}
         for source in sources.values():
-            take(source, self.earlier, PATHS_OF_TEXT, is_start=True)
+            take(source, self.earlier, PATHS_OF_TEXT, Purpose.BEGIN)
             renew(source)
             # Before threads ask for it.
             if source.is_finished:
@@ -130,7 +131,7 @@ class _Contestants:
         # Times depend neither on the rate nor on the seed.
         moved = {*PATHS_OF_TEXT, "optimizer.lr", *self.contest.seed_keys}
         for run in self.timed.values():
-            take(run, self.earlier, moved)
+            take(run, self.earlier, moved, Purpose.TIME)
         self._sweep(list(self.timed.values()), self.options.alone(), stage="", moved=moved)
         self.tabulate()
 
@@ -352,11 +353,16 @@ def time_arms(
 
 
 def _place_finished(contestants: _Contestants, rates: dict[str, list[float]]) -> None:
-    """Take in what finished before, of arms whose rate is known."""
+    """Take in what finished before, of arms whose rate is known.
+
+    An arm of which added rates have not finished has the best of its file.
+    """
     contest = contestants.contest
     best = {name: rates[name][0] for name in contest.arms if len(rates[name]) == 1}
-    tried = contestants.place(RATES, tried_places(contest, rates, contest.arms))
-    best |= best_rates(contest, tried)
+    of_file = {name: arm.rates for name, arm in contest.arms.items()}
+    for tried in (of_file, rates):
+        runs = contestants.place(RATES, tried_places(contest, tried, contest.arms))
+        best |= best_rates(contest, runs)
     contestants.place(SEEDS, [(name, best[name], seed) for name in best for seed in contest.seeds])
 
 

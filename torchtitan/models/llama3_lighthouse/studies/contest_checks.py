@@ -121,7 +121,12 @@ def check_text(planner: Planner) -> dict[str, Any]:
     sequences = held_out_sequences(first, build_tokenizer(first), asked.documents, asked.sequences)
     if len(sequences) < asked.documents:
         say(f"{len(sequences)} of {asked.documents} held-out documents are long enough to measure")
-    return {"overrides": planner.overrides, "text": text, "order": order}
+    return {
+        "overrides": planner.overrides,
+        "processes": planner.processes,
+        "text": text,
+        "order": order,
+    }
 
 
 def _source(config: JobConfig) -> tuple[str, str | None]:

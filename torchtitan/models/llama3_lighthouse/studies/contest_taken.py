@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,34 @@ from ..checkpoints.resume import all_differences
 from ..environment import environment
 from ..errors import UserFileError, UserValueError
 from ..evaluation.progress import say
-from .contest_data import TAKEN_FROM
+from ..metrics import METRICS_FILE
+from .contest_data import REVISIONS, START, TAKEN_FROM, TRAINED
 from .contest_file import COPY, RECORD, Contest, read_record, read_values
+from .contest_measures import MEASURES_FILE
 from .recovery_plan import CHECKPOINTS
 from .settings import record_of
-from .sweeps import FINISHED, Run
+from .sweeps import CONFIG, FINISHED, Run
 
-# Keys of a contest's file that decide what is measured of a run, and what it begins from.
+# Keys of a contest's file that decide what is measured of a run.
 MEASURES = ("retrieval", "prompts", "distance", "tuned_by")
-BEGINNING = ("start", "settings")
+
+
+class Purpose(Enum):
+    """What a run is for."""
+
+    JUDGE = "judges an arm"
+    CHOOSE = "helps to choose a rate"
+    TIME = "tells times"
+    BEGIN = "is what others begin from"
+
+
+# Files that a finished run must have. One that helps to choose a rate may have diverged.
+NEEDED = {
+    Purpose.JUDGE: (TRAINED, METRICS_FILE, MEASURES_FILE),
+    Purpose.CHOOSE: (MEASURES_FILE,),
+    Purpose.TIME: (TRAINED, METRICS_FILE),
+    Purpose.BEGIN: (TRAINED, METRICS_FILE),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Earlier:
 def earlier_contests(
     folders: Sequence[Path], contest: Contest, record: Mapping[str, Any]
 ) -> list[Earlier]:
-    """Check that runs of earlier contests have the text, the start and the measures of this one.
+    """Check that runs of earlier contests have the text, the GPU and the measures of this one.
 
     Args:
         folders: outputs of the earlier contests.
@@ -57,13 +77,17 @@ def earlier_contests(
                 f"--take {folder} holds no {RECORD} and {COPY}; pass the --output of a contest"
             )
         known, values = read_record(folder / RECORD), read_values(folder / COPY)
-        other = [name for name, value in record.items() if known.get(name, value) != value]
+        needed = {"file", "environment", *record}
+        if not isinstance(known, dict) or not needed <= known.keys():
+            missing = min(needed - known.keys()) if isinstance(known, dict) else "record"
+            raise UserFileError(
+                f"--take {folder}: its {RECORD} has no {missing}, so nobody knows whether its runs "
+                "can stand for others; leave the folder out"
+            )
+        other = [name for name, value in record.items() if known[name] != value]
         # Times of another one would pass for those of this.
         other += ["GPU"] if known["environment"]["GPU"] != gpu else []
-        keys = MEASURES + (BEGINNING if contest.start else ())
-        other += [key for key in keys if values[key] != own[key]]
-        if contest.start and Path(values["config"]).name != Path(own["config"]).name:
-            other.append("config")
+        other += [key for key in MEASURES if values[key] != own[key]]
         if other:
             raise UserValueError(
                 f"--take {folder}: its contest has another {', '.join(other)} than {contest.path}, "
@@ -74,43 +98,69 @@ def earlier_contests(
 
 
 def take(
-    run: Run,
-    earlier: Sequence[Earlier],
-    moved: Container[str],
-    seed: int | None = None,
-    is_start: bool = False,
+    run: Run, earlier: Sequence[Earlier], moved: Container[str], purpose: Purpose, seed: int = 0
 ) -> None:
-    """Copy a finished run of an earlier contest, if it is equal and this one has not begun.
+    """Copy an equal run that an earlier contest finished, unless this one has begun it.
 
     Args:
         moved: keys that may differ.
-        seed: the run's, if all measures are taken of it.
-        is_start: whether others begin from its last checkpoint, which is left out otherwise.
+        seed: the run's, if it judges.
+
+    Raises:
+        OSError: a run cannot be copied.
     """
-    if run.folder.exists():
+    # A sweep makes the folders of all runs that wait.
+    if run.folder.exists() and {*run.folder.iterdir()} - _of_a_run_that_waits(run):
         return
     for contest in earlier:
         theirs = contest.folder / run.name
-        record = theirs / "config.json"
-        measured = seed is None or seed in contest.seeds
-        if not (theirs / FINISHED).exists() or not record.exists() or not measured:
+        files = [FINISHED, CONFIG, *NEEDED[purpose]]
+        if not all((theirs / name).is_file() for name in files):
             continue
-        if is_start and not complete_checkpoints(theirs / CHECKPOINTS):
+        if purpose is Purpose.JUDGE and seed not in contest.seeds:
             continue
-        differences = all_differences(
-            json.loads(record.read_text()), json.loads(record_of(run.config))
-        )
-        if other := [each.key for each in differences if each.key not in moved]:
+        if purpose is Purpose.BEGIN and not complete_checkpoints(theirs / CHECKPOINTS):
+            continue
+        other = _differences(theirs, run, moved)
+        if run.needs:
+            other += _differences(contest.folder / run.needs.name, run.needs, moved)
+        if other:
             say(f"{run.name} is not taken from {contest.folder}: another {', '.join(other)}")
             continue
-        left_out = () if is_start else (CHECKPOINTS,)
-        # All or nothing, as what is cut off would pass for a finished run.
-        partial = run.folder.with_name(f"{run.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(theirs, partial, ignore=shutil.ignore_patterns(*left_out))
-        source = partial / TAKEN_FROM
-        if not source.exists():
-            source.write_text(contest.name)
-        partial.replace(run.folder)
+        _copy(contest, theirs, run, checkpoints=purpose is Purpose.BEGIN)
         say(f"{run.name} is taken from {contest.folder}")
         return
+
+
+def _of_a_run_that_waits(run: Run) -> set[Path]:
+    return {run.folder / name for name in (CONFIG, START, REVISIONS)}
+
+
+def _differences(folder: Path, run: Run, moved: Container[str]) -> list[str]:
+    """Keys in which the record of a run differs from ``run``, or the record if it is damaged."""
+    try:
+        recorded = read_record(folder / CONFIG)
+        found = all_differences(recorded, json.loads(record_of(run.config)))
+    except (OSError, AttributeError):
+        return [f"{folder.name}/{CONFIG}"]
+    return [each.key for each in found if each.key not in moved]
+
+
+def _copy(contest: Earlier, theirs: Path, run: Run, checkpoints: bool) -> None:
+    """Copy a run, all or nothing, as what is cut off would pass for a finished run."""
+    partial = run.folder.with_name(f"{run.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    left_out = shutil.ignore_patterns(*(() if checkpoints else (CHECKPOINTS,)))
+    try:
+        shutil.copytree(theirs, partial, ignore=left_out)
+    except OSError as error:
+        # The first of the files that cannot be copied is named.
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise UserFileError(
+            f"--take {contest.folder}: {run.name} cannot be copied ({reason}); mend it, or leave "
+            "the folder out"
+        ) from None
+    if not (partial / TAKEN_FROM).exists():
+        (partial / TAKEN_FROM).write_text(contest.name)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    partial.replace(run.folder)

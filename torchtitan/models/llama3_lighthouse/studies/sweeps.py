@@ -32,6 +32,8 @@ from .settings import record_of
 ERROR_LINE = re.compile(r"^Error: (.+)", re.MULTILINE)
 # This file in a run's folder says that the run trained to its end.
 FINISHED = "finished"
+# This one holds its configuration.
+CONFIG = "config.json"
 # Processes that the threads of a sweep wait for, so that the main thread can end them.
 under_way: set[subprocess.Popen] = set()
 
@@ -230,7 +232,7 @@ def begin(run: Run, moved: Container[str] = ()) -> bool:
     Raises:
         ValueError: the folder holds a run of another configuration.
     """
-    record, config = run.folder / "config.json", record_of(run.config)
+    record, config = run.folder / CONFIG, record_of(run.config)
     if record.exists():
         differences = all_differences(json.loads(record.read_text()), json.loads(config))
         if found := [each.key for each in differences if each.key not in moved]:
