@@ -66,7 +66,7 @@ RECIPES = {
     "window": ("window of 256", WINDOW),
     "published": ("published selection", LIGHTHOUSE),
 }
-# Of these, the rivals of positions that skip.
+# The rivals of positions that skip among these.
 RIVALS = {arm: RECIPES[arm] for arm in ("dense", "short_then_long", "lighthouse_half")}
 
 
