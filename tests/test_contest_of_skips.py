@@ -3,14 +3,11 @@
 import json
 import re
 import statistics
-from collections.abc import Sequence
 from itertools import combinations
 
 import pandas
 from contest_records import between, check_steps, difference, results_of, with_half
 from pages import DOCS, words
-
-from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
 NAME, OURS, MOSTLY = "distance_skips_17m", "skip_then_long", "skip_mostly"
 RETURNED = "repeated/16384/loss"
@@ -20,15 +17,6 @@ RUNS = RESULTS.runs
 
 def values(arm: str, measure: str) -> list[float]:
     return [RESULTS.value(arm, seed, measure) for seed in RESULTS.seeds(arm, measure)]
-
-
-def gap(arm: str, control: str, measure: str, seeds: Sequence[int]) -> tuple[float, float, float]:
-    """A difference over some seeds, at the page's level: mean and interval."""
-    gaps = [RESULTS.value(arm, seed, measure) - RESULTS.value(control, seed, measure)
-            for seed in seeds]  # fmt: skip
-    found = t_interval(gaps, RESULTS.level(measure))
-    assert found.low is not None and found.high is not None
-    return found.mean, found.low, found.high
 
 
 def either_way(mean: float, low: float, high: float) -> str:
@@ -70,21 +58,27 @@ def test_starts_and_single_seeds() -> None:
     own = {(arm, seed) for arm, seed in starts.index if starts[arm, seed] != starts[OURS, seed]}
     assert own == {*(("dense", seed) for seed in (1, 2, 3)),
                    *((arm, 2) for arm in ("short_then_long", "lighthouse_half"))}  # fmt: skip
-    mean, low, high = gap(OURS, "short_then_long", RETURNED, [1, 3, 4, 5, 6])
+    mean, low, high = difference(NAME, OURS, "short_then_long", RETURNED, [1, 3, 4, 5, 6])
     assert f"is {-mean:.3f} nats {between(low, high)} below `short_then_long`" in PAGE
-    with_dense = either_way(*gap(OURS, "dense", RETURNED, [4, 5, 6])).format(" `dense`")
+    with_dense = either_way(*difference(NAME, OURS, "dense", RETURNED, [4, 5, 6])).format(
+        " `dense`"
+    )
     assert f"where both share a start, it is {with_dense}" in PAGE
     for control, crossing in (("dense", [1, 3, 4, 5, 6]), ("short_then_long", [])):
         rest = {seed: [each for each in RESULTS.contest.seeds if each != seed]
                 for seed in RESULTS.contest.seeds}  # fmt: skip
-        assert [n for n in rest if gap(OURS, control, RETURNED, rest[n])[2] > 0] == crossing
+        assert [
+            n for n in rest if difference(NAME, OURS, control, RETURNED, rest[n])[2] > 0
+        ] == crossing
     assert "If seed 1, 3, 4, 5 or 6 is left out, its interval reaches beyond zero." in PAGE
 
 
 def test_arm_of_which_three_seeds_have_finished() -> None:
-    found = either_way(*gap(MOSTLY, OURS, RETURNED, [1, 2, 3])).format(" `skip_then_long`")
+    found = either_way(*difference(NAME, MOSTLY, OURS, RETURNED, [1, 2, 3])).format(
+        " `skip_then_long`"
+    )
     assert f"it is {found}" in PAGE
-    mean, low, high = gap(MOSTLY, OURS, "loss", [1, 2, 3])
+    mean, low, high = difference(NAME, MOSTLY, OURS, "loss", [1, 2, 3])
     assert f"held-out loss is {-mean:.3f} nats {between(low, high)} lower" in PAGE
     steps = {arm: json.loads(RUNS[RUNS.arm == arm]["steps by kind"].iloc[0])
              for arm in (MOSTLY, OURS)}  # fmt: skip
@@ -108,7 +102,7 @@ def test_other_distances_and_passkeys() -> None:
         assert re.search(rf"`{arm}` (finds )?{share:.0%}", PAGE)
     for arm, control in combinations(RESULTS.contest.arms, 2):
         seeds = [1, 2, 3] if MOSTLY in (arm, control) else RESULTS.contest.seeds
-        _, low, high = gap(arm, control, "retrieval/passkey/32768", seeds)
+        _, low, high = difference(NAME, arm, control, "retrieval/passkey/32768", seeds)
         assert low < 0 < high
 
 

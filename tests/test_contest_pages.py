@@ -133,7 +133,7 @@ def test_page_of_the_headline_is_its_record() -> None:
     rows = re.findall(r"\| `(\w+)` \|" + r" ([^|]*) \|" * 8, page)
     assert {arm for arm, *_ in rows} == set(runs.index) and len(rows) == 4
     for arm, trained, tokens, loss, returned, near, far, seconds, dense in rows:
-        check_steps(results, arm, trained, tokens, seconds, dense)
+        check_steps(results, arm, trained, tokens, seconds, dense, digits=0)
         measures = ("loss", "repeated/65536/loss", "repeated/8192", "repeated/65536")
         values = [round(results.value(arm, 1, measure), 3) for measure in measures]
         assert [float(loss), float(returned), float(near), float(far)] == values

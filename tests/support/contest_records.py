@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 
 from pages import DOCS, ROOT
@@ -18,10 +19,20 @@ def results_of(name: str) -> Results:
     return Results(read_contest(ROOT / f"train_configs/contests/{name}.toml"), folder)
 
 
-def difference(name: str, arm: str, control: str, measure: str) -> tuple[float, float, float]:
-    """A measure of an arm less its control's: mean and interval."""
+def difference(
+    name: str, arm: str, control: str, measure: str, seeds: Sequence[int] = ()
+) -> tuple[float, float, float]:
+    """A measure of an arm less its control's: mean and interval.
+
+    Args:
+        seeds: those that count; all that both have by default.
+    """
     results = results_of(name)
-    found = t_interval(results.differences(arm, control, measure), results.level(measure))
+    gaps = results.differences(arm, control, measure)
+    if seeds:
+        gaps = [results.value(arm, seed, measure) - results.value(control, seed, measure)
+                for seed in seeds]  # fmt: skip
+    found = t_interval(gaps, results.level(measure))
     assert found.low is not None and found.high is not None
     return found.mean, found.low, found.high
 
@@ -41,14 +52,23 @@ def with_half(values: list[float]) -> str:
 
 
 def check_steps(
-    results: Results, arm: str, trained: str, tokens: str, seconds: str, dense: str
+    results: Results,
+    arm: str,
+    trained: str,
+    tokens: str,
+    seconds: str,
+    dense: str,
+    digits: int = 1,
 ) -> None:
-    """The cells of a table that tell how an arm was trained, in how much time."""
+    """The cells of a table that tell how an arm was trained, in how much time.
+
+    Args:
+        digits: of seconds, after the point.
+    """
     own = results.runs[results.runs.arm == arm]
     steps = json.loads(own["steps by kind"].iloc[0])
     assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == list(steps.values())
     kind, number = list(steps.items())[-1]
-    digits = len(seconds.partition(".")[2])
     assert kind.endswith("dense") and dense == f"{results.times[arm][kind] * number:,.{digits}f}"
     assert tokens == f"{own.tokens.iloc[0] / 1e6:.1f}M"
     assert seconds == f"{own['GPU seconds'].mean():,.{digits}f}"

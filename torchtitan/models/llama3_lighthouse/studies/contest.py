@@ -47,6 +47,7 @@ from .contest_rates import (
     WIDENED,
     Place,
     best_rates,
+    only_rates,
     rates_of,
     say_rates,
     tried_places,
@@ -358,11 +359,10 @@ def _place_finished(contestants: _Contestants, rates: dict[str, list[float]]) ->
     An arm of which added rates have not finished has the best of its file.
     """
     contest = contestants.contest
-    best = {name: rates[name][0] for name in contest.arms if len(rates[name]) == 1}
-    of_file = {name: arm.rates for name, arm in contest.arms.items()}
-    for tried in (of_file, rates):
-        runs = contestants.place(RATES, tried_places(contest, tried, contest.arms))
-        best |= best_rates(contest, runs)
+    tried = contestants.place(RATES, tried_places(contest, rates, contest.arms))
+    of_file = {key: run for key, run in tried.items() if key[1] in contest.arms[key[0]].rates}
+    best = only_rates(rates, contest.arms)
+    best |= best_rates(contest, of_file) | best_rates(contest, tried)
     contestants.place(SEEDS, [(name, best[name], seed) for name in best for seed in contest.seeds])
 
 
@@ -371,8 +371,7 @@ def _choose_rates(
 ) -> dict[str, float]:
     """Each arm's best rate, without the arms of which a run failed."""
     contest = contestants.contest
-    only = {name: rates[name][0] for name in arms if len(rates[name]) == 1}
-    best = only
+    best = only = only_rates(rates, arms)
     while len(only) < len(arms):
         tried = contestants.train_all(RATES, tried_places(contest, rates, arms))
         best = only | best_rates(contest, tried)

@@ -24,6 +24,11 @@ def rates_of(contest: Contest, output: Path) -> dict[str, list[float]]:
     return {name: sorted({*arm.rates, *added.get(name, [])}) for name, arm in contest.arms.items()}
 
 
+def only_rates(rates: Mapping[str, list[float]], arms: Iterable[str]) -> dict[str, float]:
+    """The rates of arms that have no choice."""
+    return {name: rates[name][0] for name in arms if len(rates[name]) == 1}
+
+
 def widen(contest: Contest, rates: dict[str, list[float]], best: dict[str, float]) -> list[str]:
     """Add a rate beyond each grid whose best is at its edge, and return the arms that got one."""
     found = []

@@ -1,6 +1,5 @@
 """Finished runs of earlier contests, in the place of equal ones that a contest would train."""
 
-import json
 import shutil
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.folders import complete_checkpoints
-from ..checkpoints.resume import all_differences
 from ..environment import environment
 from ..errors import UserFileError, UserValueError
 from ..evaluation.progress import say
@@ -19,7 +17,7 @@ from .contest_file import COPY, RECORD, Contest, read_record, read_values
 from .contest_measures import MEASURES_FILE
 from .recovery_plan import CHECKPOINTS
 from .settings import record_of
-from .sweeps import CONFIG, FINISHED, Run
+from .sweeps import CONFIG, FINISHED, Run, differing_keys
 
 # Keys of a contest's file that decide what is measured of a run.
 MEASURES = ("retrieval", "prompts", "distance", "tuned_by")
@@ -139,11 +137,9 @@ def _of_a_run_that_waits(run: Run) -> set[Path]:
 def _differences(folder: Path, run: Run, moved: Container[str]) -> list[str]:
     """Keys in which the record of a run differs from ``run``, or the record if it is damaged."""
     try:
-        recorded = read_record(folder / CONFIG)
-        found = all_differences(recorded, json.loads(record_of(run.config)))
-    except (OSError, AttributeError):
+        return differing_keys(folder / CONFIG, record_of(run.config), moved)
+    except (OSError, ValueError, AttributeError):
         return [f"{folder.name}/{CONFIG}"]
-    return [each.key for each in found if each.key not in moved]
 
 
 def _copy(contest: Earlier, theirs: Path, run: Run, checkpoints: bool) -> None:

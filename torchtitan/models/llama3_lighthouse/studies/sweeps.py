@@ -223,6 +223,16 @@ def train(run: Run, processes: int, title: str, environment: Environment, lock: 
     return process.returncode
 
 
+def differing_keys(record: Path, config: str, moved: Container[str] = ()) -> list[str]:
+    """The keys of a recorded configuration that have another value in ``config``, a record too.
+
+    Args:
+        moved: keys that may differ.
+    """
+    differences = all_differences(json.loads(record.read_text()), json.loads(config))
+    return [each.key for each in differences if each.key not in moved]
+
+
 def begin(run: Run, moved: Container[str] = ()) -> bool:
     """Make the run's folder, and return whether there is anything left to train.
 
@@ -233,13 +243,11 @@ def begin(run: Run, moved: Container[str] = ()) -> bool:
         ValueError: the folder holds a run of another configuration.
     """
     record, config = run.folder / CONFIG, record_of(run.config)
-    if record.exists():
-        differences = all_differences(json.loads(record.read_text()), json.loads(config))
-        if found := [each.key for each in differences if each.key not in moved]:
-            raise UserValueError(
-                f"{run.folder} holds a run with another {', '.join(found)}; "
-                "pass --output FOLDER with one of its own, or remove it"
-            )
+    if record.exists() and (found := differing_keys(record, config, moved)):
+        raise UserValueError(
+            f"{run.folder} holds a run with another {', '.join(found)}; "
+            "pass --output FOLDER with one of its own, or remove it"
+        )
     run.folder.mkdir(parents=True, exist_ok=True)
     record.write_text(config)
     return not run.is_finished
