@@ -129,6 +129,25 @@ def test_times_and_starts_are_taken_too(both, faked, path, tmp_path) -> None:
     assert runs.groupby("seed").start.nunique().max() == 1
 
 
+def test_starts_are_taken_from_a_contest_with_other_measures(both, faked, path, tmp_path) -> None:
+    at_equal_time(path, 4)
+    with_start(path)
+    both()
+    # The first contest has lost one of its starts.
+    for start in (tmp_path / "out").glob("start,seed=1/checkpoint/step-12"):
+        (start / ".metadata").touch()
+    shutil.rmtree(tmp_path / "two")
+    trained = len(faked.trained)
+    out, code = both(changed=("prompts = 5", "prompts = 6"))
+    assert not code, out
+    assert f"only starts and times are taken from {tmp_path / 'out'}: another prompts than" in out
+    assert "start,seed=1 is taken from" in out and "dense,times is taken from" in out
+    again = faked.trained[trained:]
+    assert "start,seed=2" in again and "start,seed=1" not in again
+    assert {name.split(",")[0] for name in again} == {"start", "dense", "window", "lighthouse"}
+    assert "times" not in "".join(again)
+
+
 def test_another_number_of_processes_is_refused(both) -> None:
     assert "another processes than" in str(both("--processes", "2")[1])
 

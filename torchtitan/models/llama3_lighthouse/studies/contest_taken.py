@@ -49,17 +49,21 @@ class Earlier:
         folder: its output.
         name: its file's name.
         seeds: seeds whose runs have all measures. The others have that which chooses rates.
+        only_unmeasured: whether its measures differ, so that only starts and times can be taken.
     """
 
     folder: Path
     name: str
     seeds: list[int]
+    only_unmeasured: bool
 
 
 def earlier_contests(
     folders: Sequence[Path], contest: Contest, record: Mapping[str, Any]
 ) -> list[Earlier]:
     """Check that runs of earlier contests have the text, the GPU and the measures of this one.
+
+    Other measures are refused, unless this contest has a start, which nobody measures.
 
     Args:
         folders: outputs of the earlier contests.
@@ -85,13 +89,20 @@ def earlier_contests(
         other = [name for name, value in record.items() if known[name] != value]
         # Times of another one would pass for those of this.
         other += ["GPU"] if known["environment"]["GPU"] != gpu else []
-        other += [key for key in MEASURES if values[key] != own[key]]
+        measures = [key for key in MEASURES if values[key] != own[key]]
+        if not contest.start:
+            other += measures
         if other:
             raise UserValueError(
                 f"--take {folder}: its contest has another {', '.join(other)} than {contest.path}, "
                 "so its runs cannot stand for these; leave the folder out"
             )
-        found.append(Earlier(folder, known["file"], values["seeds"]))
+        if measures:
+            say(
+                f"only starts and times are taken from {folder}: another {', '.join(measures)} "
+                f"than {contest.path}"
+            )
+        found.append(Earlier(folder, known["file"], values["seeds"], bool(measures)))
     return found
 
 
@@ -110,7 +121,10 @@ def take(
     # A sweep makes the folders of all runs that wait.
     if run.folder.exists() and {*run.folder.iterdir()} - _of_a_run_that_waits(run):
         return
+    is_measured = purpose in (Purpose.JUDGE, Purpose.CHOOSE)
     for contest in earlier:
+        if is_measured and contest.only_unmeasured:
+            continue
         theirs = contest.folder / run.name
         files = [FINISHED, CONFIG, *NEEDED[purpose]]
         if not all((theirs / name).is_file() for name in files):
