@@ -11,6 +11,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,6 +52,7 @@ from torchtitan.models.llama3_lighthouse.studies.recovery_plots import Line  # n
 Rows = list[dict[str, Any]]
 STUDIES = DOCS / "studies/results"
 LOSS = "held-out loss, nats per token"
+SKIPS = "tab:green"
 # Arms of the study of learning rates: in its record, in the legend, colour and marker.
 ARMS = (
     ("dense", "dense", DENSE, "o"),
@@ -66,8 +68,21 @@ RECIPES = {
     "window": ("window of 256", WINDOW),
     "published": ("published selection", LIGHTHOUSE),
 }
-# The rivals of positions that skip among these.
-RIVALS = {arm: RECIPES[arm] for arm in ("dense", "short_then_long", "lighthouse_half")}
+# Arms of the contests at several lengths: name, colour, and style of the line.
+ARMS_OF_TREND = {
+    "dense": ("dense", DENSE, "o-"),
+    "short_then_long": ("short sequences first", DENSE, "^--"),
+    "lighthouse_half": ("Lighthouse, half dense", LIGHTHOUSE, "s-"),
+    "skip_then_long": ("short first, positions skip", SKIPS, "D-"),
+    "skip_mostly": ("the same, 5% at full length", SKIPS, "v--"),
+}
+# Contests of these arms: size, sequence length, and number of seeds.
+TREND = {
+    "trend_17m_16k": ("17M", 16384, "two seeds"),
+    "distance_skips_17m": ("17M", 32768, "six seeds"),
+    "trend_17m_98k": ("17M", 98304, "one seed"),
+    "trend_50m_32k": ("50M", 32768, "one seed"),
+}
 
 
 def read_json(name: str) -> Any:
@@ -139,8 +154,8 @@ def learning_rates(path: Path) -> None:
 def overview(path: Path) -> None:
     """The README's figure: speed over the length, and loss of returning passages by recipe."""
     (run,) = [run for run in read_json("training_98k.json") if run["config"] == "270m_98k.toml"]
-    figure = new_figure(11, 5.4)
-    grid = figure.add_gridspec(2, 2, height_ratios=[len(RECIPES), len(RIVALS)])
+    figure = new_figure(11, 6.4)
+    grid = figure.add_gridspec(2, 2)
     left, upper, lower = map(figure.add_subplot, (grid[:, 0], grid[0, 1], grid[1, 1]))
     speed: dict[str, dict[int, float]] = {}
     for stage, name, colour, style in (("lighthouse", "Lighthouse stage", LIGHTHOUSE, "s-"),
@@ -172,11 +187,53 @@ def overview(path: Path) -> None:
     contest_plots.by_arm(upper, contest_results("distance_17m"), RECIPES)
     upper.set(xlabel="first contest: loss of passages that return after 16,384\n"
                      "tokens, nats per token; lower is better; 17M model")  # fmt: skip
-    skips = contest_results("distance_skips_17m")
-    contest_plots.by_arm(lower, skips, RIVALS, less="skip_then_long")
-    lower.axvline(0, color="black", linewidth=0.8)
-    lower.set(xlabel="second contest: this loss minus that of short sequences\n"
-                     "first with positions that skip; right of 0 skips are better")  # fmt: skip
+    over_lengths(lower)
+    save(figure, path)
+
+
+def over_lengths(axis: Any) -> None:
+    """The primary measure of the trend's arms at 17M over the sequence length."""
+    contests = {length: contest_results(each) for each, (size, length, _) in TREND.items()
+                if size == "17M"}  # fmt: skip
+    for arm, (name, colour, style) in ARMS_OF_TREND.items():
+        found = {
+            length: [each.value(arm, seed, each.contest.primary)
+                     for seed in each.seeds(arm, each.contest.primary)]
+            for length, each in contests.items()
+        }  # fmt: skip
+        # One arm has not run at all lengths.
+        if not all(found.values()):
+            continue
+        means = [*map(statistics.fmean, found.values())]
+        axis.plot([*found], means, style, color=colour, label=name, markersize=4)
+        for length, values in found.items():
+            axis.plot([length] * len(values), values, style[0], color=colour, markersize=4,
+                      markerfacecolor="none")  # fmt: skip
+    length_axis(axis, contests)
+    axis.set(xlabel="sequence length, tokens; passages return after half of it,\n"
+                    "at 98K after two thirds; 17M model")  # fmt: skip
+    axis.set_ylabel("loss of passages, nats")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def trend(path: Path) -> None:
+    """Loss of returning passages over the distance, a panel for each length and size."""
+    figure = new_figure(12, 4.2)
+    axes = figure.subplots(1, len(TREND), sharey=True)
+    for axis, (each, (size, length, seeds)) in zip(axes, TREND.items(), strict=True):
+        lines = contest_plots.distance_lines(contest_results(each))
+        for arm, x, estimates in lines:
+            name, colour, style = ARMS_OF_TREND[arm]
+            axis.plot(x, [each.mean for each in estimates], style, color=colour, markersize=4,
+                      linewidth=1, label=name)  # fmt: skip
+        length_axis(axis, [place for _, x, _ in lines for place in x])
+        axis.set_title(f"{size}, {length:,} tokens, {seeds}", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(contest_plots.RETURNED)
+    figure.supxlabel(contest_plots.DISTANCE, fontsize=10)
+    handles, names = axes[2].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
     save(figure, path)
 
 
@@ -438,6 +495,10 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "studies/results/contest_distance_skips_17m/loss_over_distance.png": contest(
         "distance_skips_17m", contest_plots.by_distance
     ),
+    "studies/results/contest_trend_17m_98k/loss_over_time.png": contest(
+        "trend_17m_98k", contest_plots.over_time
+    ),
+    "studies/results/contest_trend_17m_98k/trend.png": trend,
     "studies/results/contest_headline_270m_98k/loss_over_time.png": contest(
         "headline_270m_98k", contest_plots.over_time
     ),

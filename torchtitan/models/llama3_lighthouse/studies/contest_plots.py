@@ -16,6 +16,8 @@ from .contest_results import Results
 from .contest_statistics import t_interval
 
 LOSS = "held-out loss, nats per token"
+DISTANCE = "tokens back to where the passage stood"
+RETURNED = "loss of returning passages, nats per token"
 # Name, places on the x axis, and estimates there.
 Line = tuple[str, list[float], list[Estimate]]
 
@@ -32,24 +34,16 @@ def primary(results: Results, path: Path) -> None:
     save(figure, path)
 
 
-def by_arm(
-    axis: Any, results: Results, arms: dict[str, tuple[str, Any]], less: str | None = None
-) -> None:
+def by_arm(axis: Any, results: Results, arms: dict[str, tuple[str, Any]]) -> None:
     """Draw the primary measure into axes of matplotlib, a row for each arm.
 
     Args:
         arms: the name that is shown of each arm, and its colour, from top to bottom.
-        less: an arm whose measure of the same seed is taken off. The intervals are then those of
-            the contest's comparisons.
     """
     measure = results.contest.primary
-    level = results.level(measure) if less else 0.95
     for place, (arm, (_, colour)) in enumerate(arms.items()):
-        if less:
-            values = results.differences(arm, less, measure)
-        else:
-            values = [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
-        found = t_interval(values, level)
+        values = [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
+        found = t_interval(values, 0.95)
         axis.plot(values, [place] * len(values), "o", color=colour, markerfacecolor="none")
         axis.plot(found.mean, place, "|", color=colour, markersize=16)
         if found.low is not None and found.high is not None:
@@ -80,9 +74,13 @@ def by_position(results: Results, path: Path) -> None:
 
 def by_distance(results: Results, path: Path) -> None:
     """Draw the loss of passages that return, by the distance to where they stood before."""
-    lines = _over_lengths(results, ["repeated/*/loss"])
-    labels = "tokens back to where the passage stood", "loss of returning passages, nats per token"
-    _draw(path, lines, labels, by_length=True)
+    lines = distance_lines(results)
+    _draw(path, lines, (DISTANCE, RETURNED), by_length=True)
+
+
+def distance_lines(results: Results) -> list[Line]:
+    """The loss of passages that return over the distance, a line for each arm."""
+    return _over_lengths(results, ["repeated/*/loss"])
 
 
 def retrieval(results: Results, path: Path) -> None:
