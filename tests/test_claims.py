@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import pandas
 import pytest
 from contest_records import between, difference, results_of, with_half
 from pages import DOCS, ROOT, words
@@ -191,6 +192,14 @@ def skips_at_98k() -> str:
     )
 
 
+def beside_yarn() -> str:
+    trained = pandas.read_csv(DOCS / "studies/results/extension_17m/distance.csv")
+    own = trained[(trained.checkpoint == "yarn") & (trained.measure == "repeated")]
+    alone = own[(own.tokens == 65536) & own.quantity.isna()].value.item()
+    skips = results_of("trend_17m_98k").value("skip_then_long", 1, "repeated/65536")
+    return f"gains {alone:.3f} nats from passages 65,536 tokens back; skips gain {skips:.3f} here"
+
+
 def headline() -> str:
     """How far short sequences first lie below dense training and Lighthouse at 98,304 tokens."""
     dense, lighthouse = (
@@ -313,6 +322,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "skips": skips,
     "half dense": beside_half_dense,
     "share at full length": share_of_long,
+    "beside YaRN": beside_yarn,
     "headline": headline,
     "speed of the headline": speed_of_the_headline,
     "laptop": on_a_laptop,

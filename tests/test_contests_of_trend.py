@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 
+import pandas
 import pytest
 from contest_records import between, results_of
 from pages import DOCS, words
@@ -113,6 +114,15 @@ def test_distances_at_full_length() -> None:
     assert f"by {-middle:.3f} nats {between(low, high)}, and" in PAGE
     middle, low, high = over_books(LONG, "lighthouse_half", "dense", "loss")
     assert f"{-middle:.3f} nats on plain books ({-low:.3f} below to {high:.3f} above)" in PAGE
+
+
+def test_gains_under_yarn_in_the_other_study() -> None:
+    other = pandas.read_csv(DOCS / "studies/results/extension_17m/distance.csv")
+    gains = other[(other.measure == "repeated") & (other.tokens == 65536) & other.quantity.isna()]
+    found = gains.set_index("checkpoint").value
+    assert f"gains {found['yarn']:.3f} nats from passages 65,536 tokens earlier under YaRN" in PAGE
+    assert f"and {found['dense']:.3f} after 116 dense steps" in PAGE
+    assert f"set against the {mean(LONG, OURS, 'repeated/65536'):.3f} above" in PAGE
 
 
 def test_steps_and_times_at_full_length() -> None:

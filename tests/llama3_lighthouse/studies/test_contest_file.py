@@ -90,6 +90,7 @@ def check_refusal(call, path, old: str, new: str, message: str) -> None:
         ("seq_len=128", "seq_len=1024", "contest.toml, start: lighthouse.schedule"),
         ("rate = 5e-4", "rate = 5e-4\noptimizer.lr = 1e-3", "start sets optimizer.lr, which runs"),
         ("rate = 5e-4", 'rate = 5e-4\nmodel.flavor = "17M"', "model.flavor, which all runs share"),
+        ("rates = [2e-3]", 'rates = [2e-3]\nmodel.flavor = "17M"', "flavor, which all runs share"),
         (
             "training.max_norm = 1",
             'checkpoint.initial_load_path = "x"',

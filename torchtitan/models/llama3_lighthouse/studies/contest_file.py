@@ -28,6 +28,8 @@ OWN_KEYS = SETTINGS.keys() - {"lighthouse.stage"}
 # [start] sets these for the arms.
 INITIAL_KEYS = {"checkpoint.initial_load_path", "checkpoint.initial_load_model_only"}
 SHARED_KEYS = ("validation.", "lighthouse.tokenizer", "model.hf_assets_path")
+# An arm may change these of the model that it begins from, as extending one does.
+ROTARY_KEYS = ("model.rope_theta", "model.rope_scaling")
 # More than half of the timed steps have to be like all later ones.
 LEAST_TIMED = 10
 
@@ -358,6 +360,7 @@ def _check(contest: Contest) -> None:
                 )
             # No measure is taken of the run that all begin from.
             own = name == "settings" or (name == "start" and key.startswith("validation."))
+            own |= bool(contest.start) and key in ROTARY_KEYS
             if key.startswith(shared) and not own:
                 place = f"{contest.path}: {name}"
                 raise UserValueError(f"{place} sets {key}, which all runs share; use [settings]")
