@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -393,3 +394,31 @@ def test_the_time_left_is_told_by_runs_that_trained_whole(
     out, _ = call()
     first, second = re.findall(r"done in .*", out)[:2]
     assert "left" not in first and "left" in second
+
+
+def test_the_time_left_falls_by_a_run_with_each_run(call, path, faked, monkeypatch) -> None:
+    with_start(path)
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: float(next(clock)))
+    out, code = call()
+    assert not code
+    told = re.findall(r"done in 1:00(?:; about (\d+):00 left)?", out)
+    # Seven runs of three arms and two starts, in two parts.
+    assert [int(minutes or 0) for minutes in told] == [2, 1, 0, 5, 4, 3, 2, 1, 0]
+
+
+def test_the_time_left_counts_slots_and_what_runs_under_way_have_done(monkeypatch) -> None:
+    monkeypatch.setattr(sweeps.time, "monotonic", lambda: 1000.0)
+    start, arm = SimpleNamespace(needs=None), SimpleNamespace(needs=object())
+    state = SimpleNamespace(
+        seconds={False: [300.0], True: [80.0, 120.0]},
+        active={1: (arm, {}, 970.0), 2: (start, {}, 900.0)},
+        waiting=[arm, arm],
+        slots=3,
+    )
+    # Slots are free after 70, 200 and 0 seconds, and both arms fit before the last ends.
+    assert sweeps._Sweep.seconds_left(state) == 200
+    state.waiting *= 2
+    assert sweeps._Sweep.seconds_left(state) == 270
+    state.seconds = {False: [], True: []}
+    assert sweeps._Sweep.seconds_left(state) == 0

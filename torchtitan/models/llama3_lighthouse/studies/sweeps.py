@@ -1,5 +1,6 @@
 """Training runs, a few at a time, each in a folder of its own, taken up where they stopped."""
 
+import heapq
 import json
 import math
 import os
@@ -272,7 +273,8 @@ class _Sweep:
         self.free = list(slots)
         self.slots = len(slots)
         self.failed: list[str] = []
-        self.seconds: list[float] = []
+        # Seconds of runs, of those that begin from another one and of those that do not.
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
         self.active: dict[Future[int], tuple[Run, Environment, float]] = {}
         say(f"{len(runs)} runs, {len(runs) - len(self.waiting)} of them finished earlier")
 
@@ -316,12 +318,28 @@ class _Sweep:
         (run.folder / FINISHED).touch()
         self.on_finished()
         if run.folder in self.fresh:
-            self.seconds.append(seconds)
-        left, rest = len(self.waiting) + len(self.active), ""
-        if left and self.seconds:
-            turns = math.ceil(left / self.slots)
-            rest = f"; about {duration(turns * statistics.fmean(self.seconds))} left"
+            self.seconds[bool(run.needs)].append(seconds)
+        left = self.seconds_left()
+        rest = f"; about {duration(left)} left" if left else ""
         say(f"{self.title(run)}: done in {duration(seconds)}{rest}")
+
+    def seconds_left(self) -> float:
+        """Seconds until the last run ends, if all take as long as their like; 0 if unknown."""
+        known = [*self.seconds[True], *self.seconds[False]]
+        if not known:
+            return 0
+        now = time.monotonic()
+
+        def usual(run: Run) -> float:
+            return statistics.fmean(self.seconds[bool(run.needs)] or known)
+
+        # When each slot is free, in seconds from now.
+        slots = [max(usual(run) - (now - start), 0) for run, _, start in self.active.values()]
+        slots += [0.0] * (self.slots - len(slots))
+        heapq.heapify(slots)
+        for run in self.waiting:
+            heapq.heapreplace(slots, slots[0] + usual(run))
+        return max(slots)
 
 
 def sweep(
