@@ -153,10 +153,12 @@ def skips() -> str:
     """How far short sequences whose positions skip lie below their rivals."""
     measure = "repeated/16384/loss"
     return ", and ".join(
-        in_contest("distance_skips_17m", measure, rival, "skip_then_long", f"{{}} below {text}")
+        in_contest(
+            "distance_skips_17m", measure, rival, "skip_then_long", f"{{}} lower than {text}"
+        )
         for rival, text in (
-            ("short_then_long", "the same without skips"),
-            ("dense", "dense training"),
+            ("short_then_long", "without skips"),
+            ("dense", "under dense training"),
         )  # fmt: skip
     )
 
@@ -169,7 +171,7 @@ def beside_half_dense() -> str:
             _, low, high = difference(name, arm, control, measure)
             assert low < 0 < high
             ends += [-low, high]
-    return f"differences of up to {max(ends):.2f} nats may be hidden"
+    return f"it may be up to {max(ends):.2f} nats better or worse"
 
 
 def over_books(name: str, arm: str, control: str, measure: str) -> str:
@@ -187,8 +189,8 @@ def skips_at_98k() -> str:
     rivals = map(with_skips_at_98k, ("short_then_long", "dense", "lighthouse_half"))
     without, dense, lighthouse = rivals
     return (
-        f"{without} lower with skips than without, {dense} lower than under dense training, and "
-        f"{lighthouse} lower than under Lighthouse"
+        f"{without} lower than with short sequences that do not skip, {dense} lower than under "
+        f"dense training, and {lighthouse} lower than under Lighthouse"
     )
 
 
@@ -197,7 +199,10 @@ def beside_yarn() -> str:
     own = trained[(trained.checkpoint == "yarn") & (trained.measure == "repeated")]
     alone = own[(own.tokens == 65536) & own.quantity.isna()].value.item()
     skips = results_of("trend_17m_98k").value("skip_then_long", 1, "repeated/65536")
-    return f"gains {alone:.3f} nats from passages 65,536 tokens back; skips gain {skips:.3f} here"
+    return (
+        f"lowers the loss of passages that stood 65,536 tokens earlier by {alone:.3f} nats; "
+        f"skips lower it by {skips:.3f} here"
+    )
 
 
 def headline() -> str:
@@ -272,7 +277,7 @@ def share_in_full(recipe: Recipe) -> float:
 
 def share_of_long() -> str:
     (share,) = {f"{share_in_full(each):.0%}" for name, each in RECIPES.items() if "short" in name}
-    return f"which is {share} where short sequences come first"
+    return f"count with {share} of their steps at full length here"
 
 
 def speed_of(recipe: Recipe) -> str:
@@ -313,7 +318,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "short sequences first": partial(
         on_books, "recommended", "short_to_long_30", "short sequences first ends {} below"
     ),
-    "dense on books": partial(on_books, "dense", "recommended", "that one {} below dense training"),
+    "dense on books": partial(
+        on_books, "dense", "recommended", "Lighthouse in turn ends {} below dense training"
+    ),
     "behind at distance": partial(at_distance, "lighthouse", "dense", "{} above dense training"),
     "skips at 98,304 tokens": skips_at_98k,
     "window at distance": partial(

@@ -1,5 +1,6 @@
 """Short stages whose rotary positions skip, so that they train the distances of long sequences."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,12 @@ def test_meshes_train_alike(one_process: Run, tmp_path: Path, mesh: dict[str, An
 
 def test_a_resume_leaves_no_trace_and_positions_matter(one_process: Run, tmp_path: Path) -> None:
     assert "8 sequences of 64 tokens spread over 256 positions" in one_process.log
+    begins = re.findall(r"begins at step (\d).* of (.* positions\b.*)", one_process.log)
+    assert [(step, runs.split(",")[0]) for step, runs in begins] == [
+        ("1", "128 positions spread over 256"),
+        ("3", "64 positions spread over 256"),
+        ("4", "256 positions"),
+    ]
     again = continued(one_process, tmp_path / "resumed", 1)
     assert losses(again) == {step: x for step, x in losses(one_process).items() if step > 1}
     (tmp_path / "plain").mkdir()

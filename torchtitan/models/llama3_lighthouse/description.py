@@ -348,11 +348,13 @@ def what_runs(
 ) -> str:
     """The ``length`` that attention runs on in ``stage``, its window, and what computes that."""
     seq_len, window = config.training.seq_len, config.lighthouse.window
-    runs = f"attention runs on {length:,} of {seq_len:,} positions"
+    skips = config.lighthouse.skip_positions
+    positions = f"{seq_len:,} positions" + (f" spread over {skips:,}" if skips else "")
+    runs = f"attention runs on {length:,} of {positions}"
     if stage != "lighthouse" or not window:
         return runs
     near, far = f"each position attends over a window of {window:,}", _far_keys(config)
-    runs = f"{runs}, {near} too" if args.selects else f"{near} of {seq_len:,} positions{far}"
+    runs = f"{runs}, {near} too" if args.selects else f"{near} of {positions}{far}"
     # A window of all positions is dense attention, and far keys have kernels of their own.
     if window >= seq_len or far:
         return runs
