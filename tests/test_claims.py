@@ -330,6 +330,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "half dense": beside_half_dense,
     "share at full length": share_of_long,
     "beside YaRN": beside_yarn,
+    "Lighthouse at 98,304 tokens": lambda: (
+        "after 32,768 tokens, by "
+        + over_books("trend_17m_98k", "lighthouse_half", "dense", "repeated/32768/loss")
+    ),
     "headline": headline,
     "speed of the headline": speed_of_the_headline,
     "laptop": on_a_laptop,
@@ -390,7 +394,7 @@ def test_every_number_of_the_readme_is_a_figure_or_a_setting() -> None:
             "32",
         ),
         # A window, and the GPU seconds of contests.
-        *("256", "15", "40"),
+        *("256", "15", "36", "40"),
         # Versions, a compute capability, a GPU's memory, tokens of a run.
         *("0.2.2", "3.11", "8.0", "80", "50.3"),
         # 1e-4, and 4% and 6% of an estimate, have tests; intervals are at 95%.

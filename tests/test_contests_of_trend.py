@@ -85,7 +85,7 @@ def test_the_outcome_in_short() -> None:
         for each in RESULTS
     ]  # fmt: skip
     assert f"32,768 tokens the lead is {leads[1]} nats, and at 16,384 tokens {leads[0]}." in PAGE
-    assert f"50M parameters it is {leads[3]}, which" in PAGE
+    assert f"50M parameters it is {leads[3]}, within" in PAGE
     # No verdict names an arm, and no interval over the two seeds excludes zero.
     for each in (SHORT, LONG, LARGER):
         folder = DOCS / f"studies/results/contest_{each.contest.path.stem}"
@@ -116,6 +116,10 @@ def test_distances_at_full_length() -> None:
     assert f"plain books is {-middle:.3f} nats {between(low, high)} lower" in PAGE
     middle, low, high = over_books(LONG, "lighthouse_half", "dense", "repeated/32768/loss")
     assert f"by {-middle:.3f} nats {between(low, high)}, and" in PAGE
+    middle, low, high = over_books(
+        LONG, "lighthouse_half", "short_then_long", "repeated/32768/loss"
+    )
+    assert f"by {-middle:.3f} nats {between(low, high)} after 32,768" in PAGE
     middle, low, high = over_books(LONG, "lighthouse_half", "dense", "loss")
     assert f"{-middle:.3f} nats on plain books ({-low:.3f} below to {high:.3f} above)" in PAGE
 

@@ -91,6 +91,7 @@ def check_refusal(call, path, old: str, new: str, message: str) -> None:
         ("rate = 5e-4", "rate = 5e-4\noptimizer.lr = 1e-3", "start sets optimizer.lr, which runs"),
         ("rate = 5e-4", 'rate = 5e-4\nmodel.flavor = "17M"', "model.flavor, which all runs share"),
         ("rates = [2e-3]", 'rates = [2e-3]\nmodel.flavor = "17M"', "flavor, which all runs share"),
+        ("rate = 5e-4", "rate = 5e-4\nmodel.rope_theta = 1e6", "rope_theta, which all runs share"),
         (
             "rates = [2e-3]",
             'rates = [2e-3]\nmodel.rope_scaling = "yarn"',
@@ -110,7 +111,7 @@ def test_a_bad_start_ends_in_one_line(call, path, old: str, new: str, message: s
 
 
 def test_arms_of_a_start_may_change_its_rotary_embedding(call, path, tmp_path) -> None:
-    with_start(path, 'model.rope_scaling = "none"')
+    with_start(path)
     own = 'rates = [2e-3]\nmodel.rope_scaling = "yarn factor=2"\nmodel.rope_theta = 4e6'
     path.write_text(path.read_text().replace("rates = [2e-3]", own, 1))
     assert not call()[1]
@@ -119,7 +120,7 @@ def test_arms_of_a_start_may_change_its_rotary_embedding(call, path, tmp_path) -
         for name in ("start,seed=1", "window,lr=0.002,seed=1", "lighthouse,lr=0.002,seed=1")
     }
     shown = [(each["rope_scaling"], each["rope_theta"]) for each in found.values()]
-    assert shown == [("none", None), ("yarn factor=2", 4e6), ("", None)]
+    assert shown == [("", None), ("yarn factor=2", 4e6), ("", None)]
 
 
 def test_steps_beside_seconds_are_refused(call, path) -> None:

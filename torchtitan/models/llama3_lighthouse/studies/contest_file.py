@@ -360,7 +360,7 @@ def _check(contest: Contest) -> None:
                 )
             # No measure is taken of the run that all begin from.
             own = name == "settings" or (name == "start" and key.startswith("validation."))
-            own |= bool(contest.start) and key in ROTARY_KEYS
+            own |= bool(contest.start) and name != "start" and key in ROTARY_KEYS
             if key.startswith(shared) and not own:
                 place = f"{contest.path}: {name}"
                 raise UserValueError(f"{place} sets {key}, which all runs share; use [settings]")
