@@ -21,7 +21,7 @@ from torchtitan.models.llama3_lighthouse.studies import recovery, recovery_plan,
 from torchtitan.models.llama3_lighthouse.studies.ablation_results import read_metrics
 from torchtitan.models.llama3_lighthouse.studies.recovery_results import below_from, interpolate
 from torchtitan.models.llama3_lighthouse.studies.settings import command_line, with_settings
-from torchtitan.models.llama3_lighthouse.studies.sweeps import Run
+from torchtitan.models.llama3_lighthouse.studies.sweeps import Run, SweepOptions
 
 ROOT = Path(__file__).parents[3]
 DEBUG = ROOT / "train_configs/debug_cpu.toml"
@@ -442,6 +442,14 @@ def test_runs_can_share_a_gpu(monkeypatch) -> None:
     assert names == ["0", "1", "0", "1"]
     with pytest.raises(ValueError, match="needs 3 GPUs"):
         sweeps.slots_of(5, 1, 2)
+
+
+@pytest.mark.parametrize(("gpus", "at_once"), [(True, 2), (False, 1)])
+def test_runs_that_tell_times_share_nothing(monkeypatch, tmp_path, gpus, at_once) -> None:
+    """Neither a GPU nor, without GPUs, the cores."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
+    alone = SweepOptions(tmp_path, at_once=4, per_gpu=2).alone()
+    assert (alone.at_once, alone.per_gpu) == (at_once, 1)
 
 
 def fake_checkpoint(run: Run, step: int, whole: bool = True) -> Path:

@@ -86,8 +86,8 @@ class SweepOptions:
         return slots_of(self.at_once, self.processes, self.per_gpu)
 
     def alone(self) -> "SweepOptions":
-        """The same with no GPU shared, on as many GPUs."""
-        at_once = math.ceil(self.at_once / self.per_gpu)
+        """The same with no GPU shared, on as many GPUs; without GPUs, one run at a time."""
+        at_once = math.ceil(self.at_once / self.per_gpu) if torch.cuda.is_available() else 1
         return replace(self, at_once=at_once, per_gpu=1)
 
 
