@@ -76,6 +76,16 @@ ARMS_OF_TREND = {
     "skip_then_long": ("short first, positions skip", SKIPS, "D-"),
     "skip_mostly": ("the same, 5% at full length", SKIPS, "v--"),
 }
+# Arms of the contest of skips and YaRN, as above; the last were not trained.
+UNTRAINED = "YaRN alone"
+ARMS_OF_SCALING = {
+    "skip_then_long": ("positions skip, no YaRN", SKIPS, "v:"),
+    "scaled_short_then_long": ("short first, YaRN", DENSE, "^--"),
+    "scaled_lighthouse_half": ("Lighthouse, half dense, YaRN", LIGHTHOUSE, "s-"),
+    "scaled_dense": ("dense, YaRN", DENSE, "o-"),
+    "scaled_skip_then_long": ("positions skip, YaRN", SKIPS, "D-"),
+    UNTRAINED: ("YaRN alone, not trained", "grey", "x--"),
+}
 # Contests of these arms: size, sequence length, and number of seeds.
 TREND = {
     "trend_17m_16k": ("17M", 16384, "two seeds"),
@@ -234,6 +244,49 @@ def trend(path: Path) -> None:
     figure.supxlabel(contest_plots.DISTANCE, fontsize=10)
     handles, names = axes[2].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
+    save(figure, path)
+
+
+def scaling(path: Path) -> None:
+    """Loss of returning passages over the distance, and of plain books, with YaRN and without."""
+    results = contest_results("scaling_17m_98k")
+    found: dict[tuple[str, str], list[float]] = {
+        (arm, measure): [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
+        for arm in results.contest.arms
+        for measure in results.measures
+    }
+    rows = [row for row in read_csv("contest_scaling_17m_98k/untrained.csv")
+            if str(row["scaling"]).startswith("yarn")]  # fmt: skip
+    by_seed: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        by_seed.setdefault((row["measure"], row["seed"]), []).append(row["value"])
+    for (measure, _), values in by_seed.items():
+        found.setdefault((UNTRAINED, measure), []).append(statistics.fmean(values))
+    figure = new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    lengths = sorted(results.contest.distance.distances or ())
+    for place, (arm, (name, colour, style)) in enumerate(ARMS_OF_SCALING.items()):
+        values = [found[arm, f"repeated/{length}/loss"] for length in lengths]
+        left.plot(lengths, [*map(statistics.fmean, values)], style, color=colour, label=name,
+                  markersize=5, linewidth=1)  # fmt: skip
+        for length, each in zip(lengths, values, strict=True):
+            left.plot([length] * len(each), each, style[0], color=colour, markersize=4,
+                      markerfacecolor=None if style[0] == "x" else "none")  # fmt: skip
+        books = found[arm, "loss"]
+        right.plot(books, [place] * len(books), style[0], color=colour,
+                   markerfacecolor=None if style[0] == "x" else "none")  # fmt: skip
+        right.plot(statistics.fmean(books), place, "|", color=colour, markersize=16)
+    length_axis(left, lengths)
+    left.set(xlabel=contest_plots.DISTANCE, ylabel=contest_plots.RETURNED)
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    right.set_yticks(
+        range(len(ARMS_OF_SCALING)), [each[0] for each in ARMS_OF_SCALING.values()], fontsize=8
+    )
+    right.invert_yaxis()
+    right.set(xlabel="loss of plain books in 98,304 tokens, nats per token")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
     save(figure, path)
 
 
@@ -499,6 +552,7 @@ FIGURES: dict[str, Callable[[Path], None]] = {
         "trend_17m_98k", contest_plots.over_time
     ),
     "studies/results/contest_trend_17m_98k/trend.png": trend,
+    "studies/results/contest_scaling_17m_98k/scaling.png": scaling,
     "studies/results/contest_headline_270m_98k/loss_over_time.png": contest(
         "headline_270m_98k", contest_plots.over_time
     ),
