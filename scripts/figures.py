@@ -197,34 +197,9 @@ def overview(path: Path) -> None:
     contest_plots.by_arm(upper, contest_results("distance_17m"), RECIPES)
     upper.set(xlabel="first contest: loss of passages that return after 16,384\n"
                      "tokens, nats per token; lower is better; 17M model")  # fmt: skip
-    over_lengths(lower)
+    passages_with_yarn(lower)
+    lower.set_ylabel("loss of passages, nats")
     save(figure, path)
-
-
-def over_lengths(axis: Any) -> None:
-    """The primary measure of the trend's arms at 17M over the sequence length."""
-    contests = {length: contest_results(each) for each, (size, length, _) in TREND.items()
-                if size == "17M"}  # fmt: skip
-    for arm, (name, colour, style) in ARMS_OF_TREND.items():
-        found = {
-            length: [each.value(arm, seed, each.contest.primary)
-                     for seed in each.seeds(arm, each.contest.primary)]
-            for length, each in contests.items()
-        }  # fmt: skip
-        # One arm has not run at all lengths.
-        if not all(found.values()):
-            continue
-        means = [*map(statistics.fmean, found.values())]
-        axis.plot([*found], means, style, color=colour, label=name, markersize=4)
-        for length, values in found.items():
-            axis.plot([length] * len(values), values, style[0], color=colour, markersize=4,
-                      markerfacecolor="none")  # fmt: skip
-    length_axis(axis, contests)
-    axis.set(xlabel="sequence length, tokens; passages return after half of it,\n"
-                    "at 98K after two thirds; 17M model")  # fmt: skip
-    axis.set_ylabel("loss of passages, nats")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 def trend(path: Path) -> None:
@@ -247,46 +222,52 @@ def trend(path: Path) -> None:
     save(figure, path)
 
 
-def scaling(path: Path) -> None:
-    """Loss of returning passages over the distance, and of plain books, with YaRN and without."""
+def measured_with_yarn(measure: str) -> dict[str, list[float]]:
+    """A measure of each arm of ``ARMS_OF_SCALING``, by seed."""
     results = contest_results("scaling_17m_98k")
-    found: dict[tuple[str, str], list[float]] = {
-        (arm, measure): [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
-        for arm in results.contest.arms
-        for measure in results.measures
-    }
-    rows = [row for row in read_csv("contest_scaling_17m_98k/untrained.csv")
-            if str(row["scaling"]).startswith("yarn")]  # fmt: skip
-    by_seed: dict[tuple[str, float], list[float]] = {}
-    for row in rows:
-        by_seed.setdefault((row["measure"], row["seed"]), []).append(row["value"])
-    for (measure, _), values in by_seed.items():
-        found.setdefault((UNTRAINED, measure), []).append(statistics.fmean(values))
-    figure = new_figure(11, 4.2)
-    left, right = figure.subplots(1, 2)
-    lengths = sorted(results.contest.distance.distances or ())
-    for place, (arm, (name, colour, style)) in enumerate(ARMS_OF_SCALING.items()):
-        values = [found[arm, f"repeated/{length}/loss"] for length in lengths]
-        left.plot(lengths, [*map(statistics.fmean, values)], style, color=colour, label=name,
+    found = {arm: [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
+             for arm in results.contest.arms}  # fmt: skip
+    by_seed: dict[float, list[float]] = {}
+    for row in read_csv("contest_scaling_17m_98k/untrained.csv"):
+        if row["measure"] == measure and row["scaling"].startswith("yarn"):
+            by_seed.setdefault(row["seed"], []).append(row["value"])
+    return found | {UNTRAINED: [*map(statistics.fmean, by_seed.values())]}
+
+
+def passages_with_yarn(axis: Any) -> None:
+    """Loss of returning passages over the distance, with YaRN and without."""
+    lengths = sorted(contest_results("scaling_17m_98k").contest.distance.distances or ())
+    by_length = [measured_with_yarn(f"repeated/{length}/loss") for length in lengths]
+    for arm, (name, colour, style) in ARMS_OF_SCALING.items():
+        values = [each[arm] for each in by_length]
+        axis.plot(lengths, [*map(statistics.fmean, values)], style, color=colour, label=name,
                   markersize=5, linewidth=1)  # fmt: skip
         for length, each in zip(lengths, values, strict=True):
-            left.plot([length] * len(each), each, style[0], color=colour, markersize=4,
-                      markerfacecolor=None if style[0] == "x" else "none")  # fmt: skip
-        books = found[arm, "loss"]
-        right.plot(books, [place] * len(books), style[0], color=colour,
-                   markerfacecolor=None if style[0] == "x" else "none")  # fmt: skip
-        right.plot(statistics.fmean(books), place, "|", color=colour, markersize=16)
-    length_axis(left, lengths)
-    left.set(xlabel=contest_plots.DISTANCE, ylabel=contest_plots.RETURNED)
-    left.set_ylim(bottom=0)
-    left.legend(fontsize=8)
+            axis.plot([length] * len(each), each, style[0], color=colour, markersize=4,
+                      fillstyle="none")  # fmt: skip
+    length_axis(axis, lengths)
+    axis.set(xlabel=contest_plots.DISTANCE, ylabel=contest_plots.RETURNED)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def scaling(path: Path) -> None:
+    """Loss of returning passages over the distance, and of plain books, with YaRN and without."""
+    figure = new_figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    passages_with_yarn(left)
+    books = measured_with_yarn("loss")
+    for place, (arm, (_, colour, style)) in enumerate(ARMS_OF_SCALING.items()):
+        right.plot(books[arm], [place] * len(books[arm]), style[0], color=colour,
+                   fillstyle="none")  # fmt: skip
+        right.plot(statistics.fmean(books[arm]), place, "|", color=colour, markersize=16)
     right.set_yticks(
-        range(len(ARMS_OF_SCALING)), [each[0] for each in ARMS_OF_SCALING.values()], fontsize=8
+        range(len(ARMS_OF_SCALING)), [name for name, *_ in ARMS_OF_SCALING.values()], fontsize=8
     )
     right.invert_yaxis()
     right.set(xlabel="loss of plain books in 98,304 tokens, nats per token")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
+    right.grid(alpha=0.3)
     save(figure, path)
 
 

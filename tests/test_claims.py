@@ -182,26 +182,32 @@ def over_books(name: str, arm: str, control: str, measure: str) -> str:
 
 
 FAR = "repeated/65536/loss"
-with_skips_at_98k = partial(over_books, "trend_17m_98k", "skip_then_long", measure=FAR)
+SCALING = "scaling_17m_98k"
 
 
-def skips_at_98k() -> str:
-    rivals = map(with_skips_at_98k, ("short_then_long", "dense", "lighthouse_half"))
-    without, dense, lighthouse = rivals
+def yarn_alone() -> str:
+    """What YaRN brings without training, and training with skips without YaRN."""
+    record = pandas.read_csv(DOCS / f"studies/results/contest_{SCALING}/untrained.csv")
+    own = record[record.scaling.str.startswith("yarn") & (record.measure == "repeated/65536")]
+    results = results_of(SCALING)
+    skips = [results.value("skip_then_long", seed, "repeated/65536") for seed in (1, 2)]
+    runs = results.runs[results.runs.arm == "skip_then_long"]
     return (
-        f"{without} lower than with short sequences that do not skip, {dense} lower than under "
-        f"dense training, and {lighthouse} lower than under Lighthouse"
+        f"after 65,536 tokens gain {own.value.mean():.3f} nats. Without YaRN, skips and long "
+        f"sequences bring {statistics.fmean(skips):.3f} nats in {runs['GPU seconds'].mean():.0f} "
+        "GPU seconds"
     )
 
 
-def beside_yarn() -> str:
-    trained = pandas.read_csv(DOCS / "studies/results/extension_17m/distance.csv")
-    own = trained[(trained.checkpoint == "yarn") & (trained.measure == "repeated")]
-    alone = own[(own.tokens == 65536) & own.quantity.isna()].value.item()
-    skips = results_of("trend_17m_98k").value("skip_then_long", 1, "repeated/65536")
+def under_yarn() -> str:
+    """How skips under YaRN differ from the same without skips, and from dense training."""
+    skips, dense = "scaled_skip_then_long", "scaled_dense"
+    short = over_books(SCALING, skips, "scaled_short_then_long", FAR)
+    low, high = sorted(-gap for gap in results_of(SCALING).differences(skips, dense, "loss"))
     return (
-        f"lowers the loss of passages that stood 65,536 tokens earlier by {alone:.3f} nats; "
-        f"skips lower it by {skips:.3f} here"
+        f"end {short} above skips, at another learning rate. On plain books skips end "
+        f"{over_books(SCALING, skips, dense, 'loss')} below dense training. These intervals show "
+        f"how books differ; between seeds the second lead is {low:.3f} and {high:.3f}"
     )
 
 
@@ -223,31 +229,35 @@ def speed_of_the_headline() -> str:
 class Recipe(NamedTuple):
     """Where the README's table has a recipe's numbers from."""
 
-    # The arms of the contests of distance, of skips and of their trend, and on books.
+    # The arms of the contests of distance, of skips and of YaRN, and on books.
     at_distance: str | None
     with_skips: str | None = None
-    in_trend: str | None = None
+    under_yarn: str | None = None
     on_books: str | None = None
     # The arm of the headline that has its two stages, and the kinds of their steps.
     at_98k: tuple[str, str, str] | None = None
 
 
 RECIPES = {
-    "dense": Recipe("dense", "dense", "dense", "dense", ("dense", "1 dense", "1 dense")),
+    "dense": Recipe("dense", "dense", "scaled_dense", "dense", ("dense", "1 dense", "1 dense")),
     "short sequences first": Recipe(
         "short_then_long",
         "short_then_long",
-        "short_then_long",
+        "scaled_short_then_long",
         "short_to_long_30",
         ("short_to_long", "1 dense", "2 dense"),
     ),
     "short sequences first, positions skip": Recipe(
-        None, "skip_then_long", "skip_then_long", None, ("short_to_long", "1 dense", "2 dense")
+        None,
+        "skip_then_long",
+        "scaled_skip_then_long",
+        None,
+        ("short_to_long", "1 dense", "2 dense"),
     ),
     "Lighthouse, half dense": Recipe(
         "lighthouse_half",
         "lighthouse_half",
-        "lighthouse_half",
+        "scaled_lighthouse_half",
         None,
         ("short_to_lighthouse", "2 lighthouse", "3 dense"),
     ),
@@ -297,7 +307,7 @@ def row_of(name: str) -> str:
     cells = [name]
     for contest, arm, measure in (("distance_17m", recipe.at_distance, "repeated/16384/loss"),
                                   ("distance_skips_17m", recipe.with_skips, "repeated/16384/loss"),
-                                  ("trend_17m_98k", recipe.in_trend, FAR),
+                                  (SCALING, recipe.under_yarn, FAR),
                                   ("books_17m", recipe.on_books, "loss")):  # fmt: skip
         results = results_of(contest)
         values = (
@@ -305,7 +315,9 @@ def row_of(name: str) -> str:
             if arm
             else []
         )
-        cells.append(with_half(values) if len(values) > 1 else "".join(f"{x:.3f}" for x in values))
+        # Half an interval of two seeds would be far too wide.
+        shown = with_half(values) if len(values) > 2 else f"{statistics.fmean(values or [0]):.3f}"
+        cells.append(shown if values else "")
     cells.append(speed_of(recipe))
     return " ".join(" | ".join(cells).split())
 
@@ -322,18 +334,14 @@ FIGURES: dict[str, Callable[[], str]] = {
         on_books, "dense", "recommended", "Lighthouse in turn ends {} below dense training"
     ),
     "behind at distance": partial(at_distance, "lighthouse", "dense", "{} above dense training"),
-    "skips at 98,304 tokens": skips_at_98k,
+    "YaRN alone": yarn_alone,
+    "under YaRN": under_yarn,
     "window at distance": partial(
         at_distance, "window", "lighthouse", "{} below a window of 256 alone"
     ),
     "skips": skips,
     "half dense": beside_half_dense,
     "share at full length": share_of_long,
-    "beside YaRN": beside_yarn,
-    "Lighthouse at 98,304 tokens": lambda: (
-        "after 32,768 tokens, by "
-        + over_books("trend_17m_98k", "lighthouse_half", "dense", "repeated/32768/loss")
-    ),
     "headline": headline,
     "speed of the headline": speed_of_the_headline,
     "laptop": on_a_laptop,
