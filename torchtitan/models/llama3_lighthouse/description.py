@@ -23,6 +23,7 @@ from .job_config import JobConfig
 from .memory_estimate import OPTIMIZER_BYTES, activation_bytes, pinned_bytes
 from .metrics import METRICS_FILE
 from .model.model import LighthouseModelArgs, LighthouseTransformer, selecting_config
+from .model.rope_scaling import LENGTH
 from .run_stages import RunStage, RunStages
 from .stages import ATTENTIONS, name_of, stages_of
 from .time_estimate import step_seconds
@@ -112,6 +113,9 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
         runs = ""
         if stage.config.lighthouse.skip_positions:
             runs = f" spread over {stage.config.lighthouse.skip_positions:,} positions"
+        if stage.has_own_scaling:
+            scaling = each.args.rope_scaling
+            runs += f", YaRN of {scaling['factor']:g} x {scaling[LENGTH]:,}"
         if stage.attention == "lighthouse" and each.args.selects:
             runs += f", S = {each.gathered['lighthouse']:,}"
         if stage.attention == "lighthouse" and stage.config.lighthouse.window:

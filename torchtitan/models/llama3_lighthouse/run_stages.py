@@ -56,6 +56,8 @@ class RunStages:
         for number, stage in enumerate(self._stages):
             args, length = copy.deepcopy(self._args), stage.seq_len
             args.update_from_config(stage.config)
+            if stage.has_own_scaling:
+                args.rope_scaling = model_arguments_of(stage.config).rope_scaling
             flops = {
                 attention: args.get_nparams_and_flops(whole, length, attention)[1]
                 for attention in ATTENTIONS

@@ -5,6 +5,7 @@ short form of two stages of one length.
 """
 
 import copy
+import math
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 NAMES = tuple(SETTINGS)
 # Their least values. A stage may turn off the skips that [lighthouse] turns on.
 COUNTS = {"until": 1, "seq_len": 1, "local_batch_size": 1, "skip_positions": 0}
+# From the stage that has it on, YaRN scales the rotary embedding by this factor.
+YARN = "yarn_factor"
 # Numbers beyond this, and longer texts, are not shown in full.
 MOST_DIGITS, MOST_SHOWN = 18, 100
 # Each stage has a configuration of its own, which is checked before anything is built.
@@ -84,6 +87,11 @@ class Stage:
         if self.attention == "dense":
             return dense
         return dense | {self.attention: self.last - self.first + 1 - self.dense_steps}
+
+    @property
+    def has_own_scaling(self) -> bool:
+        """Whether its rotary embedding is scaled by another rule than the run's."""
+        return any(word.partition("=")[0] == YARN for word in self.text.split())
 
     @property
     def says_last(self) -> bool:
@@ -188,7 +196,7 @@ def _scheduled(config: JobConfig) -> tuple[Stage, ...]:
         if found and found[-1].last == steps:
             raise _fault(found[-1].text, f"ends at the run's last step, {steps}, and a stage "
                          "follows", "give it an earlier until")  # fmt: skip
-        found.append(_stage(text, config, found[-1].last if found else 0))
+        found.append(_stage(text, config, found))
     _check_end(found, steps)
     return tuple(found)
 
@@ -206,9 +214,10 @@ def _check_end(stages: Sequence[Stage], steps: int) -> None:
                      f"add a dense stage, or the word {LAST} if that is meant")  # fmt: skip
 
 
-def _stage(text: str, config: JobConfig, after: int) -> Stage:
-    """The stage that ``text`` names, whose first step comes after step ``after``."""
+def _stage(text: str, config: JobConfig, before: Sequence[Stage]) -> Stage:
+    """The stage that ``text`` names, which follows those of ``before``."""
     words, steps = text.split(), config.training.steps
+    after = before[-1].last if before else 0
     name = words[0] if words else ""
     if name not in NAMES:
         fix = f"begin with one of {', '.join(NAMES)}"
@@ -225,7 +234,9 @@ def _stage(text: str, config: JobConfig, after: int) -> Stage:
     if last > steps:
         raise _fault(text, f"ends at step {last}, after training.steps = {steps}",
                      f"write until={steps} or less, or set training.steps to {last}")  # fmt: skip
+    factor = values.pop(YARN, None)
     changed = _changed(text, config, name, values)
+    changed.model.rope_scaling = _scaling(text, factor, config, before)
     return Stage("dense" if name == "dense" else "lighthouse", after + 1, last, changed, text)
 
 
@@ -234,7 +245,7 @@ def _values(text: str, words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        known = list(COUNTS | SETTINGS["lighthouse"] | SETTINGS["window"])
+        known = [*COUNTS, YARN, *SETTINGS["lighthouse"] | SETTINGS["window"]]
         if not equals or key not in known:
             raise _fault(text, f"{_shown(word)} is not understood",
                          f"write {LAST}, or KEY=VALUE with one of {', '.join(known)}")  # fmt: skip
@@ -245,6 +256,8 @@ def _values(text: str, words: list[str]) -> dict[str, Any]:
 
 
 def _typed(text: str, key: str, value: str) -> Any:
+    if key == YARN:
+        return _factor(text, value)
     if METHOD_TYPES.get(key, int) is not int:
         return value
     if not (value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS):
@@ -254,6 +267,46 @@ def _typed(text: str, key: str, value: str) -> Any:
     if number < COUNTS.get(key, 0):
         raise _fault(text, f"{key} = {number} must be at least {COUNTS[key]}", "raise it")
     return number
+
+
+def _factor(text: str, value: str) -> float:
+    try:
+        factor = float(value)
+    except ValueError:
+        factor = math.nan
+    if not 1 < factor < math.inf:
+        raise _fault(text, f"{YARN} = {_shown(value)} must be a number above 1", "correct it")
+    return factor
+
+
+def _scaling(text: str, factor: float | None, config: JobConfig, before: Sequence[Stage]) -> str:
+    """``model.rope_scaling`` of a stage with ``YARN`` = ``factor``, or of the run where it is None.
+
+    YaRN stretches the length that the stages before it trained at.
+    """
+    own = config.model.rope_scaling
+    scaled = [stage for stage in before if stage.has_own_scaling]
+    if factor is None:
+        if scaled:
+            raise _fault(
+                text,
+                f"lacks the {YARN} of the stage before it, and no model goes back to a rotary "
+                "embedding that it has left",
+                f"repeat {YARN}",
+            )
+        return own
+    if not before:
+        raise _fault(
+            text,
+            f"{YARN} stretches the sequences of an earlier stage, and this is the first",
+            "leave it out, or set model.rope_scaling, such as 'yarn factor=4', for the whole run",
+        )
+    length = max(stage.seq_len for stage in before if not stage.has_own_scaling)
+    found = f"yarn factor={factor:.12g} original_max_position_embeddings={length}"
+    if scaled and scaled[0].config.model.rope_scaling != found:
+        raise _fault(text, f"{YARN} = {factor:g} differs from that of an earlier stage",
+                     "give all of them the same")  # fmt: skip
+    return found
 
 
 def _changed(text: str, config: JobConfig, name: str, values: dict[str, Any]) -> JobConfig:

@@ -157,6 +157,8 @@ class LighthouseTrainer(upstream.Trainer):
             self.dataloader.check_length(step - 1, self.stages.at(step - 1).stage.seq_len)
         self._now, self.stage, config = now, now.stage.attention, now.stage.config
         self.dataloader.use(config)
+        for model in self.model_parts:
+            cast(LighthouseTransformer, model).use_scaling(now.args.rope_scaling)
         # A dense stage would compile anew for a method that it does not read.
         for model in self.model_parts if self.stage == "lighthouse" else ():
             cast(LighthouseTransformer, model).use_method(now.args)

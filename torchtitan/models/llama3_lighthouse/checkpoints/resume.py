@@ -159,11 +159,13 @@ def _of_the_stage(
         return []
     stages = _stages(record.config)
     before = stage_at(next_step, stages)
-    if before.attention != "lighthouse" or stage_at(record.step, stages) is not before:
+    if stage_at(record.step, stages) is not before:
         return []
+    keys = read if before.attention == "lighthouse" else set()
     settings = (
         {"lighthouse": {key: value for key, value in vars(stage.config.lighthouse).items()
-                        if f"lighthouse.{key}" in read}}
+                        if f"lighthouse.{key}" in keys},
+         "model": {"rope_scaling": stage.config.model.rope_scaling}}
         for stage in (before, now)
     )  # fmt: skip
     return [

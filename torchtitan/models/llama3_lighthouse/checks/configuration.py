@@ -17,7 +17,8 @@ from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, sections_of_text
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
-from ..stages import Stage, distinct_stages, named, naming, stages_of
+from ..model.rope_scaling import NO_SCALING
+from ..stages import YARN, Stage, distinct_stages, named, naming, stages_of
 from .bounds import check_bounds
 from .documents import check_documents
 from .output import check_output_of_run, is_installed
@@ -148,6 +149,12 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
             _check_stage(stage)
             if stage.attention == "lighthouse":
                 args.check_scorer(stage.config.lighthouse)
+        if stage.has_own_scaling and args.rope_scaling != NO_SCALING:
+            raise UserValueError(
+                f"{named(stage)}{YARN} needs a model without a scaling before it, and "
+                f"{named_model(config)} has one of type '{args.rope_scaling['rope_type']}'; set "
+                "model.rope_scaling to 'none', or leave it out"
+            )
     _check_length_of_validation(config)
     _check_tokenizer(config)
 

@@ -12,7 +12,7 @@ from ..checkpoints.model_folder import model_arguments_of, model_folder
 from ..job_config import JobConfig, leaves
 from ..model.model import selecting_config
 from ..model.rope_scaling import LENGTH
-from ..stages import distinct_stages, named, stages_of
+from ..stages import YARN, distinct_stages, named, stages_of
 from .parallelism import precision_key, running_window
 from .rules import shown
 
@@ -131,15 +131,23 @@ def _held_out_text(config: JobConfig) -> list[str]:
 
 
 def _yarn(config: JobConfig) -> list[str]:
-    """Whether sequences are longer than YaRN's scaling is made for."""
-    scaling, length = model_arguments_of(config).rope_scaling, config.training.seq_len
-    if scaling["rope_type"] != "yarn" or length <= scaling["factor"] * scaling[LENGTH]:
-        return []
-    return [
-        f"training.seq_len = {length:,} is beyond factor x {LENGTH} = {scaling['factor']:g} x "
-        f"{scaling[LENGTH]:,} of the rotary embedding's yarn scaling, the length that it is made "
-        f"for; use --model.rope_scaling 'yarn factor={-(-length // scaling[LENGTH])}'"
-    ]
+    """Whether sequences, or their positions, go beyond what YaRN's scaling is made for."""
+    for stage in distinct_stages(config):
+        scaling = model_arguments_of(stage.config).rope_scaling
+        skips, length = stage.config.lighthouse.skip_positions, stage.seq_len
+        reach = max(skips, length)
+        if scaling["rope_type"] != "yarn" or reach <= scaling["factor"] * scaling[LENGTH]:
+            continue
+        key = "skip_positions" if skips > length else "training.seq_len"
+        enough = -(-reach // scaling[LENGTH])
+        own = stage.has_own_scaling
+        fix = f"{YARN}={enough}" if own else f"--model.rope_scaling 'yarn factor={enough}'"
+        return [
+            f"{named(stage)}{key} = {reach:,} is beyond factor x {LENGTH} = "
+            f"{scaling['factor']:g} x {scaling[LENGTH]:,} of the rotary embedding's yarn scaling, "
+            f"the length that it is made for; use {fix}"
+        ]
+    return []
 
 
 def _stages(config: JobConfig) -> list[str]:

@@ -369,6 +369,14 @@ class LighthouseTransformer(upstream.Transformer):
             module.inner_attention = after
         self.model_args = replace(self.model_args, **wanted)
 
+    def use_scaling(self, scaling: dict[str, Any]) -> None:
+        """Scale the rotary embedding by a table of ``checked_scaling`` from the next forward on."""
+        if scaling == self.model_args.rope_scaling:
+            return
+        self.model_args = replace(self.model_args, rope_scaling=scaling)
+        # In place, as compiled code and recorded graphs read this memory.
+        self.freqs_cis.copy_(self._precompute_freqs_cis())
+
     def use_attention(self, attention: str) -> None:
         """Use the attention of stage "lighthouse" or "dense" from the next forward on.
 
