@@ -20,10 +20,10 @@ for all comparisons together in the primary measure and 95% in the others. `boot
 held-out documents, with these seeds held fixed: 95%, too narrow below about 30 documents, and no
 part of a verdict.
 
-GPU seconds are those of the steps alone, each at the median of its kind in runs that shared no GPU;
-compilation, validation and checkpoints are left out. Equal time: held-out loss where the faster of
-two runs ends, on a straight line between two validations of the other, which has not decayed its
-learning rate there.
+GPU seconds are those of the steps alone, each at the median of its kind in runs that shared no GPU
+with others of this contest; compilation, validation and checkpoints are left out. Equal time:
+held-out loss where the faster of two runs ends, on a straight line between two validations of the
+other, which has not decayed its learning rate there.
 """
 
 
