@@ -420,5 +420,12 @@ def test_the_time_left_counts_slots_and_what_runs_under_way_have_done(monkeypatc
     assert sweeps._Sweep.seconds_left(state) == 200
     state.waiting *= 2
     assert sweeps._Sweep.seconds_left(state) == 270
+    # One that takes longer than usual ends now, not before.
+    state.slots, state.active, state.waiting = 1, {1: (arm, {}, 500.0)}, [arm]
+    assert sweeps._Sweep.seconds_left(state) == 100
+    # Of runs that begin from nothing alone it is known how long they take.
+    state.seconds[True] = []
+    state.active = {}
+    assert sweeps._Sweep.seconds_left(state) == 300
     state.seconds = {False: [], True: []}
     assert sweeps._Sweep.seconds_left(state) == 0
