@@ -224,6 +224,21 @@ def test_a_checkpoint_is_the_model_of_its_last_step(
         assert torch.equal(loaded, scaled if kind else plain)
 
 
+@pytest.mark.parametrize("scaling", ["none", YARN])
+def test_weights_of_a_scaled_stage_are_known_as_scaled(
+    whole: Run, tmp_path: Path, scaling: str
+) -> None:
+    """A run that begins from them without YaRN gets a warning, and one with it does not."""
+    weights = whole.record_file.parent / "dump/checkpoint/step-6"
+    run = Run(tmp_path, {
+        **SCHEDULED, "lighthouse.schedule": ["dense"], "model.rope_scaling": scaling,
+        "training.steps": 1, "checkpoint.initial_load_path": weights, "validation.enable": False,
+    }).succeed()  # fmt: skip
+    warned = f"model.rope_scaling = 'none' (checkpoint: '{YARN}')"
+    assert (warned in run.log) == (scaling == "none")
+    assert ("trained as another model" in run.log) == (scaling == "none")
+
+
 def test_a_stage_under_way_keeps_its_scaling(whole: Run) -> None:
     """A run of its folder that would go on with another factor is refused."""
     folder = whole.record_file.parent

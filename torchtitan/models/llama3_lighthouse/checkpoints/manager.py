@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +33,7 @@ from .folders import METADATA_FILE, SEALED_FILES, Condition, checkpoints_in, com
 from .model_folder import check_same_model, differing_entries, write_files
 from .ranks import agreed, gathered, on_rank_0
 from .record import CheckpointRecord, read_record, write_record
-from .resume import check_settings
+from .resume import check_settings, scaled_at
 from .storage import DamagedCheckpointError, load_state
 from .tensors import first_not_finite, named_tensors
 
@@ -180,8 +181,13 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
         if record := undamaged_record(path):
-            apart = differing_entries(path, record, self.config, self.model)
-            check_settings(path, record, self.config, elsewhere, weights_only, apart)
+            present = self.config
+            if elsewhere:
+                # Another run may have no such stages, and the weights are those of the last step.
+                present = scaled_at(present, 1 if weights_only else record.step + 1)
+                record = replace(record, config=scaled_at(record.config, record.step))
+            apart = differing_entries(path, record, present, self.model)
+            check_settings(path, record, present, elsewhere, weights_only, apart)
 
     # Saving
 

@@ -72,6 +72,15 @@ def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[Diffe
     return [each for each in found if not each.key.startswith(NOT_COMPARED)]
 
 
+def scaled_at(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """A configuration by section, with the rotary scaling that its stage has at step ``step``."""
+    stage = stage_at(max(step, 1), _stages(config))
+    if not stage.has_own_scaling:
+        return config
+    model = {**config.get("model", {}), "rope_scaling": stage.config.model.rope_scaling}
+    return {**config, "model": model}
+
+
 def check_settings(
     path: Path,
     record: CheckpointRecord,

@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 from ..checkpoints.folders import METADATA_FILE, Condition, checkpoints_in
 from ..checkpoints.model_folder import model_arguments_of
 from ..checkpoints.record import CheckpointRecord, read_record
+from ..checkpoints.resume import scaled_at
 from ..checkpoints.storage import check_shapes, in_one_process, load_state
 from ..checks.configuration import check_model
 from ..data.tokenizer import build_tokenizer
@@ -22,7 +23,7 @@ from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
-from ..stages import stage_at, stages_of, with_method_of
+from ..stages import with_method_of
 
 # Keys that name Python code to import. A checkpoint may come from anyone, so such keys in its
 # record are ignored. A user can still pass them.
@@ -217,12 +218,9 @@ def read_configuration(
     scheduled = (recorded or {}).get("lighthouse", {}).get("schedule")
     if record and scheduled:
         # The method is that of the last steps that used it, at whatever length.
-        whole = parse_over(record.config, [])
-        config = with_method_of(whole, record.last_lighthouse_step or 1)
-        recorded = {**record.config, "lighthouse": dataclasses.asdict(config.lighthouse)}
-        # The rotary embedding is that of the last step.
-        scaling = stage_at(max(record.step, 1), stages_of(whole)).config.model.rope_scaling
-        recorded["model"] = {**recorded.get("model", {}), "rope_scaling": scaling}
+        config = with_method_of(parse_over(record.config, []), record.last_lighthouse_step or 1)
+        recorded = scaled_at(record.config, record.step)
+        recorded = {**recorded, "lighthouse": dataclasses.asdict(config.lighthouse)}
     if recorded and recorded.get("model", {}).get("hf_folder"):
         # The folder may have changed or gone since, and the checkpoint has a copy of what it said.
         recorded = {**recorded, "model": {**recorded["model"], "hf_folder": str(path)}}
