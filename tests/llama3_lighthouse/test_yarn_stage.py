@@ -156,6 +156,8 @@ def test_a_killed_run_and_two_launches_by_hand_equal_a_whole_one(
         (tmp_path / name).mkdir()
     Run(tmp_path / "killed", SCHEDULED).crash_after_step(3)
     killed = Run(tmp_path / "killed", SCHEDULED).succeed()
+    begins = re.findall(r"begins at step (\d).*?: .*?(under YaRN of 4 x 64)?, \d", whole.log)
+    assert begins == [("1", ""), *((step, "under YaRN of 4 x 64") for step in "356")]
     assert exact(killed) == exact(whole)
     held_out = validation_losses(whole)
     assert validation_losses(killed).items() <= held_out.items()

@@ -113,9 +113,7 @@ def _schedule_lines(stages: Sequence[RunStage], dims: ParallelDims, parameters: 
         runs = ""
         if stage.config.lighthouse.skip_positions:
             runs = f" spread over {stage.config.lighthouse.skip_positions:,} positions"
-        if stage.has_own_scaling:
-            scaling = each.args.rope_scaling
-            runs += f", YaRN of {scaling['factor']:g} x {scaling[LENGTH]:,}"
+        runs += _under_yarn(each.args)
         if stage.attention == "lighthouse" and each.args.selects:
             runs += f", S = {each.gathered['lighthouse']:,}"
         if stage.attention == "lighthouse" and stage.config.lighthouse.window:
@@ -332,6 +330,13 @@ def _memory_line(
     )
 
 
+def _under_yarn(args: LighthouseModelArgs) -> str:
+    scaling = args.rope_scaling
+    if scaling["rope_type"] != "yarn":
+        return ""
+    return f" under YaRN of {scaling['factor']:g} x {scaling[LENGTH]:,}"
+
+
 def output_line(config: JobConfig) -> str:
     """Where a run writes."""
     places = [METRICS_FILE, LOG_FILE]
@@ -354,6 +359,7 @@ def what_runs(
     seq_len, window = config.training.seq_len, config.lighthouse.window
     skips = config.lighthouse.skip_positions
     positions = f"{seq_len:,} positions" + (f" spread over {skips:,}" if skips else "")
+    positions += _under_yarn(args)
     runs = f"attention runs on {length:,} of {positions}"
     if stage != "lighthouse" or not window:
         return runs
