@@ -193,9 +193,9 @@ def yarn_alone() -> str:
     skips = [results.value("skip_then_long", seed, "repeated/65536") for seed in (1, 2)]
     runs = results.runs[results.runs.arm == "skip_then_long"]
     return (
-        f"after 65,536 tokens gain {own.value.mean():.3f} nats. Without YaRN, skips and long "
-        f"sequences bring {statistics.fmean(skips):.3f} nats in {runs['GPU seconds'].mean():.0f} "
-        "GPU seconds"
+        f"65,536 tokens earlier costs {own.value.mean():.3f} nats less than a new one. After "
+        f"{runs['GPU seconds'].mean():.0f} GPU seconds of skips and long sequences without YaRN it "
+        f"costs {statistics.fmean(skips):.3f} nats less"
     )
 
 

@@ -53,7 +53,8 @@ def model_folder(config: JobConfig) -> Path | None:
             return place
     raise UserValueError(
         f"model.hf_folder = '{named}' holds no {CONFIG_FILE}, and no checkpoint of this run has a "
-        "copy of it; pass --model.hf_folder FOLDER with a folder in Hugging Face's format"
+        "copy of it; pass --model.hf_folder FOLDER with a folder in Hugging Face's format, such as "
+        "the checkpoint/step-0 that lighthouse import-hf writes"
     )
 
 
