@@ -3,15 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy
 import pandas
+import pytest
 from contest_cases import DEBUG
 
 from torchtitan.models.llama3_lighthouse.studies.contest_data import (
+    UNSTEADY,
     Logs,
     mark_trained,
-    seconds_of_steps,
+    spread_of,
     steps_by_kind,
+    timed_steps,
     write_data,
+    write_times,
 )
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
 from torchtitan.models.llama3_lighthouse.studies.contest_plan import Planner
@@ -29,10 +34,29 @@ def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
         for step, (each, flag) in enumerate(zip(seconds, flags, strict=True), 1)
     }
     mark_trained(run, alone=False)
-    assert seconds_of_steps([(run, entries)]) == {}
+    assert timed_steps([(run, entries)]) == {}
     mark_trained(run, alone=True)
-    assert seconds_of_steps([(run, entries)]) == {"1 lighthouse": 1.0, "2 dense": 16.5}
+    found = timed_steps([(run, entries)])
+    assert found == {"1 lighthouse": seconds[:6], "2 dense": seconds[6:]}
+    lines = [each | {"step": step} for step, each in entries.items()]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    write_times([("window", run)], Logs(), 2, tmp_path)
+    table = pandas.read_csv(tmp_path / "times.csv").set_index("kind")
+    assert table["GPU seconds"].to_dict() == {"1 lighthouse": 2.0, "2 dense": 33.0}
+    assert table.spread["1 lighthouse"] == 0
     assert steps_by_kind(run.config) == {"1 lighthouse": 6, "2 dense": 2}
+
+
+@pytest.mark.parametrize("disturbed", [0, 4, 10])
+def test_a_spread_tells_steps_beside_another_process(disturbed: int) -> None:
+    """Four steps compile and capture a graph; some of the others take twice their time."""
+    random = numpy.random.default_rng()
+    seconds = random.normal(0.02, 0.0001, 20)
+    seconds[:4] = 1
+    seconds[4 : 4 + disturbed] *= 2
+    spread = spread_of([*random.permutation(seconds)])
+    assert (spread > UNSTEADY) == (disturbed == 10)
+    assert spread < 0.03 or spread > 0.9
 
 
 def test_curves_have_the_training_loss_since_the_last_validation(tmp_path: Path) -> None:

@@ -256,6 +256,19 @@ def test_equal_time_is_where_the_faster_run_ends(base, planted, tmp_path) -> Non
         assert turned == pytest.approx([-gap for gap in found], abs=1e-9)
 
 
+def test_a_report_says_which_times_are_not_steady(base, planted, tmp_path) -> None:
+    times = read(tmp_path / "times.csv")
+    for spread, said in ((0.01, 0), (0.271, 1)):
+        rows = [row | {"spread": "0.01"} for row in times]
+        rows[0]["spread"] = str(spread)
+        write(tmp_path / "times.csv", rows)
+        report(base, tmp_path, plots=False)
+        text = " ".join((tmp_path / "results.md").read_text().split())
+        assert text.count("Another process") == said
+    of = f"{times[0]['arm']} of kind `{times[0]['kind']}`"
+    assert f"timed steps of {of} is 27% above their lower quartile." in text
+
+
 def test_unknown_times_leave_out_equal_time_alone(base, planted, tmp_path) -> None:
     kept = [row for row in read(tmp_path / "times.csv") if row["arm"] != "window"]
     write(tmp_path / "times.csv", kept)

@@ -34,8 +34,10 @@ from .contest_data import (
     mark_start,
     mark_trained,
     read_times,
+    spreads_in_words,
     start_id,
     starts_used,
+    unsteady,
     write_data,
     write_times,
 )
@@ -71,6 +73,8 @@ from .sweeps import (
 
 # Folders of text may lie elsewhere when a contest goes on, as its record holds what they contain.
 PATHS_OF_TEXT = ("training.dataset_path", "validation.dataset_path")
+# How often a run that tells times runs at most, where another process disturbs it.
+TIMINGS = 3
 
 
 class _Contestants:
@@ -133,8 +137,32 @@ class _Contestants:
         moved = {*PATHS_OF_TEXT, "optimizer.lr", *self.contest.seed_keys}
         for run in self.timed.values():
             take(run, self.earlier, moved, Purpose.TIME)
-        self._sweep(list(self.timed.values()), self.options.alone(), stage="", moved=moved)
-        self.tabulate()
+        for number in range(1, TIMINGS + 1):
+            self._sweep(list(self.timed.values()), self.options.alone(), stage="", moved=moved)
+            self.tabulate()
+            if not self._say_unsteady(again=number < TIMINGS):
+                break
+
+    def _say_unsteady(self, again: bool) -> bool:
+        """Whether a run told times on a GPU that something else seems to have used.
+
+        Args:
+            again: clear such runs, so that they run again.
+        """
+        # The cores of a CPU are never a run's own.
+        found = unsteady(self.options.output) if _device() == "cuda" else {}
+        found = {arm: found[arm] for arm in self.timed.keys() & found.keys()}
+        for arm, kinds in sorted(found.items()):
+            run = self.timed[arm]
+            say(
+                f"{run.name}: the median of steps of {spreads_in_words(kinds)} above their lower "
+                "quartile; another process may have used the GPU, "
+                + ("so it runs again" if again else "and the arm may get too few steps")
+            )
+            if again:
+                shutil.rmtree(run.folder)
+                self.logs.forget(run)
+        return bool(found)
 
     def _sweep(
         self,

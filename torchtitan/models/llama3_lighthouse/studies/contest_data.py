@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy
 import pandas
 
 from ..environment import git_revision
@@ -30,6 +31,8 @@ from .sweeps import Run, read_metrics
 RUNS, MEASURES, CURVES = "runs.csv", "measures.csv", "curves.csv"
 TIMES = "times.csv"
 GPU_SECONDS, STEPS, TRAINING = "GPU seconds", "steps by kind", "training loss"
+# On an H200 undisturbed steps had a spread below 2%, and those beside another process 5% and 120%.
+SPREAD, UNSTEADY = "spread", 0.03
 RATES, SEEDS = "rates", "seeds"
 PLACES = ("stage", "arm", "rate", "seed")
 # This file in a run's folder says that it was trained, and may still have to be measured. It holds
@@ -115,6 +118,10 @@ class Logs:
             self._known[run.folder] = read_metrics(run.folder) if is_there else {}
         return self._known[run.folder]
 
+    def forget(self, run: Run) -> None:
+        """Read the log of a run anew the next time, as it runs again."""
+        self._known.pop(run.folder, None)
+
 
 def _kind(stage: int, selects: bool, documents: float | None = None) -> str:
     """The name of a kind of step.
@@ -153,11 +160,10 @@ def steps_by_kind(config: JobConfig) -> dict[str, int]:
     return found
 
 
-def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, float]:
-    """The median seconds of a step of each kind, over the runs of an arm that shared no GPU.
+def timed_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, list[float]]:
+    """The seconds of each step by kind, over the runs of an arm that shared no GPU.
 
-    Steps that compiled, captured a graph or saved a checkpoint do not move a median. Under document
-    masks the text decides how many steps of a kind were timed. A kind with less than
+    Under document masks the text decides how many steps of a kind were timed. A kind with less than
     ``LEAST_TIMED`` is left out, because steps that compiled could move its median.
     """
     found: dict[str, list[float]] = {}
@@ -168,14 +174,25 @@ def seconds_of_steps(runs: Sequence[tuple[Run, Entries]]) -> dict[str, float]:
                     found.setdefault(kind, []).append(entries[step][SECONDS])
     masked = any(run.config.training.document_mask for run, _ in runs)
     least = LEAST_TIMED if masked else 1
-    return {kind: statistics.median(seconds) for kind, seconds in found.items()
-            if len(seconds) >= least}  # fmt: skip
+    return {kind: seconds for kind, seconds in found.items() if len(seconds) >= least}
+
+
+def spread_of(seconds: Sequence[float]) -> float:
+    """How far the median of steps of one kind lies above their lower quartile, as a share of it.
+
+    Such steps take equal time, so on an undisturbed GPU this is some percent at most. Steps that
+    compiled, captured a graph or saved a checkpoint are few, and move neither of the two.
+    """
+    lower, median = numpy.quantile(seconds, [0.25, 0.5])
+    return float(median / lower - 1)
 
 
 def write_times(runs: Iterable[tuple[str, Run]], logs: Logs, processes: int, output: Path) -> None:
     """Write the GPU seconds of a step, for the arms of which a run shared no GPU.
 
-    Arms that have none keep the times that they have, which may come from another machine.
+    They are the median of the steps of a kind. Their spread is left out under document masks, where
+    it is that of the text. Arms that have no such run keep the times that they have, which may come
+    from another machine.
 
     Args:
         runs: arms with finished runs of theirs.
@@ -183,17 +200,36 @@ def write_times(runs: Iterable[tuple[str, Run]], logs: Logs, processes: int, out
     by_arm: dict[str, list[tuple[Run, Entries]]] = {}
     for arm, run in runs:
         by_arm.setdefault(arm, []).append((run, logs.of(run)))
-    times = read_times(output)
+    rows: dict[str, list[Row]] = {}
+    if (output / TIMES).exists():
+        for row in pandas.read_csv(output / TIMES).to_dict("records"):
+            rows.setdefault(row["arm"], []).append({str(key): row[key] for key in row})
     for arm, of_arm in by_arm.items():
-        if seconds := seconds_of_steps(of_arm):
-            times[arm] = {kind: processes * each for kind, each in seconds.items()}
-    rows: list[Row] = [
-        {"arm": arm, "kind": kind, GPU_SECONDS: seconds}
-        for arm, of_arm in times.items()
-        for kind, seconds in of_arm.items()
-    ]
+        masked = any(run.config.training.document_mask for run, _ in of_arm)
+        if found := timed_steps(of_arm):
+            rows[arm] = [
+                {"arm": arm, "kind": kind, GPU_SECONDS: processes * statistics.median(seconds)}
+                | ({} if masked else {SPREAD: round(spread_of(seconds), 4)})
+                for kind, seconds in found.items()
+            ]
     if rows:
-        write_csv(rows, output / TIMES)
+        write_csv([row for of_arm in rows.values() for row in of_arm], output / TIMES)
+
+
+def unsteady(output: Path) -> dict[str, dict[str, float]]:
+    """The spread of steps by arm and kind, where it is larger than ``UNSTEADY``."""
+    found: dict[str, dict[str, float]] = {}
+    if (output / TIMES).exists():
+        for row in pandas.read_csv(output / TIMES).to_dict("records"):
+            # Records of older versions have no spread.
+            if row.get(SPREAD, 0) > UNSTEADY:
+                found.setdefault(row["arm"], {})[row["kind"]] = row[SPREAD]
+    return found
+
+
+def spreads_in_words(kinds: Mapping[str, float]) -> str:
+    """Spreads by kind, such as "kind `1 dense` is 7%"."""
+    return " and ".join(f"kind `{kind}` is {spread:.0%}" for kind, spread in kinds.items())
 
 
 def read_times(output: Path) -> Times:

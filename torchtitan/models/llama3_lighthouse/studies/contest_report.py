@@ -6,7 +6,7 @@ from typing import Any
 
 from ..evaluation.held_out_loss import Estimate
 from ..evaluation.tables import Row, markdown, write_csv
-from .contest_data import GPU_SECONDS
+from .contest_data import GPU_SECONDS, spreads_in_words
 from .contest_file import RETRIEVAL, VALIDATION, Contest
 from .contest_plots import PLOTS
 from .contest_results import Results
@@ -65,6 +65,7 @@ def report(contest: Contest, output: Path, plots: bool) -> str:
         text += starts_apart(results)
     text += revisions(results) + taken(results)
     text += f"{verdict}\n\n{markdown(arms, columns)}{NOTES}\n{times_unknown(results)}"
+    text += times_unsteady(results)
     text += markdown(short, list(rows[0])) if rows else ""
     (output / RESULTS).write_text(text)
     if plots and arms:
@@ -123,6 +124,18 @@ def times_unknown(results: Results) -> str:
                 f"GPU seconds are unknown for {number} of {sum(results.runs.arm == arm)} runs of "
                 f"{arm}, as too few steps of kind {shown} were timed; equal time leaves them out.\n"
             )
+    return "".join(lines) + "\n" if lines else ""
+
+
+def times_unsteady(results: Results) -> str:
+    """A paragraph about arms that were timed beside another process, as it seems, if any."""
+    lines = [
+        f"The median of timed steps of {arm} of {spreads_in_words(kinds)} above their lower "
+        "quartile. Another process may have used the GPU then, so its runs may have less time than "
+        "the table says.\n"
+        for arm, kinds in results.unsteady.items()
+        if arm in results.contest.arms
+    ]
     return "".join(lines) + "\n" if lines else ""
 
 

@@ -16,6 +16,7 @@ from .contest_data import (
     STEPS,
     gpu_seconds,
     read_times,
+    unsteady,
     untimed_kinds,
 )
 from .contest_file import VALIDATION, Contest
@@ -32,6 +33,7 @@ class Results:
         frames = [pandas.read_csv(output / name, dtype={"revision": str})
                   for name in (RUNS, MEASURES, CURVES)]  # fmt: skip
         self.times = times = read_times(output)
+        self.unsteady = unsteady(output)
         for frame in (frames[0], frames[2]):
             frame[GPU_SECONDS] = [
                 gpu_seconds(steps, times.get(arm, {}))
