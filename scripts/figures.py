@@ -11,6 +11,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -76,15 +77,22 @@ ARMS_OF_TREND = {
     "skip_then_long": ("short first, positions skip", SKIPS, "D-"),
     "skip_mostly": ("the same, 5% at full length", SKIPS, "v--"),
 }
-# Arms of the contest of skips and YaRN, as above; the last were not trained.
+# Arms of the contests of YaRN, as above; the last were not trained.
 UNTRAINED = "YaRN alone"
+UNDER_YARN = {
+    "short_then_long": ("short first, YaRN", DENSE, "^--"),
+    "lighthouse_half": ("Lighthouse, half dense, YaRN", LIGHTHOUSE, "s-"),
+    "dense": ("dense, YaRN", DENSE, "o-"),
+    "skip_then_long": ("positions skip, YaRN", SKIPS, "D-"),
+}
+NOT_TRAINED = {UNTRAINED: ("YaRN alone, not trained", "grey", "x--")}
 ARMS_OF_SCALING = {
-    "skip_then_long": ("positions skip, no YaRN", SKIPS, "v:"),
-    "scaled_short_then_long": ("short first, YaRN", DENSE, "^--"),
-    "scaled_lighthouse_half": ("Lighthouse, half dense, YaRN", LIGHTHOUSE, "s-"),
-    "scaled_dense": ("dense, YaRN", DENSE, "o-"),
-    "scaled_skip_then_long": ("positions skip, YaRN", SKIPS, "D-"),
-    UNTRAINED: ("YaRN alone, not trained", "grey", "x--"),
+    "scaling_17m_98k": {"skip_then_long": ("positions skip, no YaRN", SKIPS, "v:")}
+    | {f"scaled_{arm}": style for arm, style in UNDER_YARN.items()}
+    | NOT_TRAINED,
+    "scaling_17m_32k": UNDER_YARN
+    | {"lighthouse_half": ("Lighthouse, half dense, YaRN,\nin less time", LIGHTHOUSE, "s-")}
+    | NOT_TRAINED,
 }
 # Contests of these arms: size, sequence length, and number of seeds.
 TREND = {
@@ -197,7 +205,7 @@ def overview(path: Path) -> None:
     contest_plots.by_arm(upper, contest_results("distance_17m"), RECIPES)
     upper.set(xlabel="first contest: loss of passages that return after 16,384\n"
                      "tokens, nats per token; lower is better; 17M model")  # fmt: skip
-    passages_with_yarn(lower)
+    passages_with_yarn(lower, "scaling_17m_98k")
     lower.set_ylabel("loss of passages, nats")
     save(figure, path)
 
@@ -222,23 +230,26 @@ def trend(path: Path) -> None:
     save(figure, path)
 
 
-def measured_with_yarn(measure: str) -> dict[str, list[float]]:
-    """A measure of each arm of ``ARMS_OF_SCALING``, by seed."""
-    results = contest_results("scaling_17m_98k")
+def measured_with_yarn(name: str, measure: str) -> dict[str, list[float]]:
+    """A measure of each arm of a contest of YaRN, by seed."""
+    results = contest_results(name)
     found = {arm: [results.value(arm, seed, measure) for seed in results.seeds(arm, measure)]
              for arm in results.contest.arms}  # fmt: skip
     by_seed: dict[float, list[float]] = {}
-    for row in read_csv("contest_scaling_17m_98k/untrained.csv"):
+    for row in read_csv(f"contest_{name}/untrained.csv"):
         if row["measure"] == measure and row["scaling"].startswith("yarn"):
             by_seed.setdefault(row["seed"], []).append(row["value"])
     return found | {UNTRAINED: [*map(statistics.fmean, by_seed.values())]}
 
 
-def passages_with_yarn(axis: Any) -> None:
-    """Loss of returning passages over the distance, with YaRN and without."""
-    lengths = sorted(contest_results("scaling_17m_98k").contest.distance.distances or ())
-    by_length = [measured_with_yarn(f"repeated/{length}/loss") for length in lengths]
-    for arm, (name, colour, style) in ARMS_OF_SCALING.items():
+def passages_with_yarn(axis: Any, contest: str) -> None:
+    """Loss of returning passages over the distance."""
+    found = [
+        re.fullmatch(r"repeated/(\d+)/loss", each) for each in contest_results(contest).measures
+    ]
+    lengths = sorted(int(each[1]) for each in found if each)
+    by_length = [measured_with_yarn(contest, f"repeated/{length}/loss") for length in lengths]
+    for arm, (name, colour, style) in ARMS_OF_SCALING[contest].items():
         values = [each[arm] for each in by_length]
         axis.plot(lengths, [*map(statistics.fmean, values)], style, color=colour, label=name,
                   markersize=5, linewidth=1)  # fmt: skip
@@ -252,23 +263,30 @@ def passages_with_yarn(axis: Any) -> None:
     axis.legend(fontsize=8)
 
 
-def scaling(path: Path) -> None:
-    """Loss of returning passages over the distance, and of plain books, with YaRN and without."""
-    figure = new_figure(11, 4.2)
-    left, right = figure.subplots(1, 2)
-    passages_with_yarn(left)
-    books = measured_with_yarn("loss")
-    for place, (arm, (_, colour, style)) in enumerate(ARMS_OF_SCALING.items()):
-        right.plot(books[arm], [place] * len(books[arm]), style[0], color=colour,
-                   fillstyle="none")  # fmt: skip
-        right.plot(statistics.fmean(books[arm]), place, "|", color=colour, markersize=16)
-    right.set_yticks(
-        range(len(ARMS_OF_SCALING)), [name for name, *_ in ARMS_OF_SCALING.values()], fontsize=8
-    )
-    right.invert_yaxis()
-    right.set(xlabel="loss of plain books in 98,304 tokens, nats per token")
-    right.grid(alpha=0.3)
-    save(figure, path)
+def scaling(contest: str, tokens: int) -> Callable[[Path], None]:
+    """Loss of returning passages over the distance, and of plain books, under YaRN.
+
+    Args:
+        tokens: length of the sequences.
+    """
+
+    def draw(path: Path) -> None:
+        arms = ARMS_OF_SCALING[contest]
+        figure = new_figure(11, 4.2)
+        left, right = figure.subplots(1, 2)
+        passages_with_yarn(left, contest)
+        books = measured_with_yarn(contest, "loss")
+        for place, (arm, (_, colour, style)) in enumerate(arms.items()):
+            right.plot(books[arm], [place] * len(books[arm]), style[0], color=colour,
+                       fillstyle="none")  # fmt: skip
+            right.plot(statistics.fmean(books[arm]), place, "|", color=colour, markersize=16)
+        right.set_yticks(range(len(arms)), [name for name, *_ in arms.values()], fontsize=8)
+        right.invert_yaxis()
+        right.set(xlabel=f"loss of plain books in {tokens:,} tokens, nats per token")
+        right.grid(alpha=0.3)
+        save(figure, path)
+
+    return draw
 
 
 def name_of(run: str) -> str:
@@ -533,7 +551,8 @@ FIGURES: dict[str, Callable[[Path], None]] = {
         "trend_17m_98k", contest_plots.over_time
     ),
     "studies/results/contest_trend_17m_98k/trend.png": trend,
-    "studies/results/contest_scaling_17m_98k/scaling.png": scaling,
+    "studies/results/contest_scaling_17m_98k/scaling.png": scaling("scaling_17m_98k", 98304),
+    "studies/results/contest_scaling_17m_32k/scaling.png": scaling("scaling_17m_32k", 32768),
     "studies/results/contest_headline_270m_98k/loss_over_time.png": contest(
         "headline_270m_98k", contest_plots.over_time
     ),

@@ -182,32 +182,60 @@ def over_books(name: str, arm: str, control: str, measure: str) -> str:
 
 
 FAR = "repeated/65536/loss"
-SCALING = "scaling_17m_98k"
+SCALING, SCALING_32K = "scaling_17m_98k", "scaling_17m_32k"
+
+
+def untrained(name: str, measure: str) -> float:
+    """A measure of the models that a contest begins from, under YaRN."""
+    record = pandas.read_csv(DOCS / f"studies/results/contest_{name}/untrained.csv")
+    own = record[record.scaling.str.startswith("yarn") & (record.measure == measure)]
+    return own.groupby("seed").value.mean().mean()
+
+
+def mean_of(name: str, arm: str, measure: str) -> float:
+    results = results_of(name)
+    return statistics.fmean(results.value(arm, seed, measure)
+                            for seed in results.seeds(arm, measure))  # fmt: skip
 
 
 def yarn_alone() -> str:
     """What YaRN brings without training, and training with skips without YaRN."""
-    record = pandas.read_csv(DOCS / f"studies/results/contest_{SCALING}/untrained.csv")
-    own = record[record.scaling.str.startswith("yarn") & (record.measure == "repeated/65536")]
-    results = results_of(SCALING)
-    skips = [results.value("skip_then_long", seed, "repeated/65536") for seed in (1, 2)]
-    runs = results.runs[results.runs.arm == "skip_then_long"]
+    runs = results_of(SCALING).runs
+    runs = runs[runs.arm == "skip_then_long"]
     return (
-        f"65,536 tokens earlier costs {own.value.mean():.3f} nats less than a new one. After "
+        f"65,536 tokens earlier costs {untrained(SCALING, 'repeated/65536'):.3f} nats less than a "
+        "new one. After "
         f"{runs['GPU seconds'].mean():.0f} GPU seconds of skips and long sequences without YaRN it "
-        f"costs {statistics.fmean(skips):.3f} nats less"
+        f"costs {mean_of(SCALING, 'skip_then_long', 'repeated/65536'):.3f} nats less"
     )
 
 
-def under_yarn() -> str:
-    """How skips under YaRN differ from the same without skips, and from dense training."""
-    skips, dense = "scaled_skip_then_long", "scaled_dense"
-    short = over_books(SCALING, skips, "scaled_short_then_long", FAR)
-    low, high = sorted(-gap for gap in results_of(SCALING).differences(skips, dense, "loss"))
+def passages_under_yarn() -> str:
+    """Loss of passages at 32,768 tokens under YaRN, without training and after it."""
+    measure = "repeated/16384/loss"
+    dense, short, skips = (mean_of(SCALING_32K, arm, measure)
+                           for arm in ("dense", "short_then_long", "skip_then_long"))  # fmt: skip
     return (
-        f"end {short} above skips, at another learning rate. On plain books skips end "
-        f"{over_books(SCALING, skips, dense, 'loss')} below dense training. These intervals show "
-        f"how books differ; between seeds the second lead is {low:.3f} and {high:.3f}"
+        f"a loss of {untrained(SCALING_32K, measure):.3f} nats under YaRN alone, {dense:.3f} after "
+        f"dense training, {short:.3f} after short sequences first, and {skips:.3f} if their "
+        "positions skip"
+    )
+
+
+def books_under_yarn() -> str:
+    """How far short sequences first lie below dense training on plain books, under YaRN."""
+    short, skips = (in_contest(SCALING_32K, "loss", "dense", arm, "{}")
+                    for arm in ("short_then_long", "skip_then_long"))  # fmt: skip
+    return f"short sequences first end {short} below dense training, and with skips {skips}"
+
+
+def far_under_yarn() -> str:
+    """Loss of passages at 98,304 tokens under YaRN, without training and after it."""
+    level = [mean_of(SCALING, f"scaled_{arm}", FAR)
+             for arm in ("dense", "lighthouse_half", "skip_then_long")]  # fmt: skip
+    return (
+        f"{untrained(SCALING, FAR):.3f} nats under YaRN alone, and {min(level):.3f} to "
+        f"{max(level):.3f} after dense training, Lighthouse with half of its steps dense, or skips"
     )
 
 
@@ -229,9 +257,9 @@ def speed_of_the_headline() -> str:
 class Recipe(NamedTuple):
     """Where the README's table has a recipe's numbers from."""
 
-    # The arms of the contests of distance, of skips and of YaRN, and on books.
+    # The arms of the contests of distance, of YaRN at both lengths, and on books.
     at_distance: str | None
-    with_skips: str | None = None
+    under_yarn_32k: str | None = None
     under_yarn: str | None = None
     on_books: str | None = None
     # The arm of the headline that has its two stages, and the kinds of their steps.
@@ -256,7 +284,7 @@ RECIPES = {
     ),
     "Lighthouse, half dense": Recipe(
         "lighthouse_half",
-        "lighthouse_half",
+        None,
         "scaled_lighthouse_half",
         None,
         ("short_to_lighthouse", "2 lighthouse", "3 dense"),
@@ -280,7 +308,7 @@ def kinds_of_steps(contest: str, arm: str) -> dict[str, int]:
 
 def share_in_full(recipe: Recipe) -> float:
     """The share of a recipe's steps that are dense and at full length."""
-    arms = {"distance_17m": recipe.at_distance, "distance_skips_17m": recipe.with_skips}
+    arms = {"distance_17m": recipe.at_distance, SCALING_32K: recipe.under_yarn_32k}
     steps = next(list(kinds_of_steps(name, arm).values()) for name, arm in arms.items() if arm)
     return steps[-1] / sum(steps)
 
@@ -306,7 +334,7 @@ def row_of(name: str) -> str:
     recipe = RECIPES[name]
     cells = [name]
     for contest, arm, measure in (("distance_17m", recipe.at_distance, "repeated/16384/loss"),
-                                  ("distance_skips_17m", recipe.with_skips, "repeated/16384/loss"),
+                                  (SCALING_32K, recipe.under_yarn_32k, "repeated/16384/loss"),
                                   (SCALING, recipe.under_yarn, FAR),
                                   ("books_17m", recipe.on_books, "loss")):  # fmt: skip
         results = results_of(contest)
@@ -335,7 +363,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     ),
     "behind at distance": partial(at_distance, "lighthouse", "dense", "{} above dense training"),
     "YaRN alone": yarn_alone,
-    "under YaRN": under_yarn,
+    "YaRN at 32,768 tokens": passages_under_yarn,
+    "books under YaRN": books_under_yarn,
+    "YaRN at 98,304 tokens": far_under_yarn,
     "window at distance": partial(
         at_distance, "window", "lighthouse", "{} below a window of 256 alone"
     ),

@@ -1,4 +1,4 @@
-"""The numbers on the page of the contest of YaRN and skips are those of its records."""
+"""The numbers on the page of the contests of YaRN are those of their records."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import statistics
 
 import pandas
 import pytest
-from contest_records import between, results_of
+from contest_records import between, difference, results_of, with_half
 from pages import DOCS, words
 
 RESULTS = results_of("scaling_17m_98k")
@@ -146,3 +146,120 @@ def test_both_are_of_the_same_books_and_starts() -> None:
     # Without a scaling the starts fail at this length altogether.
     plain = RECORD[(RECORD.scaling == "none") & (RECORD.measure == "loss")]
     assert plain.groupby("seed").value.mean().min() > 2.5
+
+
+SHORTER, AT = results_of("scaling_17m_32k"), (1, 2, 3, 4)
+SHORTER_RECORD = pandas.read_csv(DOCS / "studies/results/contest_scaling_17m_32k/untrained.csv")
+RETURNED = [f"repeated/{tokens}/loss" for tokens in (4096, 16384, 31744)]
+JUDGED = RETURNED[1]
+
+
+def shorter(arm: str, measure: str) -> list[float]:
+    """As ``values``, at 32,768 tokens."""
+    if arm != UNTRAINED:
+        assert tuple(SHORTER.seeds(arm, measure)) == AT
+        return [SHORTER.value(arm, seed, measure) for seed in AT]
+    own = SHORTER_RECORD[SHORTER_RECORD.measure == measure]
+    assert {*own.scaling} == {"yarn factor=8 original_max_position_embeddings=4096"}
+    return [*own.groupby("seed").value.mean()]
+
+
+def mean_of(arm: str, measure: str) -> float:
+    return statistics.fmean(shorter(arm, measure))
+
+
+def undisturbed(arm: str) -> tuple[dict[str, int], float]:
+    """Steps of an arm by kind, and their seconds by the lower quartile of the timed ones."""
+    folder = DOCS / "studies/results/contest_scaling_17m_32k"
+    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])
+    (steps,) = {*SHORTER.runs[SHORTER.runs.arm == arm]["steps by kind"]}
+    counts = json.loads(steps)
+    seconds = sum(
+        count * times["GPU seconds"][arm, kind] / (1 + times.spread[arm, kind])
+        for kind, count in counts.items()
+    )
+    return counts, seconds
+
+
+@pytest.mark.parametrize("arm", [UNTRAINED, *SHORTER.contest.arms])
+def test_table_of_arms_at_32k(arm: str) -> None:
+    trained, *losses, keys, seconds = row(arm if arm == UNTRAINED else f"`{arm}`", 8)
+    assert losses == [with_half(shorter(arm, each)) for each in (*RETURNED, "loss")]
+    assert keys == ", ".join(map(percent, shorter(arm, "retrieval/passkey/32768")))
+    if arm == UNTRAINED:
+        assert (trained, seconds) == ("not at all", "0")
+        return
+    counts, expected = undisturbed(arm)
+    assert seconds == f"{expected:.1f}"
+    assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == [*counts.values()]
+    assert {*SHORTER.runs[SHORTER.runs.arm == arm].rate} == {1e-3}
+    tried = SHORTER.all_runs[SHORTER.all_runs.stage == "rates"]
+    assert sorted(tried[tried.arm == arm].rate) == [1e-3, 2e-3]
+
+
+@pytest.mark.parametrize(("arm", "control"), [
+    ("skip_then_long", "short_then_long"),
+    ("skip_then_long", "dense"),
+    ("short_then_long", "dense"),
+])  # fmt: skip
+def test_table_of_differences_at_32k(arm: str, control: str) -> None:
+    shown = row(f"`{arm}` less `{control}`", 4)
+    for cell, measure in zip(shown, (JUDGED, RETURNED[2], "loss"), strict=True):
+        found = difference("scaling_17m_32k", arm, control, measure)
+        assert cell == "{:+.3f} ({:+.3f} to {:+.3f})".format(*found)
+    assert ((arm, control) in SHORTER.contest.compare) == (arm == "skip_then_long")
+
+
+def test_what_it_tells_at_32k() -> None:
+    arms = [*SHORTER.contest.arms]
+    assert (f"YaRN alone has a loss of {mean_of(UNTRAINED, JUDGED):.3f} after 16,384 tokens. Dense "
+            f"training under YaRN has {mean_of('dense', JUDGED):.3f}, short sequences first "
+            f"{mean_of('short_then_long', JUDGED):.3f}, and skips "
+            f"{mean_of('skip_then_long', JUDGED):.3f}.") in PAGE  # fmt: skip
+    best = mean_of(UNTRAINED, JUDGED) - min(mean_of(arm, JUDGED) for arm in arms)
+    assert f"no arm is below YaRN alone by more than {best:.3f} nats in the mean" in PAGE
+    near = [mean_of(UNTRAINED, RETURNED[0]) - mean_of(arm, RETURNED[0]) for arm in arms]
+    assert f"tokens instead, by {min(near):.3f} to {max(near):.3f} nats." in PAGE
+    plain, skips = (-difference("scaling_17m_32k", arm, "dense", "loss")[0]
+                    for arm in ("short_then_long", "skip_then_long"))  # fmt: skip
+    assert (f"{plain:.3f} nats more than under dense training without skips, and {skips:.3f} with "
+            "them.") in PAGE  # fmt: skip
+    for arm in ("short_then_long", "skip_then_long"):
+        assert all(SHORTER.value(arm, seed, "loss") < SHORTER.value("dense", seed, "loss")
+                   for seed in AT)  # fmt: skip
+    far = SHORTER.differences("skip_then_long", "short_then_long", RETURNED[2])
+    assert len(far) == 4 and max(far) < 0
+    keys = [shorter(arm, "retrieval/passkey/32768") for arm in (UNTRAINED, *arms)]
+    assert all(each[seed] < 0.15 for each in keys for seed in (0, 2))
+
+
+def test_a_rate_of_2e_3_is_too_high_at_32k() -> None:
+    measures = pandas.read_csv(DOCS / "studies/results/contest_scaling_17m_32k/measures.csv")
+    by_rate = measures[measures.stage == "rates"].groupby(["arm", "measure", "rate"]).value.mean()
+    for arm in SHORTER.contest.arms:
+        assert by_rate[arm, JUDGED, 1e-3] < by_rate[arm, JUDGED, 2e-3]
+    cost = by_rate["short_then_long", "loss", 2e-3] - by_rate["short_then_long", "loss", 1e-3]
+    lead = mean(SHORT, "loss") - mean(OURS, "loss")
+    assert f"it costs short sequences first {cost:.3f} nats on plain books." in PAGE
+    assert f"at 98,304 tokens, {lead:.3f} nats, may well be that of 1e-3 over 2e-3." in PAGE
+
+
+def test_lighthouse_had_too_little_time_at_32k() -> None:
+    folder = DOCS / "studies/results/contest_scaling_17m_32k"
+    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])
+    seconds, spread, *_ = times.loc["lighthouse_half", "1 lighthouse"]
+    assert (f"seemed to take {1e3 * seconds:.0f} ms, and took "
+            f"{1e3 * seconds / (1 + spread):.0f}.") in PAGE  # fmt: skip
+    counts, taken = undisturbed("lighthouse_half")
+    assert f"it got {sum(counts.values())} steps, {taken:.1f} of 15 seconds." in PAGE
+    assert SHORTER.unsteady.keys() == {"dense", "lighthouse_half"}
+
+
+def test_the_runs_at_32k_are_of_one_start_each() -> None:
+    assert {*SHORTER.runs.groupby("seed").start.nunique()} == {1}
+    assert {*SHORTER.runs.revision} == {"0e20317"}
+    report = (DOCS / "studies/results/contest_scaling_17m_32k/results.md").read_text()
+    verdicts = re.findall(r"(?m)^- \w+ against \w+: (.*)", report)
+    assert {*verdicts} == {"no verdict, as 4 of 6 seeds have finished in both."}
+    books = SHORTER_RECORD[SHORTER_RECORD.measure == JUDGED].groupby("seed").document.apply(set)
+    assert all(each == {*SHORTER.values["dense", 1, JUDGED]} for each in books)
