@@ -77,7 +77,7 @@ def in_words(contest: Contest, arm: str, control: str, verdict: Verdict) -> str:
         )
     why = ""
     if verdict.word == NO_DIFFERENCE:
-        why = ", equal within the margin" if verdict.equal else ", not resolved by these seeds"
+        why = ", equal within the margin" if verdict.equal else " shown by these seeds"
     return (
         f"{arm} against {control}: {verdict.word}{why}; {contest.primary} differs by "
         f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}, {verdict.seeds} seeds, "
