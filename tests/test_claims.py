@@ -149,20 +149,6 @@ on_books = partial(in_contest, "books_17m", "loss")
 at_distance = partial(in_contest, "distance_17m", "repeated/16384/loss")
 
 
-def skips() -> str:
-    """How far short sequences whose positions skip lie below their rivals."""
-    measure = "repeated/16384/loss"
-    return ", and ".join(
-        in_contest(
-            "distance_skips_17m", measure, rival, "skip_then_long", f"{{}} lower than {text}"
-        )
-        for rival, text in (
-            ("short_then_long", "without skips"),
-            ("dense", "under dense training"),
-        )  # fmt: skip
-    )
-
-
 def beside_half_dense() -> str:
     """How much the intervals of Lighthouse with half of its steps dense leave open."""
     arm, measure, ends = "lighthouse_half", "repeated/16384/loss", []
@@ -227,16 +213,6 @@ def books_under_yarn() -> str:
     short, skips = (in_contest(SCALING_32K, "loss", "dense", arm, "{}")
                     for arm in ("short_then_long", "skip_then_long"))  # fmt: skip
     return f"short sequences first end {short} below dense training, and with skips {skips}"
-
-
-def far_under_yarn() -> str:
-    """Loss of passages at 98,304 tokens under YaRN, without training and after it."""
-    level = [mean_of(SCALING, f"scaled_{arm}", FAR)
-             for arm in ("dense", "lighthouse_half", "skip_then_long")]  # fmt: skip
-    return (
-        f"{untrained(SCALING, FAR):.3f} nats under YaRN alone, and {min(level):.3f} to "
-        f"{max(level):.3f} after dense training, Lighthouse with half of its steps dense, or skips"
-    )
 
 
 def headline() -> str:
@@ -358,18 +334,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "short sequences first": partial(
         on_books, "recommended", "short_to_long_30", "short sequences first ends {} below"
     ),
-    "dense on books": partial(
-        on_books, "dense", "recommended", "Lighthouse in turn ends {} below dense training"
-    ),
+    "dense on books": partial(on_books, "dense", "recommended", "it ends {} below dense training"),
     "behind at distance": partial(at_distance, "lighthouse", "dense", "{} above dense training"),
     "YaRN alone": yarn_alone,
     "YaRN at 32,768 tokens": passages_under_yarn,
     "books under YaRN": books_under_yarn,
-    "YaRN at 98,304 tokens": far_under_yarn,
-    "window at distance": partial(
-        at_distance, "window", "lighthouse", "{} below a window of 256 alone"
-    ),
-    "skips": skips,
     "half dense": beside_half_dense,
     "share at full length": share_of_long,
     "headline": headline,
