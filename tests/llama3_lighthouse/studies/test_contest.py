@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas
@@ -409,19 +411,32 @@ def test_the_time_left_falls_by_a_run_with_each_run(call, path, faked, monkeypat
 
 def test_the_time_left_counts_slots_and_what_runs_under_way_have_done(monkeypatch) -> None:
     monkeypatch.setattr(sweeps.time, "monotonic", lambda: 1000.0)
-    start, arm = SimpleNamespace(needs=None), SimpleNamespace(needs=object())
+
+    def run_of(name: str, needs: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(folder=Path(name), needs=needs)
+
+    start = run_of("start")
+    a, b, c, d, e = (run_of(name, start) for name in "abcde")
+    finished = run_of("earlier")
+    late, later = run_of("late", finished), run_of("later", finished)
     state = SimpleNamespace(
         seconds={False: [300.0], True: [80.0, 120.0]},
-        active={1: (arm, {}, 970.0), 2: (start, {}, 900.0)},
-        waiting=[arm, arm],
+        active={1: (late, {}, 970.0), 2: (start, {}, 900.0)},
+        waiting=[later, a],
         slots=3,
     )
-    # Slots are free after 70, 200 and 0 seconds, and both arms fit before the last ends.
-    assert sweeps._Sweep.seconds_left(state) == 200
-    state.waiting *= 2
-    assert sweeps._Sweep.seconds_left(state) == 270
+    # Slots are free after 70, 200 and 0 seconds. One run fits before the last ends, and the other
+    # begins from it.
+    assert sweeps._Sweep.seconds_left(state) == 300
+    state.waiting = [later, a, b, c, d, e]
+    assert sweeps._Sweep.seconds_left(state) == 400
+    # Of two starts that wait, each needs a slot, and so do the runs that wait for them.
+    first, second = run_of("first"), run_of("second")
+    state.active, state.slots = {}, 2
+    state.waiting = [first, second, run_of("a", first), run_of("b", second), run_of("c", second)]
+    assert sweeps._Sweep.seconds_left(state) == 500
     # One that takes longer than usual ends now, not before.
-    state.slots, state.active, state.waiting = 1, {1: (arm, {}, 500.0)}, [arm]
+    state.slots, state.active, state.waiting = 1, {1: (late, {}, 500.0)}, [later]
     assert sweeps._Sweep.seconds_left(state) == 100
     # Of runs that begin from nothing alone it is known how long they take.
     state.seconds[True] = []

@@ -333,12 +333,15 @@ class _Sweep:
         def usual(run: Run) -> float:
             return statistics.fmean(self.seconds[bool(run.needs)] or known)
 
-        # When each slot is free, in seconds from now.
-        slots = [max(usual(run) - (now - start), 0) for run, _, start in self.active.values()]
-        slots += [0.0] * (self.slots - len(slots))
+        # When each slot is free, and when each run ends, in seconds from now.
+        ends = {run.folder: max(usual(run) - (now - start), 0)
+                for run, _, start in self.active.values()}  # fmt: skip
+        slots = [*ends.values()] + [0.0] * (self.slots - len(ends))
         heapq.heapify(slots)
         for run in self.waiting:
-            heapq.heapreplace(slots, slots[0] + usual(run))
+            ready = ends.get(run.needs.folder, 0.0) if run.needs else 0.0
+            ends[run.folder] = max(slots[0], ready) + usual(run)
+            heapq.heapreplace(slots, ends[run.folder])
         return max(slots)
 
 
