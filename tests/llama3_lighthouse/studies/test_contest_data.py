@@ -15,6 +15,7 @@ from torchtitan.models.llama3_lighthouse.studies.contest_data import (
     spread_of,
     steps_by_kind,
     timed_steps,
+    unsteady,
     write_data,
     write_times,
 )
@@ -43,7 +44,29 @@ def test_seconds_of_a_step_are_the_median_of_its_stage(tmp_path) -> None:
     write_times([("window", run)], Logs(), 2, tmp_path)
     table = pandas.read_csv(tmp_path / "times.csv").set_index("kind")
     assert table["GPU seconds"].to_dict() == {"1 lighthouse": 2.0, "2 dense": 33.0}
-    assert table.spread["1 lighthouse"] == 0
+    # Half of the way from 3 to 30 lies above a quarter of it.
+    assert table.spread.to_dict() == {"1 lighthouse": 0, "2 dense": round(16.5 / 9.75 - 1, 4)}
+
+
+def test_arms_that_were_not_timed_keep_their_times(tmp_path) -> None:
+    planner = Planner(read_contest(DEBUG), tmp_path, [])
+    run = planner.run(planner.contest.arms["window"], 2e-3, 1)
+    run.folder.mkdir()
+    (run.folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "time_metrics/end_to_end(s)": 3.0, "lighthouse/stage": 1.0}) + "\n"
+    )
+    mark_trained(run, alone=True)
+    earlier = {"arm": ["dense", "window"], "kind": ["1 dense", "1 lighthouse"],
+               "GPU seconds": [0.5, 0.25], "spread": [0.2, 0.1]}  # fmt: skip
+    pandas.DataFrame(earlier).to_csv(tmp_path / "times.csv", index=False)
+    write_times([("window", run)], Logs(), 1, tmp_path)
+    table = pandas.read_csv(tmp_path / "times.csv").set_index("arm")
+    assert table["GPU seconds"].to_dict() == {"dense": 0.5, "window": 3.0}
+    assert table.spread.to_dict() == {"dense": 0.2, "window": 0}
+    assert unsteady(tmp_path) == {"dense": {"1 dense": 0.2}}
+    # Records of older versions have no spread.
+    pandas.DataFrame(earlier).drop(columns="spread").to_csv(tmp_path / "times.csv", index=False)
+    assert unsteady(tmp_path) == {}
     assert steps_by_kind(run.config) == {"1 lighthouse": 6, "2 dense": 2}
 
 

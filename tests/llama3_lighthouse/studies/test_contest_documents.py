@@ -134,6 +134,8 @@ def test_each_run_takes_the_time_of_its_own_documents(path, random) -> None:
     seconds = trained(path, 0.5, random.uniform(0.1, 0.9, 2).tolist(), random)
     times = read_times(path.parent / "out")
     assert times["dense"].keys() == {"1 dense"}
+    table = pandas.read_csv(path.parent / "out/times.csv")
+    assert table[table.spread.isna()].arm.unique().tolist() == [MASKED]
     kinds = {f"{n} {kind}": SECONDS[kind] for n, kind in
              ((1, f"lighthouse, {ONE}"), (1, f"lighthouse, {SEVERAL}"),
               (2, f"dense, {ONE}"), (2, f"dense, {SEVERAL}"))}  # fmt: skip

@@ -48,6 +48,15 @@ def test_a_disturbed_timing_runs_again(call, faked, path, monkeypatch, number, r
     assert (steps["window"] < steps["lighthouse"]) == (number == 5)
 
 
+def test_steps_on_a_cpu_may_vary(call, faked, path, monkeypatch) -> None:
+    at_equal_time(path, 40)
+    disturb(faked, monkeypatch, 5, 1.0)
+    monkeypatch.setattr(contests, "_device", lambda: "cpu")
+    output, code = call()
+    assert not code and "another process" not in output, output
+    assert faked.trained.count("window,times") == 1
+
+
 def test_a_disturbed_timing_of_a_killed_contest_runs_again(call, faked, path, monkeypatch) -> None:
     """Its times were written, and no steps follow from them yet."""
     at_equal_time(path, 40)
