@@ -418,6 +418,11 @@ def test_commands(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None
     assert "model-00001-of-00004.safetensors (1 of 4): " in capsys.readouterr().out
     config = json.loads((tmp_path / "exported/config.json").read_text())
     assert (config["torch_dtype"], config["max_position_embeddings"]) == ("bfloat16", 4096)
+    # A scaling has a length of its own, and transformers may take its factor from it.
+    call("export-hf", checkpoint, tmp_path / "scaled", "--training.seq_len", "4096",
+         "--model.rope_scaling", "yarn factor=3 original_max_position_embeddings=2048")  # fmt: skip
+    scaled = json.loads((tmp_path / "scaled/config.json").read_text())
+    assert scaled["max_position_embeddings"] == 3 * 2048
     call("import-hf", tmp_path / "exported", tmp_path / "run", "--dtype", "float32")
     assert capsys.readouterr().out.endswith(f"Wrote {tmp_path}/run/checkpoint/step-0\n")
     weights = load_trained_model(tmp_path / "run", dtype=torch.bfloat16).model.output.weight

@@ -81,6 +81,12 @@ def scaled_at(config: dict[str, Any], step: int) -> dict[str, Any]:
     return {**config, "model": model}
 
 
+def positions_reached(config: dict[str, Any], step: int) -> int:
+    """The most positions of a sequence up to step ``step``, of a configuration by section."""
+    stages = [stage for stage in _stages(config) if stage.first <= max(step, 1)]
+    return max(max(stage.seq_len, stage.config.lighthouse.skip_positions) for stage in stages)
+
+
 def check_settings(
     path: Path,
     record: CheckpointRecord,

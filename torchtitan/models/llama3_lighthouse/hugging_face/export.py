@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..checkpoints.model_folder import model_folder
 from ..checkpoints.record import CheckpointRecord, read_record
+from ..checkpoints.resume import positions_reached
 from ..checkpoints.storage import (
     DamagedCheckpointError,
     check_shapes,
@@ -73,6 +74,9 @@ def export_checkpoint(
         check_dense(path, record)
     with new_folder(output) as folder:
         config, args = read_configuration(path, record, overrides or [])
+        if record and config.training.seq_len == record.config.get("training", {}).get("seq_len"):
+            # The run may have longer sequences later on.
+            args.max_seq_len = positions_reached(record.config, record.step)
         tokenizer = build_tokenizer(config)
         stored = _stored_dtype(path, model_state(args))
         described = model_folder(config)

@@ -111,7 +111,7 @@ def write_configuration(
         config = {
             "architectures": [args.causal_model],
             **architecture(args),
-            "max_position_embeddings": args.max_seq_len,
+            "max_position_embeddings": _length(args),
             "attention_dropout": 0.0,
             "torch_dtype": str(dtype).removeprefix("torch."),
             # Missing ids are written as null, because transformers would assume others.
@@ -124,6 +124,14 @@ def write_configuration(
     for name, content in ((CONFIG_FILE, config), (GENERATION_FILE, generation)):
         if content:
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _length(args: LighthouseModelArgs) -> int:
+    """The number of positions that a model is made for."""
+    if args.rope_scaling["rope_type"] == "yarn":
+        # transformers 4 takes the quotient of the two lengths for the factor.
+        return round(args.rope_scaling["factor"] * args.rope_scaling[LENGTH])
+    return args.max_seq_len
 
 
 def updated(
@@ -140,11 +148,10 @@ def updated(
         if name in new:
             new[name] = str(dtype).removeprefix("torch.")
     length = known["max_position_embeddings"]
-    if "rope_scaling" in changed and args.rope_scaling["rope_type"] == "yarn":
-        # transformers 4 takes the quotient of the two lengths for the factor.
-        length = round(args.rope_scaling["factor"] * args.rope_scaling[LENGTH])
-    elif args.rope_scaling["rope_type"] != "yarn":
-        length = max(length, args.max_seq_len)
+    if args.rope_scaling["rope_type"] != "yarn":
+        length = max(length, _length(args))
+    elif "rope_scaling" in changed:
+        length = _length(args)
     if length != known["max_position_embeddings"]:
         new["max_position_embeddings"] = length
     if not changed:
