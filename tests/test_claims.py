@@ -1,5 +1,6 @@
 """Each figure in the README stands in the record that docs/claims.md names for it."""
 
+import itertools
 import json
 import re
 import statistics
@@ -14,6 +15,7 @@ from pages import DOCS, ROOT, words
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
 from torchtitan.models.llama3_lighthouse.job_config import LighthouseConfigManager
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
 
 # Steps of a run, those of its first stage, and tokens of a step, in all configurations for 98K.
 STEPS, FIRST_STAGE, TOKENS = 16000, 10000, 32 * 98304
@@ -171,11 +173,15 @@ FAR = "repeated/65536/loss"
 SCALING, SCALING_32K = "scaling_17m_98k", "scaling_17m_32k"
 
 
-def untrained(name: str, measure: str) -> float:
-    """A measure of the models that a contest begins from, under YaRN."""
+def untrained_by_seed(name: str, measure: str, scaling: str = "yarn") -> list[float]:
+    """A measure of the models that a contest begins from, under YaRN or "none"."""
     record = pandas.read_csv(DOCS / f"studies/results/contest_{name}/untrained.csv")
-    own = record[record.scaling.str.startswith("yarn") & (record.measure == measure)]
-    return own.groupby("seed").value.mean().mean()
+    own = record[record.scaling.str.startswith(scaling) & (record.measure == measure)]
+    return [*own.groupby("seed").value.mean()]
+
+
+def untrained(name: str, measure: str) -> float:
+    return statistics.fmean(untrained_by_seed(name, measure))
 
 
 def mean_of(name: str, arm: str, measure: str) -> float:
@@ -194,6 +200,37 @@ def yarn_alone() -> str:
         f"{runs['GPU seconds'].mean():.0f} GPU seconds of skips and long sequences without YaRN it "
         f"costs {mean_of(SCALING, 'skip_then_long', 'repeated/65536'):.3f} nats less"
     )
+
+
+def skips_after_another_start() -> str:
+    return f"brought {mean_of('trend_17m_98k', 'skip_then_long', 'repeated/65536'):.3f}"
+
+
+def cost_of_yarn() -> str:
+    """What YaRN costs before training, within the length of the start's training."""
+    costs = [
+        scaled - plain
+        for place in (256, 512, 1024, 2048, 4096)
+        for scaled, plain in zip(
+            untrained_by_seed(SCALING, f"position/{place}"),
+            untrained_by_seed(SCALING, f"position/{place}", "none"),
+            strict=True,
+        )
+    ]
+    return f"YaRN costs {min(costs):.3f} to {max(costs):.3f} nats before training"
+
+
+def less_time_of_dense() -> str:
+    """How much less time dense training had at 32,768 tokens than short sequences first."""
+    folder = DOCS / f"studies/results/contest_{SCALING_32K}"
+    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])
+    undisturbed = times["GPU seconds"] / (1 + times.spread)
+    dense, short = (
+        sum(count * undisturbed[arm, kind]
+            for kind, count in kinds_of_steps(SCALING_32K, arm).items())
+        for arm in ("dense", "short_then_long")
+    )  # fmt: skip
+    return f"Dense training had up to {1 - dense / short:.0%} less time"
 
 
 def passages_under_yarn() -> str:
@@ -242,6 +279,7 @@ class Recipe(NamedTuple):
     at_98k: tuple[str, str, str] | None = None
 
 
+UNTRAINED = "YaRN alone, not trained"
 RECIPES = {
     "dense": Recipe("dense", "dense", "scaled_dense", "dense", ("dense", "1 dense", "1 dense")),
     "short sequences first": Recipe(
@@ -298,11 +336,32 @@ def speed_of(recipe: Recipe) -> str:
     """How much faster a whole run is than dense training, by the times of the headline's steps."""
     if recipe.at_98k is None:
         return ""
-    share = share_in_full(recipe)
-    arm, first, last = recipe.at_98k
+    return speed_at_98k(recipe.at_98k, share_in_full(recipe))
+
+
+def speed_at_98k(stages: tuple[str, str, str], share: float) -> str:
+    """As ``speed_of``, with a share of steps in the second of two stages of an arm."""
+    arm, first, last = stages
     times = results_of("headline_270m_98k").times
     own = (1 - share) * times[arm][first] + share * times[arm][last]
     return f"{times['dense']['1 dense'] / own:.2g}x"
+
+
+def speed_of_the_recommended() -> str:
+    """Of the file for a model from nothing, a tenth of whose steps are long."""
+    text = (ROOT / "train_configs/short_to_long_98k.toml").read_text()
+    (last,) = re.findall(r"dense until=(\d+) seq_len=8192 skip_positions", text)
+    stages = RECIPES["short sequences first"].at_98k
+    assert stages and int(last) / STEPS == 0.9
+    return (
+        f"With a tenth, as in the recommended file from nothing, it is {speed_at_98k(stages, 0.1)}"
+    )
+
+
+def row_of_the_untrained() -> str:
+    """The row of the README's table for YaRN alone, without its last bar."""
+    near = with_half(untrained_by_seed(SCALING_32K, "repeated/16384/loss"))
+    return f"{UNTRAINED} | | {near} | {untrained(SCALING, FAR):.3f}"
 
 
 def row_of(name: str) -> str:
@@ -321,6 +380,8 @@ def row_of(name: str) -> str:
         )
         # Half an interval of two seeds would be far too wide.
         shown = with_half(values) if len(values) > 2 else f"{statistics.fmean(values or [0]):.3f}"
+        # It was chosen without YaRN, and is twice that of the other arms.
+        shown += ", at twice the rate" if arm == "scaled_short_then_long" else ""
         cells.append(shown if values else "")
     cells.append(speed_of(recipe))
     return " ".join(" | ".join(cells).split())
@@ -339,6 +400,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "YaRN alone": yarn_alone,
     "YaRN at 32,768 tokens": passages_under_yarn,
     "books under YaRN": books_under_yarn,
+    "another start": skips_after_another_start,
+    "cost of YaRN": cost_of_yarn,
+    "less time": less_time_of_dense,
+    "speed of the recommended file": speed_of_the_recommended,
+    UNTRAINED: row_of_the_untrained,
     "half dense": beside_half_dense,
     "share at full length": share_of_long,
     "headline": headline,
@@ -374,6 +440,28 @@ def test_the_lowest_losses_are_those_of_the_most_dense_time() -> None:
     assert len(losses[True]) == 3 and max(losses[True]) < min(losses[False])
 
 
+def test_lighthouse_is_not_told_apart_from_a_window_alone() -> None:
+    _, low, high = difference("books_17m", "recommended", "window", "loss")
+    assert low < 0 < high
+
+
+def test_arms_under_yarn_are_not_told_apart() -> None:
+    """Nor from YaRN alone, in passages after 16,384 tokens."""
+    measure, seeds = "repeated/16384/loss", (1, 2, 3, 4)
+    results = results_of(SCALING_32K)
+    values = {arm: [results.value(arm, seed, measure) for seed in seeds]
+              for arm in ("dense", "short_then_long", "skip_then_long")}  # fmt: skip
+    values[UNTRAINED] = untrained_by_seed(SCALING_32K, measure)
+    for ours, theirs in itertools.combinations(values.values(), 2):
+        found = t_interval([a - b for a, b in zip(ours, theirs, strict=True)], 0.95)
+        assert found.low is not None and found.high is not None and found.low < 0 < found.high
+
+
+def test_rates_of_the_contest_at_98k() -> None:
+    rates = results_of(SCALING).runs.groupby("arm").rate.first()
+    assert rates.pop("scaled_short_then_long") == 2 * rates.unique().item()
+
+
 def test_log_in_the_readme_is_the_record() -> None:
     log = (DOCS / "benchmarks/first_run.log").read_text()
     (quoted,) = re.findall(r"(?ms)^```\n(step .*?)^```", (ROOT / "README.md").read_text())
@@ -402,8 +490,8 @@ def test_every_number_of_the_readme_is_a_figure_or_a_setting() -> None:
         ),
         # A window, and the GPU seconds of contests.
         *("256", "15", "36", "40"),
-        # Versions, a compute capability, a GPU's memory, tokens of a run.
-        *("0.2.2", "3.11", "8.0", "80", "50.3"),
+        # Versions, a compute capability, a GPU's memory, tokens of a run, Llama 3.1.
+        *("0.2.2", "3.11", "8.0", "80", "50.3", "3.1"),
         # 1e-4, and 4% and 6% of an estimate, have tests; intervals are at 95%.
         *("1e", "4", "4%", "6%", "95%"),
     }

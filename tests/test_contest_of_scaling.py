@@ -9,6 +9,8 @@ import pytest
 from contest_records import between, difference, results_of, with_half
 from pages import DOCS, words
 
+from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
+
 RESULTS = results_of("scaling_17m_98k")
 PAGE = words(DOCS / "studies/scaling.md")
 OURS, DENSE, SHORT, PLAIN = (
@@ -93,7 +95,7 @@ def test_the_outcome_in_short() -> None:
             f"{mean(PLAIN, FAR):.3f}.") in PAGE  # fmt: skip
     level = [mean(arm, FAR) for arm in (OURS, DENSE, "scaled_lighthouse_half")]
     assert f"level there, at {min(level):.3f} to {max(level):.3f}." in PAGE
-    assert f"without skips have {mean(SHORT, FAR):.3f}." in PAGE
+    assert f"without skips have {mean(SHORT, FAR):.3f}, at twice the rate" in PAGE
     others = [arm for arm in RESULTS.contest.arms if arm != OURS]
     for seed in range(2):
         assert all(values(OURS, "loss")[seed] < values(arm, "loss")[seed] for arm in others)
@@ -115,12 +117,24 @@ def test_what_it_tells() -> None:
     ahead = [mean(OURS, each) - mean(DENSE, each) for each in NEARER]
     assert all(min(RESULTS.contest.arms, key=lambda arm: mean(arm, each)) == DENSE
                for each in NEARER)  # fmt: skip
-    assert "loss of passages, by {:.3f} and {:.3f} nats.".format(*ahead) in PAGE
+    assert "skips are {:.3f} and {:.3f} nats above `scaled_dense`".format(*ahead) in PAGE
     apart = [abs(mean("scaled_lighthouse_half", each) - mean(DENSE, each))
              for each in (FAR, "loss")]  # fmt: skip
     assert "in passages ({:.3f} nats apart) and in plain books ({:.3f}).".format(*apart) in PAGE
-    tokens = RESULTS.runs.groupby("arm").tokens.first()
-    assert tokens["scaled_lighthouse_half"] == 2 * tokens[DENSE]
+    gaps = [RESULTS.differences("scaled_lighthouse_half", DENSE, each) for each in (FAR, "loss")]
+    assert all(first * second < 0 for first, second in gaps)
+    sizes = [abs(gap) for pair in gaps for gap in pair]
+    seconds = RESULTS.runs.groupby("arm")["GPU seconds"].mean()
+    longer = seconds["scaled_lighthouse_half"] / seconds[DENSE] - 1
+    assert (f"differ by {min(sizes):.3f} to {max(sizes):.3f} nats in opposite directions, and it "
+            f"had {longer:.0%} more time.") in PAGE  # fmt: skip
+    costs = []
+    for place in (256, 512, 1024, 2048, 4096):
+        own = RECORD[RECORD.measure == f"position/{place}"]
+        by_scaling = own.groupby(["scaling", "seed"]).value.mean().unstack("scaling")
+        (scaled,) = [name for name in by_scaling if name != "none"]
+        costs += [*(by_scaling[scaled] - by_scaling["none"])]
+    assert f"it costs {min(costs):.3f} to {max(costs):.3f} nats within the first 4,096" in PAGE
     gain = "repeated/65536"
     trend = results_of("trend_17m_98k").value(PLAIN, 1, gain)
     assert f"gains {mean(PLAIN, gain):.3f} nats after 65,536 tokens. In" in PAGE
@@ -133,7 +147,7 @@ def test_passkeys() -> None:
         return f"{percent(min(shares))} to {percent(max(shares))}"
 
     others = [arm for arm in RESULTS.contest.arms if arm != OURS]
-    assert f"beside YaRN: {ends(OURS)} at each of 24,576 to 98,304 tokens" in PAGE
+    assert f"They find {ends(OURS)} at each of 24,576 to 98,304 tokens" in PAGE
     assert f"the other trained arms find {ends(*others)}." in PAGE
     assert f"YaRN alone, without training, finds {ends(UNTRAINED)} there." in PAGE
 
@@ -201,13 +215,23 @@ def test_table_of_arms_at_32k(arm: str) -> None:
     ("skip_then_long", "short_then_long"),
     ("skip_then_long", "dense"),
     ("short_then_long", "dense"),
+    ("dense", UNTRAINED),
+    ("short_then_long", UNTRAINED),
+    ("skip_then_long", UNTRAINED),
 ])  # fmt: skip
 def test_table_of_differences_at_32k(arm: str, control: str) -> None:
-    shown = row(f"`{arm}` less `{control}`", 4)
+    name = control if control == UNTRAINED else f"`{control}`"
+    shown = row(f"`{arm}` less {name}", 4)
     for cell, measure in zip(shown, (JUDGED, RETURNED[2], "loss"), strict=True):
-        found = difference("scaling_17m_32k", arm, control, measure)
-        assert cell == "{:+.3f} ({:+.3f} to {:+.3f})".format(*found)
-    assert ((arm, control) in SHORTER.contest.compare) == (arm == "skip_then_long")
+        pairs = zip(shorter(arm, measure), shorter(control, measure), strict=True)
+        found = t_interval([ours - theirs for ours, theirs in pairs], SHORTER.level(measure))
+        assert cell == f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+        if control != UNTRAINED:
+            assert (found.mean, found.low) == pytest.approx(
+                difference("scaling_17m_32k", arm, control, measure)[:2]
+            )
+    named = arm == "skip_then_long" and control != UNTRAINED
+    assert ((arm, control) in SHORTER.contest.compare) == named
 
 
 def test_what_it_tells_at_32k() -> None:
@@ -216,21 +240,30 @@ def test_what_it_tells_at_32k() -> None:
             f"training under YaRN has {mean_of('dense', JUDGED):.3f}, short sequences first "
             f"{mean_of('short_then_long', JUDGED):.3f}, and skips "
             f"{mean_of('skip_then_long', JUDGED):.3f}.") in PAGE  # fmt: skip
-    best = mean_of(UNTRAINED, JUDGED) - min(mean_of(arm, JUDGED) for arm in arms)
-    assert f"no arm is below YaRN alone by more than {best:.3f} nats in the mean" in PAGE
-    near = [mean_of(UNTRAINED, RETURNED[0]) - mean_of(arm, RETURNED[0]) for arm in arms]
-    assert f"tokens instead, by {min(near):.3f} to {max(near):.3f} nats." in PAGE
+    fair = [arm for arm in arms if arm != "lighthouse_half"]
+    ends = sorted(mean_of(arm, JUDGED) - mean_of(UNTRAINED, JUDGED) for arm in fair)
+    assert f"{-ends[0]:.3f} nats below YaRN alone to {ends[-1]:.3f} above" in PAGE
+    near = [mean_of(UNTRAINED, RETURNED[0]) - mean_of(arm, RETURNED[0]) for arm in fair]
+    assert f"after 4,096 tokens, by {min(near):.3f} to {max(near):.3f} nats." in PAGE
+    skips_far = [ours - theirs for ours, theirs in
+                 zip(shorter("skip_then_long", RETURNED[2]), shorter(UNTRAINED, RETURNED[2]),
+                     strict=True)]  # fmt: skip
+    assert max(skips_far) < 0
+    assert f"seeds, by {-statistics.fmean(skips_far):.3f} in the mean." in PAGE
     plain, skips = (-difference("scaling_17m_32k", arm, "dense", "loss")[0]
                     for arm in ("short_then_long", "skip_then_long"))  # fmt: skip
-    assert (f"{plain:.3f} nats more than under dense training without skips, and {skips:.3f} with "
-            "them.") in PAGE  # fmt: skip
+    assert f"{plain:.3f} nats more than dense training, and {skips:.3f} with skips." in PAGE
     for arm in ("short_then_long", "skip_then_long"):
         assert all(SHORTER.value(arm, seed, "loss") < SHORTER.value("dense", seed, "loss")
                    for seed in AT)  # fmt: skip
     far = SHORTER.differences("skip_then_long", "short_then_long", RETURNED[2])
     assert len(far) == 4 and max(far) < 0
-    keys = [shorter(arm, "retrieval/passkey/32768") for arm in (UNTRAINED, *arms)]
-    assert all(each[seed] < 0.15 for each in keys for seed in (0, 2))
+    keys = {arm: shorter(arm, "retrieval/passkey/32768") for arm in (UNTRAINED, *arms)}
+    assert all(each[seed] < 0.15 for each in keys.values() for seed in (0, 2))
+    fewer = [keys[arm][seed] < keys[UNTRAINED][seed] for arm in fair for seed in (1, 3)]
+    assert (sum(fewer), len(fewer)) == (5, 6)
+    assert all(keys["skip_then_long"][seed] == min(keys[arm][seed] for arm in fair)
+               for seed in (1, 3))  # fmt: skip
 
 
 def test_a_rate_of_2e_3_is_too_high_at_32k() -> None:
@@ -253,6 +286,10 @@ def test_lighthouse_had_too_little_time_at_32k() -> None:
     counts, taken = undisturbed("lighthouse_half")
     assert f"it got {sum(counts.values())} steps, {taken:.1f} of 15 seconds." in PAGE
     assert SHORTER.unsteady.keys() == {"dense", "lighthouse_half"}
+    short, skips, dense = (undisturbed(arm)[1]
+                           for arm in ("short_then_long", "skip_then_long", "dense"))  # fmt: skip
+    assert (f"it had {1 - dense / skips:.0%} less time than skips, and {1 - dense / short:.0%} "
+            "less than short sequences without them.") in PAGE  # fmt: skip
 
 
 def test_the_runs_at_32k_are_of_one_start_each() -> None:

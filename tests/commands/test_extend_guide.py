@@ -25,10 +25,10 @@ TRAINING = "./run_train.sh"
 # Options that make each command small. The last value of an option counts.
 SMALLER = {
     "train debug_cpu": "--training.steps 2",
-    "train debug_extend_cpu": "--training.steps 2 --lighthouse.dense_from_step 1 "
-    "--training.seq_len 2048",
-    "train with skips": "--training.steps 2 --training.seq_len 2048 "
+    "train debug_extend_cpu": "--training.steps 2 --training.seq_len 2048 "
     "--lighthouse.schedule 'dense until=1 seq_len=1024 skip_positions=2048, dense'",
+    "train under Lighthouse": "--training.steps 2 --training.seq_len 2048 "
+    "--lighthouse.schedule 'lighthouse until=1, dense'",
     "evaluate loss": "--validation.seq_len 2048 --validation.steps 1",
     "evaluate distance": "--validation.seq_len 2048 --documents 1 --contexts 512 --distances 512",
     "evaluate niah": "--lengths 512 --depths 50 --trials 1",
@@ -44,7 +44,7 @@ def commands(heading: str) -> list[list[str]]:
 
 def name_of(line: list[str]) -> str:
     if "--lighthouse.schedule" in line:
-        return "train with skips"
+        return "train under Lighthouse"
     return f"{line[0]} {Path(line[1]).stem}"
 
 
@@ -84,7 +84,7 @@ def test_commands_of_the_guide(
     clone: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lines = [line for heading in HEADINGS for line in commands(heading)]
-    assert len(lines) == 10 and {line[0] for line in lines} == {".venv/bin/lighthouse"}
+    assert len(lines) == 12 and {line[0] for line in lines} == {".venv/bin/lighthouse"}
     used = set()
     for _, *line in lines:
         used.add(name_of(line))
@@ -109,8 +109,9 @@ def test_commands_of_the_guide(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     for measured in ("loss_as_it_came", "loss_scaled"):
         assert (place / measured / "losses.csv").is_file()
-    assert (place / "distance/distance.csv").is_file()
-    assert (place / "niah/results.csv").is_file()
+    for moment in ("", "_before"):
+        assert (place / f"distance{moment}/distance.csv").is_file()
+        assert (place / f"niah{moment}/results.csv").is_file()
 
 
 def words_of_training() -> list[str]:
@@ -149,19 +150,30 @@ def test_full_size_reads_what_was_imported(
     (_, *imported), (_, *described) = lines[:2]
     main.main(imported)
     keys = words_of_training()
+    selecting = ["--lighthouse.schedule", "lighthouse until=700, dense"]
+    assert f'--lighthouse.schedule "{selecting[1]}"' in GUIDE
     if qwen:
         with pytest.raises(SystemExit) as refused:
-            main.main(described)
+            main.main([*described, *selecting])
         assert "scorer = 'norm' ranks" in f"{refused.value.code} {capfd.readouterr().err}"
         # As the guide's table and its section on training say.
         table = "yarn factor=F original_max_position_embeddings=32768"
         assert f"| Qwen 3 without a scaling | `{table}`" in GUIDE
         assert "For Qwen 3 add `--lighthouse.scorer gla`" in GUIDE
-        keys += ["--model.rope_scaling", table.replace("=F", "=3"), "--lighthouse.scorer", "gla"]
-    for more in ([], ["--training.steps", "20", "--lighthouse.dense_from_step", "14"]):
+        keys += ["--model.rope_scaling", table.replace("=F", "=3")]
+        selecting += ["--lighthouse.scorer", "gla"]
+    schedule = "dense until=14 seq_len=8192 skip_positions=98304, dense"
+    assert f'--training.steps 20 --lighthouse.schedule "{schedule}"' in GUIDE
+    spread = "8,192 tokens spread over 98,304 positions under YaRN of"
+    for more, stage in (
+        ([], f"dense in steps 1 to 700: 384 sequences of {spread}"),
+        (
+            ["--training.steps", "20", "--lighthouse.schedule", schedule],
+            f"dense in steps 1 to 14: 384 sequences of {spread}",
+        ),
+        (selecting, "Lighthouse in steps 1 to 700: 32 sequences of 98,304 tokens under YaRN of"),
+    ):
         main.main([*described, *keys, *more])
         found = " ".join(capfd.readouterr().out.split())
-        last = 14 if more else 700
-        assert f"1 to {last} in the Lighthouse stage, then dense" in found
-        assert "S = 18,432 of 98,304 positions" in found and "window of 256" in found
-        assert "FOLDER" in found
+        assert stage in found and "FOLDER" in found
+        assert ("S = 18,432, window of 256" in found) == (more is selecting)

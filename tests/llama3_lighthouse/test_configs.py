@@ -91,11 +91,7 @@ def test_config_builds_what_it_says(
         line += FOLDERS_OF_TEXT
     config = LighthouseConfigManager().parse_args(line)
     check_config(config, flavors)
-    found = warnings_of(config, 8)
-    if path.stem == "debug_extend_cpu":
-        # It is made for CPUs.
-        assert found.pop().startswith("training.mixed_precision_param = 'float32' with a window")
-    assert found == []
+    assert warnings_of(config, 8) == []
     # Attention runs on a small part of the sequence, and in the study on half of it.
     part = 2 if path.stem == "recovery_books_32k" else 3
     assert check_model(config) <= config.training.seq_len // part

@@ -153,7 +153,7 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
             raise UserValueError(
                 f"{named(stage)}{YARN} needs a model without a scaling before it, and "
                 f"{named_model(config)} has one of type '{args.rope_scaling['rope_type']}'; set "
-                "model.rope_scaling to 'none', or leave it out"
+                f"model.rope_scaling to 'none', or leave {YARN} out"
             )
     _check_length_of_validation(config)
     _check_tokenizer(config)
