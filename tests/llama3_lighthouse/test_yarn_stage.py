@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,12 @@ def test_yarn_stretches_the_longest_sequences_before_it(tmp_path: Path) -> None:
      "lacks the yarn_factor of the stage before it, and no model goes back to a rotary embedding "
      "that it has left; repeat yarn_factor"),
     (["dense until=2 seq_len=128", "dense until=4 yarn_factor=2", "dense yarn_factor=4"], 2,
-     "yarn_factor = 4 differs from that of an earlier stage; give all of them the same"),
+     "makes it 'yarn factor=4 original_max_position_embeddings=128', and an earlier stage 'yarn "
+     "factor=2 original_max_position_embeddings=128'; give all the same yarn_factor"),
     *((["dense until=2 seq_len=128", f"dense yarn_factor={value}"], 1,
-       f"yarn_factor = '{value}' must be a number above 1; correct it")
-      for value in ("1", "0.5", "-4", "nan", "inf", "four", "")),
+       f"yarn_factor = '{value}' must be a number above 1 and at most 1,000,000; correct it")
+      for value in ("1", "0.5", "-4", "nan", "inf", "four", "", "1_2", "\u0661\u0662", "1e3",
+                    "1.0000000000001", "1000001")),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path: Path, stages, number, words) -> None:
     with pytest.raises(UserValueError) as caught:
@@ -87,14 +90,53 @@ def test_what_cannot_be_is_refused(tmp_path: Path, stages, number, words) -> Non
     assert str(caught.value).startswith(f"lighthouse.schedule, stage '{stages[number]}': {words}")
 
 
+def test_skipped_positions_are_stretched_too(tmp_path: Path) -> None:
+    """A stage before YaRN may have spread its sequences over more positions than they have."""
+    config = config_of(tmp_path, "dense until=2 seq_len=128 skip_positions=256",
+                       "dense yarn_factor=2")  # fmt: skip
+    check_launch(config, flavors, 1)
+    scaled = "yarn factor=2 original_max_position_embeddings=256"
+    assert stages_of(config)[1].config.model.rope_scaling == scaled
+
+
+@pytest.mark.parametrize("positions", [128, 256])
+def test_a_model_of_more_positions_is_not_stretched_from_fewer(
+    tmp_path: Path, positions: int
+) -> None:
+    """YaRN would scale 128 positions of a model that was trained at 256."""
+    described = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 320, "rope_theta": 10000.0, "max_position_embeddings": positions,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    config = config_of(tmp_path, "dense until=2 seq_len=128", "dense yarn_factor=4",
+                       **{"model.hf_folder": str(tmp_path), "model.rope_scaling": ""})  # fmt: skip
+    if positions == 128:
+        check_launch(config, flavors, 1)
+        return
+    message = (
+        "yarn_factor would stretch 128 positions, the longest of the stages before, and "
+        f"model.hf_folder = '{tmp_path}' has 256; leave yarn_factor out and set model.rope_scaling"
+    )
+    with pytest.raises(UserValueError, match=re.escape(message)):
+        check_launch(config, flavors, 1)
+    described["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    # "none" would make another model of one that was trained under a scaling.
+    with pytest.raises(UserValueError, match="has one of type 'linear'; leave yarn_factor out$"):
+        check_launch(config, flavors, 1)
+
+
 @pytest.mark.parametrize(("scaling", "kind"), [("", "llama3"), ("yarn factor=4", "yarn")])
 def test_yarn_stacks_on_no_other_scaling(tmp_path: Path, scaling: str, kind: str) -> None:
     """A flavor has that of Llama 3.1 if nothing else is said."""
     stages = ("dense until=2 seq_len=128", "dense yarn_factor=4")
     config = config_of(tmp_path, *stages, **{"model.rope_scaling": scaling})
+    owner = f"model.rope_scaling = '{scaling}' is" if scaling else "model.flavor = 'debugmodel' has"
     message = (f"stage '{stages[1]}': yarn_factor needs a model without a scaling before it, and "
-               f"model.flavor = 'debugmodel' has one of type '{kind}'; set model.rope_scaling to "
-               "'none', or leave it out")  # fmt: skip
+               f"{owner} one of type '{kind}'; set model.rope_scaling to 'none', or leave "
+               "yarn_factor out")  # fmt: skip
     with pytest.raises(UserValueError, match=re.escape(message)):
         check_launch(config, flavors, 1)
 
@@ -227,6 +269,34 @@ def test_a_checkpoint_is_the_model_of_its_last_step(
         )
         assert not torch.equal(plain, scaled)
         assert torch.equal(loaded, scaled if kind else plain)
+
+
+def test_a_file_in_the_place_of_the_record_keeps_the_scaling(whole: Run, tmp_path: Path) -> None:
+    """Evaluation takes the stage of the checkpoint's step from the file's schedule."""
+    checkpoints = whole.record_file.parent / "dump/checkpoint"
+    stages = ", ".join(f'"{stage}"' for stage in STAGES)
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[model]\nflavor = "{SCHEDULED["model.flavor"]}"\nrope_scaling = "none"\n'
+        f"[training]\nseq_len = 256\nsteps = 6\n[lighthouse]\nschedule = [{stages}]\n"
+    )
+    line = ["--job.config_file", str(file)]
+    method = {key: value for key, value in SCHEDULED.items() if key.startswith("lighthouse.")}
+    del method["lighthouse.schedule"]
+    line += arguments(method)
+    tokens = torch.randint(0, 256, (1, 256))
+    for step in (2, 3, 6):
+        path = checkpoints / f"step-{step}"
+        expected, found = (load_trained_model(path, more).model(tokens) for more in (None, line))
+        assert torch.equal(found, expected), step
+    unknown = tmp_path / "step-6"
+    shutil.copytree(checkpoints / "step-6", unknown)
+    (unknown / "lighthouse.json").unlink()
+    with pytest.raises(UserValueError, match="does not say which stage it is of; pass --lighthou"):
+        load_trained_model(unknown, line)
+    again = ["--lighthouse.schedule", "dense until=2 seq_len=64, dense yarn_factor=4"]
+    with pytest.raises(UserValueError, match="step-6 has its scaling already; pass --lighthouse.s"):
+        load_trained_model(checkpoints / "step-6", again)
 
 
 @pytest.mark.parametrize("scaling", ["none", YARN])

@@ -232,3 +232,58 @@ def test_resumed_run_compares_itself_with_its_checkpoint(tmp_path: Path) -> None
     assert "other settings: optimizer.lr = 0.0001 (checkpoint: 0.0008), training.steps = 3" in (
         going_on.log
     )
+
+
+SCALED = [
+    "dense until=10 seq_len=128",
+    "dense until=20 seq_len=128 skip_positions=512 yarn_factor=4",
+    "dense yarn_factor=4",
+]
+
+
+def scheduled(*stages: str, steps: int = 30, scaling: str = "none") -> dict[str, Any]:
+    return recorded(
+        lighthouse__schedule=list(stages),
+        training__steps=steps,
+        training__seq_len=512,
+        model__rope_scaling=scaling,
+    )
+
+
+@pytest.mark.parametrize("step", [15, 20, 25])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [each.partition(" yarn")[0] for each in SCALED],
+        [each.replace("factor=4", "factor=8") for each in SCALED],
+        [each.replace("seq_len=128", "seq_len=64") for each in SCALED],
+        [],
+    ],
+    ids=["no YaRN", "another factor", "another length", "no schedule"],
+)
+def test_a_scaling_stays_once_a_stage_has_brought_it(step: int, stages: list[str]) -> None:
+    """At the end of a stage too, where all other settings of the next one are free."""
+    record = CheckpointRecord(step, 0, scheduled(*SCALED))
+    check_settings(PATH, record, scheduled(*SCALED), False, False)
+    with pytest.raises(UserValueError, match="would make another model .*model.rope_scaling = "):
+        check_settings(PATH, record, scheduled(*stages), False, False)
+
+
+def test_a_scaling_may_come_with_a_stage_that_has_not_begun() -> None:
+    later = ["dense until=10 seq_len=128", "dense yarn_factor=4"]
+    ends = CheckpointRecord(10, 0, scheduled("dense until=10 seq_len=128", "dense"))
+    check_settings(PATH, ends, scheduled(*later), False, False)
+    # A run that has finished can be given a further stage.
+    finished = CheckpointRecord(10, 0, scheduled("dense seq_len=128", steps=10))
+    check_settings(PATH, finished, scheduled(*later), False, False)
+    under_way = CheckpointRecord(9, 0, scheduled("dense until=10 seq_len=128", "dense"))
+    earlier = [later[0].replace("10", "5"), later[1]]
+    with pytest.raises(UserValueError, match="model.rope_scaling = 'yarn factor=4 original_max"):
+        check_settings(PATH, under_way, scheduled(*earlier), False, False)
+
+
+def test_a_launch_by_hand_with_the_scaling_of_the_stage_says_nothing(caplog) -> None:
+    record = CheckpointRecord(15, 0, scheduled(*SCALED))
+    by_hand = scheduled(scaling="yarn factor=4 original_max_position_embeddings=128")
+    check_settings(PATH, record, by_hand, elsewhere=True, weights_only=False)
+    assert not any("model.rope_scaling = ''" in each.getMessage() for each in caplog.records)

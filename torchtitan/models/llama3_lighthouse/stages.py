@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 NAMES = tuple(SETTINGS)
 # Their least values. A stage may turn off the skips that [lighthouse] turns on.
 COUNTS = {"until": 1, "seq_len": 1, "local_batch_size": 1, "skip_positions": 0}
+DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
+MOST_FACTOR = 10**6
 # From the stage that has it on, YaRN scales the rotary embedding by this factor.
 YARN = "yarn_factor"
 # Numbers beyond this, and longer texts, are not shown in full.
@@ -92,6 +94,11 @@ class Stage:
     def has_own_scaling(self) -> bool:
         """Whether its rotary embedding is scaled by another rule than the run's."""
         return any(word.partition("=")[0] == YARN for word in self.text.split())
+
+    @property
+    def positions(self) -> int:
+        """The most rotary positions of its sequences."""
+        return max(self.seq_len, self.config.lighthouse.skip_positions)
 
     @property
     def says_last(self) -> bool:
@@ -270,19 +277,19 @@ def _typed(text: str, key: str, value: str) -> Any:
 
 
 def _factor(text: str, value: str) -> float:
-    try:
-        factor = float(value)
-    except ValueError:
-        factor = math.nan
-    if not 1 < factor < math.inf:
-        raise _fault(text, f"{YARN} = {_shown(value)} must be a number above 1", "correct it")
+    factor = float(value) if DECIMAL.fullmatch(value) else math.nan
+    # Other digits would be lost in model.rope_scaling.
+    factor = float(f"{factor:.12g}")
+    if not 1 < factor <= MOST_FACTOR:
+        raise _fault(text, f"{YARN} = {_shown(value)} must be a number above 1 and at most "
+                     f"{MOST_FACTOR:,}", "correct it")  # fmt: skip
     return factor
 
 
 def _scaling(text: str, factor: float | None, config: JobConfig, before: Sequence[Stage]) -> str:
     """``model.rope_scaling`` of a stage with ``YARN`` = ``factor``, or of the run where it is None.
 
-    YaRN stretches the length that the stages before it trained at.
+    YaRN stretches the positions that the stages before it trained at.
     """
     own = config.model.rope_scaling
     scaled = [stage for stage in before if stage.has_own_scaling]
@@ -301,11 +308,12 @@ def _scaling(text: str, factor: float | None, config: JobConfig, before: Sequenc
             f"{YARN} stretches the sequences of an earlier stage, and this is the first",
             "leave it out, or set model.rope_scaling, such as 'yarn factor=4', for the whole run",
         )
-    length = max(stage.seq_len for stage in before if not stage.has_own_scaling)
+    length = max(stage.positions for stage in before if not stage.has_own_scaling)
     found = f"yarn factor={factor:.12g} original_max_position_embeddings={length}"
     if scaled and scaled[0].config.model.rope_scaling != found:
-        raise _fault(text, f"{YARN} = {factor:g} differs from that of an earlier stage",
-                     "give all of them the same")  # fmt: skip
+        earlier = scaled[0].config.model.rope_scaling
+        raise _fault(text, f"makes it '{found}', and an earlier stage '{earlier}'",
+                     f"give all the same {YARN}")  # fmt: skip
     return found
 
 

@@ -84,7 +84,7 @@ def scaled_at(config: dict[str, Any], step: int) -> dict[str, Any]:
 def positions_reached(config: dict[str, Any], step: int) -> int:
     """The most positions of a sequence up to step ``step``, of a configuration by section."""
     stages = [stage for stage in _stages(config) if stage.first <= max(step, 1)]
-    return max(max(stage.seq_len, stage.config.lighthouse.skip_positions) for stage in stages)
+    return max(stage.positions for stage in stages)
 
 
 def check_settings(
@@ -119,6 +119,7 @@ def check_settings(
     if scheduled:
         # A key's own value says little here, because stages may have others.
         model += _of_the_stage(record, next_step, now, read)
+        model += _of_the_scaling(record, next_step, now, present)
     model_keys = MODEL if scheduled or record.last_lighthouse_step == 0 else MODEL | read
     # Where a folder describes one of the models, their entries tell, and not the keys.
     if record.config.get("model", {}).get("hf_folder") or present["model"]["hf_folder"]:
@@ -174,19 +175,46 @@ def _of_the_stage(
         return []
     stages = _stages(record.config)
     before = stage_at(next_step, stages)
-    if stage_at(record.step, stages) is not before:
+    if before.attention != "lighthouse" or stage_at(record.step, stages) is not before:
         return []
-    keys = read if before.attention == "lighthouse" else set()
     settings = (
         {"lighthouse": {key: value for key, value in vars(stage.config.lighthouse).items()
-                        if f"lighthouse.{key}" in keys},
-         "model": {"rope_scaling": stage.config.model.rope_scaling}}
+                        if f"lighthouse.{key}" in read}}
         for stage in (before, now)
     )  # fmt: skip
     return [
         Difference(f"{named(now)}{each.key}", each.recorded, each.present)
         for each in all_differences(*settings)
     ]
+
+
+def _of_the_scaling(
+    record: CheckpointRecord, next_step: int, now: Stage, present: dict[str, Any]
+) -> list[Difference]:
+    """The rotary scaling, if the checkpoint has one of a stage's own that the run would change.
+
+    It holds from that stage on. A stage without one keeps its embedding to its end.
+
+    Args:
+        now: the stage of step ``next_step`` in the present run.
+    """
+    if not record.step:
+        return []
+    stages = _stages(record.config)
+    past = stage_at(record.step, stages)
+    under_way = (
+        stage_at(next_step, stages) is past and record.step < record.config["training"]["steps"]
+    )
+    if not past.has_own_scaling and not (under_way and now.has_own_scaling):
+        return []
+    before, after = (
+        stage.config.model.rope_scaling if stage.has_own_scaling
+        else config.get("model", {}).get("rope_scaling", "")
+        for stage, config in ((past, record.config), (now, present))
+    )  # fmt: skip
+    if before == after:
+        return []
+    return [Difference(f"{named(now)}model.rope_scaling", before, after)]
 
 
 def _listed(found: list[Difference]) -> str:

@@ -9,15 +9,21 @@ from lighthouse.context_parallel import check_chunks
 from lighthouse.geometry import PyramidGeometry
 
 from ..checkpoints.folders import checkpoints_in, folder_of
-from ..checkpoints.model_folder import model_arguments_of, named_model
+from ..checkpoints.model_folder import (
+    checked_description,
+    model_arguments_of,
+    model_folder,
+    named_model,
+)
 from ..data.mixes import mixes_of
 from ..data.packing import can_share, global_batch_size, stream_count
 from ..data.text_sources import check_source
 from ..data.tokenizer import ByteTokenizer
 from ..errors import UserFileError, UserTypeError, UserValueError
 from ..job_config import BYTE_TOKENIZER_FOLDER, JobConfig, sections_of_text
+from ..model.architecture import known_entries
 from ..model.model import LighthouseModelArgs, lighthouse_config, selecting_config
-from ..model.rope_scaling import NO_SCALING
+from ..model.rope_scaling import LENGTH, NO_SCALING, parse_scaling
 from ..stages import YARN, Stage, distinct_stages, named, naming, stages_of
 from .bounds import check_bounds
 from .documents import check_documents
@@ -149,12 +155,8 @@ def check_model(config: JobConfig, flavors: dict[str, LighthouseModelArgs]) -> N
             _check_stage(stage)
             if stage.attention == "lighthouse":
                 args.check_scorer(stage.config.lighthouse)
-        if stage.has_own_scaling and args.rope_scaling != NO_SCALING:
-            raise UserValueError(
-                f"{named(stage)}{YARN} needs a model without a scaling before it, and "
-                f"{named_model(config)} has one of type '{args.rope_scaling['rope_type']}'; set "
-                f"model.rope_scaling to 'none', or leave {YARN} out"
-            )
+        if stage.has_own_scaling:
+            _check_before_scaling(config, args, stage)
     _check_length_of_validation(config)
     _check_tokenizer(config)
 
@@ -251,6 +253,37 @@ def _check_skipped_positions(config: JobConfig) -> None:
         raise UserValueError(
             f"{named(skipping[0])}skip_positions = {most} does not go with training.document_mask, "
             "under which no token sees beyond its document; leave one of them out"
+        )
+
+
+def _check_before_scaling(config: JobConfig, args: LighthouseModelArgs, stage: Stage) -> None:
+    """Check that ``YARN`` of a stage stretches what the model was trained for.
+
+    Raises:
+        ValueError: the model is scaled already, or was trained at more positions than the stages
+            before.
+    """
+    given, folder = config.model.rope_scaling, model_folder(config)
+    if args.rope_scaling != NO_SCALING:
+        kind = args.rope_scaling["rope_type"]
+        owner = f"model.rope_scaling = '{given}' is" if given else f"{named_model(config)} has"
+        fix = f"leave {YARN} out"
+        if not folder:
+            # A model from nothing was not trained under it.
+            fix = f"set model.rope_scaling to 'none', or {fix}"
+        raise UserValueError(
+            f"{named(stage)}{YARN} needs a model without a scaling before it, and {owner} one of "
+            f"type '{kind}'; {fix}"
+        )
+    if not folder:
+        return
+    trained = known_entries(checked_description(folder), str(folder))["max_position_embeddings"]
+    scaling = parse_scaling(stage.config.model.rope_scaling, trained)
+    if trained > scaling[LENGTH]:
+        raise UserValueError(
+            f"{named(stage)}{YARN} would stretch {scaling[LENGTH]:,} positions, the longest of the "
+            f"stages before, and {named_model(config)} has {trained:,}; leave {YARN} out and set "
+            f"model.rope_scaling, such as 'yarn factor={scaling['factor']:g}', for the whole run"
         )
 
 

@@ -23,7 +23,7 @@ from ..errors import UserValueError
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from ..model.model import LighthouseModelArgs, LighthouseTransformer, leave_out_math_backend
-from ..stages import with_method_of
+from ..stages import stage_at, stages_of, with_method_of
 
 # Keys that name Python code to import. A checkpoint may come from anyone, so such keys in its
 # record are ignored. A user can still pass them.
@@ -225,7 +225,32 @@ def read_configuration(
         # The folder may have changed or gone since, and the checkpoint has a copy of what it said.
         recorded = {**recorded, "model": {**recorded["model"], "hf_folder": str(path)}}
     config = parse_over(recorded, overrides)
+    _use_scaling_of_last_step(config, path, record)
     return config, model_arguments(config)
+
+
+def _use_scaling_of_last_step(
+    config: JobConfig, path: Path, record: CheckpointRecord | None
+) -> None:
+    """Give ``config`` the scaling of the checkpoint's stage, if it has a schedule with its own.
+
+    It then comes from a file or an argument, as the record's has been dealt with.
+
+    Raises:
+        ValueError: nothing says which stage the checkpoint is of, or the model was scaled before.
+    """
+    stages = stages_of(config)
+    if not any(stage.has_own_scaling for stage in stages):
+        return
+    if record is None or config.model.rope_scaling != "none":
+        raise UserValueError(
+            f"lighthouse.schedule scales the rotary embedding in a later stage, and {path} "
+            + ("does not say which stage it is of" if record is None else "has its scaling already")
+            + "; pass --lighthouse.schedule none, and the checkpoint's scaling as "
+            "--model.rope_scaling, such as 'yarn factor=12 original_max_position_embeddings=8192'"
+        )
+    config.model.rope_scaling = stage_at(record.step or 1, stages).config.model.rope_scaling
+    config.lighthouse = with_method_of(config, record.last_lighthouse_step or 1).lighthouse
 
 
 def parse_over(recorded: dict[str, Any] | None, overrides: list[str]) -> JobConfig:
