@@ -314,6 +314,30 @@ def test_weights_of_a_scaled_stage_are_known_as_scaled(
     assert ("trained as another model" in run.log) == (scaling == "none")
 
 
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("described", [False, True], ids=["flavor", "folder"])
+def test_the_same_schedule_in_another_folder_is_the_same_model(
+    whole: Run, tmp_path: Path, monkeypatch, described: bool, step: int
+) -> None:
+    """After the last step without YaRN, and within a stage with it."""
+    settings = {**SCHEDULED, "validation.enable": False}
+    weights = whole.record_file.parent / "dump/checkpoint"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    if described:
+        assert not exit_code_of(main, monkeypatch, "lighthouse", "export-hf", weights / "step-2",
+                                "--output", tmp_path / "model")  # fmt: skip
+        settings |= {"model.hf_folder": str(tmp_path / "model"), "model.rope_scaling": ""}
+        Run(tmp_path / "first", settings).succeed()
+        weights = tmp_path / "first/dump/checkpoint"
+    settings |= {
+        "checkpoint.initial_load_model_only": False,
+        "checkpoint.initial_load_path": str(weights / f"step-{step}"),
+    }
+    second = Run(tmp_path / "second", settings).succeed()
+    assert "another model" not in second.log
+
+
 def test_a_stage_under_way_keeps_its_scaling(whole: Run) -> None:
     """A run of its folder that would go on with another factor is refused."""
     folder = whole.record_file.parent

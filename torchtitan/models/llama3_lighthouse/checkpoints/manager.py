@@ -25,6 +25,7 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 
 from ..errors import NonFiniteError, UserFileError, UserValueError
+from ..model.rope_scaling import parse_scaling
 from . import folders
 from .checksums import write_checksums
 from .contents import check_contents, give_up_or_set_aside, undamaged_record
@@ -181,12 +182,20 @@ class LighthouseCheckpointManager(CheckpointManager):
 
     def _check_settings(self, path: Path, elsewhere: bool, weights_only: bool) -> None:
         if record := undamaged_record(path):
-            present = self.config
+            present, model = self.config, self.model
             if elsewhere:
                 # Another run may have no such stages, and the weights are those of the last step.
-                present = scaled_at(present, 1 if weights_only else record.step + 1)
-                record = replace(record, config=scaled_at(record.config, record.step))
-            apart = differing_entries(path, record, present, self.model)
+                next_step = 1 if weights_only else record.step + 1
+                present = scaled_at(present, next_step)
+                if present is not self.config:
+                    scaling = parse_scaling(present["model"]["rope_scaling"], 0)
+                    model = {**model, "rope_scaling": scaling}
+                goes_on = scaled_at(record.config, next_step)
+                if weights_only or goes_on["model"] != present["model"]:
+                    goes_on = scaled_at(record.config, record.step)
+                # The same schedule, in a folder of its own, scales the model here too.
+                record = replace(record, config=goes_on)
+            apart = differing_entries(path, record, present, model)
             check_settings(path, record, present, elsewhere, weights_only, apart)
 
     # Saving
