@@ -230,7 +230,7 @@ def less_time_of_dense() -> str:
             for kind, count in kinds_of_steps(SCALING_32K, arm).items())
         for arm in ("dense", "short_then_long")
     )  # fmt: skip
-    return f"Dense training had up to {1 - dense / short:.0%} less time"
+    return f"dense training had up to {1 - dense / short:.0%} less time"
 
 
 def passages_under_yarn() -> str:
@@ -455,6 +455,12 @@ def test_arms_under_yarn_are_not_told_apart() -> None:
     for ours, theirs in itertools.combinations(values.values(), 2):
         found = t_interval([a - b for a, b in zip(ours, theirs, strict=True)], 0.95)
         assert found.low is not None and found.high is not None and found.low < 0 < found.high
+
+
+def test_lighthouse_is_ahead_of_short_sequences_at_twice_the_rate() -> None:
+    results = results_of(SCALING)
+    arms = ("scaled_lighthouse_half", "scaled_short_then_long")
+    assert all(max(results.differences(*arms, each)) < 0 for each in (FAR, "loss"))
 
 
 def test_rates_of_the_contest_at_98k() -> None:

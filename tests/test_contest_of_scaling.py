@@ -138,7 +138,9 @@ def test_what_it_tells() -> None:
     gain = "repeated/65536"
     trend = results_of("trend_17m_98k").value(PLAIN, 1, gain)
     assert f"gains {mean(PLAIN, gain):.3f} nats after 65,536 tokens. In" in PAGE
-    assert f"the same arm gains {trend:.3f}." in PAGE
+    loss = results_of("trend_17m_98k").value(PLAIN, 1, FAR)
+    assert f"the same arm gains {trend:.3f}, and its loss there is {loss:.3f}, below" in PAGE
+    assert loss < min(values(UNTRAINED, FAR))
 
 
 def test_passkeys() -> None:
@@ -273,7 +275,12 @@ def test_a_rate_of_2e_3_is_too_high_at_32k() -> None:
         assert by_rate[arm, JUDGED, 1e-3] < by_rate[arm, JUDGED, 2e-3]
     cost = by_rate["short_then_long", "loss", 2e-3] - by_rate["short_then_long", "loss", 1e-3]
     lead = mean(SHORT, "loss") - mean(OURS, "loss")
-    assert f"it costs short sequences first {cost:.3f} nats on plain books." in PAGE
+    passages = (by_rate["short_then_long", JUDGED, 2e-3]
+                - by_rate["short_then_long", JUDGED, 1e-3])  # fmt: skip
+    assert (f"it costs short sequences first {cost:.3f} nats on plain books, and {passages:.3f} on "
+            "passages after 16,384 tokens.") in PAGE  # fmt: skip
+    far = mean(SHORT, FAR) - mean(OURS, FAR)
+    assert f"lead on passages there, {far:.3f} nats, is more than the rate" in PAGE and far > 0.1
     assert f"at 98,304 tokens, {lead:.3f} nats, may well be that of 1e-3 over 2e-3." in PAGE
 
 

@@ -133,7 +133,12 @@ def test_gains_under_yarn_alone() -> None:
     ours = mean(LONG, OURS, "repeated/65536")
     assert min(first, second) > ours
     assert f"gains {first:.3f} and {second:.3f} nats in two seeds" in PAGE
-    assert f"more than the {ours:.3f} above." in PAGE
+    assert f"`skip_then_long` gains {ours:.3f} above." in PAGE
+    own = record[record.scaling.str.startswith("yarn") & (record.measure == "repeated/65536/loss")]
+    first, second = own.groupby("seed").value.mean()
+    loss = mean(LONG, OURS, "repeated/65536/loss")
+    assert (f"are {first:.3f} and {second:.3f} there, and {loss:.3f} here, so skips end lower." in
+            PAGE and loss < min(first, second))  # fmt: skip
 
 
 def test_steps_and_times_at_full_length() -> None:
