@@ -271,19 +271,22 @@ def test_a_checkpoint_is_the_model_of_its_last_step(
         assert torch.equal(loaded, scaled if kind else plain)
 
 
+def file_of(folder: Path, model: str) -> list[str]:
+    """Arguments with a file of the schedule, in the place of a checkpoint's record."""
+    stages = ", ".join(f'"{stage}"' for stage in STAGES)
+    (folder / "run.toml").write_text(
+        f"[model]\n{model}\n[training]\nseq_len = 256\nsteps = 6\n"
+        f"[lighthouse]\nschedule = [{stages}]\n"
+    )
+    method = {key: value for key, value in SCHEDULED.items() if key.startswith("lighthouse.")}
+    del method["lighthouse.schedule"]
+    return ["--job.config_file", str(folder / "run.toml"), *arguments(method)]
+
+
 def test_a_file_in_the_place_of_the_record_keeps_the_scaling(whole: Run, tmp_path: Path) -> None:
     """Evaluation takes the stage of the checkpoint's step from the file's schedule."""
     checkpoints = whole.record_file.parent / "dump/checkpoint"
-    stages = ", ".join(f'"{stage}"' for stage in STAGES)
-    file = tmp_path / "run.toml"
-    file.write_text(
-        f'[model]\nflavor = "{SCHEDULED["model.flavor"]}"\nrope_scaling = "none"\n'
-        f"[training]\nseq_len = 256\nsteps = 6\n[lighthouse]\nschedule = [{stages}]\n"
-    )
-    line = ["--job.config_file", str(file)]
-    method = {key: value for key, value in SCHEDULED.items() if key.startswith("lighthouse.")}
-    del method["lighthouse.schedule"]
-    line += arguments(method)
+    line = file_of(tmp_path, f'flavor = "{SCHEDULED["model.flavor"]}"\nrope_scaling = "none"')
     tokens = torch.randint(0, 256, (1, 256))
     for step in (2, 3, 6):
         path = checkpoints / f"step-{step}"
@@ -330,6 +333,13 @@ def test_the_same_schedule_in_another_folder_is_the_same_model(
         settings |= {"model.hf_folder": str(tmp_path / "model"), "model.rope_scaling": ""}
         Run(tmp_path / "first", settings).succeed()
         weights = tmp_path / "first/dump/checkpoint"
+        line, tokens = (
+            file_of(tmp_path, f'hf_folder = "{weights / "step-6"}"'),
+            torch.ones(1, 256, dtype=torch.int64),
+        )
+        expected, found = (load_trained_model(weights / f"step-{step}", more).model(tokens)
+                           for more in (None, line))  # fmt: skip
+        assert torch.equal(found, expected)
     settings |= {
         "checkpoint.initial_load_model_only": False,
         "checkpoint.initial_load_path": str(weights / f"step-{step}"),

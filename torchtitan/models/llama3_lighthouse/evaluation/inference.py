@@ -242,7 +242,7 @@ def _use_scaling_of_last_step(
     stages = stages_of(config)
     if not any(stage.has_own_scaling for stage in stages):
         return
-    if record is None or config.model.rope_scaling != "none":
+    if record is None or config.model.rope_scaling not in ("", "none"):
         raise UserValueError(
             f"lighthouse.schedule scales the rotary embedding in a later stage, and {path} "
             + ("does not say which stage it is of" if record is None else "has its scaling already")
