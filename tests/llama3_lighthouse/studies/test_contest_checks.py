@@ -126,3 +126,21 @@ def test_every_contest_of_the_repository_plans_runs_that_would_start(path, tmp_p
     with_folder = path.stem not in ("debug", "documents_17m")
     planner = Planner(contest, tmp_path, FOLDERS_OF_TEXT if with_folder else [])
     check_runs(planner, rates_of(contest, tmp_path))
+
+
+def test_an_arm_that_loses_the_scaling_of_the_start_is_named(call, path) -> None:
+    """YaRN comes with a stage of the start, so no key of the contest shows it."""
+    stages = '"dense until=4 seq_len=128", "dense yarn_factor=4"'
+    with_start(path)
+    scaled = "yarn factor=4 original_max_position_embeddings=128"
+    text = path.read_text().replace('["dense seq_len=128"]', f"[{stages}]")
+    text = text.replace("[settings]", '[settings]\nmodel.rope_scaling = "none"')
+    text = text.replace("[arms.dense]", f'[arms.dense]\nmodel.rope_scaling = "{scaled}"')
+    path.write_text(text)
+    output, code = call("--list")
+    assert not code, output
+    said = (
+        f"begins from weights under '{scaled}', with which [start] ends, and has "
+        "model.rope_scaling = 'none'; set arms.window model.rope_scaling to the former"
+    )
+    assert f"arms.window {said}" in output and "arms.dense begins" not in output

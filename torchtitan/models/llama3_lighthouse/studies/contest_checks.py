@@ -58,6 +58,8 @@ def check_runs(
         with in_table(contest, f"arms.{name}"):
             runs = [planner.run(arm, rate, first) for rate in rates[name]]
             check(runs[0].config)
+            if contest.start:
+                _say_other_scaling(planner.start_run(first).config, runs[0].config, name)
             if contest.gpu_seconds and runs[0].config.training.document_mask:
                 raise UserValueError(
                     f"training.document_mask = true beside gpu_seconds = {contest.gpu_seconds:g}: "
@@ -74,6 +76,22 @@ def check_runs(
             planner.run(arm, arm.rates[0], seed)
     for config in lengths.values():
         check_measures(contest, config)
+
+
+def _say_other_scaling(start: JobConfig, config: JobConfig, name: str) -> None:
+    """Say if an arm begins under another rotary scaling than the one that the start ends with.
+
+    One that a stage of the start brings is easily forgotten. That arms scale a start without a
+    scaling is how models are extended.
+    """
+    last, begins = stages_of(start)[-1], stages_of(config)[0].config.model.rope_scaling
+    before = last.config.model.rope_scaling
+    if last.has_own_scaling and begins != before:
+        say(
+            f"arms.{name} begins from weights under '{before}', with which [start] ends, and has "
+            f"model.rope_scaling = '{begins}'; set arms.{name} model.rope_scaling to the former, "
+            "unless the arm is to change it"
+        )
 
 
 def _check_timed(contest: Contest, config: JobConfig) -> None:
