@@ -80,7 +80,7 @@ def test_yarn_stretches_the_longest_sequences_before_it(tmp_path: Path) -> None:
      "makes it 'yarn factor=4 original_max_position_embeddings=128', and an earlier stage 'yarn "
      "factor=2 original_max_position_embeddings=128'; give all the same yarn_factor"),
     *((["dense until=2 seq_len=128", f"dense yarn_factor={value}"], 1,
-       f"yarn_factor = '{value}' must be a number above 1 and at most 1,000,000; correct it")
+       f"yarn_factor = '{value}' must be a number above 1 and at most 1,000,000; write digits")
       for value in ("1", "0.5", "-4", "nan", "inf", "four", "", "1_2", "\u0661\u0662", "1e3",
                     "1.0000000000001", "1000001")),
 ])  # fmt: skip
@@ -256,6 +256,11 @@ def test_a_checkpoint_is_the_model_of_its_last_step(
         scaling = config["rope_scaling"]
         # Step 2 has seen no more than 64 positions, whatever comes later.
         assert config["max_position_embeddings"] == (256 if kind else 64)
+        if not kind:
+            assert not exit_code_of(main, monkeypatch, "lighthouse", "export-hf", path, "--output",
+                                    tmp_path / "asked", "--training.seq_len", "256")  # fmt: skip
+            asked = json.loads((tmp_path / "asked/config.json").read_text())
+            assert asked["max_position_embeddings"] == 256
         assert (scaling or {}).get("rope_type") == kind
         if scaling:
             assert (scaling["factor"], scaling["original_max_position_embeddings"]) == (4, 64)

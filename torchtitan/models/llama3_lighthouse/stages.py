@@ -282,7 +282,7 @@ def _factor(text: str, value: str) -> float:
     factor = float(f"{factor:.12g}")
     if not 1 < factor <= MOST_FACTOR:
         raise _fault(text, f"{YARN} = {_shown(value)} must be a number above 1 and at most "
-                     f"{MOST_FACTOR:,}", "correct it")  # fmt: skip
+                     f"{MOST_FACTOR:,}", "write digits, such as 12 or 2.5")  # fmt: skip
     return factor
 
 

@@ -74,7 +74,7 @@ def export_checkpoint(
         check_dense(path, record)
     with new_folder(output) as folder:
         config, args = read_configuration(path, record, overrides or [])
-        if record and config.training.seq_len == record.config.get("training", {}).get("seq_len"):
+        if record and not any("training.seq" in word for word in overrides or []):
             # The run may have longer sequences later on.
             args.max_seq_len = positions_reached(record.config, record.step)
         tokenizer = build_tokenizer(config)
