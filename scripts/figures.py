@@ -11,7 +11,6 @@ import argparse
 import csv
 import importlib.util
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -244,10 +243,8 @@ def measured_with_yarn(name: str, measure: str) -> dict[str, list[float]]:
 
 def passages_with_yarn(axis: Any, contest: str) -> None:
     """Loss of returning passages over the distance."""
-    found = [
-        re.fullmatch(r"repeated/(\d+)/loss", each) for each in contest_results(contest).measures
-    ]
-    lengths = sorted(int(each[1]) for each in found if each)
+    lines = contest_plots.distance_lines(contest_results(contest))
+    lengths = sorted({int(length) for _, x, _ in lines for length in x})
     by_length = [measured_with_yarn(contest, f"repeated/{length}/loss") for length in lengths]
     for arm, (name, colour, style) in ARMS_OF_SCALING[contest].items():
         values = [each[arm] for each in by_length]

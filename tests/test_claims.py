@@ -8,9 +8,17 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import pandas
 import pytest
-from contest_records import between, difference, results_of, with_half
+from contest_records import (
+    between,
+    costs_of_yarn,
+    difference,
+    results_of,
+    steps_by_kind,
+    undisturbed_seconds,
+    untrained_by_seed,
+    with_half,
+)
 from pages import DOCS, ROOT, words
 
 from torchtitan.models.llama3_lighthouse.dry_run import dry_run
@@ -173,13 +181,6 @@ FAR = "repeated/65536/loss"
 SCALING, SCALING_32K = "scaling_17m_98k", "scaling_17m_32k"
 
 
-def untrained_by_seed(name: str, measure: str, scaling: str = "yarn") -> list[float]:
-    """A measure of the models that a contest begins from, under YaRN or "none"."""
-    record = pandas.read_csv(DOCS / f"studies/results/contest_{name}/untrained.csv")
-    own = record[record.scaling.str.startswith(scaling) & (record.measure == measure)]
-    return [*own.groupby("seed").value.mean()]
-
-
 def untrained(name: str, measure: str) -> float:
     return statistics.fmean(untrained_by_seed(name, measure))
 
@@ -208,28 +209,13 @@ def skips_after_another_start() -> str:
 
 def cost_of_yarn() -> str:
     """What YaRN costs before training, within the length of the start's training."""
-    costs = [
-        scaled - plain
-        for place in (256, 512, 1024, 2048, 4096)
-        for scaled, plain in zip(
-            untrained_by_seed(SCALING, f"position/{place}"),
-            untrained_by_seed(SCALING, f"position/{place}", "none"),
-            strict=True,
-        )
-    ]
+    costs = costs_of_yarn(SCALING)
     return f"YaRN costs {min(costs):.3f} to {max(costs):.3f} nats before training"
 
 
 def less_time_of_dense() -> str:
     """How much less time dense training had at 32,768 tokens than short sequences first."""
-    folder = DOCS / f"studies/results/contest_{SCALING_32K}"
-    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])
-    undisturbed = times["GPU seconds"] / (1 + times.spread)
-    dense, short = (
-        sum(count * undisturbed[arm, kind]
-            for kind, count in kinds_of_steps(SCALING_32K, arm).items())
-        for arm in ("dense", "short_then_long")
-    )  # fmt: skip
+    dense, short = (undisturbed_seconds(SCALING_32K, arm) for arm in ("dense", "short_then_long"))
     return f"dense training had up to {1 - dense / short:.0%} less time"
 
 
@@ -313,17 +299,10 @@ RECIPES = {
 }
 
 
-def kinds_of_steps(contest: str, arm: str) -> dict[str, int]:
-    """The steps of each kind of an arm of a contest; the last are dense, in full."""
-    runs = results_of(contest).runs
-    (steps,) = set(runs[(runs.arm == arm) & (runs.stage == "seeds")]["steps by kind"])
-    return json.loads(steps)
-
-
 def share_in_full(recipe: Recipe) -> float:
     """The share of a recipe's steps that are dense and at full length."""
     arms = {"distance_17m": recipe.at_distance, SCALING_32K: recipe.under_yarn_32k}
-    steps = next(list(kinds_of_steps(name, arm).values()) for name, arm in arms.items() if arm)
+    steps = next(list(steps_by_kind(name, arm).values()) for name, arm in arms.items() if arm)
     return steps[-1] / sum(steps)
 
 
@@ -434,7 +413,7 @@ def test_the_lowest_losses_are_those_of_the_most_dense_time() -> None:
     losses: dict[bool, list[float]] = {True: [], False: []}
     for arm in results.contest.arms:
         seconds = [results.times[arm][kind] * steps
-                   for kind, steps in kinds_of_steps("distance_17m", arm).items()]  # fmt: skip
+                   for kind, steps in steps_by_kind("distance_17m", arm).items()]  # fmt: skip
         values = [results.value(arm, s, "repeated/16384/loss") for s in results.contest.seeds]
         losses[seconds[-1] > sum(seconds) / 2].append(statistics.fmean(values))
     assert len(losses[True]) == 3 and max(losses[True]) < min(losses[False])

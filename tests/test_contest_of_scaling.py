@@ -6,7 +6,16 @@ import statistics
 
 import pandas
 import pytest
-from contest_records import between, difference, results_of, with_half
+from contest_records import (
+    between,
+    costs_of_yarn,
+    difference,
+    results_of,
+    steps_by_kind,
+    undisturbed_seconds,
+    untrained_by_seed,
+    with_half,
+)
 from pages import DOCS, words
 
 from torchtitan.models.llama3_lighthouse.studies.contest_statistics import t_interval
@@ -30,8 +39,7 @@ def values(arm: str, measure: str) -> list[float]:
     """A measure of an arm for each seed; that of the starts under YaRN if none was trained."""
     if arm != UNTRAINED:
         return [RESULTS.value(arm, seed, measure) for seed in SEEDS]
-    scaled = RECORD[RECORD.scaling.str.startswith("yarn factor=24 ") & (RECORD.measure == measure)]
-    return [*scaled.groupby("seed").value.mean()]
+    return untrained_by_seed("scaling_17m_98k", measure, "yarn factor=24 ")
 
 
 def mean(arm: str, measure: str) -> float:
@@ -128,12 +136,7 @@ def test_what_it_tells() -> None:
     longer = seconds["scaled_lighthouse_half"] / seconds[DENSE] - 1
     assert (f"differ by {min(sizes):.3f} to {max(sizes):.3f} nats in opposite directions, and it "
             f"had {longer:.0%} more time.") in PAGE  # fmt: skip
-    costs = []
-    for place in (256, 512, 1024, 2048, 4096):
-        own = RECORD[RECORD.measure == f"position/{place}"]
-        by_scaling = own.groupby(["scaling", "seed"]).value.mean().unstack("scaling")
-        (scaled,) = [name for name in by_scaling if name != "none"]
-        costs += [*(by_scaling[scaled] - by_scaling["none"])]
+    costs = costs_of_yarn("scaling_17m_98k")
     assert f"it costs {min(costs):.3f} to {max(costs):.3f} nats within the first 4,096" in PAGE
     gain = "repeated/65536"
     trend = results_of("trend_17m_98k").value(PLAIN, 1, gain)
@@ -175,26 +178,12 @@ def shorter(arm: str, measure: str) -> list[float]:
     if arm != UNTRAINED:
         assert tuple(SHORTER.seeds(arm, measure)) == AT
         return [SHORTER.value(arm, seed, measure) for seed in AT]
-    own = SHORTER_RECORD[SHORTER_RECORD.measure == measure]
-    assert {*own.scaling} == {"yarn factor=8 original_max_position_embeddings=4096"}
-    return [*own.groupby("seed").value.mean()]
+    assert {*SHORTER_RECORD.scaling} == {"yarn factor=8 original_max_position_embeddings=4096"}
+    return untrained_by_seed("scaling_17m_32k", measure)
 
 
 def mean_of(arm: str, measure: str) -> float:
     return statistics.fmean(shorter(arm, measure))
-
-
-def undisturbed(arm: str) -> tuple[dict[str, int], float]:
-    """Steps of an arm by kind, and their seconds by the lower quartile of the timed ones."""
-    folder = DOCS / "studies/results/contest_scaling_17m_32k"
-    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])
-    (steps,) = {*SHORTER.runs[SHORTER.runs.arm == arm]["steps by kind"]}
-    counts = json.loads(steps)
-    seconds = sum(
-        count * times["GPU seconds"][arm, kind] / (1 + times.spread[arm, kind])
-        for kind, count in counts.items()
-    )
-    return counts, seconds
 
 
 @pytest.mark.parametrize("arm", [UNTRAINED, *SHORTER.contest.arms])
@@ -205,8 +194,8 @@ def test_table_of_arms_at_32k(arm: str) -> None:
     if arm == UNTRAINED:
         assert (trained, seconds) == ("not at all", "0")
         return
-    counts, expected = undisturbed(arm)
-    assert seconds == f"{expected:.1f}"
+    assert seconds == f"{undisturbed_seconds('scaling_17m_32k', arm):.1f}"
+    counts = steps_by_kind("scaling_17m_32k", arm)
     assert [int(x) for x in re.findall(r"(?:^|then )(\d+)", trained)] == [*counts.values()]
     assert {*SHORTER.runs[SHORTER.runs.arm == arm].rate} == {1e-3}
     tried = SHORTER.all_runs[SHORTER.all_runs.stage == "rates"]
@@ -290,10 +279,11 @@ def test_lighthouse_had_too_little_time_at_32k() -> None:
     seconds, spread, *_ = times.loc["lighthouse_half", "1 lighthouse"]
     assert (f"seemed to take {1e3 * seconds:.0f} ms, and took "
             f"{1e3 * seconds / (1 + spread):.0f}.") in PAGE  # fmt: skip
-    counts, taken = undisturbed("lighthouse_half")
+    counts = steps_by_kind("scaling_17m_32k", "lighthouse_half")
+    taken = undisturbed_seconds("scaling_17m_32k", "lighthouse_half")
     assert f"it got {sum(counts.values())} steps, {taken:.1f} of 15 seconds." in PAGE
     assert SHORTER.unsteady.keys() == {"dense", "lighthouse_half"}
-    short, skips, dense = (undisturbed(arm)[1]
+    short, skips, dense = (undisturbed_seconds("scaling_17m_32k", arm)
                            for arm in ("short_then_long", "skip_then_long", "dense"))  # fmt: skip
     assert (f"it had {1 - dense / skips:.0%} less time than skips, and {1 - dense / short:.0%} "
             "less than short sequences without them.") in PAGE  # fmt: skip

@@ -5,9 +5,8 @@ import json
 import re
 import statistics
 
-import pandas
 import pytest
-from contest_records import between, results_of
+from contest_records import between, results_of, untrained_by_seed
 from pages import DOCS, words
 
 from torchtitan.models.llama3_lighthouse.studies.contest_results import Results
@@ -127,15 +126,12 @@ def test_distances_at_full_length() -> None:
 
 
 def test_gains_under_yarn_alone() -> None:
-    record = pandas.read_csv(DOCS / "studies/results/contest_scaling_17m_98k/untrained.csv")
-    own = record[record.scaling.str.startswith("yarn") & (record.measure == "repeated/65536")]
-    first, second = own.groupby("seed").value.mean()
+    first, second = untrained_by_seed("scaling_17m_98k", "repeated/65536")
     ours = mean(LONG, OURS, "repeated/65536")
     assert min(first, second) > ours
     assert f"gains {first:.3f} and {second:.3f} nats in two seeds" in PAGE
     assert f"`skip_then_long` gains {ours:.3f} above." in PAGE
-    own = record[record.scaling.str.startswith("yarn") & (record.measure == "repeated/65536/loss")]
-    first, second = own.groupby("seed").value.mean()
+    first, second = untrained_by_seed("scaling_17m_98k", "repeated/65536/loss")
     loss = mean(LONG, OURS, "repeated/65536/loss")
     assert (f"are {first:.3f} and {second:.3f} there, and {loss:.3f} here, so skips end lower." in
             PAGE and loss < min(first, second))  # fmt: skip

@@ -259,7 +259,7 @@ def attend_here_backward(dout, dlse, q, k, v, out, lse, scale):
     return torch.ops.lighthouse.window_backward(*rows, q.shape[2], scale)
 
 
-@pytest.mark.skipif(kernels is None, reason="the merge is by kernels")
+@pytest.mark.skipif(kernels is None, reason="the merge is by kernels, which need Triton")
 @pytest.mark.parametrize(
     "attention",
     [partial(merged, SMALL[32], "triton"), partial(alone, 5, None)],

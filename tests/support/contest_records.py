@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+import pandas
 from pages import DOCS, ROOT
 
 from torchtitan.models.llama3_lighthouse.studies.contest_file import read_contest
@@ -49,6 +50,41 @@ def with_half(values: list[float]) -> str:
     found = t_interval(values, 0.95)
     assert found.high is not None
     return f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
+
+
+def untrained_by_seed(name: str, measure: str, scaling: str = "yarn") -> list[float]:
+    """A measure of the models that a contest begins from, under YaRN or "none"."""
+    record = pandas.read_csv(DOCS / f"studies/results/contest_{name}/untrained.csv")
+    own = record[record.scaling.str.startswith(scaling) & (record.measure == measure)]
+    return [*own.groupby("seed").value.mean()]
+
+
+def costs_of_yarn(name: str) -> list[float]:
+    """What YaRN costs before training, by place within the start's length and by seed."""
+    return [
+        scaled - plain
+        for place in (256, 512, 1024, 2048, 4096)
+        for scaled, plain in zip(
+            untrained_by_seed(name, f"position/{place}"),
+            untrained_by_seed(name, f"position/{place}", "none"),
+            strict=True,
+        )
+    ]
+
+
+def steps_by_kind(name: str, arm: str) -> dict[str, int]:
+    """The steps of each kind of an arm of a contest; the last are dense, in full."""
+    runs = results_of(name).runs
+    (steps,) = {*runs[runs.arm == arm]["steps by kind"]}
+    return json.loads(steps)
+
+
+def undisturbed_seconds(name: str, arm: str) -> float:
+    """Seconds of an arm's steps by the lower quartile of the timed ones."""
+    folder = DOCS / f"studies/results/contest_{name}"
+    times = pandas.read_csv(folder / "times.csv").set_index(["arm", "kind"])
+    seconds = times["GPU seconds"] / (1 + times.spread)
+    return sum(count * seconds[arm, kind] for kind, count in steps_by_kind(name, arm).items())
 
 
 def check_steps(

@@ -20,6 +20,12 @@ def first_part_of_box(text: str) -> str:
     return " ".join(parts[1] if len(parts) > 1 else parts[0])
 
 
+def keys_given(arguments: list[str]) -> set[str]:
+    """section.key of every flag of a trainer's command line, which may be spelt with dashes."""
+    flags = (word[2:].partition("=")[0] for word in arguments if word[:2] == "--")
+    return {flag.replace(".no-", ".").replace("-", "_") for flag in flags}
+
+
 def with_a_second_value(args: list[str]) -> str:
     """The first flag of a command line that more than one word follows, or nothing."""
     flag, values = "", 0

@@ -33,10 +33,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 NAMES = tuple(SETTINGS)
 # Their least values. A stage may turn off the skips that [lighthouse] turns on.
 COUNTS = {"until": 1, "seq_len": 1, "local_batch_size": 1, "skip_positions": 0}
+# From the stage that has it on, YaRN scales the rotary embedding by this factor, in plain digits.
+YARN, MOST_FACTOR = "yarn_factor", 10**6
 DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
-MOST_FACTOR = 10**6
-# From the stage that has it on, YaRN scales the rotary embedding by this factor.
-YARN = "yarn_factor"
 # Numbers beyond this, and longer texts, are not shown in full.
 MOST_DIGITS, MOST_SHOWN = 18, 100
 # Each stage has a configuration of its own, which is checked before anything is built.

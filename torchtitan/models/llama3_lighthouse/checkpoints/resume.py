@@ -208,10 +208,9 @@ def _of_the_scaling(
     if not past.has_own_scaling and not (under_way and now.has_own_scaling):
         return []
     before, after = (
-        stage.config.model.rope_scaling if stage.has_own_scaling
-        else config.get("model", {}).get("rope_scaling", "")
-        for stage, config in ((past, record.config), (now, present))
-    )  # fmt: skip
+        scaled_at(config, step).get("model", {}).get("rope_scaling", "")
+        for config, step in ((record.config, record.step), (present, next_step))
+    )
     if before == after:
         return []
     return [Difference(f"{named(now)}model.rope_scaling", before, after)]

@@ -20,6 +20,7 @@ from ..checkpoints.storage import (
     load_state,
 )
 from ..checkpoints.tensors import first_not_finite
+from ..command_line import keys_given
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserValueError
 from ..evaluation.inference import find_checkpoint, read_configuration
@@ -74,7 +75,7 @@ def export_checkpoint(
         check_dense(path, record)
     with new_folder(output) as folder:
         config, args = read_configuration(path, record, overrides or [])
-        if record and not any("training.seq" in word for word in overrides or []):
+        if record and "training.seq_len" not in keys_given(overrides or []):
             # The run may have longer sequences later on.
             args.max_seq_len = positions_reached(record.config, record.step)
         tokenizer = build_tokenizer(config)

@@ -8,13 +8,14 @@ from typing import Any
 
 from ..checks.configuration import check_config
 from ..checks.output import check_output
+from ..command_line import keys_given
 from ..errors import UserTypeError, UserValueError
 from ..evaluation.progress import say, say_what_was_written
 from ..evaluation.tables import Row
 from ..job_config import JobConfig, LighthouseConfigManager, check_toml, flatten
 from ..model.flavors import flavors
 from .ablation_results import plot, summarise, write_tables
-from .settings import command_line, keys_given, nested, record_of, with_settings
+from .settings import command_line, nested, record_of, with_settings
 from .sweeps import (
     Environment,
     Run,

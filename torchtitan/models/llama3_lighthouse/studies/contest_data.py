@@ -201,9 +201,8 @@ def write_times(runs: Iterable[tuple[str, Run]], logs: Logs, processes: int, out
     for arm, run in runs:
         by_arm.setdefault(arm, []).append((run, logs.of(run)))
     rows: dict[str, list[Row]] = {}
-    if (output / TIMES).exists():
-        for row in pandas.read_csv(output / TIMES).to_dict("records"):
-            rows.setdefault(row["arm"], []).append({str(key): row[key] for key in row})
+    for row in _rows_of_times(output):
+        rows.setdefault(row["arm"], []).append(row)
     for arm, of_arm in by_arm.items():
         masked = any(run.config.training.document_mask for run, _ in of_arm)
         if found := timed_steps(of_arm):
@@ -219,11 +218,10 @@ def write_times(runs: Iterable[tuple[str, Run]], logs: Logs, processes: int, out
 def unsteady(output: Path) -> dict[str, dict[str, float]]:
     """The spread of steps by arm and kind, where it is larger than ``UNSTEADY``."""
     found: dict[str, dict[str, float]] = {}
-    if (output / TIMES).exists():
-        for row in pandas.read_csv(output / TIMES).to_dict("records"):
-            # Records of older versions have no spread.
-            if row.get(SPREAD, 0) > UNSTEADY:
-                found.setdefault(row["arm"], {})[row["kind"]] = row[SPREAD]
+    for row in _rows_of_times(output):
+        # Records of older versions have no spread.
+        if row.get(SPREAD, 0) > UNSTEADY:
+            found.setdefault(row["arm"], {})[row["kind"]] = row[SPREAD]
     return found
 
 
@@ -235,11 +233,16 @@ def spreads_in_words(kinds: Mapping[str, float]) -> str:
 def read_times(output: Path) -> Times:
     """What ``write_times`` wrote; empty if it has not."""
     times: Times = {}
-    if (output / TIMES).exists():
-        table = pandas.read_csv(output / TIMES)
-        for arm, kind, seconds in zip(table.arm, table.kind, table[GPU_SECONDS], strict=True):
-            times.setdefault(arm, {})[kind] = float(seconds)
+    for row in _rows_of_times(output):
+        times.setdefault(row["arm"], {})[row["kind"]] = float(row[GPU_SECONDS])
     return times
+
+
+def _rows_of_times(output: Path) -> list[Row]:
+    if not (output / TIMES).exists():
+        return []
+    records = pandas.read_csv(output / TIMES).to_dict("records")
+    return [{str(key): value for key, value in each.items()} for each in records]
 
 
 def gpu_seconds(steps: str, times: Mapping[str, float]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks.configuration import check_launch
+from ..command_line import keys_given
 from ..errors import UserValueError, in_place
 from ..job_config import JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
@@ -16,7 +17,7 @@ from ..stages import stages_of
 from .contest_data import Times, steps_by_kind
 from .contest_file import INITIAL_KEYS, Arm, Contest, read_record, write_record
 from .recovery_plan import SETTINGS, check_base, checkpoint_of
-from .settings import command_line, keys_given, with_settings
+from .settings import command_line, with_settings
 from .sweeps import Run
 
 UNTIL, SHARE = re.compile(r"\buntil=\S+"), re.compile(r"\buntil=([\d.]+)%")

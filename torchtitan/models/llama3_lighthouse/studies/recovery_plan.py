@@ -7,11 +7,12 @@ from typing import Any
 
 from ..checks.configuration import check_config
 from ..checks.output import check_output
+from ..command_line import keys_given
 from ..errors import UserValueError
 from ..job_config import NO_SCHEDULE, JobConfig, LighthouseConfigManager
 from ..model.flavors import flavors
 from .recovery_results import Track
-from .settings import command_line, keys_given, with_settings
+from .settings import command_line, with_settings
 from .sweeps import Run
 
 CHECKPOINTS = "checkpoint"

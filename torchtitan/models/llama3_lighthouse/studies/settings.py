@@ -28,12 +28,6 @@ def command_line(settings: Settings) -> list[str]:
     return line
 
 
-def keys_given(arguments: list[str]) -> set[str]:
-    """section.key of every flag of a trainer's command line, which may be spelt with dashes."""
-    flags = (word[2:].partition("=")[0] for word in arguments if word[:2] == "--")
-    return {flag.replace(".no-", ".").replace("-", "_") for flag in flags}
-
-
 def value_of(config: JobConfig, key: str) -> Any:
     """The value of section.key."""
     found: Any = config
